@@ -8,20 +8,45 @@
 Source: Kaissis et al., "Step-resolved data attribution for looped transformers", arXiv 2602.10097.
 """
 
-from sdi_kernels import __version__
-from stepinfluence.capture import Capture, ExactCapture, attach
-from stepinfluence.checkpoints import Checkpoint, load_checkpoint
-from stepinfluence.errors import (
-    BodyError,
-    CheckpointError,
-    FeatureMismatchError,
-    LayoutError,
-    LossError,
-    StepInfluenceError,
-    UnsupportedUseError,
-)
-from stepinfluence.features import Features, FeatureSpace
-from stepinfluence.influence import Influence, influence, influence_over_checkpoints, self_influence
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdi_kernels import __version__
+    from stepinfluence.capture import Capture, ExactCapture, attach
+    from stepinfluence.checkpoints import Checkpoint, load_checkpoint
+    from stepinfluence.errors import (
+        BodyError,
+        CheckpointError,
+        FeatureMismatchError,
+        LayoutError,
+        LossError,
+        StepInfluenceError,
+        UnsupportedUseError,
+    )
+    from stepinfluence.features import Features, FeatureSpace
+    from stepinfluence.scoring import Influence, influence, influence_over_checkpoints, self_influence
+
+# Where each public name lives. Imported at first use, so that `sdi --help` does not wait for torch.
+_HOMES = {
+    "sdi_kernels": ("__version__",),
+    "stepinfluence.capture": ("Capture", "ExactCapture", "attach"),
+    "stepinfluence.checkpoints": ("Checkpoint", "load_checkpoint"),
+    "stepinfluence.errors": (
+        "BodyError",
+        "CheckpointError",
+        "FeatureMismatchError",
+        "LayoutError",
+        "LossError",
+        "StepInfluenceError",
+        "UnsupportedUseError",
+    ),
+    "stepinfluence.features": ("FeatureSpace", "Features"),
+    "stepinfluence.scoring": ("Influence", "influence", "influence_over_checkpoints", "self_influence"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BodyError",
@@ -44,3 +69,15 @@ __all__ = [
     "load_checkpoint",
     "self_influence",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

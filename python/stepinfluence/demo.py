@@ -30,8 +30,8 @@ from stepinfluence._demo_data import (
 )
 from stepinfluence.capture import Capture, ExactCapture, attach
 from stepinfluence.doctor import PeakMemory, machine_facts, versions
-from stepinfluence.influence import influence_over_checkpoints
 from stepinfluence.models.parity import ParityTransformer, parity_loss
+from stepinfluence.scoring import influence_over_checkpoints
 from stepinfluence.tasks.parity import (
     ParityExample,
     TrainResult,
