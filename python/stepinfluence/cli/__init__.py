@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from stepinfluence.cli import demo, doctor
+from stepinfluence.cli import demo, doctor, reproduce
 from stepinfluence.cli._common import CommandGroup, show_version
 
 HELP = """Which training examples shaped a looped transformer's answer, and at which loop step.
@@ -48,6 +48,7 @@ def _options(
 
 
 app.command("demo", help=demo.HELP, rich_help_panel="See it work")(demo.run)
+app.command("reproduce", help=reproduce.HELP, rich_help_panel="See it work")(reproduce.run)
 app.command("doctor", help=doctor.HELP, rich_help_panel="See it work")(doctor.run)
 
 
