@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         LayoutError,
         LossError,
         StepInfluenceError,
+        StoreError,
         UnsupportedUseError,
     )
     from stepinfluence.features import Features, FeatureSpace
@@ -41,6 +42,7 @@ _HOMES = {
         "LayoutError",
         "LossError",
         "StepInfluenceError",
+        "StoreError",
         "UnsupportedUseError",
     ),
     "stepinfluence.features": ("FeatureSpace", "Features"),
@@ -61,6 +63,7 @@ __all__ = [
     "LayoutError",
     "LossError",
     "StepInfluenceError",
+    "StoreError",
     "UnsupportedUseError",
     "__version__",
     "attach",

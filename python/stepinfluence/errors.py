@@ -29,3 +29,7 @@ class FeatureMismatchError(StepInfluenceError):
 
 class CheckpointError(StepInfluenceError):
     """A checkpoint that cannot be read safely or does not fit the model."""
+
+
+class StoreError(StepInfluenceError):
+    """A feature store that is damaged, incomplete, or not the one that is meant."""

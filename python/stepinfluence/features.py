@@ -46,6 +46,13 @@ class FeatureSpace:
         """D, the length of a feature row."""
         return self.blocks[-1].stop
 
+    @property
+    def layout(self) -> str:
+        """``"concat"``: each block has columns of its own; ``"sum"``: all blocks were added into the same ones."""
+        first, last = self.blocks[0], self.blocks[-1]
+        shared = len(self.blocks) > 1 and (first.start, first.stop) == (last.start, last.stop)
+        return "sum" if shared and first.stop else "concat"
+
     def require_equal(self, other: FeatureSpace) -> None:
         """Raise unless features of the two spaces can be compared.
 

@@ -1,0 +1,139 @@
+"""Files that are there whole or not at all, and JSON that knows when it was changed.
+
+A file is written aside under a name of its own, fsynced and renamed; its folder is fsynced after it. A reader
+therefore sees no half-written file, whenever a writer is killed or the disk fills up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from stepinfluence.errors import StoreError
+
+ASIDE = ".aside-"
+"""Start of the names of files that are still being written, or were when their writer was killed."""
+
+SEAL = "sha256"
+"""The field of a JSON file that holds the checksum of the others."""
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames within a folder durable (where the system can open folders)."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` write a file aside, then put it at ``path`` durably.
+
+    Raises:
+        StoreError: the file could not be written (disk full, no permission); ``path`` is then as it was.
+    """
+    aside = path.with_name(f"{ASIDE}{secrets.token_hex(8)}-{path.name}")
+    try:
+        fill(aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"{path}: could not be written ({error}); free some space or mend the folder, and rerun"
+        ) from (error)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """:func:`write_atomically` of bytes."""
+    write_atomically(path, lambda aside: aside.write_bytes(content))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder (and those above it) durably; one that exists is left as it is."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path}: this folder could not be made ({error})") from error
+    sync_folder(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def canonical(content: Mapping[str, Any]) -> bytes:
+    """The one way in which an object is written as JSON: keys in the given order, two spaces, a newline at the end."""
+    return (json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """Canonical JSON of ``content`` with the checksum of that in a last field."""
+    return canonical({**content, SEAL: hashlib.sha256(canonical(content)).hexdigest()})
+
+
+def _refused_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def parse_json(name: str, content: bytes) -> Any:
+    """JSON that may come from anywhere.
+
+    Raises:
+        StoreError: it is not JSON (NaN, deep nesting and endless numbers included).
+    """
+    try:
+        return json.loads(content.decode(), parse_constant=_refused_constant)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{name}: not readable JSON ({str(error) or type(error).__name__})") from error
+
+
+def read_sealed(path: Path, limit: int) -> dict[str, Any]:
+    """The content of a file written by :func:`sealed`, without its seal.
+
+    Raises:
+        StoreError: the file is missing, larger than ``limit`` bytes, no JSON object, or not as it was written.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise StoreError(f"{path}: could not be read ({error.strerror or error})") from error
+    if len(raw) > limit:
+        raise StoreError(f"{path}: larger than {limit} bytes, which no store writes; it is damaged or not a store's")
+    content = parse_json(str(path), raw)
+    if not isinstance(content, dict) or not isinstance(content.get(SEAL), str):
+        raise StoreError(f"{path}: no {SEAL} field in it; it is damaged or not a store's")
+    try:
+        intact = raw == sealed({key: value for key, value in content.items() if key != SEAL})
+    except (ValueError, RecursionError):  # lone surrogates, numbers beyond a float: readable, never written
+        intact = False
+    if not intact:
+        raise StoreError(f"{path}: damaged or edited: its content does not fit its checksum")
+    del content[SEAL]
+    return content

@@ -1,0 +1,244 @@
+"""``StoreWriter``: writes a store shard by shard; any number of processes may write shards of one store at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepinfluence.errors import FeatureMismatchError, StoreError
+from stepinfluence.features import Features
+from stepinfluence.store.codecs import encode
+from stepinfluence.store.files import ASIDE, file_digest, make_folder, sealed, write_atomically, write_bytes
+from stepinfluence.store.manifest import FORMAT, MANIFEST, Manifest
+from stepinfluence.store.shards import (
+    FailedRow,
+    Record,
+    RowInfo,
+    read_record,
+    record_path,
+    rows_path,
+    rows_to_bytes,
+    values_path,
+)
+
+TIMES = "times.jsonl"
+"""Seconds that shards took, one line each: a log beside the store, no part of it."""
+
+
+class StoreWriter:
+    """Writes the shards of a store; made by :meth:`create`.
+
+    A shard appears when its record is renamed into place, after its values and rows. Workers need not know of one
+    another: who writes a shard makes no difference to its bytes, and a shard written twice is written alike.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._digest = file_digest(path / MANIFEST)
+
+    @classmethod
+    def create(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
+        """Begin a store, or go on with one that was begun with the same manifest (code versions apart).
+
+        Raises:
+            StoreError: the folder holds a store with another manifest (says what differs), or other files.
+        """
+        path = Path(path)
+        if (path / MANIFEST).exists():
+            return cls.resume(path, manifest)
+        if path.is_dir() and any(not p.name.startswith(ASIDE) and p.name != MANIFEST for p in path.iterdir()):
+            raise StoreError(f"{path}: holds other files; give a new or empty folder")
+        make_folder(path)
+        write_bytes(path / MANIFEST, manifest.to_bytes())
+        return cls.resume(path, manifest)
+
+    @classmethod
+    def resume(cls, path: str | Path, manifest: Manifest | None = None) -> StoreWriter:
+        """Go on with a store; its manifest must equal ``manifest``, if given.
+
+        Raises:
+            StoreError: no store there, damaged, or begun with another manifest (says what differs).
+        """
+        path = Path(path)
+        stored = Manifest.read(path)
+        difference = stored.difference(manifest) if manifest is not None else None
+        if difference is not None:
+            raise StoreError(
+                f"{path}: begun with other settings: {difference} (here: in the store); "
+                "use the same ones to resume, or another folder"
+            )
+        writer = cls(path, stored)
+        for folder in {
+            rows_path(path, 0).parent,
+            *(record_path(path, k, 0).parent for k in range(writer._checkpoints)),
+        }:
+            make_folder(folder)
+        return writer
+
+    @property
+    def _checkpoints(self) -> int:
+        return len(self.manifest.checkpoints)
+
+    def pending(self, checkpoint: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Shards that have not been written at a checkpoint: all, or the share of worker ``rank`` of ``world_size``."""
+        self._check(checkpoint, 0)
+        mine = range(rank, self.manifest.n_shards, world_size)
+        return [shard for shard in mine if not record_path(self.path, checkpoint, shard).is_file()]
+
+    def _check(self, checkpoint: int, shard: int) -> None:
+        if not 0 <= checkpoint < self._checkpoints:
+            raise IndexError(f"checkpoint: got {checkpoint}; the store has {self._checkpoints}, counted from 0")
+        if not 0 <= shard < max(1, self.manifest.n_shards):
+            raise IndexError(f"index: got {shard}; the store has {self.manifest.n_shards} shards, counted from 0")
+
+    def write_shard(
+        self,
+        checkpoint: int,
+        index: int,
+        features: Features | None,
+        rows: Sequence[RowInfo],
+        failed: Sequence[FailedRow] = (),
+        *,
+        seconds: float | None = None,
+    ) -> None:
+        """Write one shard durably.
+
+        Args:
+            checkpoint, index: which; :attr:`Manifest.rows_of` tells the shard's rows.
+            features: of the shard's examples that did not fail, in the order of their rows; None if all failed.
+            rows: one for every row of the shard, failed ones included.
+            failed: the rows (numbers in the store) that have no features, with a reason each.
+            seconds: what the shard took, for the log.
+
+        Raises:
+            StoreError: numbers of rows do not fit, features of other columns or steps than the manifest's, values that
+                are not finite, rows other than at an earlier checkpoint, another content than a shard that is there, or
+                the disk is full (then nothing of the shard counts as written, and it can be written again).
+        """
+        self._check(checkpoint, index)
+        numbers = self.manifest.rows_of(index)
+        bad = {failure.row for failure in failed}
+        if len(rows) != len(numbers):
+            raise StoreError(f"rows: got {len(rows)} for shard {index}, which has {len(numbers)}; give one each")
+        if not all(row in numbers for row in bad) or len(bad) != len(failed):
+            raise StoreError(
+                f"failed: got rows {sorted(bad)[:5]}; give rows {numbers.start} to {numbers.stop - 1} once"
+            )
+        if (0 if features is None else len(features)) != len(numbers) - len(bad):
+            raise StoreError(
+                f"features: got {0 if features is None else len(features)} for shard {index}, which has {len(numbers)} "
+                f"rows of which {len(bad)} failed; give one for each of the others"
+            )
+        arrays = self._arrays(checkpoint, features, [r - numbers.start for r in numbers if r not in bad], len(numbers))
+        record = Record(
+            checkpoint=checkpoint,
+            shard=index,
+            manifest=self._digest,
+            steps=arrays["values"].shape[1] if self.manifest.per_step else 0,
+            step_labels=features.step_labels if features is not None else (),
+            failed=tuple(sorted(failed, key=lambda failure: failure.row)),
+            files={"rows": self._write_rows(index, rows), "values": (0, "")},
+        )
+        self._commit(record, arrays, {failure.row: rows[failure.row - numbers.start].id for failure in failed})
+        if seconds is not None:
+            line = json.dumps(
+                {"checkpoint": checkpoint, "shard": index, "rows": len(rows), "seconds": round(seconds, 3)}
+            )
+            with (self.path / TIMES).open("a") as log:  # one short line: appends of several workers do not mix
+                log.write(line + "\n")
+
+    def _arrays(self, checkpoint: int, features: Features | None, places: list[int], n: int) -> dict[str, Tensor]:
+        manifest, space = self.manifest, self.manifest.checkpoints[checkpoint].space
+        steps = manifest.steps or 0
+        if features is not None:
+            try:
+                space.require_equal(features.space)
+            except FeatureMismatchError as error:
+                what = str(error).removeprefix("query: ").replace("train's", "the store's")
+                raise StoreError(f"features: not those of the store's checkpoint {checkpoint}: {what}") from None
+            if features.per_step != manifest.per_step:
+                kinds = ("summed over steps", "per step")
+                raise StoreError(
+                    f"features: {kinds[features.per_step]}, the store's are {kinds[manifest.per_step]}; "
+                    f"featurize with per_step={manifest.per_step}"
+                )
+            most = int(features.steps.max()) if len(features) else 0
+            if manifest.steps is not None and most > manifest.steps:
+                raise StoreError(f"steps: got an example of {most} loop steps, the manifest says {manifest.steps}")
+            if manifest.steps is None:
+                steps = features.values.shape[1] if manifest.per_step else 0
+        lead = (n, steps) if manifest.per_step else (n,)
+        values = torch.zeros(*lead, manifest.width)
+        losses = torch.full((n,), torch.nan)
+        counts, lengths = torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int32)
+        if features is not None:
+            if manifest.per_step:
+                values[places, : features.values.shape[1]] = features.values.to("cpu", torch.float32)
+                assert features.lengths is not None
+                lengths[places] = features.lengths.to(torch.int32)
+            else:
+                values[places] = features.values.to("cpu", torch.float32)
+            losses[places] = features.losses.float().cpu()
+            counts[places] = features.steps.to(torch.int32)
+        codes, scales = encode(values, manifest.dtype)
+        arrays = {"values": codes, "losses": losses, "steps": counts}
+        if scales is not None:
+            arrays["scales"] = scales
+        return {**arrays, "lengths": lengths} if manifest.per_step else arrays
+
+    def _write_rows(self, index: int, rows: Sequence[RowInfo]) -> tuple[int, str]:
+        """The rows' file, written by whoever comes first; its size and digest."""
+        path, content = rows_path(self.path, index), rows_to_bytes(rows)
+        if not path.is_file():
+            write_bytes(path, content)
+        elif path.read_bytes() != content:
+            raise StoreError(
+                f"rows: other rows than those that {path} was written with; the dataset has changed since then, or its "
+                "order has: use another folder"
+            )
+        return len(content), file_digest(path)
+
+    def _commit(self, record: Record, arrays: dict[str, Tensor], ids: dict[int, str | int]) -> None:
+        checkpoint, shard = record.checkpoint, record.shard
+        path, there = values_path(self.path, checkpoint, shard), record_path(self.path, checkpoint, shard)
+        files = dict(record.files)
+
+        def fill(aside: Path) -> None:
+            save_file(arrays, aside, metadata={"format": FORMAT})
+            files["values"] = (aside.stat().st_size, file_digest(aside))
+            if there.is_file():
+                before = read_record(self.path, self.manifest, self._digest, checkpoint, shard)
+                if dict(before.files) != files or before.failed != record.failed:
+                    raise StoreError(
+                        f"{there}: was written before with other content; featurizing is not repeatable here "
+                        "(docs/store.md), or the store is damaged"
+                    )
+
+        write_atomically(path, fill)
+        content = Record(**{**vars(record), "files": files}).content(self.manifest, ids)
+        write_bytes(there, sealed(content))
+
+    def finish(self) -> None:
+        """Check that everything was written, and remove what killed writers left behind.
+
+        Raises:
+            StoreError: shards are missing.
+        """
+        left = [(k, s) for k in range(self._checkpoints) for s in self.pending(k)]
+        if left:
+            checkpoint, shard = left[0]
+            raise StoreError(
+                f"{self.path}: incomplete: {len(left)} shards are missing, the first is shard {shard} of checkpoint "
+                f"{checkpoint}; featurize again to resume"
+            )
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                if name.startswith(ASIDE):
+                    (Path(folder) / name).unlink(missing_ok=True)
