@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from sdi_kernels import HashFamily
 from stepinfluence.capture import Capture, ExactCapture, LossFn
 from stepinfluence.capture.rows import infer_batch_size
-from stepinfluence.capture.targets import canonical_name
+from stepinfluence.capture.targets import body_parameters, canonical_name, unwrap
 from stepinfluence.checkpoints import load_checkpoint
 from stepinfluence.errors import BodyError, FeatureMismatchError, LossError
 
@@ -301,7 +301,8 @@ class ProjectedTracInSDI(_Estimator):
         self._capture = Capture(
             model,
             body=self._owners,
-            sketch_size=projection_size,
+            # Given by name, m columns are m columns, for short vectors, too.
+            sketch_size=dict.fromkeys(body_parameters(unwrap(model), self._owners), projection_size),
             hashing=hashing,
             seed=seed,
             batch_dim=0 if batch_first else 1,

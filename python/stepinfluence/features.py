@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,26 @@ class FeatureSpace:
         shared = len(self.blocks) > 1 and (first.start, first.stop) == (last.start, last.stop)
         return "sum" if shared and first.stop else "concat"
 
+    def select(self, patterns: str | Sequence[str]) -> tuple[Block, ...]:
+        """The blocks of the parameters whose names match a pattern (or one of several), as in ``"blocks.*.weight"``.
+
+        Raises:
+            ValueError: a pattern matches no parameter, or parameters have no columns of their own (``sum`` layout).
+        """
+        if self.layout == "sum":
+            raise ValueError(
+                "parameters: the features are in the sum layout, in which all parameters share their columns; "
+                "featurize with layout='concat' to look at some of them"
+            )
+        chosen: set[Block] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            matching = {block for block in self.blocks if fnmatch.fnmatchcase(block.name, pattern)}
+            if not matching:
+                names = ", ".join(block.name for block in self.blocks[:3])
+                raise ValueError(f"parameters: {pattern!r} matches none; the features are of {names}, ...")
+            chosen |= matching
+        return tuple(block for block in self.blocks if block in chosen)
+
     def require_equal(self, other: FeatureSpace) -> None:
         """Raise unless features of the two spaces can be compared.
 
@@ -74,7 +95,8 @@ class FeatureSpace:
             )
         if self.blocks != other.blocks or self.tables != other.tables:
             raise FeatureMismatchError(
-                "query: features made with other sketches than train's; use the same sketch_size, hashing and seed"
+                "query: features made with other sketches than train's; use the same sketch_size, hashing, seed "
+                "and layout"
             )
         if self.weights != other.weights:
             raise FeatureMismatchError(

@@ -53,7 +53,7 @@ def test_sketches_and_influence(route: Any) -> None:
     )
     model = LoopedGPT(config).eval()
     train, query = batches([4, 3], 1), batches([3], 2)
-    capture = attach(model, body="core", sketch_size=SKETCH_SIZE, route=route)
+    capture = attach(model, body="core", sketch_size=SKETCH_SIZE, hashing="iid", route=route)
     published = sdi.ProjectedTracInSDI(model=model, target_modules=model.core, projection_size=SKETCH_SIZE, seed=5)
     theirs = [published.featurize_loader(loader=side, loss_fn=gpt_loss) for side in (train, query)]
     adopt_tables(capture, published)

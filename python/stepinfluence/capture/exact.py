@@ -104,6 +104,7 @@ class ExactCapture(session.LoaderCapture):
         per_step: bool = True,
         ids: session.IdsOf | None = None,
         progress: bool = True,
+        first_batch: int = 0,
     ) -> Features:
         """Full gradients of every example of a loader; arguments and result as for ``Capture.featurize``.
 
@@ -111,7 +112,13 @@ class ExactCapture(session.LoaderCapture):
             LossError, BodyError: as for ``Capture.featurize``.
         """
         return self._featurize_loader(
-            loader, loss_fn, per_step=per_step, ids=ids, progress=progress, description="exact gradients"
+            loader,
+            loss_fn,
+            per_step=per_step,
+            ids=ids,
+            progress=progress,
+            description="exact gradients",
+            first_batch=first_batch,
         )
 
     def _featurize_batch(

@@ -20,7 +20,7 @@ from sdi_kernels import (
 )
 from stepinfluence.capture.rows import RowLayout
 from stepinfluence.capture.sources import Piece, Source, pull_back
-from stepinfluence.capture.targets import Target
+from stepinfluence.capture.targets import Layout, Target
 from stepinfluence.features import Block
 from stepinfluence.preconditioners import Elementwise, Factored, Root
 
@@ -28,21 +28,25 @@ PULL_BACK_BYTES = 64 << 20
 """Workspace of one taking-back of per-example gradients through a function of parameters (chunked over examples)."""
 
 
-def make_blocks(targets: Sequence[Target]) -> list[Block]:
-    """The ``concat`` layout: one block of ``m`` columns per parameter, in the model's order (paper, section 3)."""
+def make_blocks(targets: Sequence[Target], layout: Layout) -> list[Block]:
+    """Columns of each parameter, in the model's order.
+
+    ``concat``: ``m`` columns of its own for each (paper, section 3). ``sum``: the same M columns for all, into which
+    their independent sketches add up.
+    """
     blocks, start = [], 0
     for target in targets:
         stop = start + target.sketch.m
         blocks.append(Block(target.name, tuple(target.parameter.shape), start, stop))
-        start = stop
+        start = stop if layout == "concat" else 0
     return blocks
 
 
 class SketchRecorder:
     """Adds the sketches of captured gradients to a buffer ``(B, steps, D)``, or ``(B, D)`` summed over steps."""
 
-    def __init__(self, targets: Sequence[Target], route: Route) -> None:
-        self.blocks = make_blocks(targets)
+    def __init__(self, targets: Sequence[Target], route: Route, layout: Layout = "concat") -> None:
+        self.blocks = make_blocks(targets, layout)
         self._columns = {id(t): slice(b.start, b.stop) for t, b in zip(targets, self.blocks, strict=True)}
         self._route: Route = route
         self._sketches: dict[Piece, CountSketch | TensorSketch | None] = {}

@@ -156,8 +156,11 @@ class LoaderCapture(ABC):
         ids: IdsOf | None,
         progress: bool,
         description: str,
+        first_batch: int,
     ) -> Features:
         """Featurize every batch of a loader; the progress bar shows only on work that takes over two seconds."""
+        if first_batch < 0:
+            raise ValueError(f"first_batch: got {first_batch}; batches count from 0")
         builder = FeatureBuilder(
             self.width, self._dtype, self.device, per_step=per_step, expected=expected_rows(loader)
         )
@@ -167,7 +170,7 @@ class LoaderCapture(ABC):
             isolated(self.model, training=self.training),
             tqdm(loader, total=total, desc=description, unit="batch", delay=2, disable=not progress) as bar,
         ):
-            for index, batch in enumerate(bar):
+            for index, batch in enumerate(bar, first_batch):
                 given = ids(batch) if ids is not None else None
                 # A tensor's elements would be tensors, which are hashed by identity.
                 given = given.tolist() if isinstance(given, Tensor) else given if given is None else list(given)

@@ -10,15 +10,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sdi_kernels import HASH_FORMAT, HashFamily, Route
+from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
 from stepinfluence.capture import session
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.recorder import SketchRecorder
 from stepinfluence.capture.rows import RowLayout, infer_batch_size
 from stepinfluence.capture.steps import Loop, StepTracker
-from stepinfluence.capture.targets import Body, body_parameters, find_body, make_targets, single_device, unwrap
+from stepinfluence.capture.targets import (
+    Body,
+    Layout,
+    Target,
+    body_parameters,
+    find_body,
+    make_targets,
+    single_device,
+    unwrap,
+)
 from stepinfluence.capture.uses import RULES
-from stepinfluence.errors import BodyError, LayoutError, UnsupportedUseError
+from stepinfluence.errors import BodyError, LayoutError, LossError, UnsupportedUseError
 from stepinfluence.features import FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.preconditioners import Preconditioner, prepare
 
@@ -41,6 +50,7 @@ class Capture(session.LoaderCapture):
         verify: bool = True,
         route: Route = "auto",
         preconditioner: Preconditioner | None = None,
+        layout: Layout = "concat",
     ) -> None:
         if outside not in ("error", "ignore"):
             raise ValueError(f"outside: got {outside!r}; use 'error' or 'ignore'")
@@ -48,14 +58,15 @@ class Capture(session.LoaderCapture):
         self.body = find_body(self.model, body)
         parameters = body_parameters(self.model, self.body)
         self.device = single_device(parameters)
-        self.targets = make_targets(parameters, sketch_size=sketch_size, hashing=hashing, seed=seed)
+        self.targets = make_targets(parameters, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout)
         self.hashing: HashFamily = hashing
+        self.layout: Layout = layout
         self.seed = seed
         self.batch_dim = batch_dim
         self.training = training
         self.verify = verify
         self._steps = StepTracker(self.model, self.body, loop)
-        self._recorder = SketchRecorder(self.targets, route)
+        self._recorder = SketchRecorder(self.targets, route, layout)
         self._interceptor = Interceptor(
             self.model, self.targets, self._steps, self._recorder, outside=outside, rules=RULES, batch_dim=batch_dim
         )
@@ -67,6 +78,8 @@ class Capture(session.LoaderCapture):
         self.precondition(preconditioner)
         self._probe = self._probe_columns()
         self._verified: set[Any] = set()
+        self._verifying = verify
+        self._used: set[Target] = set()
 
     @property
     def width(self) -> int:
@@ -105,13 +118,15 @@ class Capture(session.LoaderCapture):
 
     def explain(self) -> str:
         """A table of the body's parameters: shape, sketch, share of a feature row."""
-        rows = [
-            f"{'parameter':<44} {'shape':<16} sketch",
-            *(f"{t.name:<44} {tuple(t.parameter.shape)!s:<16} {t.sketch!r}" for t in self.targets),
-        ]
+        rows = [f"{'parameter':<44} {'shape':<16} {'columns':<16} sketch"]
+        for target, block in zip(self.targets, self._recorder.blocks, strict=True):
+            lossless = isinstance(target.sketch, CountSketch) and self.hashing == "balanced"
+            note = ", lossless" if lossless and target.sketch.m >= target.parameter.numel() else ""
+            shape, columns = str(tuple(target.parameter.shape)), f"{block.start}:{block.stop}"
+            rows.append(f"{target.name:<44} {shape:<16} {columns:<16} {target.sketch!r}{note}")
         item = torch.finfo(self._dtype).bits // 8
         rows.append(
-            f"{len(self.targets)} parameters, {self.hashing} hashing ({HASH_FORMAT}); "
+            f"{len(self.targets)} parameters, {self.hashing} hashing ({HASH_FORMAT}), {self.layout} layout; "
             f"a feature row has {self.width} columns = {self.width * item / 1024:.1f} KiB per loop step"
         )
         return "\n".join(rows)
@@ -124,6 +139,8 @@ class Capture(session.LoaderCapture):
         per_step: bool = True,
         ids: session.IdsOf | None = None,
         progress: bool = True,
+        first_batch: int = 0,
+        verify: bool | None = None,
     ) -> Features:
         """Sketch the gradients of every example of a loader (paper, Algorithm 1).
 
@@ -134,6 +151,9 @@ class Capture(session.LoaderCapture):
                 side: ``steps`` times smaller).
             ids: ``ids(batch) -> sequence`` of one hashable per example; running numbers if not given.
             progress: show a progress bar on work of over two seconds.
+            first_batch: number of the loader's first batch, where the loader is a part of a larger one: the random
+                state that a batch starts from goes by it, so that a part is featurized as it would be in the whole.
+            verify: whether to verify in this call; as given to :func:`attach` if None.
 
         Returns:
             :class:`Features` on the body's device, float32 (float64 for a float64 body).
@@ -145,9 +165,20 @@ class Capture(session.LoaderCapture):
             LayoutError: the examples of a batch cannot be told apart or influence one another.
         """
         self._verified.clear()  # another loss may mix examples where the last one did not
-        return self._featurize_loader(
-            loader, loss_fn, per_step=per_step, ids=ids, progress=progress, description="featurize"
+        self._used.clear()
+        self._verifying = self.verify if verify is None else verify
+        features = self._featurize_loader(
+            loader,
+            loss_fn,
+            per_step=per_step,
+            ids=ids,
+            progress=progress,
+            description="featurize",
+            first_batch=first_batch,
         )
+        if len(features):
+            self._check_all_used()
+        return features
 
     # ------------------------------------------------------------------------------------------------------------
 
@@ -162,14 +193,18 @@ class Capture(session.LoaderCapture):
         losses = self._forward(batch, loss_fn, ids, index)
         self._check_uses(losses)
         size, steps = len(losses), self._steps.count
+        first = not self._used
+        self._used |= self._interceptor.used
+        if first and size > 1 and not self._interceptor.ownership.uses:
+            self._check_all_used()  # at once; where data picks what is used, only the last batch can tell
         given = ids if ids is not None else range(builder.count, builder.count + size)
         buffer = builder.reserve(size, steps)
         rows = self._backward(losses, buffer)
         session.check_features(buffer, ids)
         layout = frozenset(rows.guesses | self._interceptor.guesses)
         # Always once, and again whenever examples were told apart in a way not seen before.
-        if self.verify and size > 1 and (not self._verified or layout - self._verified):
-            self._verify(batch, loss_fn, index, buffer, given)
+        if self._verifying and size > 1 and (not self._verified or layout - self._verified):
+            self._verify(batch, loss_fn, index, buffer, given, losses.detach())
             self._verified |= {*layout, "once"}
         values = losses.detach().to("cpu", torch.float32)
         builder.commit(list(given), values, self._steps.labels, self._lengths(buffer) if buffer.dim() == 3 else None)
@@ -203,13 +238,6 @@ class Capture(session.LoaderCapture):
                 "body: the loop was never entered; body must be the module(s) whose forward runs at every step "
                 "(or loop='manual' with capture.step(t))"
             )
-        unused = [t.name for t in self.targets if t not in self._interceptor.used]
-        if unused and not self._verified:
-            shown = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
-            raise BodyError(
-                f"{shown}: never used in the loop with gradients on; set requires_grad=False on what takes no part, "
-                "and use non-reentrant activation checkpointing (use_reentrant=False)"
-            )
         wanted = {id(t.parameter): t.name for t in self.targets}
         seen: set[Any] = set()
         stack: list[tuple[Any, Any]] = [(losses.grad_fn, None)]
@@ -226,8 +254,23 @@ class Capture(session.LoaderCapture):
                 )
             stack.extend((following, node) for following, _ in node.next_functions)
 
+    def _check_all_used(self) -> None:
+        unused = [t.name for t in self.targets if t not in self._used]
+        if unused and self._verifying:
+            shown = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+            raise BodyError(
+                f"{shown}: never used in the loop with gradients on; set requires_grad=False on what takes no part, "
+                "and use non-reentrant activation checkpointing (use_reentrant=False)"
+            )
+
     def _verify(
-        self, batch: Any, loss_fn: session.LossFn, index: int, features: Tensor, ids: Sequence[Hashable]
+        self,
+        batch: Any,
+        loss_fn: session.LossFn,
+        index: int,
+        features: Tensor,
+        ids: Sequence[Hashable],
+        before: Tensor,
     ) -> None:
         """Scale every example's loss by its own power of two: its features must scale with it, and with no other.
 
@@ -239,12 +282,17 @@ class Capture(session.LoaderCapture):
         # Eight different weights, far apart, and exact products in every floating dtype.
         exponents = torch.randperm(size, generator=generator) % 8 * (7 // (min(size, 8) - 1))
         losses = self._forward(batch, loss_fn, None, index)
+        if not torch.allclose(losses.detach(), before, rtol=1e-2, atol=1e-3 * float(before.abs().amax())):
+            raise LossError(
+                "loss_fn: gives other losses when it is run again on the same batch and random state; let the model "
+                "draw from torch's, numpy's or Python's global generators, which are fixed per batch, not from its own"
+            )
         weights = (2.0**exponents).to(losses)
         scaled = torch.zeros_like(features)
         # Exact but for the rounding of sums that are not taken in the same order twice.
         tolerance = 1e-2 if self._backward(losses, scaled, weights).coarse else 1e-4
         factor = weights.to(features.dtype).view(-1, *(1,) * (features.dim() - 1))
-        for block in self._recorder.blocks:
+        for block in {b.start: b for b in self._recorder.blocks}.values():  # in the sum layout, all in one
             expected = features[..., block.start : block.stop] * factor
             error = (scaled[..., block.start : block.stop] - expected).flatten(1).norm(dim=1)
             size_of = expected.flatten(1).norm(dim=1)
@@ -288,6 +336,7 @@ def attach(
     verify: bool = True,
     route: Route = "auto",
     preconditioner: Preconditioner | None = None,
+    layout: Layout = "concat",
 ) -> Capture:
     """Make a capture for the loop body of a model.
 
@@ -295,7 +344,9 @@ def attach(
         model: any PyTorch module; DDP and ``torch.compile`` wrappers are looked through.
         body: the module(s) that the loop applies at every step, or their names. Their trainable parameters are what
             influence is measured on; a step is one entry into a body module, however often a layer is used in it.
-        sketch_size: m, buckets per parameter (paper: 2048), or a mapping from parameter name to m.
+        sketch_size: m, buckets per parameter (paper: 2048), or a mapping from parameter name to m, as
+            :func:`~stepinfluence.allocate_sizes` makes them. A number is the most that a vector gets under balanced
+            hashing: a shorter one is kept without loss in as many columns as it has entries.
         hashing: ``"balanced"`` (default, lower variance) or ``"iid"`` (the paper's).
         seed: of the hash tables; features are comparable only for equal seeds.
         loop: how steps are counted: ``"entries"``, ``"timeline"`` or ``"manual"`` (see
@@ -304,10 +355,13 @@ def attach(
             out (then the steps add up to the gradient through the loop only).
         batch_dim: the dimension that holds the examples in the batch's tensors and in the model's activations.
         training: run the model in training mode (dropout on, with a random state fixed per batch) instead of eval mode.
-        verify: check on real gradients that examples are told apart (one more pass on the first batch).
+        verify: check on real gradients that examples are told apart (one more pass on the first batch), and that every
+            body parameter is used.
         route: kernel route, see :func:`sdi_kernels.sketch_linear_grads`.
         preconditioner: an optimizer's metric, as a root by parameter name: features are those of ``sqrt(P) * gradient``
             (:func:`stepinfluence.preconditioners.from_optimizer`, docs/optimizers.md).
+        layout: ``"concat"`` (the paper's: columns of its own for each parameter), or ``"sum"``: all parameters'
+            independent sketches are added into the same ``sketch_size`` columns, also unbiased (docs/store.md).
 
     Raises:
         BodyError: ``body`` is not part of the model or has no trainable parameter.
@@ -326,4 +380,5 @@ def attach(
         verify=verify,
         route=route,
         preconditioner=preconditioner,
+        layout=layout,
     )

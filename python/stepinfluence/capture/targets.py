@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from sdi_kernels import CountSketch, HashFamily, TensorSketch
 from stepinfluence.errors import BodyError
 
 Body: TypeAlias = nn.Module | str | Sequence[nn.Module | str]
+Layout: TypeAlias = Literal["concat", "sum"]
 WRAPPER_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -112,26 +113,43 @@ def body_parameters(model: nn.Module, body: Sequence[nn.Module]) -> dict[str, nn
     return found
 
 
+def _size_of(
+    name: str, parameter: nn.Parameter, sketch_size: int | Mapping[str, int], hashing: HashFamily, layout: Layout
+) -> int:
+    """m of one parameter."""
+    if isinstance(sketch_size, Mapping):
+        if name not in sketch_size:
+            raise ValueError(f"sketch_size: the mapping has no entry for body parameter {name!r}; add one")
+        return sketch_size[name]
+    short_vector = parameter.dim() <= 1 and parameter.numel() > 0
+    if hashing == "balanced" and layout == "concat" and short_vector and isinstance(sketch_size, int):
+        # Balanced hashing of a vector into no fewer buckets than it has entries is a signed permutation, and so into
+        # exactly as many: the columns beyond would hold zeros.
+        return min(sketch_size, parameter.numel())
+    return sketch_size
+
+
 def make_targets(
     parameters: Mapping[str, nn.Parameter],
     *,
     sketch_size: int | Mapping[str, int],
     hashing: HashFamily,
     seed: int,
+    layout: Layout = "concat",
 ) -> list[Target]:
     """A target with its own independent sketch for each parameter (paper, section 3: one CS/TS map per tensor).
 
     Raises:
-        ValueError, TypeError: ``sketch_size`` is not positive, misses a parameter, or ``hashing`` is unknown.
+        ValueError, TypeError: ``sketch_size`` is not positive, misses a parameter, or is a mapping in the ``sum``
+            layout; ``hashing`` or ``layout`` is unknown.
     """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout: got {layout!r}; use 'concat' or 'sum'")
+    if layout == "sum" and isinstance(sketch_size, Mapping):
+        raise ValueError("sketch_size: got a mapping, but with layout='sum' all parameters share one M; give a number")
     targets = []
     for name, parameter in parameters.items():
-        if isinstance(sketch_size, Mapping):
-            if name not in sketch_size:
-                raise ValueError(f"sketch_size: the mapping has no entry for body parameter {name!r}; add one")
-            m = sketch_size[name]
-        else:
-            m = sketch_size
+        m = _size_of(name, parameter, sketch_size, hashing, layout)
         sketch: CountSketch | TensorSketch
         if parameter.dim() <= 1:
             sketch = CountSketch(parameter.numel(), m, seed=seed, name=name, hashing=hashing)
