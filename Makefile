@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-capture bench-peers gpu-check build clean
+.PHONY: help demo test lint format docs bench bench-capture bench-peers gpu-check build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ format: $(VENV)/.stamp-dev ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(VENV)/.stamp-docs ## build the documentation into site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.stamp-bench ## run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only
 
@@ -46,7 +49,7 @@ build: $(VENV)/.stamp-test ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build
 
 clean: ## remove what builds and tools leave behind; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find sdi_kernels python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each extra, all in the same environment; the stem is the extra's name. The C sources are here

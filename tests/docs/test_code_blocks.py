@@ -1,0 +1,29 @@
+"""Every Python block of the documentation runs, in order, one namespace for each page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)  # small tensors: a second thread would only wait; conftest puts it back
+    document = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(ROOT)).parse(page)
+    examples = list(document.examples())
+    assert examples, f"{page.name}: no code block was recognised"
+    for example in examples:
+        example.evaluate()
+
+
+def test_there_is_documentation_with_code() -> None:
+    assert {p.name for p in WITH_CODE} >= {"README.md", "tutorial.md"}
