@@ -1,0 +1,28 @@
+"""Pages as the site shows them: formulas as MathML, made when the site is built: browsers draw it themselves, no script, no download.
+
+The sources keep GitHub's notation ($`...`$ in a line, ```math blocks), so that the pages read well there too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from latex2mathml.converter import convert
+
+BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ROLE = re.compile(r":(?:func|class|meth|data|attr|mod):<code>~?(?:[\w.]+\.)?(\w+)</code>")
+INLINE = re.compile(r"\$`(.+?)`\$")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the formulas of a page."""
+    markdown = BLOCK.sub(lambda m: f'<div class="math">{convert(m[1].strip(), display="block")}</div>', markdown)
+    # A vertical bar ends the cell of a table; the entity does not.
+    # The span keeps a formula at the start of a line from being taken for a block of HTML.
+    return INLINE.sub(lambda m: f"<span>{convert(m[1])}</span>".replace("|", "&#x7C;"), markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Docstrings name other objects in Sphinx's notation, which editors know; show the name alone."""
+    return ROLE.sub(r"<code>\1</code>", content)
