@@ -1,0 +1,6 @@
+"""Searching features: which training rows shaped an answer, and at which loop step (docs/search.md)."""
+
+from stepinfluence.search.table import scores
+from stepinfluence.search.topk import TopK, top_k
+
+__all__ = ["TopK", "scores", "top_k"]

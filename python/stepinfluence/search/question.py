@@ -1,0 +1,191 @@
+"""What is asked of the rows: query vectors by checkpoint, checked to be comparable, weighted, and cut to a part."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stepinfluence.errors import FeatureMismatchError
+from stepinfluence.features import FeatureSpace
+from stepinfluence.search.sources import FeatureSource, Rows, RowSource, StoreSource, as_source
+from stepinfluence.store import Store
+
+Steps: TypeAlias = int | slice | range | None
+"""Query steps, 0-based: one, or a range; None for all."""
+
+Parameters: TypeAlias = str | Sequence[str] | None
+"""Names of body parameters, ``*`` and ``?`` allowed; None for all."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Queries ready to be multiplied with rows.
+
+    Attributes:
+        train: the rows.
+        vectors: by checkpoint ``(Q, S, columns)``: the query's features times the checkpoint's eta, zero in columns of
+            other parameters. ``S`` is 1 for queries summed over steps.
+        columns: the columns of a row that these stand for.
+        ranked: the steps that rows are ranked by, 0-based.
+        per_step: whether each of them is ranked for itself, rather than their sum.
+        valid: ``(Q,)``: False for queries that have no features.
+        query_ids, etas: as in results.
+        device: where to compute.
+    """
+
+    train: RowSource
+    vectors: tuple[Tensor, ...]
+    columns: slice
+    ranked: tuple[int, ...]
+    per_step: bool
+    valid: npt.NDArray[np.bool_]
+    query_ids: tuple[Hashable, ...]
+    etas: tuple[float, ...]
+    device: torch.device
+
+    @property
+    def steps(self) -> int:
+        return self.vectors[0].shape[1]
+
+    def heads(self) -> tuple[Tensor, ...]:
+        """By checkpoint ``(C, columns)``, one vector for each ranking: ``Q``, or ``Q * len(ranked)`` of them."""
+        chosen = [v[:, list(self.ranked)] for v in self.vectors]
+        return tuple(v.flatten(0, 1) if self.per_step else v.sum(1) for v in chosen)
+
+
+def chosen_steps(steps: Steps, count: int) -> tuple[int, ...]:
+    """The 0-based steps that ``steps`` stands for.
+
+    Raises:
+        ValueError: none, or a step beyond the last.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int | slice | range | None):
+        raise ValueError(f"steps: got {steps!r}; pass a 0-based step, a slice or a range")
+    found: Sequence[int]
+    if isinstance(steps, int):
+        found = [steps + count if steps < 0 else steps]
+    else:
+        found = range(count) if steps is None else range(count)[steps] if isinstance(steps, slice) else steps
+    if not len(found) or min(found) < 0 or max(found) >= count:
+        raise ValueError(f"steps: got {steps!r}; the queries have steps 0 to {count - 1}")
+    return tuple(found)
+
+
+def chosen_blocks(space: FeatureSpace, parameters: Parameters) -> list[bool]:
+    """Which of a space's blocks ``parameters`` names.
+
+    Raises:
+        ValueError: a name or pattern fits none, or the columns are shared by all parameters.
+    """
+    if parameters is None:
+        return [True] * len(space.blocks)
+    if space.layout == "sum":
+        raise ValueError(
+            "parameters: these features have one set of columns for all parameters (layout 'sum'); "
+            "featurize with layout='concat' to restrict a search"
+        )
+    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    names = [block.name for block in space.blocks]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"parameters: {pattern!r} fits none of {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
+    if not patterns:
+        raise ValueError("parameters: got an empty list; give names or patterns of body parameters, or None")
+    return [any(fnmatchcase(name, pattern) for pattern in patterns) for name in names]
+
+
+def _resolved_etas(train: RowSource, given: float | Sequence[float] | None) -> tuple[float, ...]:
+    count = len(train.spaces)
+    if given is None:
+        return train.etas if train.etas is not None else (1.0,) * count
+    values = (float(given),) * count if isinstance(given, int | float) else tuple(float(e) for e in given)
+    if len(values) != count:
+        raise ValueError(f"etas: got {len(values)} for {count} checkpoints; give one per checkpoint")
+    if not all(np.isfinite(values)):
+        raise ValueError(f"etas: got {list(values)}; give finite numbers")
+    return values
+
+
+def _compare(given: tuple[Rows, Rows], train: RowSource, query: RowSource) -> None:
+    if isinstance(given[0], Store) and isinstance(given[1], Store):
+        given[0].require_comparable(given[1])
+        if given[0].manifest.fold != given[1].manifest.fold:
+            raise FeatureMismatchError(
+                f"query: {given[1].path}: its checkpoints are folded otherwise than those of {given[0].path}; "
+                "fold both alike"
+            )
+    if len(train.spaces) != len(query.spaces):
+        raise FeatureMismatchError(
+            f"query: has features of {len(query.spaces)} checkpoints, train of {len(train.spaces)}; "
+            "give one of each per checkpoint"
+        )
+    for ours, theirs in zip(train.spaces, query.spaces, strict=True):
+        ours.require_equal(theirs)
+
+
+def default_device(train: RowSource) -> torch.device:
+    """Where rows already are, or a GPU if there is one for rows that are read from disk."""
+    if isinstance(train, StoreSource) and torch.cuda.is_available():
+        return torch.device("cuda")
+    return train.device
+
+
+def ask(
+    train: Rows,
+    query: Rows,
+    *,
+    per_step: bool = False,
+    etas: float | Sequence[float] | None = None,
+    parameters: Parameters = None,
+    steps: Steps = None,
+    device: torch.device | str | None = None,
+) -> Question:
+    """Check two sides of a search against each other and prepare the queries.
+
+    Raises:
+        FeatureMismatchError: the sides cannot be compared (says what differs).
+        ValueError, TypeError, StoreError: an argument is none of those that :func:`stepinfluence.search.top_k` names.
+    """
+    source: FeatureSource | StoreSource = as_source("train", train)
+    asked = as_source("query", query)
+    _compare((train, query), source, asked)
+    weights = _resolved_etas(source, etas)
+    if not asked.per_step and (per_step or steps is not None):
+        raise ValueError(
+            f"{'per_step' if per_step else 'steps'}: the queries' features are summed over steps; "
+            "featurize them with per_step=True"
+        )
+    space = source.spaces[0]
+    wanted = chosen_blocks(space, parameters)
+    blocks = [block for block, chosen in zip(space.blocks, wanted, strict=True) if chosen]
+    columns = slice(min(b.start for b in blocks), max(b.stop for b in blocks))
+    outside = [b for b, chosen in zip(space.blocks, wanted, strict=True) if not chosen]
+    place = default_device(source) if device is None else torch.device(device)
+    everyone = range(len(asked))
+    vectors = []
+    for checkpoint, eta in enumerate(weights):
+        values = asked.take(checkpoint, everyone).to(place, source.dtype)
+        values = (values if asked.per_step else values.unsqueeze(1)) * eta
+        for block in outside:
+            values[:, :, block.start : block.stop] = 0
+        vectors.append(values[:, :, columns])
+    longest = max(v.shape[1] for v in vectors)
+    vectors = [torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in vectors]
+    return Question(
+        train=source,
+        vectors=tuple(vectors),
+        columns=columns,
+        ranked=chosen_steps(steps, longest) if asked.per_step else (0,),
+        per_step=per_step,
+        valid=asked.valid,
+        query_ids=asked.ids(),
+        etas=weights,
+        device=place,
+    )

@@ -1,0 +1,61 @@
+"""The best rows so far, for many rankings at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NO_ROW = -1
+"""In place of a row number where there are fewer than k rows."""
+
+
+class Ranking:
+    """Running top-k of ``count`` rankings over rows that come in ascending order.
+
+    Of rows with equal scores the lowest comes first. Scores that are not finite never enter.
+    """
+
+    def __init__(self, count: int, k: int, *, smallest: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self._k, self._sign = k, -1 if smallest else 1
+        self._scores = torch.full((count, k), -torch.inf, dtype=dtype, device=device)
+        self._rows = torch.full((count, k), NO_ROW, dtype=torch.int64, device=device)
+
+    def add(self, first: int, scores: Tensor) -> None:
+        """Take rows ``first, first + 1, ...`` into account; ``scores`` is ``(r, count)``."""
+        if not len(scores):
+            return
+        signed = scores.T * self._sign
+        signed = signed.masked_fill(~torch.isfinite(signed), -torch.inf)
+        # Rows that come later lose a tie: only rankings in which something beats the last place change.
+        changed = (signed.amax(1) > self._scores[:, -1]).nonzero().flatten()
+        if not len(changed):
+            return
+        signed = signed[changed]
+        values, order = _top(signed, min(self._k, signed.shape[1]))
+        both = torch.cat([self._scores[changed], values], 1)
+        rows = torch.cat([self._rows[changed], order + first], 1)
+        # Old rows are lower than new ones, and each side is in order: a stable sort keeps the lowest row first.
+        best = both.argsort(dim=1, descending=True, stable=True)[:, : self._k]
+        self._scores[changed] = both.gather(1, best)
+        self._rows[changed] = rows.gather(1, best)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Rows ``(count, k)`` int64 and scores, best first, on the CPU; ``NO_ROW`` and NaN where there is none."""
+        missing = self._scores == -torch.inf
+        rows = self._rows.masked_fill(missing, NO_ROW)
+        scores = (self._scores * self._sign).masked_fill(missing, torch.nan)
+        return rows.cpu(), scores.cpu()
+
+
+def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of ``scores``, in descending order, ties by ascending index."""
+    values, order = scores.topk(k, 1)
+    # topk is free to choose among equal scores: those rankings in which it had a choice, or equal winners, are sorted.
+    last = values[:, -1:]
+    chosen = (values == last).sum(1)
+    tied = (scores == last).sum(1) > chosen
+    if k > 1:
+        tied |= (values[:, 1:] == values[:, :-1]).any(1)
+    if bool(tied.any()):
+        order[tied] = scores[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, order), order

@@ -1,0 +1,54 @@
+"""Inner products of stored rows with query vectors, block by block, without decoding what need not be decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stepinfluence.search.question import Question
+from stepinfluence.search.sources import RawBlock
+
+BLOCK_BYTES = 32 << 20
+"""Bytes of decoded rows and of scores that a scan holds at a time, each."""
+
+DECODED_ROWS_BYTES = 1 << 20
+"""Decoded rows that a product on the CPU works on at a time: they stay in the cache."""
+
+
+def products(block: RawBlock, vectors: Tensor, columns: slice) -> Tensor:
+    """``(r, C)``: each row's values, summed over steps, times each of ``vectors (C, columns)``; in their dtype."""
+    codes, scales = block.codes[..., columns], block.scales
+    lead = codes.shape[:-1]
+    if vectors.device.type != "cpu":
+        codes = codes.to(vectors.device, non_blocking=True)
+    flat = codes.reshape(-1, codes.shape[-1])
+    found = vectors.new_empty(len(flat), len(vectors))
+    some = len(flat) if flat.device.type != "cpu" else max(16, DECODED_ROWS_BYTES // (4 * max(1, flat.shape[1])))
+    for k in range(0, len(flat), max(1, some)):
+        torch.mm(flat[k : k + some].to(vectors.dtype), vectors.T, out=found[k : k + some])
+    if scales is not None:
+        found.mul_(scales.reshape(-1, 1).to(found))
+    return found if len(lead) == 1 else found.view(*lead, len(vectors)).sum(1)
+
+
+def score_blocks(question: Question, vectors: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
+    """``(first row, scores (r, C))`` of all rows in order, summed over checkpoints; ``vectors`` are ``(C, columns)`` by
+    checkpoint. Scores of rows without features are NaN."""
+    train = question.train
+    valid = torch.from_numpy(train.valid)
+    for blocks in zip(*(train.blocks(k) for k in range(len(train.spaces))), strict=True):
+        rows = len(blocks[0].codes)
+        widest = max(b.codes[0].numel() for b in blocks) if rows else 1
+        size = max(1, BLOCK_BYTES // (vectors[0].element_size() * max(widest, len(vectors[0]), 1)))
+        for start in range(0, rows, size):
+            parts = [b.part(start, start + size) for b in blocks]
+            scores = products(parts[0], vectors[0], question.columns)
+            for part, some in zip(parts[1:], vectors[1:], strict=True):
+                scores += products(part, some, question.columns)
+            first = parts[0].first
+            good = valid[first : first + len(scores)]
+            if not bool(good.all()):
+                scores[~good.to(scores.device)] = torch.nan
+            yield first, scores

@@ -1,0 +1,185 @@
+"""Where the rows of a search come from: features in memory, or a store, behind one protocol."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stepinfluence.errors import FeatureMismatchError, StoreError
+from stepinfluence.features import Features, FeatureSpace, weights_digest
+from stepinfluence.store import Store
+from stepinfluence.store.files import file_digest
+from stepinfluence.store.manifest import MANIFEST
+from stepinfluence.store.shards import record_path
+
+Rows: TypeAlias = Store | Features | Sequence[Features]
+"""What a search takes for a side: a store, features at one checkpoint, or a list of features, one per checkpoint."""
+
+
+@dataclass(frozen=True)
+class RawBlock:
+    """Consecutive rows as they are stored.
+
+    Attributes:
+        first: number of the first row.
+        codes: ``(r, [steps,] D)``: float64, float32, float16, bfloat16 or int8.
+        scales: ``(r[, steps])`` float32 where value = code * scale, else None.
+    """
+
+    first: int
+    codes: Tensor
+    scales: Tensor | None
+
+    def part(self, start: int, stop: int) -> RawBlock:
+        """Rows ``start:stop`` of the block; nothing is copied."""
+        scales = None if self.scales is None else self.scales[start:stop]
+        return RawBlock(self.first + start, self.codes[start:stop], scales)
+
+
+class RowSource(Protocol):
+    """Rows of features at one or more checkpoints, read block by block or a few at a time."""
+
+    @property
+    def spaces(self) -> tuple[FeatureSpace, ...]:
+        """What the columns mean, by checkpoint."""
+
+    @property
+    def etas(self) -> tuple[float, ...] | None:
+        """The weight of each checkpoint; None if the rows do not tell."""
+
+    @property
+    def per_step(self) -> bool: ...
+
+    @property
+    def valid(self) -> npt.NDArray[np.bool_]:
+        """``(N,)``: False for rows without features at some checkpoint."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What inner products are taken in: float32, or float64."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def id_of(self, row: int) -> Hashable: ...
+
+    def ids(self) -> tuple[Hashable, ...]: ...
+
+    def blocks(self, checkpoint: int) -> Iterator[RawBlock]:
+        """All rows in order; the same cuts at every checkpoint."""
+
+    def take(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
+        """Decoded values ``(len(rows), [steps,] D)`` of some rows."""
+
+    def digest(self) -> str:
+        """Of the content: equal for equal rows."""
+
+
+class FeatureSource:
+    """Features in memory, one per checkpoint. A row with a NaN loss is one that failed."""
+
+    def __init__(self, name: str, features: Sequence[Features]) -> None:
+        if not features:
+            raise ValueError(f"{name}: got no features; give one per checkpoint")
+        for before, after in pairwise(features):
+            if before.ids != after.ids:
+                raise FeatureMismatchError(f"{name}: the checkpoints' features are of different examples (ids differ)")
+        if len({f.per_step for f in features}) > 1:
+            raise FeatureMismatchError(f"{name}: features per step at some checkpoints and summed at others")
+        self._features = list(features)
+        self.spaces = tuple(f.space for f in features)
+        self.etas = None
+        self.per_step = features[0].per_step
+        self.valid = ~np.isnan(np.stack([f.losses.cpu().numpy() for f in features])).any(0)
+        self.dtype = torch.promote_types(features[0].values.dtype, torch.float32)
+        self.device = features[0].values.device
+
+    def __len__(self) -> int:
+        return len(self._features[0])
+
+    def id_of(self, row: int) -> Hashable:
+        return self._features[0].ids[row]
+
+    def ids(self) -> tuple[Hashable, ...]:
+        return self._features[0].ids
+
+    def blocks(self, checkpoint: int) -> Iterator[RawBlock]:
+        yield RawBlock(0, self._features[checkpoint].values.detach(), None)
+
+    def take(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
+        return self._features[checkpoint].values.detach()[list(rows)]
+
+    def digest(self) -> str:
+        return weights_digest([f.values for f in self._features])
+
+
+class StoreSource:
+    """A store on disk: blocks are its shards, memory-mapped, as they are."""
+
+    def __init__(self, name: str, store: Store) -> None:
+        if not store.complete:
+            raise StoreError(
+                f"{name}: {store.path} is incomplete ({len(store.missing())} shards missing); featurize again to resume"
+            )
+        self._store = store
+        self.spaces = tuple(c.space for c in store.checkpoints)
+        self.etas = tuple(c.eta for c in store.checkpoints)
+        self.per_step = store.per_step
+        self.valid = store.valid
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def id_of(self, row: int) -> Hashable:
+        return self._store.row(row).id
+
+    def ids(self) -> tuple[Hashable, ...]:
+        return tuple(self._store.ids)
+
+    def blocks(self, checkpoint: int) -> Iterator[RawBlock]:
+        for first, codes, scales in self._store.raw_blocks(checkpoint):
+            tensor = torch.from_numpy(codes)
+            if self._store.manifest.dtype == "bf16":
+                tensor = tensor.view(torch.bfloat16)
+            yield RawBlock(first, tensor, None if scales is None else torch.from_numpy(scales))
+
+    def take(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
+        return self._store.features(checkpoint, rows).values
+
+    def digest(self) -> str:
+        # A commit record holds the checksums of its shard's files.
+        path, manifest = self._store.path, self._store.manifest
+        digest = hashlib.sha256(file_digest(path / MANIFEST).encode())
+        for checkpoint in range(len(manifest.checkpoints)):
+            for shard in range(manifest.n_shards):
+                digest.update(file_digest(record_path(path, checkpoint, shard)).encode())
+        return digest.hexdigest()
+
+
+def as_source(name: str, given: Rows) -> FeatureSource | StoreSource:
+    """The rows of one side of a search.
+
+    Raises:
+        TypeError: neither features nor a store.
+        StoreError: the store is incomplete.
+        FeatureMismatchError, ValueError: features of several checkpoints that are not of the same examples, or none.
+    """
+    if isinstance(given, Store):
+        return StoreSource(name, given)
+    if isinstance(given, Features):
+        return FeatureSource(name, [given])
+    if isinstance(given, Sequence) and all(isinstance(f, Features) for f in given):
+        return FeatureSource(name, given)
+    raise TypeError(f"{name}: got {type(given).__name__}; pass a Store, Features, or a list of Features")

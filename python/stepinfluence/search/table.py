@@ -1,0 +1,79 @@
+"""``scores``: the influence of every row on every query and step, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepinfluence.scoring import Influence
+from stepinfluence.search.question import Parameters, Question, Steps, ask
+from stepinfluence.search.scan import score_blocks
+from stepinfluence.search.sources import Rows
+from stepinfluence.store.files import write_atomically
+
+
+def scores(
+    train: Rows,
+    query: Rows,
+    *,
+    out: str | Path | None = None,
+    etas: float | Sequence[float] | None = None,
+    parameters: Parameters = None,
+    steps: Steps = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Influence:
+    """Influence of every training row on every query, by query step, summed over checkpoints (eqs. 5 and 7).
+
+    Args:
+        out: a ``.npy`` file ``(n_train, n_query, steps)`` float32 to write the scores to, block by block, in bounded
+            memory; the result's ``sdi`` is then that file, memory-mapped. In memory if not given. It appears when it
+            is whole, and replaces one that is there.
+        steps: only these steps of the queries (0-based).
+        train, query, etas, parameters, device, progress: as for :func:`top_k`.
+
+    Returns:
+        :class:`~stepinfluence.Influence`. Rows and columns of examples that failed are NaN.
+
+    Raises:
+        FeatureMismatchError, StoreError, ValueError, TypeError: as for :func:`top_k`; the file could not be written.
+    """
+    question = ask(train, query, etas=etas, parameters=parameters, steps=steps, device=device)
+    shape = (len(question.train), len(question.query_ids), len(question.ranked))
+    if out is None:
+        sdi = torch.empty(shape, dtype=question.vectors[0].dtype)
+        _each_block(question, progress, lambda first, block: sdi[first : first + len(block)].copy_(block))
+    else:
+        path = Path(out)
+        if path.suffix != ".npy":
+            raise ValueError(f"out: got {str(out)!r}; give a file name that ends in .npy")
+
+        def fill(aside: Path) -> None:
+            # Written rather than mapped: pages of a mapped file would count as this process's memory.
+            with aside.open("wb") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                _each_block(question, progress, lambda _, block: file.write(block.float().contiguous().numpy().data))
+
+        write_atomically(path, fill)
+        sdi = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return Influence(sdi, "query", question.train.ids(), question.query_ids, question.etas)
+
+
+def _each_block(question: Question, progress: bool, take: Callable[[int, Tensor], object]) -> None:
+    """Give ``(first row, scores (r, Q, steps))`` of every block to ``take``."""
+    vectors = tuple(v[:, list(question.ranked)].flatten(0, 1) for v in question.vectors)
+    silent = torch.from_numpy(~question.valid)
+    shape = (len(question.query_ids), len(question.ranked))
+    rows = len(question.train)
+    with torch.no_grad(), tqdm(total=rows, desc="scores", unit="row", delay=2, disable=not progress) as bar:
+        for first, block in score_blocks(question, vectors):
+            block = block.view(-1, *shape).cpu()
+            block[:, silent] = torch.nan
+            take(first, block)
+            bar.update(len(block))

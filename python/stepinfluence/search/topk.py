@@ -1,0 +1,162 @@
+"""``top_k``: the training rows that help or harm each query most, by a scan of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepinfluence.search.question import Parameters, Question, Steps, ask
+from stepinfluence.search.ranking import NO_ROW, Ranking
+from stepinfluence.search.scan import score_blocks
+from stepinfluence.search.sources import Rows, RowSource
+
+TRAJECTORY_BYTES = 64 << 20
+"""Decoded rows that are held at a time when the winners' trajectories are computed."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k best training rows of each of Q queries (and of each ranked step), best first.
+
+    Attributes:
+        rows: ``(Q, k)`` int64, or ``(Q, len(ranked), k)`` where each step was ranked for itself. -1 where there are
+            fewer rows than k, and for queries without features.
+        scores: same shape, float32: what rows were ranked by; NaN where the row is -1.
+        sdi: ``(Q, k, S)``, or ``(Q, len(ranked), k, S)``: influence of each of these rows by all S steps of the query
+            (S = 1 for queries that are summed over steps). A score is the sum over the ranked steps.
+        train_ids: ids, an object array of the shape of ``rows``; None where the row is -1.
+        query_ids: ids of the queries.
+        ranked: the query steps that the ranking is by, 0-based.
+        per_step: whether each of these was ranked for itself.
+        harmful: whether the most harmful rows were asked for (smallest scores first).
+        etas: weight of each checkpoint.
+    """
+
+    rows: Tensor
+    scores: Tensor
+    sdi: Tensor
+    train_ids: npt.NDArray[np.object_]
+    query_ids: tuple[Hashable, ...]
+    ranked: tuple[int, ...]
+    per_step: bool
+    harmful: bool
+    etas: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def k(self) -> int:
+        return self.rows.shape[-1]
+
+
+def top_k(
+    train: Rows,
+    query: Rows,
+    k: int = 10,
+    *,
+    per_step: bool = False,
+    harmful: bool = False,
+    etas: float | Sequence[float] | None = None,
+    parameters: Parameters = None,
+    steps: Steps = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> TopK:
+    """The k training rows with the largest (or smallest) influence on each query, summed over checkpoints (eq. 5).
+
+    All rows are read once, block by block; memory is bounded whatever their number (``Q * S * D`` numbers of queries,
+    ``Q * k`` winners, some tens of MiB of blocks). Of rows with equal scores the lowest row number comes first. Rows
+    that failed, and scores that are not finite, are never returned.
+
+    Args:
+        train: the rows to search: a store, features, or a list of features, one per checkpoint; per step or summed.
+        query: the queries, likewise; per step for trajectories.
+        k: how many; at most as many as there are rows.
+        per_step: rank by the influence at each query step, rather than by its sum over steps.
+        harmful: the smallest scores instead of the largest.
+        etas: weight of each checkpoint; the store's if not given (1 for features).
+        parameters: restrict influence to body parameters: a name or several, ``*`` and ``?`` allowed.
+        steps: restrict the ranking to query steps (0-based): one, a slice or a range.
+        device: where to compute; a GPU if there is one for stores, else where the features are.
+        progress: show a progress bar on work of over two seconds.
+
+    Raises:
+        FeatureMismatchError: features of different sketches, parameters, weights or examples (says what differs).
+        StoreError: a store is incomplete or damaged.
+        ValueError, TypeError: an argument is none of those above.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: got {k!r}; give a positive number of rows")
+    question = ask(train, query, per_step=per_step, etas=etas, parameters=parameters, steps=steps, device=device)
+    source, heads = question.train, question.heads()
+    k = min(k, int(source.valid.sum()))
+    count = len(heads[0])
+    ranking = Ranking(count, max(1, k), smallest=harmful, dtype=heads[0].dtype, device=question.device)
+    with torch.no_grad(), tqdm(total=len(source), desc="scan", unit="row", delay=2, disable=not progress) as bar:
+        for first, scores in score_blocks(question, heads):
+            ranking.add(first, scores)
+            bar.update(len(scores))
+    rows, values = ranking.result()
+    shape = (len(question.query_ids), len(question.ranked), k) if per_step else (len(question.query_ids), k)
+    return finished(question, rows[:, :k].reshape(shape), values[:, :k].reshape(shape), harmful=harmful)
+
+
+def finished(question: Question, rows: Tensor, scores: Tensor, *, harmful: bool) -> TopK:
+    """Winners with their trajectories and ids; queries without features have none."""
+    silent = torch.from_numpy(~question.valid)
+    rows, scores = rows.clone(), scores.clone()
+    rows[silent], scores[silent] = NO_ROW, torch.nan
+    return TopK(
+        rows=rows,
+        scores=scores.float(),
+        sdi=trajectories(question, rows),
+        train_ids=ids_of(question.train, rows),
+        query_ids=question.query_ids,
+        ranked=question.ranked,
+        per_step=question.per_step,
+        harmful=harmful,
+        etas=question.etas,
+    )
+
+
+def ids_of(train: RowSource, rows: Tensor) -> npt.NDArray[np.object_]:
+    """Ids of rows, an object array of the same shape; None for no row."""
+    ids = np.full(rows.shape, None, dtype=object)
+    known = {row: train.id_of(row) for row in rows.unique().tolist() if row != NO_ROW}
+    for place, row in np.ndenumerate(rows.numpy()):
+        ids[place] = known.get(int(row))
+    return ids
+
+
+def trajectories(question: Question, rows: Tensor) -> Tensor:
+    """``(*rows.shape, S)`` float32: influence of rows ``(Q, ...)`` on their query at each of its steps."""
+    train, queries = question.train, len(rows)
+    flat = rows.flatten(1)
+    each = flat.shape[1]
+    out = torch.full((queries, each, question.steps), torch.nan)
+    if not flat.numel():
+        return out.reshape(*rows.shape, question.steps)
+    width = train.spaces[0].width * (question.steps if train.per_step else 1)
+    some = max(1, TRAJECTORY_BYTES // (4 * width))
+    for q in range(queries):
+        for start in range(0, each, some):
+            wanted = flat[q, start : start + some]
+            places = (wanted != NO_ROW).nonzero().flatten()
+            if not len(places):
+                continue
+            total: Tensor | None = None
+            for checkpoint, vectors in enumerate(question.vectors):
+                values = train.take(checkpoint, wanted[places].tolist())[..., question.columns].to(vectors)
+                values = values.sum(1) if values.dim() == 3 else values
+                term = values @ vectors[q].T
+                total = term if total is None else total + term
+            assert total is not None
+            out[q, start + places] = total.float().cpu()
+    return out.reshape(*rows.shape, question.steps)
