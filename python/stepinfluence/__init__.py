@@ -15,37 +15,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdi_kernels import __version__
+    from stepinfluence.allocation import allocate_sizes, gradient_energies
     from stepinfluence.capture import Capture, ExactCapture, attach
     from stepinfluence.checkpoints import Checkpoint, load_checkpoint
     from stepinfluence.errors import (
         BodyError,
         CheckpointError,
+        ConfigError,
         FeatureMismatchError,
         LayoutError,
         LossError,
+        ProjectError,
         StepInfluenceError,
         StoreError,
         UnsupportedUseError,
     )
     from stepinfluence.features import Features, FeatureSpace
+    from stepinfluence.project import Project
     from stepinfluence.scoring import Influence, influence, influence_over_checkpoints, self_influence
 
 # Where each public name lives. Imported at first use, so that `sdi --help` does not wait for torch.
 _HOMES = {
     "sdi_kernels": ("__version__",),
+    "stepinfluence.allocation": ("allocate_sizes", "gradient_energies"),
     "stepinfluence.capture": ("Capture", "ExactCapture", "attach"),
     "stepinfluence.checkpoints": ("Checkpoint", "load_checkpoint"),
     "stepinfluence.errors": (
         "BodyError",
         "CheckpointError",
+        "ConfigError",
         "FeatureMismatchError",
         "LayoutError",
         "LossError",
+        "ProjectError",
         "StepInfluenceError",
         "StoreError",
         "UnsupportedUseError",
     ),
     "stepinfluence.features": ("FeatureSpace", "Features"),
+    "stepinfluence.project": ("Project",),
     "stepinfluence.scoring": ("Influence", "influence", "influence_over_checkpoints", "self_influence"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -55,6 +63,7 @@ __all__ = [
     "Capture",
     "Checkpoint",
     "CheckpointError",
+    "ConfigError",
     "ExactCapture",
     "FeatureMismatchError",
     "FeatureSpace",
@@ -62,11 +71,15 @@ __all__ = [
     "Influence",
     "LayoutError",
     "LossError",
+    "Project",
+    "ProjectError",
     "StepInfluenceError",
     "StoreError",
     "UnsupportedUseError",
     "__version__",
+    "allocate_sizes",
     "attach",
+    "gradient_energies",
     "influence",
     "influence_over_checkpoints",
     "load_checkpoint",

@@ -5,6 +5,9 @@ be read, can be written by many processes, and survive being killed at any momen
 """
 
 from stepinfluence.store.codecs import NUMPY_DTYPES, STORE_DTYPES, StoreDtype, bytes_per_row, decode, encode
+from stepinfluence.store.export import export
+from stepinfluence.store.fold import fold, fold_manifest, fold_store
+from stepinfluence.store.maintain import merge, verify
 from stepinfluence.store.manifest import Manifest, SketchSpec, StoredCheckpoint, model_fingerprint
 from stepinfluence.store.reader import Store
 from stepinfluence.store.rows import StoredRow
@@ -26,5 +29,11 @@ __all__ = [
     "bytes_per_row",
     "decode",
     "encode",
+    "export",
+    "fold",
+    "fold_manifest",
+    "fold_store",
+    "merge",
     "model_fingerprint",
+    "verify",
 ]

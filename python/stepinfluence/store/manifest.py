@@ -22,7 +22,7 @@ from stepinfluence.capture.targets import canonical_name
 from stepinfluence.errors import StoreError
 from stepinfluence.features import Block, FeatureSpace
 from stepinfluence.store.codecs import STORE_DTYPES, StoreDtype
-from stepinfluence.store.files import read_sealed, sealed
+from stepinfluence.store.files import canonical, read_sealed, sealed
 
 FORMAT = "sdi-store-1"
 MANIFEST = "manifest.json"
@@ -198,6 +198,11 @@ class Manifest:
     def rows_of(self, shard: int) -> range:
         """The rows that a shard holds."""
         return range(shard * self.shard_rows, min(self.n_rows, (shard + 1) * self.shard_rows))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all but the code versions, in hex: what ties a shard to its store."""
+        return hashlib.sha256(canonical(_described(self))).hexdigest()
 
     def difference(self, other: Manifest) -> str | None:
         """In words, the first field in which two manifests differ; None if none does."""

@@ -15,8 +15,7 @@ from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.features import Features
 from stepinfluence.store.codecs import decode
-from stepinfluence.store.files import file_digest
-from stepinfluence.store.manifest import MANIFEST, Manifest, StoredCheckpoint, model_fingerprint
+from stepinfluence.store.manifest import Manifest, StoredCheckpoint, model_fingerprint
 from stepinfluence.store.rows import RowIds, RowTable, StoredRow
 from stepinfluence.store.shards import (
     Record,
@@ -41,10 +40,11 @@ class Store:
         manifest: what it holds.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self._records: dict[tuple[int, int], Record] = {}
+        digest = manifest.digest
         for checkpoint in range(len(manifest.checkpoints)):
             for shard in range(manifest.n_shards):
                 if record_path(path, checkpoint, shard).is_file():
@@ -72,7 +72,7 @@ class Store:
         """
         path = Path(path)
         manifest = Manifest.read(path)
-        store = cls(path, manifest, file_digest(path / MANIFEST))
+        store = cls(path, manifest)
         if capture is not None:
             store.require_capture(capture)
         return store

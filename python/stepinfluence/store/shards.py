@@ -107,6 +107,7 @@ class Record:
     """A shard's commit record.
 
     Attributes:
+        manifest: digest of the store's manifest.
         steps: length of the step axis of the shard's values; 0 where they are summed over steps.
         step_labels: names of the steps of the longest example.
         files: size in bytes and SHA-256 of the shard's files, under ``"values"`` and ``"rows"``.
@@ -136,7 +137,7 @@ class Record:
 
 
 def read_record(store: Path, manifest: Manifest, digest: str, checkpoint: int, shard: int) -> Record:
-    """The record of a shard of a store whose manifest file has this digest.
+    """The record of a shard of a store; ``digest`` is the manifest's, which takes long to compute for every shard.
 
     Raises:
         StoreError: it is damaged, or another store's.

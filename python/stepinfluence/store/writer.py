@@ -20,6 +20,8 @@ from stepinfluence.store.shards import (
     FailedRow,
     Record,
     RowInfo,
+    expected_arrays,
+    map_arrays,
     read_record,
     record_path,
     rows_path,
@@ -41,7 +43,7 @@ class StoreWriter:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._digest = file_digest(path / MANIFEST)
+        self._digest = manifest.digest
 
     @classmethod
     def create(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
@@ -53,7 +55,10 @@ class StoreWriter:
         path = Path(path)
         if (path / MANIFEST).exists():
             return cls.resume(path, manifest)
-        if path.is_dir() and any(not p.name.startswith(ASIDE) and p.name != MANIFEST for p in path.iterdir()):
+        others = path.is_dir() and any(not p.name.startswith(ASIDE) and p.name != MANIFEST for p in path.iterdir())
+        if (path / MANIFEST).exists():  # another worker has begun it meanwhile
+            return cls.resume(path, manifest)
+        if others:
             raise StoreError(f"{path}: holds other files; give a new or empty folder")
         make_folder(path)
         write_bytes(path / MANIFEST, manifest.to_bytes())
@@ -212,6 +217,7 @@ class StoreWriter:
 
         def fill(aside: Path) -> None:
             save_file(arrays, aside, metadata={"format": FORMAT})
+            map_arrays(aside, expected_arrays(self.manifest, record))  # all there, whatever the library did on errors
             files["values"] = (aside.stat().st_size, file_digest(aside))
             if there.is_file():
                 before = read_record(self.path, self.manifest, self._digest, checkpoint, shard)

@@ -1,0 +1,141 @@
+"""Checking stores and putting them together: :func:`verify`, :func:`merge`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from stepinfluence.errors import StoreError
+from stepinfluence.store.files import ASIDE, file_digest, write_atomically, write_bytes
+from stepinfluence.store.manifest import MANIFEST, Manifest
+from stepinfluence.store.reader import Store
+from stepinfluence.store.rows import RowTable
+from stepinfluence.store.shards import (
+    Record,
+    expected_arrays,
+    map_arrays,
+    read_record,
+    record_path,
+    rows_path,
+    values_path,
+)
+from stepinfluence.store.writer import TIMES, StoreWriter
+
+
+def verify(path: str | Path, *, progress: bool = False) -> list[str]:
+    """Every problem of a store, one line each; none if it is whole and as it was written.
+
+    Reads every byte. Finds changed bytes (in values, rows, records and the manifest), missing shards and files, files
+    that are no part of the store, and what killed writers left behind. ``times.jsonl``, a log, is not looked into.
+
+    Raises:
+        StoreError: there is no store, or its manifest is damaged: then nothing else can be checked.
+    """
+    path = Path(path)
+    manifest = Manifest.read(path)
+    digest, table = manifest.digest, RowTable(path, manifest)
+    problems = []
+    known = {path / MANIFEST, path / TIMES}
+    rows_seen: dict[int, str] = {}
+    shards = [(k, s) for k in range(len(manifest.checkpoints)) for s in range(manifest.n_shards)]
+    for checkpoint, shard in tqdm(shards, desc="verify", unit="shard", delay=2, disable=not progress):
+        files = {"rows": rows_path(path, shard), "values": values_path(path, checkpoint, shard)}
+        known |= {*files.values(), record_path(path, checkpoint, shard)}
+        if not record_path(path, checkpoint, shard).is_file():
+            problems.append(f"{record_path(path, checkpoint, shard)}: missing: the shard was not written")
+            continue
+        try:
+            record = read_record(path, manifest, digest, checkpoint, shard)
+            for name, file in files.items():
+                if not file.is_file():
+                    raise StoreError(f"{file}: missing")
+                found = rows_seen[shard] if name == "rows" and shard in rows_seen else file_digest(file)
+                if name == "rows":
+                    rows_seen[shard] = found
+                if found != record.files[name][1]:
+                    raise StoreError(f"{file}: damaged: its bytes do not fit the checksum in the shard's record")
+            map_arrays(files["values"], expected_arrays(manifest, record))
+            if checkpoint == 0:
+                table.of_shard(shard)
+        except (StoreError, OSError) as error:
+            problems.append(str(error))
+    return problems + list(_foreign(path, known))
+
+
+def _foreign(path: Path, known: set[Path]) -> Iterator[str]:
+    for file in sorted(path.rglob("*")):
+        if file in known or (file.is_dir() and not file.is_symlink()):
+            continue
+        left = file.name.startswith(ASIDE)
+        yield f"{file}: {'left behind by a killed writer; resuming removes it' if left else 'no part of the store'}"
+
+
+def merge(paths: Sequence[str | Path], out: str | Path, *, link: bool = True, progress: bool = False) -> Store:
+    """One store of the shards that several stores with one manifest hold.
+
+    Args:
+        paths: stores; where two hold a shard, it must be the same one.
+        out: the merged store's folder: new, or a store with that manifest, to which shards are added.
+        link: make hard links where the file system can, which takes no space; copies otherwise.
+        progress: show a progress bar.
+
+    Returns:
+        The merged store, which may still be incomplete (:attr:`Store.complete`).
+
+    Raises:
+        StoreError: manifests differ (says where), a shard is damaged, or two stores hold different versions of one.
+    """
+    if not paths:
+        raise ValueError("paths: got none; give the stores to merge")
+    sources = [Path(p) for p in paths]
+    manifest = Manifest.read(sources[0])
+    for source in sources[1:]:
+        difference = manifest.difference(Manifest.read(source))
+        if difference is not None:
+            raise StoreError(f"{source}: not a part of the same store as {sources[0]}: {difference}")
+    StoreWriter.create(out, manifest)
+    for source in sources:
+        shards = [(k, s) for k in range(len(manifest.checkpoints)) for s in range(manifest.n_shards)]
+        for checkpoint, shard in tqdm(shards, desc=f"merge {source.name}", unit="shard", delay=2, disable=not progress):
+            if record_path(source, checkpoint, shard).is_file():
+                record = read_record(source, manifest, manifest.digest, checkpoint, shard)
+                _add_shard(source, Path(out), manifest, record, link=link)
+    return Store.open(out)
+
+
+def _add_shard(source: Path, out: Path, manifest: Manifest, record: Record, *, link: bool) -> None:
+    checkpoint, shard = record.checkpoint, record.shard
+    there = record_path(out, checkpoint, shard)
+    content = record_path(source, checkpoint, shard).read_bytes()
+    if there.is_file():
+        if there.read_bytes() != content:
+            raise StoreError(
+                f"{source}: shard {shard} of checkpoint {checkpoint} is another one than the merged store has"
+            )
+        return
+    pairs = {
+        "rows": (rows_path(source, shard), rows_path(out, shard)),
+        "values": (values_path(source, checkpoint, shard), values_path(out, checkpoint, shard)),
+    }
+    for name, (old, new) in pairs.items():
+        if not old.is_file() or file_digest(old) != record.files[name][1]:
+            raise StoreError(f"{old}: damaged: its bytes do not fit the checksum in the shard's record")
+        if new.is_file() and file_digest(new) == record.files[name][1]:
+            continue
+        if name == "rows" and new.is_file():
+            raise StoreError(f"{old}: other rows than the merged store has; the stores are of different datasets")
+        write_atomically(new, lambda aside, old=old: _link_or_copy(old, aside, link=link))  # type: ignore[misc]
+    write_bytes(there, content)
+
+
+def _link_or_copy(old: Path, new: Path, *, link: bool) -> None:
+    if link:
+        try:
+            new.hardlink_to(old)
+            return
+        except OSError:  # another file system, or one without hard links
+            pass
+    shutil.copyfile(old, new)
