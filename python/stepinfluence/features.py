@@ -173,7 +173,7 @@ class FeatureBuilder:
         self._width, self._dtype, self._device = width, dtype, device
         self._per_step = per_step
         self._values = self._allocate(expected, 0)
-        self._count = 0
+        self._count = self._reserved = 0
         self._losses: list[Tensor] = []
         self._steps: list[Tensor] = []
         self._lengths: list[Tensor] = []
@@ -201,8 +201,13 @@ class FeatureBuilder:
             else:
                 larger[: self._count] = have[: self._count]
             self._values = larger
+        self._reserved = need
         rows_ = self._values[self._count : need]
         return rows_[:, :steps] if self._per_step else rows_
+
+    def discard(self) -> None:
+        """Forget the reserved rows, of a batch that failed half-way."""
+        self._values[self._count : self._reserved].zero_()
 
     def commit(self, ids: Sequence[Hashable], losses: Tensor, labels: Sequence[str], lengths: Tensor | None) -> None:
         """Keep the reserved rows; ``labels`` names the steps that this batch ran."""

@@ -20,6 +20,7 @@ LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss_fn(model, batch) -> (B,)``: one loss per example, not reduced over the batch."""
 
 IdsOf: TypeAlias = Callable[[Any], Sequence[Hashable]]
+OnError: TypeAlias = Callable[[Exception], None]
 
 
 @contextmanager
@@ -157,6 +158,7 @@ class LoaderCapture(ABC):
         progress: bool,
         description: str,
         first_batch: int,
+        on_error: OnError | None = None,
     ) -> Features:
         """Featurize every batch of a loader; the progress bar shows only on work that takes over two seconds."""
         if first_batch < 0:
@@ -174,6 +176,13 @@ class LoaderCapture(ABC):
                 given = ids(batch) if ids is not None else None
                 # A tensor's elements would be tensors, which are hashed by identity.
                 given = given.tolist() if isinstance(given, Tensor) else given if given is None else list(given)
-                losses = self._featurize_batch(builder, batch, loss_fn, given, index)
+                try:
+                    losses = self._featurize_batch(builder, batch, loss_fn, given, index)
+                except Exception as error:
+                    if on_error is None:
+                        raise
+                    on_error(error)
+                    builder.discard()
+                    continue
                 bar.set_postfix(examples=builder.count, loss=f"{float(losses.mean()):.3g}", refresh=False)
         return builder.finish(space)

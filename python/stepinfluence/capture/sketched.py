@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -67,9 +68,8 @@ class Capture(session.LoaderCapture):
         self.verify = verify
         self._steps = StepTracker(self.model, self.body, loop)
         self._recorder = SketchRecorder(self.targets, route, layout)
-        self._interceptor = Interceptor(
-            self.model, self.targets, self._steps, self._recorder, outside=outside, rules=RULES, batch_dim=batch_dim
-        )
+        self._outside = outside
+        self._interceptor = self._make_interceptor()
         self._tables = hashlib.blake2b(
             "".join(t.sketch.fingerprint for t in self.targets).encode(), digest_size=16
         ).hexdigest()
@@ -80,6 +80,26 @@ class Capture(session.LoaderCapture):
         self._verified: set[Any] = set()
         self._verifying = verify
         self._used: set[Target] = set()
+
+    def _make_interceptor(self) -> Interceptor:
+        return Interceptor(
+            self.model,
+            self.targets,
+            self._steps,
+            self._recorder,
+            outside=self._outside,
+            rules=RULES,
+            batch_dim=self.batch_dim,
+        )
+
+    def recording_to(self, recorder: SketchRecorder) -> Capture:
+        """A capture of the same parameters in the same loop (step marks are shared) that hands gradients to another
+        recorder."""
+        twin = copy.copy(self)
+        twin._recorder = recorder
+        twin._interceptor = twin._make_interceptor()
+        twin._verified = set()
+        return twin
 
     @property
     def width(self) -> int:
@@ -141,6 +161,7 @@ class Capture(session.LoaderCapture):
         progress: bool = True,
         first_batch: int = 0,
         verify: bool | None = None,
+        on_error: session.OnError | None = None,
     ) -> Features:
         """Sketch the gradients of every example of a loader (paper, Algorithm 1).
 
@@ -154,6 +175,8 @@ class Capture(session.LoaderCapture):
             first_batch: number of the loader's first batch, where the loader is a part of a larger one: the random
                 state that a batch starts from goes by it, so that a part is featurized as it would be in the whole.
             verify: whether to verify in this call; as given to :func:`attach` if None.
+            on_error: called with the error of a batch that failed; unless it raises, the batch is left out. If not
+                given, the error is raised.
 
         Returns:
             :class:`Features` on the body's device, float32 (float64 for a float64 body).
@@ -175,6 +198,7 @@ class Capture(session.LoaderCapture):
             progress=progress,
             description="featurize",
             first_batch=first_batch,
+            on_error=on_error,
         )
         if len(features):
             self._check_all_used()
