@@ -33,3 +33,11 @@ class CheckpointError(StepInfluenceError):
 
 class StoreError(StepInfluenceError):
     """A feature store that is damaged, incomplete, or not the one that is meant."""
+
+
+class ProjectError(StepInfluenceError):
+    """A project file that cannot be run, or a function of it that does not do what is expected of it."""
+
+
+class ConfigError(StepInfluenceError):
+    """A configuration with unknown keys, values of a wrong type, or settings that contradict one another."""
