@@ -78,15 +78,18 @@ def chosen_steps(steps: Steps, count: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def chosen_blocks(space: FeatureSpace, parameters: Parameters) -> list[bool]:
+def chosen_blocks(space: FeatureSpace, parameters: Parameters, *, shared_columns: bool = False) -> list[bool]:
     """Which of a space's blocks ``parameters`` names.
+
+    Args:
+        shared_columns: whether it does not matter that all parameters have the same columns.
 
     Raises:
         ValueError: a name or pattern fits none, or the columns are shared by all parameters.
     """
     if parameters is None:
         return [True] * len(space.blocks)
-    if space.layout == "sum":
+    if space.layout == "sum" and not shared_columns:
         raise ValueError(
             "parameters: these features have one set of columns for all parameters (layout 'sum'); "
             "featurize with layout='concat' to restrict a search"

@@ -1,0 +1,174 @@
+"""Exact influence of given examples on given queries, recomputed from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepinfluence.capture import Capture
+from stepinfluence.capture.pairs import BatchGradients, PairCapture, PairRoute
+from stepinfluence.capture.session import IdsOf, LossFn, isolated
+from stepinfluence.scoring import Influence
+from stepinfluence.search.question import Parameters, chosen_blocks
+
+QUERY_BYTES = 2 << 30
+"""Factors of queries that are held at a time, unless told otherwise."""
+
+Wanted: TypeAlias = Callable[[range, range], Tensor]
+"""Which pairs of some train rows and some queries are needed, ``(len(rows), len(queries))`` bool."""
+
+
+@dataclass(frozen=True)
+class ExactBlock:
+    """Exact influence of some train rows on some queries.
+
+    Attributes:
+        rows, queries: positions in the two loaders.
+        sdi: ``(len(rows), len(queries), steps)`` of the loop steps that these queries ran.
+        train_ids, query_ids: their ids.
+    """
+
+    rows: range
+    queries: range
+    sdi: Tensor
+    train_ids: tuple[Hashable, ...]
+    query_ids: tuple[Hashable, ...]
+
+
+def exact_blocks(
+    capture: Capture,
+    loss_fn: LossFn,
+    train: Iterable[Any],
+    query: Iterable[Any],
+    *,
+    wanted: Wanted | None = None,
+    parameters: Parameters = None,
+    route: PairRoute = "auto",
+    query_bytes: int = QUERY_BYTES,
+    ids: IdsOf | None = None,
+    progress: bool = True,
+) -> Iterator[ExactBlock]:
+    """Exact influence block by block; arguments and errors as for :func:`rerank`.
+
+    Args:
+        wanted: which pairs are needed; all if not given.
+    """
+    if not isinstance(capture, Capture):
+        raise TypeError(f"capture: got {type(capture).__name__}; pass what stepinfluence.attach returns")
+    if query_bytes < 1:
+        raise ValueError(f"query_bytes: got {query_bytes}; give a positive number of bytes")
+    space = capture.space()
+    names = None
+    if parameters is not None:
+        one_each = chosen_blocks(space, parameters, shared_columns=True)
+        names = [block.name for block, chosen in zip(space.blocks, one_each, strict=True) if chosen]
+    pairs = PairCapture(capture, route=route, parameters=names)
+    with isolated(capture.model, training=capture.training):
+        for group in _groups(pairs, loss_fn, query, query_bytes, ids):
+            total = len(train) if isinstance(train, Sized) else None
+            first = 0
+            bar = tqdm(train, total=total, desc="exact influence", unit="batch", delay=2, disable=not progress)
+            for index, batch in enumerate(bar):
+                kept = pairs.record(batch, loss_fn, _ids(ids, batch), index, per_step=False, first=first)
+                rows = range(first, first + kept.size)
+                for start, queries in group:
+                    columns = range(start, start + queries.size)
+                    mask = None if wanted is None else wanted(rows, columns)
+                    yield ExactBlock(rows, columns, pairs.influence(kept, queries, mask), kept.ids, queries.ids)
+                first += kept.size
+
+
+def _ids(ids: IdsOf | None, batch: Any) -> list[Hashable] | None:
+    if ids is None:
+        return None
+    given = ids(batch)
+    return given.tolist() if isinstance(given, Tensor) else list(given)
+
+
+def _groups(
+    pairs: PairCapture, loss_fn: LossFn, query: Iterable[Any], limit: int, ids: IdsOf | None
+) -> Iterator[list[tuple[int, BatchGradients]]]:
+    """Batches of queries with the position of their first, in groups of about ``limit`` bytes of factors."""
+    group: list[tuple[int, BatchGradients]] = []
+    held = first = 0
+    for index, batch in enumerate(query):
+        kept = pairs.record(batch, loss_fn, _ids(ids, batch), index, per_step=True, first=first)
+        if group and held + kept.bytes > limit:
+            yield group
+            group, held = [], 0
+        group.append((first, kept))
+        held += kept.bytes
+        first += kept.size
+    if group:
+        yield group
+
+
+def rerank(
+    capture: Capture,
+    loss_fn: LossFn,
+    train: Iterable[Any],
+    query: Iterable[Any],
+    *,
+    parameters: Parameters = None,
+    route: PairRoute = "auto",
+    query_bytes: int = QUERY_BYTES,
+    ids: IdsOf | None = None,
+    progress: bool = True,
+) -> Influence:
+    """Exact Step-Decomposed Influence of some training examples on some queries, at the model's present weights.
+
+    One forward and backward pass over the queries, and one over the training examples for every ``query_bytes`` of
+    queries. No gradient of the model is kept: :class:`stepinfluence.capture.pairs.PairCapture` says what is, and
+    docs/search.md what it costs.
+
+    Args:
+        capture: from :func:`stepinfluence.attach`; its model, body, loop and metric count, its sketches do not.
+        loss_fn: ``loss_fn(model, batch) -> (B,)``.
+        train, query: loaders that give the same batches each time they are iterated. A batch of training examples is
+            held in factors, about as large as the activations of its backward pass.
+        parameters: restrict influence to body parameters: a name or several, ``*`` and ``?`` allowed.
+        route: ``"tokens"`` for pairs of tokens wherever possible, ``"gradients"`` for gradients of one parameter at a
+            time, ``"auto"`` for the cheaper one, parameter by parameter.
+        query_bytes: factors of queries that are held at a time.
+        ids: ``ids(batch) -> sequence`` of one hashable per example; running numbers if not given.
+        progress: show a progress bar on work of over two seconds.
+
+    Returns:
+        :class:`~stepinfluence.Influence` with ``sdi`` ``(n_train, n_query, steps)`` on the body's device, float32
+        (float64 for a float64 body); eta is 1.
+
+    Raises:
+        ValueError, TypeError: an argument is none of those above.
+        LossError, BodyError, UnsupportedUseError, LayoutError: as for ``Capture.featurize``.
+    """
+    blocks = list(
+        exact_blocks(
+            capture,
+            loss_fn,
+            train,
+            query,
+            parameters=parameters,
+            route=route,
+            query_bytes=query_bytes,
+            ids=ids,
+            progress=progress,
+        )
+    )
+    rows = max((b.rows.stop for b in blocks), default=0)
+    queries = max((b.queries.stop for b in blocks), default=0)
+    steps = max((b.sdi.shape[2] for b in blocks), default=0)
+    sdi = torch.zeros(rows, queries, steps, dtype=capture._dtype, device=capture.device)
+    train_ids: dict[int, Hashable] = {}
+    query_ids: dict[int, Hashable] = {}
+    for b in blocks:
+        sdi[b.rows.start : b.rows.stop, b.queries.start : b.queries.stop, : b.sdi.shape[2]] = b.sdi
+        train_ids.update(zip(b.rows, b.train_ids, strict=True))
+        query_ids.update(zip(b.queries, b.query_ids, strict=True))
+    return Influence(
+        sdi, "query", tuple(train_ids[k] for k in range(rows)), tuple(query_ids[k] for k in range(queries)), (1.0,)
+    )
