@@ -46,8 +46,8 @@ def _accumulate(
     return buffer
 
 
-def _entry_scale(scale: object, sketch: TensorSketch, route: Route, activations: Tensor) -> Tensor:
-    """The checked ``scale`` of :func:`sketch_linear_grads`, detached."""
+def _entry_scale(scale: object, sketch: TensorSketch, route: Route, **like: Tensor) -> Tensor:
+    """The checked ``scale`` of one number per weight, detached; ``like``: a tensor on its device, by its name."""
     value = _checks.float_tensor("scale", scale, min_dim=2)
     if value.shape != (sketch.d_out, sketch.d_in):
         raise ValueError(
@@ -55,7 +55,7 @@ def _entry_scale(scale: object, sketch: TensorSketch, route: Route, activations:
         )
     if route == "fft":
         raise ValueError("route: got 'fft' with scale; the fft route cannot apply it, use 'auto' or 'direct'")
-    _checks.same_device(scale=value, activations=activations)
+    _checks.same_device(scale=value, **like)
     return value.detach()
 
 
@@ -105,7 +105,7 @@ def sketch_linear_grads(
     tables = sketch.tables(a.device)
     p: Tensor | None = None
     if scale is not None:
-        p = _entry_scale(scale, sketch, route, a).to(_checks.sketch_dtype(a, g))
+        p = _entry_scale(scale, sketch, route, activations=a).to(_checks.sketch_dtype(a, g))
         route = "direct" if route == "auto" else route
     chosen = plan_linear(a3.shape[0], a3.shape[1], sketch, a.device, route, dtype=a.dtype).route
     return _finish(
@@ -118,7 +118,9 @@ def sketch_linear_grads(
     )
 
 
-def sketch_matrix_grads(grads: Tensor, sketch: TensorSketch, *, out: Tensor | None = None) -> Tensor:
+def sketch_matrix_grads(
+    grads: Tensor, sketch: TensorSketch, *, scale: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """TensorSketch of gradients that are already there as matrices (paper, Lemma 3).
 
     For parameters that are not used as a linear map; costs one pass over ``grads``.
@@ -126,6 +128,8 @@ def sketch_matrix_grads(grads: Tensor, sketch: TensorSketch, *, out: Tensor | No
     Args:
         grads: ``(..., d_out, d_in)``.
         sketch: the tables for this parameter.
+        scale: optional ``(d_out, d_in)``, any floating dtype, multiplied elementwise into every matrix (an optimizer's
+            metric); not differentiable.
         out: optional buffer ``(..., m)`` to accumulate into.
 
     Returns:
@@ -142,6 +146,9 @@ def sketch_matrix_grads(grads: Tensor, sketch: TensorSketch, *, out: Tensor | No
             f"grads: got {g.shape[-2]} rows, but the sketch was made for d_out={sketch.d_out}; "
             f"pass shape (..., {sketch.d_out}, {sketch.d_in}) or make the sketch for this parameter"
         )
+    p: Tensor | None = None
+    if scale is not None:
+        p = _entry_scale(scale, sketch, "auto", grads=g).to(_checks.sketch_dtype(g))
     lead, m = g.shape[:-2], sketch.m
     g3 = _merge_leading(g)
     tables = sketch.tables(g.device)
@@ -150,8 +157,8 @@ def sketch_matrix_grads(grads: Tensor, sketch: TensorSketch, *, out: Tensor | No
         lead,
         m,
         (g,),
-        lambda: ops.matrix_sketch(g3, tables, m),
-        lambda buffer: ops.matrix_sketch_(buffer, g3.detach(), tables, m),
+        lambda: ops.matrix_sketch(g3, tables, m, p),
+        lambda buffer: ops.matrix_sketch_(buffer, g3.detach(), tables, m, p),
     )
 
 

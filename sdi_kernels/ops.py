@@ -43,8 +43,8 @@ def linear_sketch_(
 
 
 @torch.library.custom_op("sdi_kernels::matrix_sketch_", mutates_args={"out"})
-def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    torch_routes.matrix(out, grads, tables, m)
+def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> None:
+    torch_routes.matrix(out, grads, tables, m, scale)
 
 
 @torch.library.custom_op("sdi_kernels::embedding_sketch_", mutates_args={"out"})
@@ -104,6 +104,13 @@ def _(
     launch.linear_sketch_(out, activations, grad_outputs, tables, m, route, scale)
 
 
+@matrix_sketch_.register_kernel("cuda")
+def _(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> None:
+    from sdi_kernels.triton import launch
+
+    launch.matrix_sketch_(out, grads, tables, m, scale)
+
+
 @embedding_sketch_.register_kernel("cuda")
 def _(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
     from sdi_kernels.triton import launch
@@ -116,6 +123,21 @@ def _(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
     from sdi_kernels.triton import launch
 
     launch.vector_sketch_(out, grads, tables, m)
+
+
+@scaled_vector_sketch_.register_kernel("cuda")
+def _(
+    out: Tensor,
+    grads: Tensor,
+    factors: Tensor,
+    center: Tensor | None,
+    scale: Tensor | None,
+    tables: Sequence[Tensor],
+    m: int,
+) -> None:
+    from sdi_kernels.triton import launch
+
+    launch.scaled_vector_sketch_(out, grads, factors, center, scale, tables, m)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -153,14 +175,14 @@ def _(
 
 
 @torch.library.custom_op("sdi_kernels::matrix_sketch", mutates_args=())
-def matrix_sketch(grads: Tensor, tables: Sequence[Tensor], m: int) -> Tensor:
+def matrix_sketch(grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> Tensor:
     out = _zeros(grads, m, grads)
-    matrix_sketch_(out, grads, tables, m)
+    matrix_sketch_(out, grads, tables, m, scale)
     return out
 
 
 @matrix_sketch.register_fake
-def _(grads: Tensor, tables: Sequence[Tensor], m: int) -> Tensor:
+def _(grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> Tensor:
     return _zeros(grads, m, grads)
 
 
@@ -221,13 +243,17 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _matrix_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grads, tables, ctx.m = inputs
+    grads, tables, ctx.m, scale = inputs
     ctx.dtype = grads.dtype
-    ctx.save_for_backward(*tables)
+    ctx.save_for_backward(scale, *tables)
 
 
 def _matrix_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return torch_routes.linear_adjoint(grad, ctx.saved_tensors, ctx.m).to(ctx.dtype), NO_TABLE_GRADS, None
+    scale, *tables = ctx.saved_tensors
+    weight = torch_routes.linear_adjoint(grad, tables, ctx.m)
+    if scale is not None:
+        weight = weight * scale.to(weight.dtype)
+    return (weight.to(ctx.dtype), NO_TABLE_GRADS, None, None)[: len(ctx.needs_input_grad)]
 
 
 def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

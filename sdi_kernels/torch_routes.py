@@ -126,15 +126,19 @@ def linear_fft(out: Tensor, activations: Tensor, grad_outputs: Tensor, tables: S
             out[some] += torch.fft.irfft(spectrum, n=m)
 
 
-def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    """TensorSketch of given matrices (rows, d_out, d_in)."""
+def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> None:
+    """TensorSketch of given matrices (rows, d_out, d_in), times ``scale`` (d_out, d_in) where given."""
     h_out, s_out, _, h_in, s_in, _ = tables
     rows, d_out, d_in = grads.shape
     budget = workspace_bytes(out.device)
     per_line = 2 * out.element_size() * (m + d_in)
     for some in _chunks(rows, min(per_line * d_out, budget), budget):
         for part in _chunks(d_out, per_line * (some.stop - some.start) + INDEX_BYTES * m, budget):
-            folded = _scatter(grads[some, part].to(out.dtype), h_in, s_in, m)
+            values = grads[some, part].to(out.dtype)
+            if scale is not None:
+                values = values * scale[part]
+            folded = _scatter(values, h_in, s_in, m)
+            del values
             folded *= s_out[part].to(out.dtype)[:, None]
             _add_shifted(out[some], folded, h_out[part], torch.arange(m, device=out.device), m)
             del folded

@@ -44,6 +44,16 @@ def linear_sketch_(
     torch_routes.linear(out, activations, grad_outputs, tables, m, route, scale)
 
 
+def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> None:
+    if available() and common.supported(grads):
+        from sdi_kernels.triton import matrix
+
+        with torch.cuda.device(out.device):
+            matrix.matrix(out, grads, tables, m, scale=scale)
+    else:
+        torch_routes.matrix(out, grads, tables, m, scale)
+
+
 def embedding_sketch_(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
     if available() and common.supported(grad_outputs):
         from sdi_kernels.triton import embedding
@@ -62,3 +72,21 @@ def vector_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int)
             vector.vector(out, grads, tables, m)
     else:
         torch_routes.vector(out, grads, tables, m)
+
+
+def scaled_vector_sketch_(
+    out: Tensor,
+    grads: Tensor,
+    factors: Tensor,
+    center: Tensor | None,
+    scale: Tensor | None,
+    tables: Sequence[Tensor],
+    m: int,
+) -> None:
+    if available() and common.supported(grads, factors):
+        from sdi_kernels.triton import vector
+
+        with torch.cuda.device(out.device):
+            vector.vector(out, grads, tables, m, factors=factors, center=center, scale=scale)
+    else:
+        torch_routes.scaled_vector(out, grads, factors, center, scale, tables, m)

@@ -1,7 +1,8 @@
 """Compile the shipped kernels for GPUs that need not be there, and read from the machine code what they cost.
 
 ``python tests/kernels/compile_gate.py`` prints the table of docs/kernels.md and fails where a case needs more than was
-declared with it. Triton caches what it compiled (by source and options), so only a change costs time again.
+declared with it; ``... compile_gate.py vector matrix`` does so for the cases with these words in their names. Triton
+caches what it compiled (by source and options), so only a change costs time again.
 """
 
 from __future__ import annotations
@@ -121,16 +122,49 @@ def _direct_cases(target: Target, kinds: tuple[str, ...], scales: tuple[bool, ..
     return cases
 
 
+def _vector_cases(target: Target) -> list[Case]:
+    from sdi_kernels.triton import vector
+
+    cases = []
+    for name, given in (("vector", False), ("scaled vector", True)):
+        flags = {"HAS_FACTORS": given, "HAS_CENTER": given, "HAS_SCALE": given}
+        shared = {"BLOCK_T": vector.BLOCK_T, **flags, "stride_om": 1, "stride_gd": 1, "stride_xd": 1}
+        scatter = {**shared, "BLOCK_D": vector.BLOCK_D, "IS_ATOMIC": True}
+        gather = {**shared, "BLOCK_M": vector.BLOCK_D}
+        cases += [
+            Case(f"{name} scatter", target, "vector", "vector_scatter_kernel", scatter, {}, vector.NUM_WARPS, 3),
+            Case(f"{name} gather", target, "vector", "vector_gather_kernel", gather, {}, vector.NUM_WARPS, 3),
+        ]
+    return cases
+
+
+def _matrix_cases(target: Target) -> list[Case]:
+    from sdi_kernels.triton import matrix
+
+    cases = []
+    for scaled in (False, True):
+        shared = {"HAS_SCALE": scaled, "stride_om": 1, "stride_xi": 1, "stride_pi": 1}
+        gather = {**shared, "BLOCK_O": matrix.BLOCK_O, "BLOCK_M": matrix.BLOCK_M, "IS_ATOMIC": False}
+        scatter = {**shared, "TILE_O": matrix.TILE_O, "TILE_I": matrix.TILE_I}
+        word = " scaled" if scaled else ""
+        # Two registers' worth with 168 of 255 in use: ptxas's choice, not a lack of them.
+        stack = 8 if scaled and target == SM80 else 0
+        cases += [
+            Case(f"matrix gather{word}", target, "matrix", "matrix_gather_kernel", gather, {}, matrix.NUM_WARPS, 3,
+                 stack=stack),
+            Case(f"matrix scatter{word}", target, "matrix", "matrix_scatter_kernel", scatter, {}, matrix.NUM_WARPS, 3),
+        ]  # fmt: skip
+    return cases
+
+
 def _other_cases(target: Target, kinds: tuple[str, ...]) -> list[Case]:
-    from sdi_kernels.triton import embedding, pairwise, vector
+    from sdi_kernels.triton import embedding, pairwise
 
     stride = {"stride_om": 1, "stride_gd": 1}
-    scatter = {"BLOCK_T": vector.BLOCK_T, "BLOCK_D": vector.BLOCK_D, "IS_ATOMIC": True, **stride}
-    gather = {"BLOCK_T": vector.BLOCK_T, "BLOCK_M": vector.BLOCK_D, **stride}
     embed = {"BLOCK_T": embedding.BLOCK_T, "BLOCK_M": embedding.BLOCK_M, "IS_ATOMIC": False, "stride_it": 1, **stride}
     cases = [
-        Case("vector scatter", target, "vector", "vector_scatter_kernel", scatter, {}, vector.NUM_WARPS, 3),
-        Case("vector gather", target, "vector", "vector_gather_kernel", gather, {}, vector.NUM_WARPS, 3),
+        *_vector_cases(target),
+        *_matrix_cases(target),
         Case("embedding", target, "embedding", "embedding_sketch_kernel", embed, {}, embedding.NUM_WARPS, 3),
     ]
     for kind, config in pairwise.CONFIGS.items():
@@ -174,7 +208,8 @@ def cases() -> list[Case]:
     return found
 
 
-PLAIN = ("tokens", "tokens_per_split", "width_in", "width_out", "splits", "query_tokens", "queries_per_split")
+PLAIN = ("tokens", "tokens_per_split", "lines_per_split", "width_in", "width_out", "splits", "query_tokens",
+         "queries_per_split")  # fmt: skip
 """Arguments that the kernels ask the launcher not to specialize on."""
 
 
@@ -297,12 +332,14 @@ def problems(cost: Cost) -> list[str]:
     return found
 
 
-def main() -> int:
-    costs = measure_all(cases())
+def main(names: list[str]) -> int:
+    """All cases, or those with one of ``names`` in their own."""
+    chosen = cases()
+    costs = measure_all([case for case in chosen if not names or any(name in case.name for name in names)])
     found = [line for cost in costs for line in problems(cost)]
     sys.stdout.write("\n".join([table(costs), *found]) + "\n")
     return 1 if found else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

@@ -63,6 +63,10 @@ OPCHECKS: dict[str, tuple[CustomOpDef, Args]] = {
         lambda: (values(2, 4, 5, dtype=torch.float16).mT, PAPERS.tables(), 3),
     ),
     "matrix in place": (ops.matrix_sketch_, lambda: (values(2, M), values(2, 5, 4), SKETCH.tables(), M)),
+    "matrix, preconditioned": (
+        ops.matrix_sketch,
+        lambda: (values(2, 5, 4, grad=True), SKETCH.tables(), M, values(5, 4)),
+    ),
     "embedding": (ops.embedding_sketch, lambda: (ids(2, 3), values(2, 3, 4, grad=True), SKETCH.tables(), M)),
     "embedding: iid, bfloat16": (
         ops.embedding_sketch,

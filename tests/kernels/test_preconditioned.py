@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdi_kernels import HashFamily, TensorSketch, ops, plan, reference, sketch_linear_grads, torch_routes
+from sdi_kernels import (
+    HashFamily,
+    TensorSketch,
+    ops,
+    plan,
+    reference,
+    sketch_linear_grads,
+    sketch_matrix_grads,
+    torch_routes,
+)
 from sdi_kernels.cpu import native
 from sdi_kernels.triton import launch
 
@@ -172,3 +181,41 @@ def test_errors() -> None:
     for operator in (torch_routes.linear, ops.linear_sketch_):
         with pytest.raises(ValueError, match="scale: the fft route cannot apply it"):
             operator(torch.zeros(2, 256), a, g, sketch.tables(), 256, "fft", scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gradients that are there as matrices
+
+
+def test_matrix_agrees_with_the_definition() -> None:
+    sketch, scale = TensorSketch(40, 24, 100), torch.randint(-3, 4, (24, 40)).double().T
+    grads = torch.randint(-3, 4, (3, 40, 24)).float()
+    want = reference.tensor_sketch(scale * grads, sketch)
+    assert torch.equal(sketch_matrix_grads(grads, sketch, scale=scale).double(), want)
+    out = torch.ones(3, 100)
+    sketch_matrix_grads(grads, sketch, scale=scale, out=out)
+    assert torch.equal(out.double() - 1, want)
+
+
+def test_matrix_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    sketch, scale = TensorSketch(7, 5, 12), torch.randint(-3, 4, (7, 5)).float()
+    grads = torch.randint(-3, 4, (3, 7, 5)).float()
+    monkeypatch.setitem(plan.WORKSPACE_BYTES, "cpu", 300)
+    assert torch.equal(
+        sketch_matrix_grads(grads, sketch, scale=scale).double(), reference.tensor_sketch(scale * grads, sketch)
+    )
+
+
+def test_matrix_is_differentiable_in_the_gradients_alone() -> None:
+    sketch = TensorSketch(4, 3, 5)
+    grads = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda g: sketch_matrix_grads(g, sketch, scale=scale), grads)
+    sketch_matrix_grads(grads, sketch, scale=scale).sum().backward()
+    assert scale.grad is None
+
+
+def test_matrix_names_a_scale_that_does_not_fit() -> None:
+    sketch = TensorSketch(4, 3, 5)
+    with pytest.raises(ValueError, match=r"^scale: got shape \(3, 4\); pass one number per weight, shape \(4, 3\)$"):
+        sketch_matrix_grads(torch.zeros(2, 4, 3), sketch, scale=torch.zeros(3, 4))

@@ -14,7 +14,7 @@ import sdi_kernels as sk
 from sdi_kernels import CountSketch, TensorSketch, ops, pairwise, reference, torch_routes, triton
 from sdi_kernels.triton import cost, launch
 
-ACCUMULATING = ["linear_sketch_", "embedding_sketch_", "vector_sketch_"]
+ACCUMULATING = ["linear_sketch_", "matrix_sketch_", "embedding_sketch_", "vector_sketch_", "scaled_vector_sketch_"]
 
 
 def test_importing_everything_imports_no_triton() -> None:
@@ -45,18 +45,29 @@ def test_without_triton_the_torch_routes_serve(monkeypatch: pytest.MonkeyPatch) 
     out = torch.zeros(2, m)
     launch.vector_sketch_(out, a, count.tables(), m)
     torch.testing.assert_close(out.double(), reference.sketch_vector_grads(a, count), atol=1e-5, rtol=1e-5)
+    matrices, scale = torch.randn(2, 6, 8), torch.rand(6, 8)
+    out = torch.zeros(2, m)
+    launch.matrix_sketch_(out, matrices, sketch.tables(), m, scale)
+    want = reference.tensor_sketch(matrices.double() * scale.double(), sketch)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    out, center = torch.zeros(2, m), torch.randn(2, 3)
+    launch.scaled_vector_sketch_(out, a, a, center, None, count.tables(), m)
+    want = reference.sketch_vector_grads(a.double() * (a.double() - center.double()[..., None]), count)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
 
 
 def test_float64_goes_to_the_torch_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for name in ("linear_fft", "linear_direct", "embedding", "vector"):
+    for name in ("linear_fft", "linear_direct", "embedding", "vector", "matrix", "scaled_vector"):
         monkeypatch.setattr(torch_routes, name, lambda *_, tag=name: ran.append(tag))
     a = torch.zeros(1, 1, 3, dtype=torch.float64)
     launch.linear_sketch_(torch.zeros(1, 256), a, a, [], 256, "fft")
     launch.linear_sketch_(torch.zeros(1, 256), a, a, [], 256, "direct")
     launch.embedding_sketch_(torch.zeros(1, 256), torch.zeros(1, 1), a, [], 256)
     launch.vector_sketch_(torch.zeros(1, 256), a, [], 256)
-    assert ran == ["linear_fft", "linear_direct", "embedding", "vector"]
+    launch.matrix_sketch_(torch.zeros(1, 256), a, [], 256)
+    launch.scaled_vector_sketch_(torch.zeros(1, 256), a.float(), a, None, None, [], 256)
+    assert ran == ["linear_fft", "linear_direct", "embedding", "vector", "matrix", "scaled_vector"]
 
 
 def test_triton_is_found_where_it_is() -> None:
@@ -79,6 +90,7 @@ def test_shapes_beyond_32_bits(device: str, route: str) -> None:
         x = torch.empty(rows, tokens, d, device=device)
         assert x.numel() > 2**31
         ids = torch.empty(rows, tokens, dtype=torch.long, device=device)
+        matrices, per_token = torch.empty(rows, d, d, device=device), torch.empty(rows, tokens, device=device)
         out = torch.empty(rows, m, device=device)
         assert out.numel() > 2**31
         tables = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in sketch.tables()]
@@ -87,9 +99,12 @@ def test_shapes_beyond_32_bits(device: str, route: str) -> None:
             ops.linear_sketch(x, x, tables, m, route),
             ops.embedding_sketch(ids, x, tables, m),
             ops.vector_sketch(x, vector_tables, m),
+            ops.matrix_sketch(matrices, tables, m),
         ]
         assert all(t.shape == (rows, m) and t.dtype == torch.float32 and t.device.type == device for t in got)
         ops.linear_sketch_(out, x, x, tables, m, route)
+        ops.matrix_sketch_(out, matrices, tables, m)
+        ops.scaled_vector_sketch_(out, x, x, per_token, None, vector_tables, m)
         scores = pairwise._pairwise(x, x, x, x)
         assert scores.shape == (rows,)
 

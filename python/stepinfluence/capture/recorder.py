@@ -203,10 +203,11 @@ class SketchRecorder:
         sketch = self._sketch(piece)
         out = self._out(piece.target, step)[first : first + len(matrices)]
         matrices = matrices.to(out.dtype)
-        if (root := self._root(piece)) is not None:
-            matrices = matrices * root.as_matrix()
+        root = self._root(piece)
+        scale = None if root is None else root.as_matrix()
         if isinstance(sketch, TensorSketch):
-            sketch_matrix_grads(matrices, sketch, out=out)
+            sketch_matrix_grads(matrices, sketch, scale=scale, out=out)
         else:
             assert isinstance(sketch, CountSketch)
+            matrices = matrices if scale is None else matrices * scale
             sketch_vector_grads(matrices.flatten(1).unsqueeze(1), sketch, out=out)
