@@ -50,6 +50,7 @@ def write_atomically(path: Path, fill: Callable[[Path], object]) -> None:
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise StoreError(
             f"{path}: could not be written ({error}); free some space or mend the folder, and rerun"
@@ -57,7 +58,6 @@ def write_atomically(path: Path, fill: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -156,7 +157,8 @@ class StoreWriter:
             line = json.dumps(
                 {"checkpoint": checkpoint, "shard": index, "rows": len(rows), "seconds": round(seconds, 3)}
             )
-            with (self.path / TIMES).open("a") as log:  # one short line: appends of several workers do not mix
+            # One short line: appends of several workers do not mix. A log is not worth failing for.
+            with contextlib.suppress(OSError), (self.path / TIMES).open("a") as log:
                 log.write(line + "\n")
 
     def _arrays(self, checkpoint: int, features: Features | None, places: list[int], n: int) -> dict[str, Tensor]:
