@@ -18,7 +18,11 @@ import sdi_kernels
 from sdi_kernels import HASH_FORMAT, TensorSketch, plan_linear
 
 PACKAGES = ("numpy", "triton", "safetensors", "tqdm", "typer", "plotly", "jinja2", "matplotlib", "transformers")
-EXTRAS = {"report": ("plotly", "jinja2", "matplotlib"), "hf": ("transformers",)}
+EXTRAS = {
+    "report": ("plotly", "jinja2", "matplotlib"),
+    "explore": ("starlette", "uvicorn"),
+    "hf": ("transformers",),
+}
 
 TYPICAL_LAYERS = (
     ("this demo's MLP", 64, 256, 32, 22),

@@ -23,7 +23,7 @@ def render_report(report: Report) -> str:
     from plotly.offline import get_plotlyjs
 
     folder = resources.files("stepinfluence.report") / "assets"
-    plotly, script = get_plotlyjs().replace("\r\n", "\n"), _asset("report.js")  # as browsers read it
+    plotly, script = get_plotlyjs().replace("\r\n", "\n"), report_asset("report.js")  # as browsers read it
     environment = Environment(
         loader=FileSystemLoader(str(folder)), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -32,12 +32,12 @@ def render_report(report: Report) -> str:
     environment.filters["seconds"] = lambda s: "–" if s is None else f"{s:.1f} s" if s < 100 else f"{s / 60:.1f} min"
     return environment.get_template("report.html.j2").render(
         report=report,
-        style=_asset("report.css"),
+        style=report_asset("report.css"),
         plotly=plotly,
         script=script,
         data=embed(payload(report)),
         policy="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; base-uri 'none'; "
-        f"form-action 'none'; script-src {_allow(plotly)} {_allow(script)}",
+        f"form-action 'none'; script-src {allow(plotly)} {allow(script)}",
     )
 
 
@@ -46,10 +46,10 @@ def write_report(report: Report, path: Path) -> None:
     path.write_text(render_report(report), encoding="utf-8")
 
 
-def _asset(name: str) -> str:
+def report_asset(name: str) -> str:
     return (resources.files("stepinfluence.report") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _allow(script: str) -> str:
+def allow(script: str) -> str:
     """Source expression of an inline script: browsers run it only if its text has this digest."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

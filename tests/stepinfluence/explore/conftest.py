@@ -1,0 +1,33 @@
+"""One run for all tests of the explorer: nothing writes to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Test folders are no packages: helpers are imported by their plain name.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from explored import write_run
+from serving import Served, serving
+from stepinfluence.explore import Explorer
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("explore") / "my <run>")
+
+
+@pytest.fixture
+def explorer(run: Path) -> Explorer:
+    return Explorer.open(run)
+
+
+@pytest.fixture(scope="session")
+def served(run: Path) -> Iterator[Served]:
+    """The run behind a real server on a free port."""
+    with serving(Explorer.open(run)) as served:
+        yield served

@@ -1,0 +1,138 @@
+"""Answers are those of the stores: checked against sums over decoded features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from explored import FAILED, HOSTILE, STEPS, write_split
+from stepinfluence.errors import FeatureMismatchError, StoreError
+from stepinfluence.explore import Explorer
+
+
+def expected(explorer: Explorer, query: int) -> np.ndarray:
+    """``(n_train, train steps, query steps)`` in float64, straight from equation 9."""
+    total = 0
+    for k, checkpoint in enumerate(explorer.train.checkpoints):
+        left = explorer.train.features(k).values.double()
+        right = explorer.query.features(k, [query]).values[0].double()
+        total = total + checkpoint.eta * torch.einsum("nsd,td->nst", left, right)
+    return np.asarray(total)
+
+
+def test_scores_are_sdi_summed_over_checkpoints(explorer: Explorer) -> None:
+    scores, want = explorer.scores(3), expected(explorer, 3).sum(1)
+    assert np.isnan(scores[FAILED]).all()
+    keep = np.arange(40) != FAILED
+    np.testing.assert_allclose(scores[keep], want[keep], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_one_parameter_and_the_rest_add_up(explorer: Explorer) -> None:
+    parts = [explorer.scores(3, name) for name in explorer.overview()["parameters"]]
+    np.testing.assert_allclose(sum(parts), explorer.scores(3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, None), (2, 4), (6, 6)])
+def test_top_ranks_by_the_chosen_steps(explorer: Explorer, first: int, last: int | None) -> None:
+    found = explorer.top(3, k=5, first=first, last=last)
+    want = expected(explorer, 3).sum(1)[:, first - 1 : last].sum(1)
+    want[FAILED] = 0
+    assert [e["row"] for e in found["helpful"]] == np.argsort(-want)[:5].tolist()
+    assert [e["row"] for e in found["harmful"]] == np.argsort(want)[:5].tolist()
+    assert all(e["row"] != FAILED for side in found.values() for e in side)
+    assert all(len(e["sdi"]) == STEPS for side in found.values() for e in side)
+
+
+def test_curve_is_energy_and_signed_sum(explorer: Explorer) -> None:
+    want = np.delete(expected(explorer, 3).sum(1), FAILED, 0)
+    curve = explorer.curve(3)
+    np.testing.assert_allclose(curve["energy"], np.abs(want).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(curve["signed"], want.sum(0), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(curve["lateMass"], np.abs(want)[:, 3:].sum() / np.abs(want).sum(), rtol=1e-4)
+    assert curve["helpful"] + curve["harmful"] == 39
+
+
+def test_pair_has_the_step_matrix_and_parameters(explorer: Explorer) -> None:
+    pair = explorer.pair(3, 5)
+    np.testing.assert_allclose(pair["matrix"], expected(explorer, 3)[5], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.sum(pair["matrix"], 0), pair["sdi"], rtol=1e-3, atol=1e-4)
+    by_parameter = np.sum([p["sdi"] for p in pair["parameters"]], 0)
+    np.testing.assert_allclose(by_parameter, pair["sdi"], rtol=1e-3, atol=1e-4)
+
+
+def test_compare_correlates_all_rows(explorer: Explorer) -> None:
+    a, b = (np.delete(expected(explorer, q).sum((1, 2)), FAILED) for q in (3, 4))
+    found = explorer.compare(3, 4, k=6)
+    assert found["correlation"] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-4)
+    assert len(found["points"]) == 6
+
+
+def test_queries_are_found_by_id_and_text(explorer: Explorer) -> None:
+    assert explorer.queries()["total"] == 9
+    assert [q["row"] for q in explorer.queries(offset=2, limit=3)["items"]] == [2, 3, 4]
+    assert [q["row"] for q in explorer.queries(find="ID 3")["items"]] == [3]
+    assert [q["row"] for q in explorer.queries(find="onerror")["items"]] == [1, 7]
+    failed = explorer.queries()["items"][FAILED]
+    assert failed["failed"]
+    assert failed["loss"] is None
+
+
+def test_texts_are_cut_in_lists_and_whole_in_examples(explorer: Explorer) -> None:
+    assert len(explorer.queries()["items"][3]["text"]) == 301
+    assert explorer.example("query", 3)["text"] == HOSTILE[3]
+    assert "\u202e" not in explorer.example("query", 2)["text"]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda e: e.top(99), "query: got row 99; there are rows 0 to 8"),
+        (lambda e: e.top(FAILED), "has no features"),
+        (lambda e: e.top(1, first=3, last=2), "steps: got 3 to 2"),
+        (lambda e: e.top(1, last=7), "use steps from 1 to 6"),
+        (lambda e: e.top(1, k=0), "k: got 0"),
+        (lambda e: e.top(1, parameters="nothing*"), "parameters"),
+        (lambda e: e.pair(1, -1), "train: got row -1"),
+        (lambda e: e.example("other", 1), "side: got 'other'"),
+        (lambda e: e.queries(limit=0), "limit"),
+    ],
+)
+def test_wrong_questions_are_refused(explorer: Explorer, call: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        call(explorer)  # type: ignore[operator]
+
+
+def test_summed_training_rows_have_trajectories_but_no_matrix(tmp_path: Path) -> None:
+    write_split(tmp_path / "train", 10, per_step=False, seed=1)
+    write_split(tmp_path / "test", 3, per_step=True, seed=2)
+    explorer = Explorer.open(tmp_path)
+    assert explorer.pair(0, 1)["matrix"] is None
+    assert len(explorer.pair(0, 1)["sdi"]) == STEPS
+
+
+def test_runs_that_cannot_be_shown_say_why(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(StoreError, match="no such run folder"):
+        Explorer.open(tmp_path / "none")
+    with pytest.raises(StoreError, match=r"has no split 'training' \(it has test, train\); use --train"):
+        Explorer.open(run, train="training")
+    write_split(tmp_path / "train", 4, per_step=False, seed=1)
+    with pytest.raises(StoreError, match="has no other split stored per step; name the queries' split with --query"):
+        Explorer.open(tmp_path)
+    write_split(tmp_path / "summed", 4, per_step=False, seed=1)
+    with pytest.raises(StoreError, match="holds rows summed over steps"):
+        Explorer.open(tmp_path, query="summed")
+    write_split(tmp_path / "one", 4, per_step=True, seed=1, checkpoints=1)
+    with pytest.raises(FeatureMismatchError, match="has 1 checkpoints"):
+        Explorer.open(tmp_path, query="one")
+
+
+def test_the_cache_forgets_the_oldest(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepinfluence.explore.answers.CACHE_BYTES", 2 * 40 * STEPS * 4)
+    first = explorer.scores(0)
+    for row in (1, 2):
+        explorer.scores(row)
+    assert len(explorer._scores) == 2
+    assert explorer.scores(0) is not first
+    np.testing.assert_array_equal(explorer.scores(0), first)
