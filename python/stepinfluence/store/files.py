@@ -72,9 +72,9 @@ def make_folder(path: Path) -> None:
     make_folder(path.parent)
     try:
         path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
     except OSError as error:
         raise StoreError(f"{path}: this folder could not be made ({error})") from error
-    sync_folder(path.parent)
 
 
 def file_digest(path: Path) -> str:
