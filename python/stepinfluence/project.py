@@ -131,7 +131,7 @@ class Project:
         Raises:
             ProjectError: the function failed, or returned no module.
         """
-        with self._named("model"), torch.random.fork_rng():
+        with self._named("model"), torch.random.fork_rng():  # type: ignore[no-untyped-call]
             torch.manual_seed(seed)
             model = self._functions["model"]()
         if not isinstance(model, nn.Module):

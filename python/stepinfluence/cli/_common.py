@@ -30,6 +30,8 @@ class CommandGroup(TyperGroup):
         """
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of stdout has gone (head): typer leaves without a word
+            raise
         # StepInfluenceError is a ValueError; naming it would import torch.
         except (ValueError, OSError) as error:
             if self._debug:

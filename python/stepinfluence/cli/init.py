@@ -1,0 +1,60 @@
+"""``sdi init``: a project file that runs as it is."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepinfluence.cli._common import console, fail
+from stepinfluence.templates import TEMPLATES
+
+NAME = "my_project.py"
+HELP = (
+    """Write a project file: how sdi finds your model and your data.
+
+It is a Python file with a few functions: model(), dataset(split), loss(model, batch), body(model). What is written runs
+as it is; replace its parts by your own.
+
+[bold]Templates[/bold]
+"""
+    + "".join(f"  [cyan]{name:<8}[/cyan] {what}\n" for name, what in TEMPLATES.items())
+    + """
+[bold]Examples[/bold]
+  [cyan]sdi init my_project.py[/cyan]
+  [cyan]sdi init parity.py --template parity[/cyan]
+"""
+)
+
+
+def run(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The file to write.")] = Path(NAME),
+    template: Annotated[str, typer.Option("--template", "-t", help="One of: " + ", ".join(TEMPLATES) + ".")] = "gpt",
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that exists.")] = False,
+) -> None:
+    """See :data:`HELP`."""
+    if template not in TEMPLATES:
+        fail(f"template: got {template!r}; use one of {', '.join(TEMPLATES)}")
+    if file.suffix != ".py":
+        fail(f"{file}: a project file is Python; give it a name that ends in .py")
+    text = (resources.files("stepinfluence.templates") / f"{template}.py").read_text(encoding="utf-8")
+    text = text.replace(NAME, file.name)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w" if force else "x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        fail(f"{file}: exists; give another name, or --force to write over it")
+    screen = console(json_output=True)
+    name = shlex.quote(os.fspath(file))
+    screen.print(f"Wrote {name}. Next:")
+    for line in (
+        f"python {name}   [dim]# train; or leave it out, and --checkpoints too, for random weights[/dim]",
+        f"sdi featurize --project {name} --split train --split query --checkpoints 'checkpoints/*.pt' --out run",
+        "sdi query run --row 0",
+    ):
+        screen.print(f"  [cyan]{line}[/cyan]", soft_wrap=True)
