@@ -129,7 +129,8 @@ const filters = () => ({ first: Number($("first").value), last: Number($("last")
 async function show(row) {
   state.query = row; state.chosen = null; $("pair").hidden = true; $("other").value = ""; Plotly.purge($("compare"));
   for (const item of $("queries").children) item.setAttribute("aria-selected", String(item.id === `q${row}`));
-  $(`q${row}`)?.scrollIntoView({ block: "nearest" });
+  const item = $(`q${row}`), box = $("queries"); // the list alone: scrollIntoView would move the page, too
+  if (item) box.scrollTop = Math.min(Math.max(box.scrollTop, item.offsetTop + item.offsetHeight - box.clientHeight), item.offsetTop);
   $("queries").setAttribute("aria-activedescendant", `q${row}`);
   history.replaceState(null, "", `#q${row}`);
   const ticket = ++state.ticket;
