@@ -22,11 +22,6 @@ function rankSaved(row, { first, last, k }) {
   const up = scored.filter((e) => e.score < 0).sort((a, b) => a.score - b.score);
   return { helpful: down.slice(0, k), harmful: up.slice(0, k) };
 }
-function compareSaved(row, other) {
-  const b = new Map(answers.byQuery[other].examples.map((e) => [e.row, sum(e.sdi)]));
-  const points = answers.byQuery[row].examples.filter((e) => b.has(e.row)).map((e) => ({ ...e, a: sum(e.sdi), b: b.get(e.row) }));
-  return { correlation: null, points };
-}
 const source = answers ? {
   queries: async ({ find, offset, limit }) => {
     const word = find.toLowerCase();
@@ -37,7 +32,6 @@ const source = answers ? {
   curve: async (row) => answers.byQuery[row].curve,
   top: async (row, fields) => rankSaved(row, fields),
   pair: async (row, train) => answers.byQuery[row].pairs[train] || null,
-  compare: async (row, other) => compareSaved(row, other),
 } : {
   queries: (fields) => ask("queries", fields),
   example: (side, row) => ask("example", { side, row }),
@@ -115,7 +109,7 @@ async function list(more = false) {
     loss.textContent = q.failed ? "failed" : q.loss === null ? "" : `loss ${Number(q.loss.toPrecision(3))}`;
     if (q.failed) loss.className = "failed";
     who.append(loss);
-    const item = el("li", { role: "option", id: `q${q.row}`, "aria-selected": String(q.row === state.query) }, who, bdi(q.text, "what"));
+    const item = el("li", { role: "option", id: `item${q.row}`, "aria-selected": String(q.row === state.query) }, who, bdi(q.text, "what"));
     item.addEventListener("click", () => show(q.row));
     return item;
   }));
@@ -128,10 +122,10 @@ async function list(more = false) {
 const filters = () => ({ first: Number($("first").value), last: Number($("last").value), k: Number($("k").value), parameters: $("parameters").value });
 async function show(row) {
   state.query = row; state.chosen = null; $("pair").hidden = true; $("other").value = ""; Plotly.purge($("compare"));
-  for (const item of $("queries").children) item.setAttribute("aria-selected", String(item.id === `q${row}`));
-  const item = $(`q${row}`), box = $("queries"); // the list alone: scrollIntoView would move the page, too
+  for (const item of $("queries").children) item.setAttribute("aria-selected", String(item.id === `item${row}`));
+  const item = $(`item${row}`), box = $("queries"); // the list alone: scrollIntoView would move the page, too
   if (item) box.scrollTop = Math.min(Math.max(box.scrollTop, item.offsetTop + item.offsetHeight - box.clientHeight), item.offsetTop);
-  $("queries").setAttribute("aria-activedescendant", `q${row}`);
+  $("queries").setAttribute("aria-activedescendant", `item${row}`);
   history.replaceState(null, "", `#q${row}`);
   const ticket = ++state.ticket;
   $("main").classList.add("busy");
@@ -193,10 +187,10 @@ function drawHeat() {
 async function choose(e) {
   state.chosen = e.row;
   for (const line of document.querySelectorAll(".ranked tr[data-row]")) line.setAttribute("aria-selected", String(Number(line.dataset.row) === e.row));
-  const ticket = state.ticket;
+  const query = state.query;
   let found;
   try { found = await source.pair(state.query, e.row); } catch (error) { say(error); return; }
-  if (ticket !== state.ticket || state.chosen !== e.row) return;
+  if (query !== state.query || state.chosen !== e.row) return;
   $("pair").hidden = false;
   $("pair-sub").textContent = `Total ${signed(sum(e.sdi))}, acts most at step ${peak(e.sdi)}.` + (found ? "" : " This page holds text in full, parameters and matrix for the first examples only.");
   $("pair-text").textContent = found ? found.train.text || "(no text)" : e.text;
@@ -206,7 +200,7 @@ async function choose(e) {
   $("groups-box").hidden = !groups.length;
   if (groups.length) draw("pair-groups", [{ type: "bar", orientation: "h", x: groups.map((g) => g.total), y: groups.map((g) => esc(short(g.name, 34))),
     marker: { color: groups.map((g) => css(g.total >= 0 ? "--helpful" : "--harmful")) }, hovertemplate: "%{y}: <b>%{x:.3g}</b><extra></extra>" }],
-  { height: Math.max(280, 60 + 22 * groups.length), margin: { l: 230, r: 16, t: 8, b: 40 }, yaxis: { showgrid: false, tickfont: { size: 11 } }, xaxis: { nticks: 5 } });
+  { height: Math.max(280, 60 + 22 * groups.length), margin: { l: 8, r: 16, t: 8, b: 40 }, yaxis: { automargin: true, showgrid: false, tickfont: { size: 11 } }, xaxis: { nticks: 5 } });
   const matrix = found && found.matrix;
   $("matrix").hidden = !matrix;
   $("matrix-sub").textContent = matrix ? "Row: the step at which the training example's gradient arises. Column: the step of the query."
@@ -223,7 +217,7 @@ async function compare() {
   try {
     const found = await source.compare(state.query, Number(other));
     const r = found.correlation === null ? "" : ` Correlation over all examples: ${found.correlation.toFixed(2)}.`;
-    $("compare-sub").textContent = `${found.points.length} examples that matter most to either query.${r}` + (answers ? " Only examples kept for both." : "");
+    $("compare-sub").textContent = `${found.points.length} examples that matter most to either query.${r}`;
     draw("compare", [{ type: "scatter", mode: "markers", x: found.points.map((p) => p.a), y: found.points.map((p) => p.b), text: found.points.map((p) => esc(short(label(p), 60))),
       marker: { size: 8, color: css("--helpful"), opacity: 0.7 }, hovertemplate: "%{text}<br>this %{x:.3g}, other %{y:.3g}<extra></extra>" }],
     { height: 420, xaxis: { title: { text: "influence on this query" } }, yaxis: { title: { text: "influence on the other" } } });
@@ -240,6 +234,15 @@ function save(kind) {
   const url = URL.createObjectURL(new Blob([kind === "json" ? JSON.stringify(found, null, 1) : lines.join("\n")]));
   const link = el("a", { href: url, download: `influence-${state.query}.${kind}` });
   link.click(); URL.revokeObjectURL(url);
+}
+
+/* Charts take their colours when they are drawn. */
+async function recolour() {
+  if (state.query === null) return;
+  await rank();
+  const chosen = state.rows.find((e) => e.row === state.chosen);
+  if (chosen && !$("pair").hidden) await choose(chosen);
+  await compare();
 }
 
 /* ---- Start ------------------------------------------------------------------------------------------------------- */
@@ -268,12 +271,13 @@ $("more").addEventListener("click", () => list(true).catch(say));
 for (const id of ["first", "last", "k", "parameters"]) $(id).addEventListener("change", () => rank().catch(say));
 $("other").addEventListener("change", compare);
 for (const button of document.querySelectorAll("[data-export]")) button.addEventListener("click", () => save(button.dataset.export));
-$("theme").addEventListener("click", () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; if (state.query !== null) rank().catch(say); });
+$("theme").addEventListener("click", () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; recolour().catch(say); });
 root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 $("facts").textContent = facts();
 $("last").value = overview.steps; $("first").max = overview.steps; $("last").max = overview.steps;
 for (const name of overview.parameters) $("parameters").append(el("option", { value: name }, name));
 $("by-parameters").hidden = Boolean(answers) || !overview.parameters.length;
+$("comparing").hidden = Boolean(answers); // needs the scores of all examples
 $("limits").textContent = answers ? "Saved page: filters rank the examples kept in it (the leading ones over all steps and at each step)." : "";
 list().then(() => {
   const asked = Number((location.hash.match(/^#q(\d+)$/) || [])[1]);
