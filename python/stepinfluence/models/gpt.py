@@ -14,7 +14,7 @@ core plus the injection adapter", which is what the paper attributes to.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -140,6 +140,19 @@ class LoopedGPTConfig:
     def paper(cls) -> LoopedGPTConfig:
         """The paper's scalability model (D.1): 135,069,696 parameters, 32 loop steps, full BPTT."""
         return cls()
+
+    @classmethod
+    def nanochat(cls) -> LoopedGPTConfig:
+        """The paper's recursive nanochat (D.5): 328,335,360 parameters, mean of 4 loop steps.
+
+        The paper gives the total and the 2-4-2 layout; nanochat's 20-layer widths (``d_model`` 1280, ``vocab_size``
+        65536, heads of width 128) give it. The state starts at the prelude output, as in the public recursive
+        variants of nanochat. Training truncates the backward pass to 4 steps (``forward(bptt_k=4)``), SDI does not.
+        """
+        return cls(
+            vocab_size=65_536, d_model=1280, n_heads=10, sequence_len=2048, steps=4, initial_state="prelude",
+            zero_init=True,
+        )  # fmt: skip
 
     @classmethod
     def tiny(cls) -> LoopedGPTConfig:
@@ -283,11 +296,11 @@ class LoopedGPT(nn.Module):
             nn.init.zeros_(self.head.weight)
 
 
-def gpt_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def gpt_loss(model: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor]) -> Tensor:
     """Per-example language-model loss (paper D.1): mean over tokens of the cross-entropy.
 
     Args:
-        model: a :class:`LoopedGPT`, or a module from token ids to logits.
+        model: a :class:`LoopedGPT`, or a module or function from token ids to logits.
         batch: ``tokens`` and ``targets``, int64 ``(B, T)``; optionally ``mask``, ``(B, T)``, non-zero where a
             target counts (D.5).
 
