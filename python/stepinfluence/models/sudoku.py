@@ -84,9 +84,8 @@ class BoardEmbedding(nn.Module):
     def __init__(self, config: SudokuConfig) -> None:
         super().__init__()
         self.value = nn.Embedding(config.side + 1, config.d_model)
-        if config.positions == "cell":
-            groups = (torch.arange(config.cells),)
-        else:
+        groups: tuple[Tensor, ...] = (torch.arange(config.cells),)
+        if config.positions == "row_column_box":
             groups = units(config.box_rows, config.box_columns)
         offsets = torch.tensor([0, *(int(g.max()) + 1 for g in groups)]).cumsum(0)
         self.position = nn.Embedding(int(offsets[-1]), config.d_model)
@@ -156,7 +155,7 @@ class SudokuTransformer(nn.Module):
         cells, side = self.config.cells, self.config.side
         if tokens.dim() != 2 or tokens.shape[1] != cells or tokens.dtype != torch.int64 or not len(tokens):
             raise ValueError(
-                f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}; pass int64 boards of shape (batch, {cells})"
+                f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}; pass int64 of shape (batch, {cells})"
             )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high > side:

@@ -53,13 +53,16 @@ class SudokuSet:
             valid = (np.sort(by_unit, axis=2) == np.arange(1, side + 1)).all(axis=(1, 2))
             _require("solutions", valid, "break a rule of the game")
         given = self.puzzles != 0
-        _require("puzzles", (~given | (self.puzzles == self.solutions)).all(1), "have a given that is not the solution's")
+        _require(
+            "puzzles", (~given | (self.puzzles == self.solutions)).all(1), "have a given that is not the solution's"
+        )
         _require("puzzles", ~given.all(1), "have no blank")
 
     @property
     def blanks(self) -> Counts:
         """Difficulty (paper D.3): number of blank cells of each puzzle, int64 ``(N,)``."""
-        return (self.puzzles == 0).sum(1).astype(np.int64)
+        counts: Counts = (self.puzzles == 0).sum(1, dtype=np.int64)
+        return counts
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -152,7 +155,9 @@ def split_by_difficulty(data: SudokuSet, *, train_share: float = 0.8, seed: int 
         raise ValueError(f"data: {len(data)} puzzles are too few to split at {train_share}")
     order = np.argsort(data.blanks, kind="stable")
     # Both shuffles are by the same seed, as in the paper.
-    easy, hard = (np.random.default_rng(non_negative_int("seed", seed)).permutation(p) for p in (order[:cut], order[cut:]))
+    easy, hard = (
+        np.random.default_rng(non_negative_int("seed", seed)).permutation(p) for p in (order[:cut], order[cut:])
+    )
     return data.take(easy), data.take(hard)
 
 
