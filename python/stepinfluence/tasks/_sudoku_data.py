@@ -47,7 +47,7 @@ class SudokuSet:
                 raise ValueError(f"{name}: got shape {boards.shape}; pass ({len(self.ids)}, {side**2})")
         rules = [group.numpy() for group in units(self.box_rows, self.box_columns)]
         for group in rules:
-            # Every value once in every unit: seen as bits, the values of a unit make up 2 ** side - 1.
+            # Every value once in every unit: boards regrouped by unit, (N, units, cells of a unit).
             order = np.argsort(group, kind="stable")
             by_unit = self.solutions[:, order].reshape(len(self.solutions), side, side)
             valid = (np.sort(by_unit, axis=2) == np.arange(1, side + 1)).all(axis=(1, 2))

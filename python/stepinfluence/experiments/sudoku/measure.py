@@ -144,10 +144,12 @@ def _featurize(config: Config, capture: Capture | ExactCapture, data: SudokuSet,
 
 def total(parts: Sequence[Any], learning_rates: Sequence[float]) -> Arrays:
     """Influence summed over checkpoints, each by its learning rate (paper, eqs. 1 and 5)."""
-    return {
-        key: np.sum([rate * part[key].astype(np.float64) for part, rate in zip(parts, learning_rates, strict=True)], 0)
-        for key in ("sdi", "tracin", "self")
-    }
+    result: Arrays = {}
+    for key in ("sdi", "tracin", "self"):
+        result[key] = np.zeros(parts[0][key].shape)  # float64: nothing is lost in the sum
+        for part, rate in zip(parts, learning_rates, strict=True):
+            result[key] += rate * part[key]
+    return result
 
 
 def against_exact(config: Config, path: Path, split: Parts) -> Arrays:
