@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from stepinfluence.capture.targets import canonical_name, unwrap
 from stepinfluence.errors import CheckpointError
 from stepinfluence.features import weights_digest
+from stepinfluence.wrappers import canonical_name, unwrap
 
 Kind: TypeAlias = Literal["adam", "adafactor", "sgd"]
 KINDS: tuple[str, ...] = get_args(Kind)

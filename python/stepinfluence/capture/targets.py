@@ -11,26 +11,11 @@ from torch import nn
 
 from sdi_kernels import CountSketch, HashFamily, TensorSketch
 from stepinfluence.errors import BodyError
+from stepinfluence.wrappers import canonical_name as canonical_name
+from stepinfluence.wrappers import unwrap as unwrap
 
 Body: TypeAlias = nn.Module | str | Sequence[nn.Module | str]
 Layout: TypeAlias = Literal["concat", "sum"]
-WRAPPER_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel and ``torch.compile`` wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-            model = original
-        else:
-            return model
-
-
-def canonical_name(name: str) -> str:
-    """A parameter's name without wrapper components, so that wrapping a model does not change its sketches."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +80,7 @@ def body_parameters(model: nn.Module, body: Sequence[nn.Module]) -> dict[str, nn
     """Trainable parameters of the body by canonical name, in the model's order.
 
     Raises:
-        BodyError: there is none, or one is complex.
+        BodyError: there is none, or one is complex or sharded over processes.
     """
     wanted = {id(p) for module in body for p in module.parameters() if p.requires_grad}
     found = {canonical_name(name): p for name, p in model.named_parameters() if id(p) in wanted}
@@ -105,6 +90,11 @@ def body_parameters(model: nn.Module, body: Sequence[nn.Module]) -> dict[str, nn
             "and set requires_grad=True on them"
         )
     for name, parameter in found.items():
+        if hasattr(parameter, "device_mesh"):  # a DTensor
+            raise BodyError(
+                f"{name}: is sharded over processes (fully_shard, a DTensor): what the loop then uses are other tensors, "
+                "gathered anew for every use; give every process the whole model, in bf16 if need be (docs/scale.md)"
+            )
         if parameter.is_complex():
             raise BodyError(
                 f"{name}: is complex; keep it as a real parameter with a last dimension of 2 and use it through "
