@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sdi_kernels.cpu.scan import row_products
 from stepinfluence.search.question import Question
 from stepinfluence.search.sources import RawBlock
 
@@ -24,12 +25,16 @@ def products(block: RawBlock, vectors: Tensor, columns: slice) -> Tensor:
     if vectors.device.type != "cpu":
         codes = codes.to(vectors.device, non_blocking=True)
     flat = codes.reshape(-1, codes.shape[-1])
+    gains = None if scales is None else scales.reshape(-1).to(vectors.device)
+    quick = row_products(flat, gains, vectors)
+    if quick is not None:
+        return quick if len(lead) == 1 else quick.view(*lead, len(vectors)).sum(1)
     found = vectors.new_empty(len(flat), len(vectors))
     some = len(flat) if flat.device.type != "cpu" else max(16, DECODED_ROWS_BYTES // (4 * max(1, flat.shape[1])))
     for k in range(0, len(flat), max(1, some)):
         torch.mm(flat[k : k + some].to(vectors.dtype), vectors.T, out=found[k : k + some])
-    if scales is not None:
-        found.mul_(scales.reshape(-1, 1).to(found))
+    if gains is not None:
+        found.mul_(gains.to(found).unsqueeze(1))
     return found if len(lead) == 1 else found.view(*lead, len(vectors)).sum(1)
 
 
