@@ -131,7 +131,7 @@ class Project:
         Raises:
             ProjectError: the function failed, or returned no module.
         """
-        with self._named("model"), torch.random.fork_rng():  # type: ignore[no-untyped-call]
+        with self._named("model"), torch.random.fork_rng():
             torch.manual_seed(seed)
             model = self._functions["model"]()
         if not isinstance(model, nn.Module):
@@ -177,7 +177,8 @@ class Project:
     def collate(self, examples: Sequence[Any]) -> Any:
         """A batch of examples; ``torch.utils.data.default_collate`` if the file does not say."""
         with self._named("collate"):
-            return self._functions.get("collate", default_collate)(list(examples))
+            collate: Callable[[Any], Any] = self._functions.get("collate", default_collate)
+            return collate(list(examples))
 
     def example_id(self, example: Any, index: int) -> RowId:
         """Id of an example: its ``id`` (key or attribute) or its position, if the file does not say.

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from stepinfluence.cli import demo, doctor, explore, featurize, init, reproduce
+from stepinfluence.cli import demo, doctor, evaluate, explore, featurize, influence, init, query, reproduce, store
 from stepinfluence.cli._common import CommandGroup, show_version
 
 HELP = """Which training examples shaped a looped transformer's answer, and at which loop step.
@@ -50,10 +50,14 @@ def _options(
 app.command("demo", help=demo.HELP, rich_help_panel="See it work")(demo.run)
 app.command("reproduce", help=reproduce.HELP, rich_help_panel="See it work")(reproduce.run)
 app.command("doctor", help=doctor.HELP, rich_help_panel="See it work")(doctor.run)
+app.command("evaluate", help=evaluate.HELP, rich_help_panel="See it work")(evaluate.run)
 app.command("explore", help=explore.EXPLORE_HELP, rich_help_panel="Look at a run")(explore.explore)
 app.command("report", help=explore.REPORT_HELP, rich_help_panel="Look at a run")(explore.report)
 app.command("init", help=init.HELP, rich_help_panel="Your own model")(init.run)
 app.command("featurize", help=featurize.HELP, epilog=featurize.EPILOG, rich_help_panel="Your own model")(featurize.run)
+app.command("query", help=query.HELP, epilog=query.EPILOG, rich_help_panel="Your own model")(query.run)
+app.command("influence", help=influence.HELP, epilog=influence.EPILOG, rich_help_panel="Your own model")(influence.run)
+app.add_typer(store.app, name="store", help=store.HELP, epilog=store.EPILOG, rich_help_panel="Your own model")
 
 
 def main() -> None:

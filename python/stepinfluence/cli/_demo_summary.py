@@ -7,13 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stepinfluence.cli._bars import HARMFUL, HELPFUL, bars
 from stepinfluence.demo import DemoResult
-from stepinfluence.report.data import Array
 from stepinfluence.report.from_demo import WORDS, answer, bits, checkpoint_names, demo_checks, percent
 from stepinfluence.report.payload import peak_step, signed, top_rows
 
-BLOCKS = "·▁▂▃▄▅▆▇█"
-HELPFUL, HARMFUL = "#3a9bdc", "#e07b35"
 TOP = 5
 OTHER_COLUMNS = 48  # characters that the columns of the examples' table take, without texts and bars
 
@@ -101,7 +99,7 @@ def _examples(result: DemoResult, column: int, width: int) -> Table:
                 WORDS[example.parity],
                 signed(float(scores.sum())),
                 f"step {peak_step(scores)}",
-                _bars(_strongest(scores, per_bar), float(np.abs(result.sdi[helpful + harmful, column]).max())),
+                bars(scores, float(np.abs(result.sdi[helpful + harmful, column]).max()), each=per_bar),
             )
         if what == "helpful":
             table.add_section()
@@ -115,21 +113,6 @@ def _origin(result: DemoResult, column: int) -> str:
     return "Share of the influence by checkpoint: " + ", ".join(
         f"{name} {share:.0%}" for name, share in zip(checkpoint_names(result), shares, strict=True)
     )
-
-
-def _strongest(scores: Array, each: int) -> Array:
-    """Of every ``each`` neighbouring steps, the influence farthest from zero."""
-    parts = np.split(scores, range(each, len(scores), each))
-    return np.array([part[np.abs(part).argmax()] for part in parts])
-
-
-def _bars(scores: Array, most: float) -> Text:
-    text = Text()
-    for value in scores:
-        # A square root, so that steps a tenth as strong as the strongest can still be seen.
-        height = round((len(BLOCKS) - 1) * float(np.sqrt(abs(value) / most))) if most > 0 else 0
-        text.append(BLOCKS[height], style=HELPFUL if value >= 0 else HARMFUL)
-    return text
 
 
 def _checks(result: DemoResult) -> Table:
