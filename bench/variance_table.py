@@ -1,4 +1,4 @@
-"""Variance of sketched inner products, measured and exact, for both hash families (docs/design.md).
+"""Variance of sketched inner products, measured and exact, for every hash family (docs/design.md).
 
     python bench/variance_table.py                       # the table of docs/design.md
     python bench/variance_table.py --trials 200 --seed 1
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdi_kernels import HASH_FAMILIES, HashFamily, TensorSketch
+from sdi_kernels.hashing import difference_probability, largest_difference_probability
 
 Array = npt.NDArray[np.float64]
 
@@ -61,15 +62,20 @@ def collision(d: int, m: int, hashing: HashFamily) -> float:
 
 
 def pair_probabilities(d_out: int, d_in: int, m: int, hashing: HashFamily) -> tuple[float, float, float, float]:
-    """(kappa_out, kappa_in, pi, rho) of docs/design.md; rho as it is where h_in(j) = j, for columns m/2 apart."""
+    """(kappa_out, kappa_in, pi, rho) of docs/design.md; rho as it is where h_in(j) = j, for columns m/2 apart.
+
+    Where pi depends on how far apart the columns are (``block`` with d_out < m, h_in(j) = j), it is the largest.
+    """
     k_out, k_in = collision(d_out, m, hashing), collision(d_in, m, hashing)
     if m == 1:
         return k_out, k_in, 1.0, 1.0
-    if hashing == "balanced" and d_in <= m:
-        return k_out, 0.0, (1 - k_out) / (m - 1), (1 - k_out) / (m - 1)
+    blocks = hashing == "block" and d_out < m
+    half = 0.0 if m % 2 else difference_probability(m // 2, d_out, m) if blocks else (1 - k_out) / (m - 1)
+    if hashing != "iid" and d_in <= m:
+        return k_out, 0.0, largest_difference_probability(d_out, m) if blocks else (1 - k_out) / (m - 1), half
     differ_out, differ_in = (1 - k_out) / (m - 1), (1 - k_in) / (m - 1)
     pi = k_out * k_in + (m - 1) * differ_out * differ_in
-    return k_out, k_in, pi, k_out * k_in + (differ_out * differ_in if m % 2 == 0 else 0.0)
+    return k_out, k_in, pi, k_out * k_in + half * differ_in
 
 
 def exact_variance(x: Array, y: Array, m: int, hashing: HashFamily) -> float:
@@ -86,7 +92,15 @@ def exact_variance(x: Array, y: Array, m: int, hashing: HashFamily) -> float:
     t6 = np.trace(rows @ rows) - rows_diagonal
     t7 = x2.sum() * y2.sum() - same_row - same_column + same
     t8 = (x * y).sum() ** 2 - rows_diagonal - columns_diagonal + same
-    if hashing == "balanced" and d_in <= m and m > 1:
+    pairs = pi * (t7 + t8)
+    if hashing == "block" and d_out < m and d_in <= m:
+        # One probability for each distance of two columns; V_pair of every pair of columns.
+        weights = [0.0, *(difference_probability(b, d_out, m) for b in range(1, m))]
+        weight = np.array(weights)[np.subtract.outer(np.arange(d_in), np.arange(d_in)) % m]
+        totals, products = (x2.sum(0), y2.sum(0)), (x * y).sum(0)
+        of_columns = np.outer(*totals) - x2.T @ y2 + np.outer(products, products) - (x * y).T @ (x * y)
+        pairs = (weight * of_columns).sum()
+    if hashing != "iid" and d_in <= m and m > 1:
         t24 = 0.0
         if m % 2 == 0:  # columns m/2 apart, each pair in both orders
             near, far = slice(0, max(0, d_in - m // 2)), slice(m // 2, None)
@@ -96,13 +110,16 @@ def exact_variance(x: Array, y: Array, m: int, hashing: HashFamily) -> float:
                 t24 -= (x[:, j] * x[:, k] * y[:, j] * y[:, k]).sum()
     else:
         t24 = t1 - same_row + same + t3 - same_column + same
-    return float(k_in * (t1 + t5) + k_out * (t3 + t6) + pi * (t7 + t8) + rho * t24)
+    return float(k_in * (t1 + t5) + k_out * (t3 + t6) + pairs + rho * t24)
 
 
 def bound(d_out: int, d_in: int, m: int, hashing: HashFamily) -> float:
-    """What ``Var / (|X|^2 |Y|^2)`` cannot exceed: 6/m + 4/m^2 for iid; 2/(m-1) for balanced with d_out, d_in <= m."""
+    """What ``Var / (|X|^2 |Y|^2)`` cannot exceed.
+
+    6/m + 4/m^2 for iid; 2/(m-1) for balanced with d_out, d_in <= m; about 2/d_out for block with d_out far below m.
+    """
     k_out, k_in, pi, rho = pair_probabilities(d_out, d_in, m, hashing)
-    contiguous = hashing == "balanced" and d_in <= m and m > 1
+    contiguous = hashing != "iid" and d_in <= m and m > 1
     return 2 * (k_out + k_in + pi + (0.0 if contiguous else rho))
 
 

@@ -55,6 +55,8 @@ def _entry_scale(scale: object, sketch: TensorSketch, route: Route, **like: Tens
         )
     if route == "fft":
         raise ValueError("route: got 'fft' with scale; the fft route cannot apply it, use 'auto' or 'direct'")
+    if route == "shear":
+        raise ValueError("route: got 'shear' with scale; the shear route cannot apply it, use 'auto' or 'direct'")
     _checks.same_device(scale=value, **like)
     return value.detach()
 
@@ -77,7 +79,7 @@ def sketch_linear_grads(
         activations: the layer's input, ``(..., T, d_in)``; float32, bfloat16, float16 or float64.
         grad_outputs: gradient at the layer's output, ``(..., T, d_out)``, same leading dimensions.
         sketch: the tables for this weight.
-        route: ``"auto"`` (planner), ``"direct"`` or ``"fft"``.
+        route: ``"auto"`` (planner), ``"direct"``, ``"fft"`` or ``"shear"`` (:mod:`sdi_kernels.plan`).
         scale: optional ``(d_out, d_in)``, any floating dtype, multiplied elementwise into every gradient (the metric of
             an optimizer); not differentiable, and by the ``direct`` route only, which ``"auto"`` then takes. A scale
             that is an outer product is cheaper multiplied into ``grad_outputs`` and ``activations`` beforehand.
@@ -87,7 +89,8 @@ def sketch_linear_grads(
         ``(..., m)``, float32 (float64 if an input is). Differentiable in both inputs where ``out`` is not given.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit, ``route`` is unknown, or ``"fft"`` with ``scale``.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, ``route`` is unknown or cannot take this sketch, or
+            it is ``"fft"`` or ``"shear"`` with ``scale``.
     """
     _checks.instance("sketch", sketch, TensorSketch)
     a = _checks.float_tensor("activations", activations, min_dim=2)

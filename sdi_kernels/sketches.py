@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdi_kernels import _checks
 from sdi_kernels.hashing import (
+    BLOCK_BUCKETS,
     HASH_FAMILIES,
     MAX_SKETCH_SIZE,
     HashFamily,
@@ -25,6 +26,9 @@ from sdi_kernels.hashing import (
     draw_signs,
     inverse_table,
 )
+
+MAX_SHEAR_SIZE = 1 << 14
+"""Largest sketch size of the ``shear`` kernel, which looks at all blocks of the table at its start."""
 
 TableLike = Sequence[int] | Tensor | npt.NDArray[Any]
 
@@ -48,13 +52,16 @@ class CountSketch:
         m: number of buckets (the sketch size).
         seed: any integer; tables are a pure function of (seed, name, role, d, m, hashing).
         name: name of the parameter the sketch is for, so that parameters get independent tables.
-        hashing: ``"balanced"`` (default, lossless where ``d <= m``) or ``"iid"`` (the paper's).
+        hashing: ``"balanced"`` (default, lossless where ``d <= m``), ``"iid"`` (the paper's) or ``"block"`` (opt-in,
+            for a GPU kernel that has not been timed: docs/kernels.md).
         role: which side of an outer product it serves; leave it at ``"vector"`` for a vector parameter.
 
     Attributes:
         bucket: int32 host array ``(d,)``, values in ``[0, m)``.
         sign: int8 host array ``(d,)``, values in ``{-1, +1}``.
         contiguous: ``bucket[i] == i`` for all i: kernels may read the source as it lies in memory.
+        family: the hash family it was drawn from; None if made from given tables.
+        blocks: number of blocks of 16 consecutive buckets with a coordinate in them.
 
     Raises:
         ValueError, TypeError: ``d`` or ``m`` is no positive integer, or ``hashing`` is not a family.
@@ -79,9 +86,14 @@ class CountSketch:
             draw_buckets(d, m, seed=seed, name=name, role=role, hashing=hashing),
             draw_signs(d, seed=seed, name=name, role=role),
             m,
+            hashing,
         )
 
-    def _set(self, bucket: npt.NDArray[np.int32], sign: npt.NDArray[np.int8], m: int) -> None:
+    def _set(
+        self, bucket: npt.NDArray[np.int32], sign: npt.NDArray[np.int8], m: int, family: HashFamily | None = None
+    ) -> None:
+        self.family = family
+        self.blocks = len(np.unique(bucket // BLOCK_BUCKETS))
         self.bucket = bucket
         self.sign = sign
         self.m = m
@@ -197,6 +209,11 @@ class TensorSketch:
     @property
     def d_in(self) -> int:
         return self.inp.d
+
+    @property
+    def shearable(self) -> bool:
+        """Whether the ``shear`` route can take this sketch: blocks of 16 buckets, inputs read as they lie in memory."""
+        return self.inp.contiguous and self.m % BLOCK_BUCKETS == 0 and self.m <= MAX_SHEAR_SIZE
 
     @property
     def T(self) -> TensorSketch:

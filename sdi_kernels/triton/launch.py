@@ -25,17 +25,21 @@ def linear_sketch_(
     route: str,
     scale: Tensor | None = None,
 ) -> None:
-    """``direct`` adds with float atomics: under ``torch.use_deterministic_algorithms`` ``fft`` stands in for it, or
-    the torch route where there is a ``scale``."""
+    """``direct`` and ``shear`` add with float atomics: under ``torch.use_deterministic_algorithms`` ``fft`` stands in
+    for them, or the torch route where there is a ``scale``."""
     if activations.shape[0] == 0 or activations.shape[1] == 0:
         return
     if available() and common.supported(activations, grad_outputs):
-        from sdi_kernels.triton import direct, fft
+        from sdi_kernels.triton import direct, fft, shear
 
         deterministic = torch.are_deterministic_algorithms_enabled()
         if scale is None and m in fft.configs(out.device) and (route == "fft" or deterministic):
             with torch.cuda.device(out.device):
                 fft.linear_fft(out, activations, grad_outputs, tables, m)
+            return
+        if route == "shear" and scale is None and not deterministic:
+            with torch.cuda.device(out.device):
+                shear.linear_shear(out, activations, grad_outputs, tables, m)
             return
         if route != "fft" and not deterministic:
             with torch.cuda.device(out.device):

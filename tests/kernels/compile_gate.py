@@ -122,6 +122,27 @@ def _direct_cases(target: Target, kinds: tuple[str, ...], scales: tuple[bool, ..
     return cases
 
 
+def _shear_cases(target: Target, kinds: tuple[str, ...], sizes: tuple[int, ...] = (2048,)) -> list[Case]:
+    from sdi_kernels.triton import shear
+
+    cases = []
+    for kind, config in shear.CONFIGS.items():
+        if kind not in kinds:
+            continue
+        for m in sizes:
+            constants = {
+                "BLOCKS": config.blocks, "COLUMNS": config.columns, "BLOCK_T": config.tokens, "GROUPS": m // 16,
+                "R": 16, "IS_HALF": kind == "half", "IS_WIDE": False, "PRECISION": "tf32" if kind == "half" else kind,
+                "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "width": 1,
+            }  # fmt: skip
+            dtypes = {"p_a": "bf16", "p_g": "bf16"} if kind == "half" else {}
+            cases.append(
+                Case(f"shear m={m} {kind}", target, "shear", "shear_sketch_kernel", constants, dtypes, config.num_warps,
+                     config.num_stages, _wanted(target), EPILOGUE_STACK)
+            )  # fmt: skip
+    return cases
+
+
 def _vector_cases(target: Target) -> list[Case]:
     from sdi_kernels.triton import vector
 
@@ -192,14 +213,16 @@ def cases() -> list[Case]:
     kinds = ("half", "tf32", "tf32x3")
     found = _fft_cases(SM90, (256, 512, 1024, 2048, 4096, 8192), (1,), "CONFIGS")
     found += [c for c in _fft_cases(SM90, (2048,), (4,), "CONFIGS") if "finish" not in c.name]
-    found += _direct_cases(SM90, kinds) + _other_cases(SM90, kinds)
+    found += _direct_cases(SM90, kinds) + _shear_cases(SM90, kinds, (2048, 8192)) + _other_cases(SM90, kinds)
     found += _fft_cases(SM80, (512, 2048), (1,), "CONFIGS")
-    found += _direct_cases(SM80, kinds, (False,)) + _other_cases(SM80, kinds)
+    found += _direct_cases(SM80, kinds, (False,)) + _shear_cases(SM80, kinds) + _other_cases(SM80, kinds)
     found += _fft_cases(SM86, (2048, 4096), (1,), "COMPACT_CONFIGS")
     found += _fft_cases(SM100, (2048,), (1,), "CONFIGS")
-    found += _direct_cases(SM100, ("half",), (False,))[:1] + _other_cases(SM100, ("half",))
+    found += _direct_cases(SM100, ("half",), (False,))[:1] + _shear_cases(SM100, ("half",))
+    found += _other_cases(SM100, ("half",))
     found += _fft_cases(GFX942, (512,), (1,), "COMPACT_CONFIGS", ("ieee",))
-    found += _direct_cases(GFX942, ("half",), (False,))[:1] + _other_cases(GFX942, ("half",))
+    found += _direct_cases(GFX942, ("half",), (False,))[:1] + _shear_cases(GFX942, ("half",))
+    found += _other_cases(GFX942, ("half",))
     first: dict[str, Case] = {}
     for case in found:
         if case.target == SM90:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,15 @@ import pytest
 from scipy import stats
 
 from sdi_kernels import HASH_FAMILIES, HASH_FORMAT, CountSketch, HashFamily, TensorSketch
-from sdi_kernels.hashing import Role, draw_buckets, draw_signs, inverse_table
+from sdi_kernels.hashing import (
+    Role,
+    difference_probability,
+    draw_buckets,
+    draw_signs,
+    inverse_table,
+    largest_difference_probability,
+    used_blocks,
+)
 
 ROLES: tuple[Role, ...] = ("vector", "out", "in")
 families = pytest.mark.parametrize("hashing", HASH_FAMILIES)
@@ -36,6 +45,12 @@ GOLDEN_BUCKETS: dict[tuple[HashFamily, Role, int, int], list[int]] = {
     ("balanced", "out", 12, 5): [4, 1, 2, 3, 3, 0, 3, 2, 1, 4, 0, 4],
     ("balanced", "in", 8, 16): [0, 1, 2, 3, 4, 5, 6, 7],
     ("balanced", "in", 12, 5): [4, 1, 4, 3, 3, 2, 0, 3, 0, 2, 1, 0],
+    ("block", "vector", 8, 16): [6, 11, 15, 10, 7, 5, 9, 12],
+    ("block", "out", 8, 16): [5, 13, 12, 8, 15, 7, 4, 9],
+    ("block", "out", 5, 24): [21, 5, 4, 0, 7],
+    ("block", "out", 3, 64): [53, 61, 60],
+    ("block", "out", 12, 5): [4, 1, 2, 3, 3, 0, 3, 2, 1, 4, 0, 4],
+    ("block", "in", 8, 16): [0, 1, 2, 3, 4, 5, 6, 7],
 }
 GOLDEN_SIGNS: dict[Role, list[int]] = {
     "vector": [-1, 1, -1, -1, -1, -1, 1, -1, -1, 1, -1, 1],
@@ -46,11 +61,14 @@ GOLDEN_SIGNS: dict[Role, list[int]] = {
 GOLDEN_FINGERPRINTS: dict[HashFamily, str] = {
     "iid": "6d7c21ed68b7175aa408c8cb0ec16fdd",
     "balanced": "9d6609ecf8d5b92a5ee97fbd4084f426",
+    "block": "838aab032801bc604fc19473d0c5c63e",
 }
 
 
 def large_sketch(hashing: HashFamily) -> TensorSketch:
-    return TensorSketch(50_257, 768, 2048, seed=-(2**70), name='wte."ü"\n', hashing=hashing)
+    return TensorSketch(
+        1500 if hashing == "block" else 50_257, 768, 2048, seed=-(2**70), name='wte."ü"\n', hashing=hashing
+    )
 
 
 def bucket(
@@ -80,7 +98,7 @@ def test_golden_signs(role: Role) -> None:
 
 def test_golden_format_name() -> None:
     assert HASH_FORMAT == "sdi-hash-1"
-    assert HASH_FAMILIES == ("balanced", "iid")
+    assert HASH_FAMILIES == ("balanced", "iid", "block")
 
 
 @families
@@ -122,6 +140,15 @@ def test_tables_follow_the_written_format(role: Role, seed: int, name: str) -> N
 
     injective = list(range(6)) if role == "in" else ranked(words)[:6]
     assert bucket(6, 13, "balanced", role, seed, name).tolist() == injective
+
+    blocked = injective
+    if role == "out":  # blocks of gcd(24, 16) = 8 buckets, two of three used
+        blocks = ranked(philox_words(seed, name, "out/block", 3))[:2]
+        blocked = [8 * blocks[slot // 8] + slot % 8 for slot in ranked(philox_words(seed, name, "out/bucket", 16))[:6]]
+        assert bucket(6, 24, "block", role, seed, name).tolist() == blocked
+    else:
+        assert np.array_equal(bucket(6, 24, "block", role, seed, name), bucket(6, 24, "balanced", role, seed, name))
+    assert np.array_equal(bucket(13, 5, "block", role, seed, name), bucket(13, 5, "balanced", role, seed, name))
 
     slots = [*range(5), *range(5), *ranked(philox_words(seed, name, f"{role}/bucket/extra", 5))[:3]]
     dealt = dict(zip(ranked(words), slots, strict=True))
@@ -228,6 +255,41 @@ def test_balanced_input_side_is_contiguous_up_to_m_and_random_beyond() -> None:
     assert not CountSketch(64, 64, role="out").contiguous
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The block family
+
+
+@pytest.mark.parametrize(("d", "m"), [(1, 64), (15, 64), (33, 64), (63, 64), (5, 24), (9, 11), (700, 2048)])
+def test_block_is_injective_within_as_few_blocks_as_allowed(d: int, m: int) -> None:
+    size = math.gcd(m, 16)
+    used, tables = max(-(-d // size), -(-m // (2 * size))), []
+    for seed in range(20):
+        h = bucket(d, m, "block", seed=seed)
+        assert len(set(h.tolist())) == d
+        assert 0 <= h.min() <= h.max() < m
+        tables.append(set((h // size).tolist()))
+        assert len(tables[-1]) <= used == used_blocks(d, m)
+    if used < m // size:
+        assert len({frozenset(t) for t in tables}) > 1, "always the same blocks"
+
+
+@pytest.mark.parametrize(("d", "m"), [(5, 5), (12, 5), (64, 64), (100, 64)])
+def test_block_is_balanced_where_all_buckets_are_used(d: int, m: int) -> None:
+    assert np.array_equal(bucket(d, m, "block"), bucket(d, m, "balanced"))
+
+
+@pytest.mark.parametrize(("d", "m"), [(2, 16), (5, 24), (7, 48), (40, 48), (3, 11)])
+def test_block_differences_have_the_stated_probabilities(d: int, m: int) -> None:
+    trials = 4000
+    expected = np.array([difference_probability(x, d, m) for x in range(1, m)])
+    assert expected.sum() == pytest.approx(1)
+    assert expected.max() == largest_difference_probability(d, m)
+    h = np.stack([bucket(d, m, "block", "out", seed) for seed in range(trials)])
+    counts = np.bincount((h[:, 0].astype(int) - h[:, 1]) % m, minlength=m)
+    assert counts[0] == 0
+    assert uniform(counts[1:], trials * expected) > 1e-4
+
+
 def uniform(counts: npt.NDArray[np.int64], expected: npt.ArrayLike | None = None) -> float:
     return float(stats.chisquare(counts, expected).pvalue)
 
@@ -327,5 +389,5 @@ def test_inverse_table_gathers_a_count_sketch() -> None:
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(ValueError, match=r"^hashing: got 'md5'; use one of 'balanced', 'iid'$"):
+    with pytest.raises(ValueError, match=r"^hashing: got 'md5'; use one of 'balanced', 'iid', 'block'$"):
         draw_buckets(3, 4, seed=0, name="", role="out", hashing="md5")  # type: ignore[arg-type]

@@ -579,7 +579,7 @@ ERRORS: dict[str, Case] = {
     "family": (
         lambda: CountSketch(3, 4, hashing="md5"),  # type: ignore[arg-type]
         ValueError,
-        "hashing: got 'md5'; use one of 'balanced', 'iid'",
+        "hashing: got 'md5'; use one of 'balanced', 'iid', 'block'",
     ),
     "seed": (lambda: CountSketch(3, 4, seed=1.5), TypeError, "seed: got float 1.5; pass an integer"),  # type: ignore[arg-type]
     "table of floats": (
@@ -670,7 +670,17 @@ ERRORS: dict[str, Case] = {
     "linear: route": (
         lambda: linear(A, G, SKETCH, route="fast"),  # type: ignore[arg-type]
         ValueError,
-        "route: got 'fast'; use one of 'auto', 'direct', 'fft'",
+        "route: got 'fast'; use one of 'auto', 'direct', 'fft', 'shear'",
+    ),
+    "linear: shear needs blocks": (
+        lambda: linear(A, G, SKETCH, route="shear"),
+        ValueError,
+        "route: got 'shear' for TensorSketch(d_out=5, d_in=4, m=7); it needs d_in <= m with inputs hashed in order",
+    ),
+    "linear: shear with a scale": (
+        lambda: linear(A, G, SKETCH, route="shear", scale=torch.ones(5, 4)),
+        ValueError,
+        "route: got 'shear' with scale; the shear route cannot apply it, use 'auto' or 'direct'",
     ),
     "matrix: columns": (
         lambda: matrix(torch.zeros(5, 3), SKETCH),

@@ -1,4 +1,4 @@
-"""Sketched inner products over draws of the tables: unbiased, with the stated variance, in both families.
+"""Sketched inner products over draws of the tables: unbiased, with the stated variance, in every family.
 
 Two kinds of test. *Enumerations* go through every table of a small sketch and check the formula of docs/design.md to
 rounding. *Draws* take tables as users get them and check that their mean and variance are the formula's, within
@@ -76,6 +76,12 @@ def all_buckets(d: int, m: int, hashing: HashFamily, side: str) -> Iterator[tupl
         yield from itertools.product(range(m), repeat=d)
     elif side == "in" and d <= m:
         yield tuple(range(d))
+    elif hashing == "block" and side == "out" and d < m:
+        size = math.gcd(m, 16)
+        used = max(-(-d // size), -(-m // (2 * size)))
+        for blocks in itertools.permutations(range(m // size), used):
+            for slots in itertools.permutations(range(used * size), d):
+                yield tuple(size * blocks[s // size] + s % size for s in slots)
     elif d <= m:
         yield from itertools.permutations(range(m), d)
     else:
@@ -115,6 +121,13 @@ def all_inner_products(x: Array, y: Array, m: int, hashing: HashFamily) -> Array
         (4, 4, 2, "balanced"),  # both
         (2, 5, 4, "balanced"),
         (2, 3, 1, "balanced"),
+        (2, 4, 6, "block"),  # three blocks of two buckets, two of them used, and columns m/2 apart
+        (4, 3, 6, "block"),  # two used, and full
+        (2, 4, 12, "block"),  # three blocks of four, two of them used
+        (3, 3, 4, "block"),  # all buckets in one block
+        (2, 3, 5, "block"),  # no blocks: gcd(5, 16) = 1
+        (2, 5, 4, "block"),  # d_in beyond m
+        (5, 2, 4, "block"),  # d_out beyond m: balanced
     ],
 )
 def test_formula_by_enumeration(d_out: int, d_in: int, m: int, hashing: HashFamily) -> None:
@@ -146,6 +159,12 @@ def test_stated_bounds() -> None:
         assert bound(9 * m, 5 * m, m, "iid") == pytest.approx(6 / m + 4 / m**2)
         assert bound(m, m, m, "balanced") == pytest.approx(2 / (m - 1))
         assert bound(m, m, m, "balanced") <= 2 / (m - 1) + 2 / (m - 1) ** 2
+    for m in (64, 128, 2048):  # block: balanced where d_out comes near m, at most twice that below; under the paper's
+        assert bound(m, m, m, "block") == bound(m, m, m, "balanced")
+        assert bound(m - 1, m, m, "block") == pytest.approx(2 / (m - 1))
+        assert bound(3 * m // 4, m, m, "block") == pytest.approx(8 / 3 / m, rel=0.04)
+        for d_out in (2, m // 4, m // 2):
+            assert bound(d_out, m, m, "block") == bound(2, m, m, "block") == pytest.approx(4 / m, rel=0.04)
     # Beyond m, where a side needs collisions: still under the paper's bound.
     for d_out, d_in in ((96, 160), (65, 64), (64, 65), (6400, 6400)):
         assert 2 / 63 < bound(d_out, d_in, 64, "balanced") < bound(d_out, d_in, 64, "iid")

@@ -121,6 +121,15 @@ def test_planner_on_cuda() -> None:
     assert route(768, 2048, torch.bfloat16) == "direct"  # 16-bit products are fast, and the epilogue is paid once
     assert route(768, 128, torch.float32, m=2048) == "fft"
     assert route(768, 128, torch.float32, m=2047) == "direct"
+    # shear only for the family made for it; by these estimates it pays where the epilogue is most of direct's time.
+    for hashing, expected in (("balanced", {"direct", "fft"}), ("block", {"direct", "fft", "shear"})):
+        sketches = [TensorSketch(d, d, 2048, hashing=hashing) for d in (64, 256, 512, 1024, 1536, 2040)]
+        calls = [
+            (s, tokens, dtype) for s in sketches for tokens in (1, 32, 2048) for dtype in (torch.float32, torch.half)
+        ]
+        assert {sk.plan_linear(64, t, s, device, dtype=dtype).route for s, t, dtype in calls} == expected
+    assert sk.plan_linear(8, 128, TensorSketch(64, 64, 256), device, "shear").route == "shear"
+    assert sk.plan_linear(8, 128, TensorSketch(64, 64, 256), torch.device("cpu"), "shear").route == "direct"
     plan = sk.plan_linear(8, 128, TensorSketch(64, 64, 256), device, "fft")
     assert "asked for by route=" in plan.explain()
     assert set(cost.FFT_CYCLES) == {256, 512, 1024, 2048, 4096, 8192}

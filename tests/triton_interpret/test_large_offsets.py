@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import CountSketch, TensorSketch, reference
-from sdi_kernels.triton import direct, embedding, fft, vector
+from sdi_kernels.triton import direct, embedding, fft, matrix, shear, vector
 
 FAR = 2**31 + 16
 
@@ -40,10 +40,16 @@ def test_rows_beyond_32_bits(tmp_path: Path) -> None:
 
     direct.linear_direct(out, a, g, sketch.tables(), m)
     assert torch.equal(out, want)
+    shear.linear_shear(out.zero_(), a, g, sketch.tables(), m)
+    assert torch.equal(out, want)
     fft.linear_fft(out.zero_(), a, g, sketch.tables(), m)
     torch.testing.assert_close(out.contiguous(), want, atol=1e-4, rtol=1e-5)
     vector.vector(out.zero_(), a, count.tables(), m)
     assert torch.equal(out, reference.sketch_vector_grads(a, count).float())
+    vector.vector(out.zero_(), a, count.tables(), m, factors=a)
+    assert torch.equal(out, reference.sketch_vector_grads(a.float() ** 2, count).float())
+    matrix.matrix(out.zero_(), a, TensorSketch(tokens, d, m).tables(), m)
+    assert torch.equal(out, reference.tensor_sketch(a, TensorSketch(tokens, d, m)).float())
     ids = torch.randint(0, 7, (2, tokens))
     embedding.embedding(out.zero_(), ids, a, sketch.tables(), m)
     assert torch.equal(out, reference.sketch_embedding_grads(ids, a, sketch).float())
@@ -60,5 +66,10 @@ def test_tokens_and_features_beyond_32_bits(axis: str, tmp_path: Path) -> None:
     out = torch.zeros(1, m)
     direct.linear_direct(out, a, g, sketch.tables(), m)
     assert torch.equal(out, want)
+    shear.linear_shear(out.zero_(), a, g, sketch.tables(), m)
+    assert torch.equal(out, want)
     fft.linear_fft(out.zero_(), a, g, sketch.tables(), m)
     torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-5)
+    matrices = TensorSketch(*a.shape[1:], m)
+    matrix.matrix(out.zero_(), a, matrices.tables(), m)
+    assert torch.equal(out, reference.tensor_sketch(a, matrices).float())

