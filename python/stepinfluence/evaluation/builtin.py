@@ -1,0 +1,117 @@
+"""Two small looped learning problems that train in about a second, with planted errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stepinfluence.evaluation.problem import Problem
+
+Example = tuple[Tensor, Tensor]
+
+
+class LoopedClassifier(nn.Module):
+    """One transformer layer applied ``steps`` times to embedded tokens; the answer is read off the mean token."""
+
+    def __init__(self, vocabulary: int, tokens: int, classes: int, *, d: int = 32, steps: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, d)
+        self.position = nn.Parameter(0.3 * torch.randn(tokens, d))
+        self.core = nn.TransformerEncoderLayer(d, 4, 4 * d, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(d, classes)
+        self.steps = steps
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(B, classes)`` of ``tokens (B, T)``."""
+        x = self.embed(tokens) + self.position
+        state = x
+        for _ in range(self.steps):
+            state = self.core(state + x)
+        return self.head(state.mean(1))  # type: ignore[no-any-return]
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    """Cross entropy ``(B,)``."""
+    tokens, labels = batch
+    return F.cross_entropy(model(tokens), labels, reduction="none")
+
+
+def correct(model: nn.Module, batch: Any) -> Tensor:
+    """``(B,)`` bool."""
+    tokens, labels = batch
+    return model(tokens).argmax(1) == labels  # type: ignore[no-any-return]
+
+
+def collate(examples: Sequence[Example]) -> Example:
+    """Tokens ``(B, T)`` and labels ``(B,)``."""
+    return torch.stack([e[0] for e in examples]), torch.stack([torch.as_tensor(e[1]) for e in examples])
+
+
+def make_problem(name: str, *, n_train: int = 192, n_query: int = 32, updates: int = 100, seed: int = 0) -> Problem:
+    """``"adder"``: the sum of four digits modulo 3. ``"majority"``: which of two symbols is more frequent among nine.
+
+    One training label in sixteen is wrong.
+
+    Args:
+        name: of the two.
+        n_train, n_query: examples.
+        updates: full-batch Adam steps of a training run.
+        seed: of the data.
+
+    Raises:
+        ValueError: another name, or more examples than there are.
+    """
+    if name == "adder":
+        every = torch.cartesian_prod(*[torch.arange(4)] * 4)
+        answers, classes = every.sum(1) % 3, 3
+    elif name == "majority":
+        every = torch.cartesian_prod(*[torch.arange(2)] * 9)
+        answers, classes = (every.sum(1) > 4).long(), 2
+    else:
+        raise ValueError(f"name: got {name!r}; use 'adder' or 'majority'")
+    if n_train + n_query > len(every):
+        raise ValueError(f"n_train, n_query: got {n_train} and {n_query}; {name} has {len(every)} examples")
+    rng = np.random.default_rng(seed)
+    order = torch.from_numpy(rng.permutation(len(every)))
+    train, queries = order[:n_train], order[n_train : n_train + n_query]
+    labels = answers[train].clone()
+    wrong = rng.permutation(n_train)[: n_train // 16]
+    labels[wrong] = (labels[wrong] + 1) % classes
+    mislabelled = np.zeros(n_train, bool)
+    mislabelled[wrong] = True
+    tokens = every[train]
+
+    def untrained(seed: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return LoopedClassifier(int(every.max()) + 1, every.shape[1], classes)
+
+    def fit(rows: npt.NDArray[np.int64], seed: int) -> nn.Module:
+        model = untrained(seed)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        chosen = torch.from_numpy(np.asarray(rows))
+        batch = tokens[chosen], labels[chosen]
+        for _ in range(updates):
+            optimizer.zero_grad()
+            loss(model, batch).mean().backward()
+            optimizer.step()
+        return model.eval()
+
+    return Problem(
+        name=name,
+        train=list(zip(tokens, labels, strict=True)),
+        queries=list(zip(every[queries], answers[queries], strict=True)),
+        fit=fit,
+        untrained=untrained,
+        loss=loss,
+        body=lambda model: model.core,  # type: ignore[return-value, arg-type]
+        collate=collate,
+        correct=correct,
+        mislabelled=mislabelled,
+    )

@@ -1,0 +1,153 @@
+"""The methods that are compared: ours, and what people use otherwise."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from stepinfluence.capture import Capture, ExactCapture, attach
+from stepinfluence.evaluation.problem import Problem
+from stepinfluence.features import Features
+from stepinfluence.scoring import self_influence
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of a method.
+
+    Attributes:
+        scores: ``(n_train, n_query)``.
+        suspicion: ``(n_train,)``: how much an example stands out (self-influence), or None.
+        seconds: processor seconds to compute them.
+        bytes_per_example: of what is kept of a training example.
+    """
+
+    scores: Array
+    suspicion: Array | None
+    seconds: float
+    bytes_per_example: int
+
+
+Method: TypeAlias = Callable[[Problem, nn.Module], Scored]
+
+
+def _influence(problem: Problem, capture: Capture | ExactCapture, *, cosine: bool = False) -> Scored:
+    began = time.process_time()
+    train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
+    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
+    if cosine:
+        train, query = _normalized(train), _normalized(query)
+    # Summed features: one product gives the sum over steps that is compared here.
+    scores = (train.values @ query.values.T).double().numpy()
+    suspicion = None if cosine else self_influence(train).double().numpy()
+    width = train.values.shape[1] * train.values.element_size()
+    return Scored(scores, suspicion, time.process_time() - began, width)
+
+
+def _normalized(features: Features) -> Features:
+    norms = features.values.norm(dim=1, keepdim=True).clamp_min(torch.finfo(features.values.dtype).tiny)
+    return replace(features, values=features.values / norms)
+
+
+def sdi(problem: Problem, model: nn.Module) -> Scored:
+    """Step-decomposed influence from sketches (m = 2048), summed over steps for comparison with the others."""
+    return _influence(problem, attach(model, body=problem.body(model), sketch_size=2048))
+
+
+def sdi_small(problem: Problem, model: nn.Module) -> Scored:
+    """The same at m = 256."""
+    return _influence(problem, attach(model, body=problem.body(model), sketch_size=256))
+
+
+def tracin(problem: Problem, model: nn.Module) -> Scored:
+    """TracIn from exact per-example gradients of the body."""
+    return _influence(problem, ExactCapture(model, body=problem.body(model)))
+
+
+def grad_cosine(problem: Problem, model: nn.Module) -> Scored:
+    """Cosine of exact gradients: TracIn without the gradients' sizes."""
+    return _influence(problem, ExactCapture(model, body=problem.body(model)), cosine=True)
+
+
+def random_scores(problem: Problem, model: nn.Module) -> Scored:
+    """Chance."""
+    draws = np.random.default_rng(0).standard_normal((len(problem.train), len(problem.queries) + 1))
+    return Scored(draws[:, 1:], draws[:, 0], 0.0, 0)
+
+
+def trak(problem: Problem, model: nn.Module) -> Scored:
+    """TRAK (Park et al., 2023) by its own package: projected gradients of all weights, one model, m = 512.
+
+    The model's output is the loss itself, as no margin is known of a loss function, so the weights of its gradients are
+    one.
+
+    Raises:
+        ModuleNotFoundError: ``traker`` is not installed.
+    """
+    from trak import TRAKer
+    from trak.modelout_functions import AbstractModelOutput
+
+    class Loss(AbstractModelOutput):  # type: ignore[misc]
+        @staticmethod
+        def get_output(model: nn.Module, weights: Any, buffers: Any, *example: Tensor) -> Tensor:
+            batch = problem.collate([tuple(part for part in example)])
+
+            class Bound(nn.Module):
+                def forward(self, *args: Any, **kwargs: Any) -> Any:
+                    return torch.func.functional_call(model, (weights, buffers), args, kwargs)
+
+            return problem.loss(Bound(), batch).sum()
+
+        def get_out_to_loss_grad(self, model: nn.Module, weights: Any, buffers: Any, batch: Iterable[Tensor]) -> Tensor:
+            return torch.ones(len(next(iter(batch))), 1)
+
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        tracer = TRAKer(
+            model=model,
+            task=Loss(),
+            train_set_size=len(problem.train),
+            save_dir=folder,
+            device="cpu",
+            use_half_precision=False,
+            proj_dim=512,
+            lambda_reg=1e-2,
+            logging_level=logging.ERROR,
+        )
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        tracer.load_checkpoint(weights, model_id=0)
+        for batch in problem.batches("train"):
+            tracer.featurize(batch=list(batch), num_samples=len(batch[0]))
+        tracer.finalize_features()
+        tracer.start_scoring_checkpoint("query", weights, model_id=0, num_targets=len(problem.queries))
+        for batch in problem.batches("query"):
+            tracer.score(batch=list(batch), num_samples=len(batch[0]))
+        scores = np.array(tracer.finalize_scores("query"), dtype=np.float64)
+    return Scored(scores, None, time.process_time() - began, 512 * 4)
+
+
+METHODS: dict[str, Method] = {
+    "SDI, m=2048": sdi,
+    "SDI, m=256": sdi_small,
+    "TracIn, exact": tracin,
+    "grad-cosine": grad_cosine,
+    "TRAK": trak,
+    "random": random_scores,
+}
+
+
+def available() -> dict[str, Method]:
+    """Those that this machine can run: TRAK needs the package ``traker``."""
+    return {name: m for name, m in METHODS.items() if name != "TRAK" or importlib.util.find_spec("trak") is not None}

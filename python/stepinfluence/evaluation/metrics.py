@@ -1,0 +1,157 @@
+"""Figures of merit of attribution scores, with confidence intervals.
+
+Scores are ``(n_train, n_query)``; positive = training on the example lowers the query's loss. Outcomes are losses, so a
+good score *falls* with them: signs are turned here, and 1 is best everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+Array = npt.NDArray[np.float64]
+Likes = npt.ArrayLike
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its confidence interval, ``low <= value <= high`` as far as the bootstrap can tell."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def bootstrap(
+    values: Likes,
+    statistic: Callable[[Array], float] = lambda v: float(np.mean(v)),
+    *,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Percentile bootstrap over the rows of ``values`` (queries, examples or seeds), NaN rows left out.
+
+    Args:
+        values: ``(n, ...)``.
+        statistic: of resampled rows.
+        confidence: of the interval.
+        draws: resamples.
+        seed: of the resampling.
+
+    Returns:
+        NaN throughout where there is no row.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    array = array[~np.isnan(array.reshape(len(array), -1)).any(1)]
+    if not len(array):
+        return Estimate(np.nan, np.nan, np.nan)
+    rng = np.random.default_rng(seed)
+    resampled = [statistic(array[rng.integers(0, len(array), len(array))]) for _ in range(draws)]
+    low, high = np.nanquantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(float(statistic(array)), float(low), float(high))
+
+
+def linear_datamodeling_score(scores: Likes, losses: Likes, subsets: npt.ArrayLike) -> Array:
+    """LDS of each query (Park et al., TRAK, 2023): rank correlation, over models retrained on subsets, of the summed
+    scores of the subset with how low the query's loss came out.
+
+    Args:
+        scores: ``(n_train, n_query)``.
+        losses: ``(n_subsets, n_query)``: the query's loss of the model retrained on each subset.
+        subsets: ``(n_subsets, n_train)`` bool: which examples each was trained on.
+
+    Returns:
+        ``(n_query,)``, 1 is best; NaN where a query's scores or losses do not vary.
+
+    Raises:
+        ValueError: shapes do not fit, or fewer than three subsets.
+    """
+    scores_, losses_, chosen = np.asarray(scores, float), np.asarray(losses, float), np.asarray(subsets, bool)
+    if chosen.ndim != 2 or chosen.shape[1] != len(scores_) or losses_.shape != (len(chosen), scores_.shape[1]):
+        raise ValueError(
+            f"subsets, losses: got {chosen.shape} and {losses_.shape} for scores {scores_.shape}; "
+            "give (n_subsets, n_train) and (n_subsets, n_query)"
+        )
+    if len(chosen) < 3:
+        raise ValueError(f"subsets: got {len(chosen)}; a rank correlation needs at least 3")
+    predicted = chosen @ scores_
+    return np.array([_spearman(predicted[:, q], -losses_[:, q]) for q in range(scores_.shape[1])])
+
+
+def leave_one_out_correlation(scores: Likes, changes: Likes, removed: npt.ArrayLike) -> Array:
+    """Correlation (Pearson's) of scores with what leaving single examples out does to each query.
+
+    Args:
+        scores: ``(n_train, n_query)``.
+        changes: ``(n_removed, n_query)``: the query's loss after retraining without the example, minus its loss with it.
+        removed: ``(n_removed,)`` rows of the examples left out.
+
+    Returns:
+        ``(n_query,)``, 1 is best; NaN where nothing varies.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    rows, changed = np.asarray(removed), np.asarray(changes, float)
+    taken = np.asarray(scores, float)[rows]
+    if changed.shape != taken.shape:
+        raise ValueError(f"changes: got {changed.shape}; give {taken.shape}, a row for each example left out")
+    varied = (taken.std(0) > 0) & (changed.std(0) > 0)
+    return np.array(
+        [stats.pearsonr(taken[:, q], changed[:, q])[0] if varied[q] else np.nan for q in range(taken.shape[1])]
+    )
+
+
+def mislabel_auc(suspicion: Likes, mislabelled: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+    """Area under the ROC curve of finding mislabelled examples by a suspicion such as self-influence; 0.5 is chance.
+
+    Raises:
+        ValueError: all examples are mislabelled, or none is.
+    """
+    pairs = np.stack([np.asarray(suspicion, float), np.asarray(mislabelled, float)], 1)
+    if len(set(pairs[:, 1])) != 2:
+        raise ValueError("mislabelled: all examples are alike; plant some errors, and not in all examples")
+
+    def auc(rows: Array) -> float:
+        return float(roc_auc_score(rows[:, 1], rows[:, 0])) if len(set(rows[:, 1])) == 2 else float("nan")
+
+    return bootstrap(pairs, auc, draws=500, seed=seed)
+
+
+def top_k_overlap(scores: Likes, other: Likes, k: int) -> Array:
+    """Share of the k most helpful examples that two scores have in common, for each query ``(n_query,)``.
+
+    Raises:
+        ValueError: shapes differ, or k is out of range.
+    """
+    a, b = np.asarray(scores, float), np.asarray(other, float)
+    if a.shape != b.shape:
+        raise ValueError(f"other: got {a.shape} for scores {a.shape}; compare scores of the same examples")
+    if not 1 <= k <= len(a):
+        raise ValueError(f"k: got {k}; use 1 to {len(a)}")
+    tops = [np.argsort(-x, axis=0, kind="stable")[:k] for x in (a, b)]
+    return np.array([len(set(tops[0][:, q]) & set(tops[1][:, q])) / k for q in range(a.shape[1])])
+
+
+def randomization_check(scores: Likes, of_random_weights: Likes) -> Array:
+    """Rank correlation of scores with those of an untrained model, for each query (after Adebayo et al., 2018).
+
+    Near 1, the scores say nothing about what was learnt.
+    """
+    a, b = np.asarray(scores, float), np.asarray(of_random_weights, float)
+    return np.array([_spearman(a[:, q], b[:, q]) for q in range(a.shape[1])])
+
+
+def _spearman(a: Array, b: Array) -> float:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(stats.spearmanr(a, b).statistic)

@@ -1,0 +1,93 @@
+"""The whole evaluation at a small size, and the step counterfactual against the exact derivative."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from stepinfluence import ExactCapture, influence
+from stepinfluence.evaluation import Problem, evaluate, step_counterfactual
+from stepinfluence.evaluation.builtin import make_problem
+from stepinfluence.evaluation.methods import METHODS
+
+
+@pytest.fixture(scope="module")
+def small() -> Problem:
+    torch.set_num_threads(1)
+    return make_problem("majority", n_train=48, n_query=8, updates=20)
+
+
+def test_an_evaluation_end_to_end(small: Problem) -> None:
+    methods = {name: METHODS[name] for name in ("SDI, m=2048", "TracIn, exact", "random")}
+    found = evaluate(small, methods, subsets=4, left_out=3, flips=2, progress=False)
+    sdi, exact, chance = found.merits
+    assert found.retrainings == 1 + 4 + 3 + 2 * 3
+    assert sdi.overlap is not None
+    assert sdi.overlap.value > 0.8  # sketches pick what exact gradients pick
+    assert exact.overlap is None
+    assert abs(sdi.lds.value - exact.lds.value) < 0.3
+    assert chance.overlap is not None
+    assert chance.overlap.value < 0.5
+    assert sdi.mislabel is not None
+    assert found.steps.conservation < 1e-5
+    assert found.steps.counterfactual.value > 0.95
+    assert found.steps.slope == pytest.approx(1, abs=0.2)
+    assert "| SDI, m=2048 |" in found.markdown()
+    json.dumps(found.to_dict())
+
+
+def test_step_counterfactual_is_the_derivative_by_step(small: Problem) -> None:
+    model = small.fit(np.arange(48), 0).double()
+    train, query = small.collate(small.train[:1]), small.collate(small.queries)
+    capture = ExactCapture(model, body=model.core)
+    gradient = capture.featurize([train], small.loss, per_step=False, progress=False)
+    sdi = influence(gradient, capture.featurize([query], small.loss, progress=False)).sdi[0]
+    eta = 1e-6
+    change = {b.name: (-eta * gradient.values[0, b.start : b.stop]).view(b.shape) for b in gradient.space.blocks}
+    before = [p.detach().clone() for p in model.parameters()]
+    moved = step_counterfactual(model, model.core, query, small.loss, change, steps=4)
+    torch.testing.assert_close(-moved / eta, sdi, rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not model.core._forward_pre_hooks
+    assert not model.core._forward_hooks
+
+
+def test_step_counterfactual_refuses_what_it_cannot_do(small: Problem) -> None:
+    model = small.untrained(0)
+    query = small.collate(small.queries)
+    change = {f"core.{name}": torch.zeros_like(p) for name, p in model.core.named_parameters()}
+    with pytest.raises(ValueError, match="the body was entered 4 times"):
+        step_counterfactual(model, "core", query, small.loss, change, steps=3)
+    with pytest.raises(ValueError, match="change: lacks"):
+        step_counterfactual(model, "core", query, small.loss, {}, steps=4)
+    with pytest.raises(ValueError, match="body: got 2 modules"):
+        step_counterfactual(model, [model.core.linear1, model.core.linear2], query, small.loss, change, steps=4)
+
+
+def test_a_step_counterfactual_that_fails_leaves_the_weights(small: Problem) -> None:
+    model = small.untrained(0)
+    before = [p.detach().clone() for p in model.parameters()]
+    change = {f"core.{name}": torch.ones_like(p) for name, p in model.core.named_parameters()}
+    calls = []
+
+    def loss(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            model.core.linear2.register_forward_pre_hook(lambda *_: 1 / 0)
+        return small.loss(model, batch)
+
+    with pytest.raises(ZeroDivisionError):
+        step_counterfactual(model, "core", small.collate(small.queries), loss, change, steps=4)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_planted_errors_are_where_the_problem_says() -> None:
+    for name in ("adder", "majority"):
+        made = make_problem(name)
+        tokens, labels = made.collate(made.train)
+        truth = tokens.sum(1) % 3 if name == "adder" else (tokens.sum(1) > 4).long()
+        np.testing.assert_array_equal((labels != truth).numpy(), made.mislabelled)
+        seen = {tuple(t.tolist()) for t, _ in made.train}
+        assert not any(tuple(t.tolist()) in seen for t, _ in made.queries)
