@@ -40,9 +40,7 @@ def run(
     flips: Annotated[int, typer.Option(metavar="N", min=0, help="Queries for the brittleness.")] = 6,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of data, draws and training.")] = 0,
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="torch threads.")] = 1,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Also write all figures there.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Also write all figures.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
 ) -> None:
     """See :data:`HELP`."""

@@ -87,17 +87,17 @@ class Evaluation:
 
     def markdown(self) -> str:
         """A table of the methods, and a line on the steps."""
-        head = "| method | LDS | LOO corr. | mislabel AUC | brittleness | top-10% overlap | randomisation | s | B/example |"
-        lines = [head, "|" + "---|" * 9]
+        names = ("method", "LDS", "LOO corr.", "mislabel AUC", "brittleness", "top-10% overlap", "randomisation", "s")
+        lines = ["| " + " | ".join((*names, "B/example")) + " |", "|" + "---|" * 9]
         for m in self.merits:
             cells = [m.method, *map(_cell, (m.lds, m.loo, m.mislabel, m.brittleness, m.overlap, m.randomization))]
             lines.append("| " + " | ".join([*cells, f"{m.seconds:.2f}", str(m.bytes_per_example)]) + " |")
         s = self.steps
-        lines += [
-            "",
-            f"By step: conservation error {s.conservation:.1e}; correlation of SDI with what a training step at one loop "
-            f"step alone does to the loss: {s.counterfactual}, slope {s.slope:.2f}.",
-        ]
+        by_step = (
+            f"By step: conservation error {s.conservation:.1e}; correlation of SDI with what a training step at one "
+            f"loop step alone does to the loss: {s.counterfactual}, slope {s.slope:.2f}."
+        )
+        lines += ["", by_step]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,8 +127,8 @@ def evaluate(
         problem: what to learn.
         methods: by name; all that this machine can run if not given.
         subsets: models for the LDS, each trained on a random half of the examples.
-        left_out: examples that are left out one at a time; those of the largest summed score size of exact TracIn first,
-            every other one at random.
+        left_out: examples that are left out one at a time; half of them those of the largest influence by exact
+            TracIn (or the first method), the others at random.
         flips: rightly answered queries for the brittleness; 0 to leave it out.
         seed: of all random draws and of every training run.
         progress: show a progress bar.

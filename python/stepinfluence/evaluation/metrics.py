@@ -92,7 +92,7 @@ def leave_one_out_correlation(scores: Likes, changes: Likes, removed: npt.ArrayL
 
     Args:
         scores: ``(n_train, n_query)``.
-        changes: ``(n_removed, n_query)``: the query's loss after retraining without the example, minus its loss with it.
+        changes: ``(n_removed, n_query)``: loss after retraining without the example, minus the loss with it.
         removed: ``(n_removed,)`` rows of the examples left out.
 
     Returns:

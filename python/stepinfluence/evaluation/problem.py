@@ -21,7 +21,7 @@ class Problem:
     Attributes:
         name: for tables.
         train, queries: examples.
-        fit: ``fit(rows, seed) -> model``: a model trained on some of the training examples, the same for equal arguments.
+        fit: ``fit(rows, seed) -> model``: a model trained on these training examples; the same for equal arguments.
         untrained: ``untrained(seed) -> model``.
         loss: ``loss(model, batch) -> (B,)``.
         body: what the loop applies.

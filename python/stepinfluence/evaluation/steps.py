@@ -1,4 +1,4 @@
-"""What SDI claims of a single step, tried out: move the weights at one use of the loop body only, and look at the loss."""
+"""What SDI claims of a single step, tried out: move the weights at one use of the loop body only, and see the loss."""
 
 from __future__ import annotations
 
