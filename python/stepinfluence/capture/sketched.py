@@ -140,7 +140,7 @@ class Capture(session.LoaderCapture):
         """A table of the body's parameters: shape, sketch, share of a feature row."""
         rows = [f"{'parameter':<44} {'shape':<16} {'columns':<16} sketch"]
         for target, block in zip(self.targets, self._recorder.blocks, strict=True):
-            lossless = isinstance(target.sketch, CountSketch) and self.hashing == "balanced"
+            lossless = isinstance(target.sketch, CountSketch) and self.hashing != "iid"
             note = ", lossless" if lossless and target.sketch.m >= target.parameter.numel() else ""
             shape, columns = str(tuple(target.parameter.shape)), f"{block.start}:{block.stop}"
             rows.append(f"{target.name:<44} {shape:<16} {columns:<16} {target.sketch!r}{note}")

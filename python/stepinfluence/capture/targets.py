@@ -112,8 +112,8 @@ def _size_of(
             raise ValueError(f"sketch_size: the mapping has no entry for body parameter {name!r}; add one")
         return sketch_size[name]
     short_vector = parameter.dim() <= 1 and parameter.numel() > 0
-    if hashing == "balanced" and layout == "concat" and short_vector and isinstance(sketch_size, int):
-        # Balanced hashing of a vector into no fewer buckets than it has entries is a signed permutation, and so into
+    if hashing != "iid" and layout == "concat" and short_vector and isinstance(sketch_size, int):
+        # Hashing (balanced or in blocks) of a vector into no fewer buckets than it has entries is a signed permutation, and so into
         # exactly as many: the columns beyond would hold zeros.
         return min(sketch_size, parameter.numel())
     return sketch_size
