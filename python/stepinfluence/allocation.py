@@ -67,7 +67,7 @@ def allocate_sizes(
 
     def following(name: str) -> int:
         m, length = sizes[name], lengths[name]
-        larger = 2 * m if powers_of_two else m + max(1, m // 8)
+        larger = 2 * m if powers_of_two else m + max(1, m // 64)
         return larger if length is None else length  # a vector is lossless or at its least
 
     def offer(name: str) -> tuple[float, int, str]:

@@ -113,8 +113,8 @@ def _size_of(
         return sketch_size[name]
     short_vector = parameter.dim() <= 1 and parameter.numel() > 0
     if hashing != "iid" and layout == "concat" and short_vector and isinstance(sketch_size, int):
-        # Hashing (balanced or in blocks) of a vector into no fewer buckets than it has entries is a signed permutation, and so into
-        # exactly as many: the columns beyond would hold zeros.
+        # Balanced hashing (and that in blocks) of a vector into no fewer buckets than it has entries is a signed
+        # permutation, and so into exactly as many: the columns beyond would hold zeros.
         return min(sketch_size, parameter.numel())
     return sketch_size
 
