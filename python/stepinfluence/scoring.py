@@ -7,7 +7,8 @@ query (a proponent), negative = raises it. Step axes are 0-based in tensors, 1-b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -232,12 +233,47 @@ def influence_over_checkpoints(
     """
     if not checkpoints:
         raise ValueError("checkpoints: got none; pass at least one path")
+    total: Influence | None = None
+    # Closed at once, also after an error: only then the model has its own weights again.
+    with closing(visit_checkpoints(capture, checkpoints, etas, metric, progress=progress)) as visited:
+        for eta in visited:
+            sides = [
+                capture.featurize(loader, loss_fn, per_step=decompose in (side, "both"), ids=ids, progress=progress)
+                for side, loader in (("train", train), ("query", query))
+            ]
+            total = _add(total, influence(sides[0], sides[1], etas=eta, decompose=decompose))
+    assert total is not None
+    return total
+
+
+def visit_checkpoints(
+    capture: Featurizer,
+    checkpoints: Sequence[PathLike] | None,
+    etas: Etas,
+    metric: Metric | None = None,
+    *,
+    progress: bool = False,
+) -> Generator[float, None, None]:
+    """Put each checkpoint's weights (and metric) into a capture in turn and give its weight eta; the model's own
+    weights are put back when the generator is closed. Without checkpoints: the model as it is, for which ``etas`` is
+    one number.
+
+    Raises:
+        CheckpointError, ValueError: as for :func:`influence_over_checkpoints`.
+    """
     if isinstance(metric, str) and metric not in KINDS:
         raise ValueError(f"metric: got {metric!r}; use {', '.join(map(repr, KINDS))}, or a function of a checkpoint")
+    if checkpoints is None:
+        if metric is not None:
+            raise ValueError("metric: needs checkpoints=; for the model as it is, attach with a preconditioner")
+        given = [etas] if isinstance(etas, int | float) else etas
+        if isinstance(given, str) or len(given) != 1:
+            raise ValueError("checkpoints: got None; pass the files of the checkpoints that the etas are for")
+        yield float(given[0])
+        return
     eta_of = resolve_etas(checkpoints, etas)
     original = copy.deepcopy(capture.model.state_dict())  # deep: modules may add values that are no tensors
     before = capture.preconditioner
-    total: Influence | None = None
     try:
         for index, path in enumerate(tqdm(checkpoints, desc="checkpoints", delay=2, disable=not progress)):
             checkpoint = load_checkpoint(path)
@@ -247,16 +283,10 @@ def influence_over_checkpoints(
                 capture.precondition(metric(checkpoint))
             elif metric is not None:
                 capture.precondition(from_optimizer(checkpoint.optimizer, capture.model, metric))
-            sides = [
-                capture.featurize(loader, loss_fn, per_step=decompose in (side, "both"), ids=ids, progress=progress)
-                for side, loader in (("train", train), ("query", query))
-            ]
-            total = _add(total, influence(sides[0], sides[1], etas=eta, decompose=decompose))
+            yield eta
     finally:
         capture.model.load_state_dict(original)
         capture.precondition(before)
-    assert total is not None
-    return total
 
 
 def _add(total: Influence | None, one: Influence) -> Influence:

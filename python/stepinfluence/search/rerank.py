@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -52,7 +52,7 @@ def exact_blocks(
     query_bytes: int = QUERY_BYTES,
     ids: IdsOf | None = None,
     progress: bool = True,
-) -> Iterator[ExactBlock]:
+) -> Generator[ExactBlock, None, None]:
     """Exact influence block by block; arguments and errors as for :func:`rerank`.
 
     Args:

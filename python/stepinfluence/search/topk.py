@@ -95,17 +95,23 @@ def top_k(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k: got {k!r}; give a positive number of rows")
     question = ask(train, query, per_step=per_step, etas=etas, parameters=parameters, steps=steps, device=device)
+    rows, scores = scanned(question, k, harmful=harmful, progress=progress)
+    return finished(question, rows, scores, harmful=harmful)
+
+
+def scanned(question: Question, k: int, *, harmful: bool, progress: bool) -> tuple[Tensor, Tensor]:
+    """Rows and scores of the k best of each ranking, ``(Q, k)`` or ``(Q, len(ranked), k)``, by a scan of all rows."""
     source, heads = question.train, question.heads()
     k = min(k, int(source.valid.sum()))
-    count = len(heads[0])
-    ranking = Ranking(count, max(1, k), smallest=harmful, dtype=heads[0].dtype, device=question.device)
+    ranking = Ranking(len(heads[0]), max(1, k), smallest=harmful, dtype=heads[0].dtype, device=question.device)
     with torch.no_grad(), tqdm(total=len(source), desc="scan", unit="row", delay=2, disable=not progress) as bar:
-        for first, scores in score_blocks(question, heads):
-            ranking.add(first, scores)
-            bar.update(len(scores))
-    rows, values = ranking.result()
-    shape = (len(question.query_ids), len(question.ranked), k) if per_step else (len(question.query_ids), k)
-    return finished(question, rows[:, :k].reshape(shape), values[:, :k].reshape(shape), harmful=harmful)
+        for first, block in score_blocks(question, heads):
+            ranking.add(first, block)
+            bar.update(len(block))
+    rows, scores = ranking.result()
+    queries = len(question.query_ids)
+    shape = (queries, len(question.ranked), k) if question.per_step else (queries, k)
+    return rows[:, :k].reshape(shape), scores[:, :k].reshape(shape)
 
 
 def finished(question: Question, rows: Tensor, scores: Tensor, *, harmful: bool) -> TopK:

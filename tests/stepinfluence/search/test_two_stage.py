@@ -1,0 +1,212 @@
+"""Two-stage search: candidates from sketches or an index, then exact influence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import made
+import numpy as np
+import pytest
+import torch
+import zoo
+from stepinfluence import Capture, ExactCapture, FeatureMismatchError, Features, StoreError, attach, influence
+from stepinfluence.search import Index, TwoStage, top_k, two_stage
+from stepinfluence.search.question import ask
+from stepinfluence.store import fold_store
+from torch import Tensor
+
+faiss = pytest.importorskip("faiss")
+N, Q = 40, 3
+
+
+class Examples:
+    """Examples of ``zoo.make_batch`` one by one."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.batch = zoo.make_batch(size, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.batch["x"])
+
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
+        return {name: t[index] for name, t in self.batch.items()}
+
+
+def setting(seed: int = 0, sketch_size: int = 8) -> tuple[Capture, Examples, Examples, Tensor]:
+    """A capture with sketches that are far too small, and the exact influence."""
+    torch.manual_seed(seed)
+    model = zoo.Looped(zoo.LAYERS["mlp"]()).eval()
+    train, query = Examples(N, 1), Examples(Q, 2)
+    exact = ExactCapture(model, body="core")
+    full = influence(
+        exact.featurize([train.batch], zoo.squared_error, per_step=False),
+        exact.featurize([query.batch], zoo.squared_error),
+    ).sdi
+    return attach(model, body="core", sketch_size=sketch_size), train, query, full
+
+
+def featurized(capture: Capture, data: Examples, *, per_step: bool) -> Features:
+    return capture.featurize([data.batch], zoo.squared_error, per_step=per_step)
+
+
+def search(capture: Capture, train: Examples, query: Examples, k: int, **options: Any) -> TwoStage:
+    return two_stage(
+        options.pop("features", None) or featurized(capture, train, per_step=False),
+        featurized(capture, query, per_step=True),
+        k,
+        capture=capture,
+        loss_fn=zoo.squared_error,
+        train_examples=train,
+        query_examples=query,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("harmful", [False, True])
+@pytest.mark.parametrize("options", [{}, {"query_bytes": 1, "batch_size": 3}, {"steps": slice(0, 2)}])
+def test_with_all_rows_as_candidates_it_is_exact(per_step: bool, harmful: bool, options: dict[str, Any]) -> None:
+    capture, train, query, full = setting()
+    found = search(capture, train, query, 5, candidates=N, per_step=per_step, harmful=harmful, **options).top
+    part = full[..., options.get("steps", slice(None))]
+    ranked = part if per_step else part.sum(2, keepdim=True)
+    expected = torch.tensor(made.by_sorting(ranked.flatten(1), 5, harmful=harmful)).view(Q, ranked.shape[2], 5)
+    expected = expected if per_step else expected[:, 0]
+    assert torch.equal(found.rows, expected)
+    for place in np.ndindex(*expected.shape):
+        torch.testing.assert_close(found.sdi[place], full[expected[place], place[0]], rtol=1e-4, atol=1e-6)
+    assert found.train_ids.tolist() == expected.tolist()
+
+
+def test_the_short_list_is_recomputed_exactly() -> None:
+    """What the sketches rank is kept only as a choice of candidates."""
+    capture, train, query, full = setting()
+    found = search(capture, train, query, 4, candidates=10)
+    first = top_k(featurized(capture, train, per_step=False), featurized(capture, query, per_step=True), 10)
+    assert found.candidates.tolist() == [sorted(rows) for rows in first.rows.tolist()]
+    for q in range(Q):
+        best = sorted(found.candidates[q].tolist(), key=lambda r, q=q: -float(full[r, q].sum()))[:4]
+        assert found.top.rows[q].tolist() == best
+        torch.testing.assert_close(found.top.scores[q], full[best, q].sum(1), rtol=1e-4, atol=1e-6)
+    assert set(found.seconds) == {"candidates", "exact"}
+    sketched = top_k(featurized(capture, train, per_step=False), featurized(capture, query, per_step=True), 4)
+    assert found.top.rows.tolist() != sketched.rows.tolist(), "sketches of this size are wrong about the order"
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    capture, train, query, _ = setting()
+    own = {k: v.clone() for k, v in capture.model.state_dict().items()}
+    paths, parts, features = [], [], []
+    etas = [0.1, 0.4]
+    for seed in range(2):
+        other, _, _, full = setting(seed + 1)
+        paths.append(tmp_path / f"{seed}.pt")
+        torch.save(other.model.state_dict(), paths[-1])
+        parts.append(full)
+        features.append([featurized(other, data, per_step=side == 1) for side, data in enumerate((train, query))])
+    expected = sum(eta * part for eta, part in zip(etas, parts, strict=True))
+    sides = [[f[side] for f in features] for side in (0, 1)]
+    options: dict[str, Any] = {
+        "capture": capture, "loss_fn": zoo.squared_error, "train_examples": train, "query_examples": query,
+        "etas": etas, "candidates": N,
+    }  # fmt: skip
+    found = two_stage(*sides, 5, checkpoints=paths, **options)
+    assert found.top.rows.tolist() == made.by_sorting(expected.sum(2), 5)
+    torch.testing.assert_close(found.top.sdi[0], expected[found.top.rows[0], 0], rtol=1e-4, atol=1e-6)
+    stores = [made.store(tmp_path / f"{k}", side, etas=etas) for k, side in enumerate(sides)]
+    folded = [fold_store(s.path, tmp_path / f"folded{k}") for k, s in enumerate(stores)]
+    again = two_stage(*folded, 5, checkpoints=paths, **{**options, "etas": None})
+    assert again.top.rows.tolist() == found.top.rows.tolist()
+    for given in (sides, folded):
+        with pytest.raises(FeatureMismatchError, match="weights of checkpoint 0"):
+            two_stage(*given, 5, checkpoints=paths[::-1], **{**options, "etas": etas if given is sides else None})
+    with pytest.raises(ValueError, match="checkpoints: got None"):
+        two_stage(*sides, 5, **options)
+    assert all(torch.equal(v, own[k]) for k, v in capture.model.state_dict().items())
+
+
+def test_what_is_refused() -> None:
+    capture, train, query, _ = setting()
+    for message, options in (
+        ("candidates: got 3 for k = 4", {"candidates": 3}),
+        ("batch_size: got 0", {"batch_size": 0}),
+        ("metric: needs checkpoints", {"metric": "adam"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search(capture, train, query, 4, **options)
+    with pytest.raises(ValueError, match="train_examples: got 3 examples for 40 rows"):
+        search(capture, query, query, 2, features=featurized(capture, train, per_step=False), candidates=2)
+    features = featurized(capture, train, per_step=False)
+    with torch.no_grad():
+        capture.model.core[0].weight += 1  # type: ignore[index,operator,union-attr]
+    with pytest.raises(FeatureMismatchError):
+        search(capture, train, query, 2, features=features, candidates=2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The index
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("per_step", [False, True])
+def test_a_flat_index_finds_what_a_scan_finds(tmp_path: Path, dtype: str, per_step: bool) -> None:
+    shape = (60, made.WIDTH) if dtype != "bf16" else (60, 2, made.WIDTH)
+    sides = [
+        [made.features(made.normal(*s, seed=k), prefix=p, weights=f"w{k}") for k in range(2)]
+        for p, s in (("z", shape), ("q", (4, 3, made.WIDTH)))
+    ]
+    etas = (0.5, 2.0)
+    train = made.store(tmp_path / "t", sides[0], etas=etas, dtype=dtype, failed=[0, 7, 8, 9])
+    query = made.store(tmp_path / "q", sides[1], etas=etas)
+    Index.build(train, tmp_path / "index", factory="Flat")
+    index = Index.open(tmp_path / "index", train)
+    for harmful in (False, True):
+        for options in ({}, {"parameters": "core.*"}):
+            question = ask(train, query, per_step=per_step, **options)
+            found = index.candidates(question, 6, harmful=harmful)
+            scanned = top_k(train, query, 6, per_step=per_step, harmful=harmful, **options)
+            assert found.reshape(scanned.rows.shape).tolist() == scanned.rows.tolist()
+
+
+def test_inverted_lists_find_clusters(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(8, made.WIDTH, generator=generator) * 4
+    values = centres.repeat_interleave(100, 0) + 0.3 * torch.randn(800, made.WIDTH, generator=generator)
+    train, query = made.features(values), made.features(centres[:3].unsqueeze(1))
+    built = Index.build(train, tmp_path / "i", factory="IVF8,SQ8", probes=2)
+    exact = top_k(train, query, 10).rows
+    for index in (built, Index.open(tmp_path / "i", train, probes=2)):
+        found = index.candidates(ask(train, query), 10)
+        hits = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True))
+        assert hits >= 27
+
+
+def test_two_stage_with_an_index() -> None:
+    capture, train, query, full = setting(sketch_size=256)
+    features = featurized(capture, train, per_step=False)
+    index = Index.build(features, factory="Flat")
+    found = search(capture, train, query, 3, features=features, candidates=N, index=index)
+    assert found.top.rows.tolist() == made.by_sorting(full.sum(2), 3)
+    other = Index.build(made.features(made.normal(N, made.WIDTH)), factory="Flat")
+    with pytest.raises(FeatureMismatchError, match="index: of other rows"):
+        search(capture, train, query, 3, features=features, candidates=N, index=other)
+
+
+def test_a_stale_or_damaged_index_is_refused(tmp_path: Path) -> None:
+    values = made.normal(20, made.WIDTH)
+    train = made.store(tmp_path / "t", [made.features(values)])
+    Index.build(train, tmp_path / "i", factory="Flat")
+    values[3, 3] += 1e-3
+    changed = made.store(tmp_path / "t2", [made.features(values)])
+    with pytest.raises(StoreError, match="built from other rows"):
+        Index.open(tmp_path / "i", changed)
+    with pytest.raises(StoreError, match="no index here"):
+        Index.open(tmp_path / "none", train)
+    with pytest.raises(StoreError, match="holds other files"):
+        Index.build(train, tmp_path / "t", factory="Flat")
+    with pytest.raises(ValueError, match="factory: got 'Nonsense'"):
+        Index.build(train, factory="Nonsense")
+    (tmp_path / "i" / "rows.faiss").write_bytes(b"nothing")
+    with pytest.raises(StoreError, match="could not be read"):
+        Index.open(tmp_path / "i", train)
