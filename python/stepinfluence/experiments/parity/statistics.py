@@ -1,0 +1,210 @@
+"""Periods, transitions and cycles of short trajectories (paper D.2, mechanistic readouts)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.signal import correlate, detrend, find_peaks, periodogram
+
+Array: TypeAlias = NDArray[np.float64]
+States: TypeAlias = NDArray[np.int64]
+
+
+def autocorrelation(series: Sequence[float] | Array) -> Array:
+    """Autocorrelation of a series without its linear trend, at lags 0 .. n - 1.
+
+    The biased estimate (every lag is divided by the variance of all n values), which shrinks with the lag: of a period
+    and its multiples, the period itself stands highest.
+
+    Args:
+        series: ``(n,)``, n >= 4.
+
+    Returns:
+        ``(n,)``; 1 at lag 0.
+
+    Raises:
+        ValueError: too short, not finite, or nothing is left without the trend.
+    """
+    values = np.asarray(series, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 4:
+        raise ValueError(f"series: got shape {values.shape}; pass at least four values in a row")
+    if not np.isfinite(values).all():
+        raise ValueError("series: some values are not finite")
+    rest = detrend(values)
+    power = float(rest @ rest)
+    if power <= 1e-20 * max(float(values @ values), np.finfo(float).tiny):
+        raise ValueError("series: a straight line has no autocorrelation")
+    return np.asarray(correlate(rest, rest, method="direct")[len(values) - 1 :] / power)
+
+
+@dataclass(frozen=True)
+class Period:
+    """A period found in a series.
+
+    Attributes:
+        lag: where the autocorrelation has its highest peak; 0 where it has no positive peak.
+        correlation: the autocorrelation there.
+        p_value: share of random orders of the same values whose highest peak is at least as high.
+    """
+
+    lag: int
+    correlation: float
+    p_value: float
+
+
+def period(series: Sequence[float] | Array, *, orders: int = 999, seed: int = 0) -> Period:
+    """The period of a series: the lag in 2 .. n / 2 at which its autocorrelation has its highest local maximum.
+
+    Args:
+        series: ``(n,)``, n >= 8.
+        orders: random orders behind the p-value.
+        seed: of these.
+
+    Raises:
+        ValueError: as for :func:`autocorrelation`, or fewer than eight values.
+    """
+    values = np.asarray(series, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 8:
+        raise ValueError(f"series: got shape {values.shape}; a period needs at least eight values in a row")
+    lag, height = _highest_peak(autocorrelation(values))
+    draw = np.random.default_rng(seed)
+    others = [_highest_peak(autocorrelation(draw.permutation(values)))[1] for _ in range(orders)]
+    return Period(lag, height, (1 + sum(other >= height for other in others)) / (1 + orders))
+
+
+def _highest_peak(curve: Array) -> tuple[int, float]:
+    # One lag more than is looked at on both sides, for the neighbours of the first and the last.
+    peaks = find_peaks(curve[: len(curve) // 2 + 2])[0]
+    peaks = [int(p) for p in peaks if 2 <= p <= len(curve) // 2 and curve[p] > 0]
+    best = max(peaks, key=lambda p: curve[p], default=0)
+    return best, float(curve[best]) if best else 0.0
+
+
+def lagged_cosine(hidden: Array, lag: int) -> Array:
+    """Cosine of each state and the state ``lag`` loop steps later.
+
+    Args:
+        hidden: ``(steps, width)``.
+        lag: 1 .. steps - 1.
+
+    Returns:
+        ``(steps - lag,)``.
+
+    Raises:
+        ValueError: another shape, or the lag is out of range.
+    """
+    hidden = np.asarray(hidden, dtype=np.float64)
+    if hidden.ndim != 2 or not 1 <= lag < len(hidden):
+        raise ValueError(f"lag: got {lag} for states of shape {hidden.shape}; pass 1 .. steps - 1 of (steps, width)")
+    unit = hidden / np.linalg.norm(hidden, axis=1, keepdims=True)
+    return np.asarray((unit[:-lag] * unit[lag:]).sum(1))
+
+
+def delay(leading: Array, following: Array, longest: int) -> tuple[int, float]:
+    """By how many steps one series follows another.
+
+    Args:
+        leading, following: ``(n,)`` each.
+        longest: delays of ``-longest .. longest`` are tried; below n - 2.
+
+    Returns:
+        The delay with the highest Pearson correlation of ``leading[t]`` and ``following[t + delay]``, and that
+        correlation.
+
+    Raises:
+        ValueError: shapes differ, or ``longest`` is out of range.
+    """
+    if leading.shape != following.shape or leading.ndim != 1 or not 0 <= longest < len(leading) - 2:
+        raise ValueError(f"longest: got {longest} for series of shapes {leading.shape} and {following.shape}")
+
+    def at(shift: int) -> float:
+        a = leading[max(0, -shift) : len(leading) - max(0, shift)]
+        b = following[max(0, shift) : len(following) - max(0, -shift)]
+        return float(np.corrcoef(a, b)[0, 1])
+
+    best = max(range(-longest, longest + 1), key=at)
+    return best, at(best)
+
+
+def dominant_frequency(series: Sequence[float] | Array, *, resolution: int = 4096) -> float:
+    """Where the power spectrum of a series without its linear trend is highest.
+
+    Args:
+        series: ``(n,)``, n >= 8.
+        resolution: the series is padded with zeros to this length.
+
+    Returns:
+        Cycles per step, 0 .. 0.5; NaN for a straight line. Slower than one cycle in n steps is not resolved.
+
+    Raises:
+        ValueError: fewer than eight values.
+    """
+    values = np.asarray(series, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 8:
+        raise ValueError(f"series: got shape {values.shape}; a frequency needs at least eight values in a row")
+    frequencies, power = periodogram(detrend(values), nfft=max(resolution, len(values)), window="hann", detrend=False)
+    if power.max() <= 1e-20 * max(float(values @ values), np.finfo(float).tiny):
+        return float("nan")
+    return float(frequencies[power.argmax()])
+
+
+def transition_matrix(states: Sequence[int] | States, count: int) -> Array:
+    """Share of the visits to state i that are followed by state j at the next step (paper, section 4).
+
+    Args:
+        states: ``(steps,)``, numbers in 0 .. count - 1.
+        count: number of states.
+
+    Returns:
+        ``(count, count)``; rows sum to 1, or are 0 for a state that is never left.
+
+    Raises:
+        ValueError: fewer than two steps, or a state out of range.
+    """
+    states = np.asarray(states, dtype=np.int64)
+    if states.ndim != 1 or len(states) < 2:
+        raise ValueError(f"states: got shape {states.shape}; pass at least two states in a row")
+    if states.min() < 0 or states.max() >= count:
+        raise ValueError(f"states: got {states.min()} .. {states.max()}; pass 0 .. {count - 1}")
+    seen = np.zeros((count, count))
+    np.add.at(seen, (states[:-1], states[1:]), 1)
+    visits = seen.sum(1, keepdims=True)
+    return np.asarray(seen / np.maximum(visits, 1))
+
+
+def dominant_cycle(matrix: Array) -> tuple[int, ...]:
+    """The cycle that following the likeliest transition ends in, self-loops left out unless there is nothing else.
+
+    Args:
+        matrix: row-normalised, ``(k, k)``.
+
+    Returns:
+        The states of the longest such cycle, beginning with the lowest; empty if none is ever left.
+    """
+    others = np.where(np.eye(len(matrix), dtype=bool), 0.0, matrix)
+    following = np.where(others.sum(1) > 0, others.argmax(1), np.where(matrix.sum(1) > 0, matrix.argmax(1), -1))
+    cycles = []
+    for start in range(len(matrix)):
+        path = [start]
+        while following[path[-1]] >= 0 and following[path[-1]] not in path:
+            path.append(int(following[path[-1]]))
+        if following[path[-1]] >= 0:
+            cycle = path[path.index(int(following[path[-1]])) :]
+            turn = cycle.index(min(cycle))
+            cycles.append((*cycle[turn:], *cycle[:turn]))
+    return max(cycles, key=len, default=())
+
+
+def determinism(states: Sequence[int] | States, count: int) -> float:
+    """Share of all transitions that are the likeliest of the state they leave: 1 for a deterministic automaton.
+
+    Raises:
+        ValueError: as for :func:`transition_matrix`.
+    """
+    matrix = transition_matrix(states, count)
+    left = np.bincount(np.asarray(states)[:-1], minlength=count)
+    return float((matrix.max(1) * left).sum() / left.sum())
