@@ -100,6 +100,9 @@ def trak(problem: Problem, model: nn.Module) -> Scored:
     from trak.modelout_functions import AbstractModelOutput
 
     class Loss(AbstractModelOutput):  # type: ignore[misc]
+        def __init__(self) -> None:  # abstract in the base class
+            super().__init__()
+
         @staticmethod
         def get_output(model: nn.Module, weights: Any, buffers: Any, *example: Tensor) -> Tensor:
             batch = problem.collate([tuple(part for part in example)])
