@@ -143,26 +143,23 @@ def ids_of(train: RowSource, rows: Tensor) -> npt.NDArray[np.object_]:
 
 def trajectories(question: Question, rows: Tensor) -> Tensor:
     """``(*rows.shape, S)`` float32: influence of rows ``(Q, ...)`` on their query at each of its steps."""
-    train, queries = question.train, len(rows)
-    flat = rows.flatten(1)
-    each = flat.shape[1]
-    out = torch.full((queries, each, question.steps), torch.nan)
-    if not flat.numel():
-        return out.reshape(*rows.shape, question.steps)
+    train = question.train
+    out = torch.full((rows.numel(), question.steps), torch.nan)
+    flat = rows.flatten()
+    places = (flat != NO_ROW).nonzero().flatten()
+    query_of = places // max(1, rows[0].numel() if len(rows) else 1)
     width = train.spaces[0].width * (question.steps if train.per_step else 1)
-    some = max(1, TRAJECTORY_BYTES // (4 * width))
-    for q in range(queries):
-        for start in range(0, each, some):
-            wanted = flat[q, start : start + some]
-            places = (wanted != NO_ROW).nonzero().flatten()
-            if not len(places):
-                continue
-            total: Tensor | None = None
-            for checkpoint, vectors in enumerate(question.vectors):
-                values = train.take(checkpoint, wanted[places].tolist())[..., question.columns].to(vectors)
-                values = values.sum(1) if values.dim() == 3 else values
-                term = values @ vectors[q].T
-                total = term if total is None else total + term
-            assert total is not None
-            out[q, start + places] = total.float().cpu()
+    for some, queries in zip(
+        *(t.split(max(1, TRAJECTORY_BYTES // (4 * width))) for t in (places, query_of)), strict=True
+    ):
+        wanted, which = flat[some].unique(return_inverse=True)
+        if not len(wanted):
+            continue
+        for checkpoint, vectors in enumerate(question.vectors):
+            values = train.take(checkpoint, wanted.tolist())[..., question.columns].to(vectors)
+            values = values.sum(1) if values.dim() == 3 else values
+            for query in queries.unique().tolist():
+                mine = queries == query
+                term = (values[which[mine].to(values.device)] @ vectors[query].T).float().cpu()
+                out[some[mine]] = term if checkpoint == 0 else out[some[mine]] + term
     return out.reshape(*rows.shape, question.steps)
