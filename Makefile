@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-capture bench-peers gpu-check build clean
+.PHONY: help demo test lint format docs bench bench-capture bench-peers soak gpu-check build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ bench-capture: $(VENV)/.stamp-bench ## time featurizing against a plain training
 
 bench-peers: .venv-peers/.stamp ## ask other attribution libraries about a looped model (docs/peers.md)
 	.venv-peers/bin/python -m bench.peers
+
+MINUTES ?= 60
+soak: $(VENV)/.stamp-test ## featurize and search in a loop for MINUTES, watching memory (soak.json, soak.png)
+	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
 # On a GPU machine's own python: it needs torch, triton, numpy and pytest, nothing is installed, no network is used.
 gpu-check: ## on a GPU machine: test the Triton kernels and benchmark them into bench/results/
