@@ -122,12 +122,17 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
         earlier = _read(folder / CONFIG)
         asked = _asked(given, _read(config) if config is not None else earlier)
         prepared = Prepared(Project.load(asked.project), asked, worker.device(asked.device))
-        note = _checkpoints_note(prepared.count, bool(prepared.paths))
     quiet = worker.local_rank > 0 or not sys.stderr.isatty()
-    if worker.rank == 0:
-        screen.print(f"[dim]{prepared.capture.width:,} columns a row, {note}, on {prepared.device}[/dim]")
+
+    def on_start(split: str, rows: int) -> None:
+        if worker.rank == 0:
+            note = _checkpoints_note(prepared.count, bool(prepared.paths))
+            per_step = "per step" if prepared.config.splits[split].per_step else "summed over steps"
+            columns = f"{prepared.capture.width:,} columns {per_step}"
+            screen.print(f"[dim]{split}: {rows:,} examples, {columns}, {note}, on {prepared.device}[/]", soft_wrap=True)
+
     reports = []
-    for report in run_splits(prepared, folder, earlier=earlier, worker=worker, progress=not quiet):
+    for report in run_splits(prepared, folder, earlier=earlier, worker=worker, progress=not quiet, on_start=on_start):
         reports.append(report)
         _say(screen, report, worker)
     if as_json and worker.rank == 0:

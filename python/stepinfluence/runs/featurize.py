@@ -76,13 +76,14 @@ def run_splits(
     earlier: RunConfig | None = None,
     worker: Worker | None = None,
     progress: bool = True,
-    on_start: Callable[[str, MapStyle], object] = lambda split, data: None,
+    on_start: Callable[[str, int], object] = lambda split, rows: None,
 ) -> Iterator[SplitReport]:
     """Featurize this worker's share of every split of ``prepared.config`` into ``out/<split>``, and write
     ``out/config.yaml``.
 
     Args:
         earlier: the config of the run that is in ``out`` already.
+        on_start: called with the name and the number of examples of each split as it begins.
 
     Yields:
         One :class:`SplitReport` per split, as it is done.
@@ -103,7 +104,7 @@ def run_splits(
     prepared.config = config
     config.save(out / CONFIG)
     for split in splits:
-        on_start(split, data[split])
+        on_start(split, len(data[split]))
         yield featurize_split(prepared, split, data[split], out / split, worker=worker, progress=progress)
     # Another call may have added splits of its own meanwhile.
     if (out / CONFIG).is_file() and (now := RunConfig.load(out / CONFIG)) and now.splits.keys() != config.splits.keys():

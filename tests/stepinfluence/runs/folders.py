@@ -1,0 +1,14 @@
+"""What a folder holds, to compare folders byte by byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a store or run but the log of times."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "times.jsonl"
+    }
