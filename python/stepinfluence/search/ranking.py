@@ -25,19 +25,19 @@ class Ranking:
         if not len(scores):
             return
         signed = scores.T * self._sign
-        signed = signed.masked_fill(~torch.isfinite(signed), -torch.inf)
-        # Rows that come later lose a tie: only rankings in which something beats the last place change.
-        changed = (signed.amax(1) > self._scores[:, -1]).nonzero().flatten()
-        if not len(changed):
+        if not bool(torch.isfinite(signed.sum())):  # finite only if all are, unless the sum overflows
+            signed = signed.masked_fill(~torch.isfinite(signed), -torch.inf)
+        # Rows that come later lose a tie: only those that beat some ranking's last place count.
+        beats = (signed > self._scores[:, -1:]).any(0).nonzero().flatten()
+        if not len(beats):
             return
-        signed = signed[changed]
-        values, order = _top(signed, min(self._k, signed.shape[1]))
-        both = torch.cat([self._scores[changed], values], 1)
-        rows = torch.cat([self._rows[changed], order + first], 1)
+        values, order = _top(signed[:, beats], min(self._k, len(beats)))
+        both = torch.cat([self._scores, values], 1)
+        rows = torch.cat([self._rows, beats[order] + first], 1)
         # Old rows are lower than new ones, and each side is in order: a stable sort keeps the lowest row first.
         best = both.argsort(dim=1, descending=True, stable=True)[:, : self._k]
-        self._scores[changed] = both.gather(1, best)
-        self._rows[changed] = rows.gather(1, best)
+        self._scores = both.gather(1, best)
+        self._rows = rows.gather(1, best)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Rows ``(count, k)`` int64 and scores, best first, on the CPU; ``NO_ROW`` and NaN where there is none."""

@@ -78,8 +78,12 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(const struct
       }
     }
     for (int k = 0; k < rows * vectors; k++) {
-      float sum = 0;
-      for (int lane = 0; lane < LANES; lane++) sum += acc[k][lane];
+      float lanes[LANES];
+      memcpy(lanes, &acc[k], sizeof(lanes));
+      SCAN_UNROLL for (int half = LANES / 2; half; half /= 2) {
+        SCAN_UNROLL for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+      }
+      float sum = lanes[0];
       for (int64_t i = at; i < stop; i++)
         sum += NAME(value)(codes + (k / vectors) * s->row_stride * size, i, type) * with[k % vectors * d + i];
       sums[k] += sum;
