@@ -198,7 +198,7 @@ def test_features_that_do_not_fit_each_other() -> None:
 
     for options in ({"sketch_size": 17}, {"seed": 1}, {"hashing": "iid"}):
         with refuses(
-            FeatureMismatchError, "query: features made with other sketches.*same sketch_size, hashing and seed"
+            FeatureMismatchError, "query: features made with other sketches.*same sketch_size, hashing, seed and layout"
         ):
             influence(features, other(**options))
     wider = zoo.Looped(nn.Sequential(nn.Linear(zoo.D, 8), nn.GELU(), nn.Linear(8, zoo.D)))
