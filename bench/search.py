@@ -36,7 +36,7 @@ from stepinfluence.store import Manifest, RowInfo, Store, StoredCheckpoint, Stor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-COLUMNS, SHARD_ROWS, K, QUERIES = 1024, 8192, 10, 16
+COLUMNS, SHARD_ROWS, K, QUERIES = 1024, 32768, 10, 16
 TOKENS, STEPS, WIDTH, SYMBOLS = 12, 6, 32, 5
 
 

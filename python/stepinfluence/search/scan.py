@@ -45,8 +45,11 @@ def score_blocks(question: Question, vectors: tuple[Tensor, ...]) -> Iterator[tu
     valid = torch.from_numpy(train.valid)
     for blocks in zip(*(train.blocks(k) for k in range(len(train.spaces))), strict=True):
         rows = len(blocks[0].codes)
-        widest = max(b.codes[0].numel() for b in blocks) if rows else 1
-        size = max(1, BLOCK_BYTES // (vectors[0].element_size() * max(widest, len(vectors[0]), 1)))
+        held = len(vectors[0])  # numbers that a stored row becomes
+        if question.device.type != "cpu":  # rows are decoded a block at a time there, else a few at a time or never
+            held = max(held, vectors[0].shape[1])
+        per_row = held * max((b.codes.shape[1] if b.codes.dim() == 3 else 1) for b in blocks)
+        size = max(1, BLOCK_BYTES // (vectors[0].element_size() * max(1, per_row)))
         for start in range(0, rows, size):
             parts = [b.part(start, start + size) for b in blocks]
             scores = products(parts[0], vectors[0], question.columns)

@@ -19,6 +19,9 @@ from stepinfluence.search.sources import Rows, RowSource
 TRAJECTORY_BYTES = 64 << 20
 """Decoded rows that are held at a time when the winners' trajectories are computed."""
 
+RANKED_TOGETHER = 1 << 18
+"""Scores that are collected before they are ranked: small shards would cost more to rank than to multiply."""
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -105,9 +108,15 @@ def scanned(question: Question, k: int, *, harmful: bool, progress: bool) -> tup
     k = min(k, int(source.valid.sum()))
     ranking = Ranking(len(heads[0]), max(1, k), smallest=harmful, dtype=heads[0].dtype, device=question.device)
     with torch.no_grad(), tqdm(total=len(source), desc="scan", unit="row", delay=2, disable=not progress) as bar:
+        waiting: list[tuple[int, Tensor]] = []
         for first, block in score_blocks(question, heads):
-            ranking.add(first, block)
             bar.update(len(block))
+            waiting.append((first, block))
+            if sum(b.numel() for _, b in waiting) >= RANKED_TOGETHER:
+                ranking.add(waiting[0][0], torch.cat([b for _, b in waiting]))
+                waiting = []
+        if waiting:
+            ranking.add(waiting[0][0], torch.cat([b for _, b in waiting]))
     rows, scores = ranking.result()
     queries = len(question.query_ids)
     shape = (queries, len(question.ranked), k) if question.per_step else (queries, k)

@@ -18,7 +18,8 @@ from stepinfluence.store import Manifest, Store, StoredCheckpoint, StoreWriter
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, so that winners are spread over many."""
-    monkeypatch.setattr(scan, "BLOCK_BYTES", 4 * made.WIDTH * 5)
+    monkeypatch.setattr(scan, "BLOCK_BYTES", 4 * 12 * 5)
+    monkeypatch.setattr("stepinfluence.search.topk.RANKED_TOGETHER", 40)
     monkeypatch.setattr(scan, "DECODED_ROWS_BYTES", 4 * made.WIDTH * 3)
 
 
