@@ -21,6 +21,7 @@ import torch
 
 from sdi_kernels.cpu import cost, native
 from sdi_kernels.sketches import TensorSketch
+from sdi_kernels.triton import common, configs, tuning
 from sdi_kernels.triton import cost as cuda_cost
 
 Route: TypeAlias = Literal["auto", "direct", "fft", "shear"]
@@ -49,19 +50,29 @@ RATES = {
 }
 
 
+SHIPPED_SOURCE = "shipped with the package (bench/calibrate_plan.py)"
+
+
 @dataclass(frozen=True)
 class LinearPlan:
-    """The chosen route for one call, with the estimates (seconds) it was chosen by."""
+    """The chosen route for one call, with the estimates (seconds) it was chosen by.
+
+    ``source`` says where the speeds behind them come from, ``tile`` which tile a GPU kernel will use, and whose choice
+    that was.
+    """
 
     route: Literal["direct", "fft", "shear"]
     seconds: dict[str, float]
     forced: bool
+    source: str = ""
+    tile: str = ""
 
     def explain(self) -> str:
         """One line for people: what was chosen and why."""
         costs = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in self.seconds.items())
         why = "asked for by route=" if self.forced else "estimated cheapest"
-        return f"{self.route} ({why}; estimates: {costs})"
+        more = "".join(f"; {name}: {text}" for name, text in (("speeds", self.source), ("tile", self.tile)) if text)
+        return f"{self.route} ({why}; estimates: {costs}{more})"
 
 
 def workspace_bytes(device: torch.device) -> int:
@@ -100,19 +111,40 @@ def plan_linear(
             f"route: got 'shear' for {sketch}; it needs d_in <= m with inputs hashed in order (hashing='block' or "
             "'balanced'), and m a multiple of 16 up to 16384; use 'auto', 'direct' or 'fft'"
         )
+    seconds, source = _estimates(rows, tokens, sketch, device, dtype)
+    if route != "auto":
+        choice: Literal["direct", "fft", "shear"] = route
+        if route == "shear" and device.type != "cuda":
+            choice = "direct"
+    else:
+        choice = "direct" if seconds["direct"] <= seconds["fft"] else "fft"
+        if sketch.out.family == "block" and seconds.get("shear", math.inf) < seconds[choice]:
+            choice = "shear"
+    tile = _tile(choice, sketch, device, dtype)
+    return LinearPlan(choice, seconds, forced=route != "auto", source=source, tile=tile)
+
+
+def _estimates(
+    rows: int, tokens: int, sketch: TensorSketch, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, float], str]:
+    """Seconds by route, and where the speeds behind them come from."""
+    if device.type == "cuda" and dtype != torch.float64:
+        tuned = tuning.tuned(device)
+        return cuda_cost.estimate(rows, tokens, sketch, dtype, tuned.rates), tuned.source
     seconds = _plain_seconds(rows, tokens, sketch, RATES.get(device.type, RATES["cuda"]))
     # torch.compile cannot trace calls of the library; a compiled graph is planned as if it were not there.
     if device.type == "cpu" and not torch.compiler.is_compiling() and native.library() is not None:
         compiled = cost.estimate(rows, tokens, sketch)
         # The compiled transform is for powers of two; other sizes take torch's.
-        seconds = compiled if native.supports_fft(sketch.m) else {**seconds, "direct": compiled["direct"]}
-    if device.type == "cuda" and dtype != torch.float64:
-        seconds = cuda_cost.estimate(rows, tokens, sketch, dtype)
-    if route == "auto":
-        choice: Literal["direct", "fft", "shear"] = "direct" if seconds["direct"] <= seconds["fft"] else "fft"
-        if sketch.out.family == "block" and seconds.get("shear", math.inf) < seconds[choice]:
-            choice = "shear"
-        return LinearPlan(choice, seconds, forced=False)
-    if route == "shear" and device.type != "cuda":
-        route = "direct"
-    return LinearPlan(route, seconds, forced=True)
+        return compiled if native.supports_fft(sketch.m) else {**seconds, "direct": compiled["direct"]}, SHIPPED_SOURCE
+    return seconds, SHIPPED_SOURCE
+
+
+def _tile(route: str, sketch: TensorSketch, device: torch.device, dtype: torch.dtype) -> str:
+    """The tile of a GPU kernel in words; empty where there is none to choose, and where nobody can read it."""
+    if device.type != "cuda" or route == "fft" or dtype not in common.KERNEL_DTYPES or torch.compiler.is_compiling():
+        return ""
+    kind = configs.kind(dtype, dtype)
+    key = configs.direct_key(sketch.d_out, sketch.d_in, kind) if route == "direct" else f"shear {kind}"
+    tuned = tuning.tuned(device)
+    return f"{' x '.join(map(str, tuned.tile(key)[:3]))} ({'tuned' if key in tuned.tiles else 'shipped'})"

@@ -30,10 +30,14 @@ def dot_precision(*inputs: Tensor) -> str:
     products, which keeps about fp32 accuracy; otherwise one. 16-bit inputs are exact in tf32, and their own rounding
     is coarser than that of the transform's constants, so one product serves. AMD's matrix units take fp32 as it is.
     """
+    return precision_of(*(t.dtype for t in inputs))
+
+
+def precision_of(*dtypes: torch.dtype) -> str:
+    """:func:`dot_precision` of inputs of these dtypes."""
     if torch.version.hip is not None:
         return "ieee"
-    single = torch.float32 in {t.dtype for t in inputs} and torch.get_float32_matmul_precision() == "highest"
-    return "tf32x3" if single else "tf32"
+    return "tf32x3" if torch.float32 in dtypes and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @functools.cache

@@ -1,12 +1,17 @@
 """Cost model of the CUDA kernels: seconds by route, for the planner. Imports no Triton; torch.compile can trace it.
 
-The rates are *estimates*, not measurements: no kernel has been timed yet. Those of ``fft`` and ``shear`` come from the
-compiled machine code (instructions of the token loop x warps / 4 issued per cycle, docs/kernels.md), the others from
-data sheets with a margin.
-``bench/gpu/run.py`` measures what they should be.
+The shipped rates are *estimates*, not measurements: no kernel has been timed yet. Those of ``fft`` and ``shear`` come
+from the compiled machine code (instructions of the token loop x warps / 4 issued per cycle, docs/kernels.md), the
+others from data sheets with a margin. ``python -m bench.gpu.run --calibrate`` measures them and keeps them for this GPU
+(:mod:`sdi_kernels.triton.tuning`).
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -21,39 +26,95 @@ FFT_CYCLES = {
 }  # fmt: skip
 """Issue cycles of one multiprocessor per token, by sketch size: (one tf32 product, three)."""
 
-SINGLE_FLOPS, HALF_FLOPS = 60e12, 400e12
-"""Matrix rate in the ``direct`` kernel: fp32 by three tf32 products, 16-bit."""
-
 SHEAR_CYCLES, SHEAR_TILE = (341, 468), ((64, 128), (64, 64))
 """Issue cycles of one multiprocessor per token and tile of ``shear``, and the tile's blocks and columns: for one tf32
 or 16-bit product, and for three tf32 products."""
 
-ATOMIC_ADDS = 1e12
-"""fp32 adds per second into buckets that stay in L2."""
 
-BYTES = 2.5e12
-"""Memory bandwidth."""
-
-LAUNCH = 5e-6
+def _seconds(cycles: tuple[int, int]) -> tuple[float, float]:
+    return cycles[0] / CYCLES_PER_SECOND, cycles[1] / CYCLES_PER_SECOND
 
 
-def estimate(rows: int, tokens: int, sketch: TensorSketch, dtype: torch.dtype) -> dict[str, float]:
+@dataclass(frozen=True)
+class Rates:
+    """Speeds of one device. Pairs are for 16-bit inputs (or one tf32 product) and for fp32 by three tf32 products.
+
+    Attributes:
+        fft_seconds: pairs of seconds per token of ``fft``, by sketch size.
+        shear_seconds: pair of seconds per token and tile of ``shear``.
+        flops: pair of rates of the product of ``direct``, per second.
+        atomic_adds: fp32 adds per second into buckets that stay in L2.
+        bytes: memory bandwidth, per second.
+        launch: seconds of a launch.
+    """
+
+    fft_seconds: Mapping[int, tuple[float, float]] = field(
+        default_factory=lambda: {m: _seconds(cycles) for m, cycles in FFT_CYCLES.items()}
+    )
+    shear_seconds: tuple[float, float] = _seconds(SHEAR_CYCLES)
+    flops: tuple[float, float] = (400e12, 60e12)
+    atomic_adds: float = 1e12
+    bytes: float = 2.5e12
+    launch: float = 5e-6
+
+    @classmethod
+    def from_json(cls, content: Any) -> Rates:
+        """From what ``dataclasses.asdict`` and JSON made of one.
+
+        Raises:
+            ValueError, TypeError, KeyError: a rate is missing, unknown, or no positive number.
+        """
+        if set(content) != {f.name for f in fields(cls)}:
+            raise ValueError(f"rates: got {sorted(content)}")
+        table = {int(m): _pair(values) for m, values in content["fft_seconds"].items()}
+        if set(table) != set(FFT_CYCLES):
+            raise ValueError(f"fft_seconds: got sketch sizes {sorted(table)}")
+        return cls(
+            table,
+            _pair(content["shear_seconds"]),
+            _pair(content["flops"]),
+            *(_positive(content[name]) for name in ("atomic_adds", "bytes", "launch")),
+        )
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"got {value!r} for a rate")
+    return number
+
+
+def _pair(values: Any) -> tuple[float, float]:
+    half, single = values
+    return _positive(half), _positive(single)
+
+
+SHIPPED = Rates()
+
+
+def shear_tiles(sketch: TensorSketch, single: bool) -> int:
+    """Tiles that ``shear`` works through for every token; several sources of a bucket count anew."""
+    blocks, columns = SHEAR_TILE[single]
+    width = sketch.d_in + BLOCK_BUCKETS - 1
+    return -(-sketch.out.blocks // blocks) * -(-width // columns) * -(-sketch.d_out // sketch.m)
+
+
+def estimate(
+    rows: int, tokens: int, sketch: TensorSketch, dtype: torch.dtype, rates: Rates = SHIPPED
+) -> dict[str, float]:
     """Seconds of each route for ``rows`` examples of ``tokens`` tokens each; ``shear`` only where it can run."""
     m, size = sketch.m, sketch.d_out * sketch.d_in
     single = dtype == torch.float32
-    read = rows * tokens * (sketch.d_out + sketch.d_in) * (4 if single else 2) / BYTES
-    product = 2.0 * rows * tokens * size / (SINGLE_FLOPS if single else HALF_FLOPS)
-    direct = max(read, product) + rows * size / ATOMIC_ADDS + LAUNCH
-    if m in FFT_CYCLES:
-        fft = max(read, rows * tokens * FFT_CYCLES[m][1 if single else 0] / CYCLES_PER_SECOND) + 2 * LAUNCH
+    read = rows * tokens * (sketch.d_out + sketch.d_in) * (4 if single else 2) / rates.bytes
+    product = 2.0 * rows * tokens * size / rates.flops[single]
+    direct = max(read, product) + rows * size / rates.atomic_adds + rates.launch
+    if m in rates.fft_seconds:
+        fft = max(read, rows * tokens * rates.fft_seconds[m][single]) + 2 * rates.launch
     else:  # the plain-torch route streams about a dozen arrays of (rows, tokens, m) through memory
-        fft = read + rows * tokens * 48.0 * m / BYTES + 12 * LAUNCH
+        fft = read + rows * tokens * 48.0 * m / rates.bytes + 12 * rates.launch
     found = {"direct": direct, "fft": fft}
     if sketch.shearable:
-        blocks, columns = SHEAR_TILE[single]
-        width = sketch.d_in + BLOCK_BUCKETS - 1
-        tiles = -(-sketch.out.blocks // blocks) * -(-width // columns) * -(-sketch.d_out // m)
-        cycles = rows * tokens * tiles * SHEAR_CYCLES[single]
-        adds = rows * sketch.out.blocks * width
-        found["shear"] = max(read, cycles / CYCLES_PER_SECOND) + adds / ATOMIC_ADDS + LAUNCH
+        product = rows * tokens * shear_tiles(sketch, single) * rates.shear_seconds[single]
+        adds = rows * sketch.out.blocks * (sketch.d_in + BLOCK_BUCKETS - 1)
+        found["shear"] = max(read, product) + adds / rates.atomic_adds + rates.launch
     return found

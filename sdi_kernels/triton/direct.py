@@ -11,35 +11,12 @@ Atomics add in the order the programs happen to run in: :mod:`sdi_kernels.triton
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdi_kernels.triton import common
-
-
-class DirectConfig(NamedTuple):
-    """One shipped configuration: the tile of G, tokens per product, warps, pipelining depth."""
-
-    block_out: int
-    block_in: int
-    block_tokens: int
-    num_warps: int
-    num_stages: int
-
-
-CONFIGS: dict[tuple[str, str], DirectConfig] = {
-    ("large", "half"): DirectConfig(128, 128, 64, 8, 3),
-    ("large", "tf32"): DirectConfig(128, 128, 32, 8, 3),
-    ("large", "tf32x3"): DirectConfig(128, 64, 32, 8, 2),
-    ("small", "half"): DirectConfig(64, 64, 64, 4, 3),
-    ("small", "tf32"): DirectConfig(64, 64, 32, 4, 3),
-    ("small", "tf32x3"): DirectConfig(64, 64, 32, 4, 2),
-}
-"""By size of the layer and kind of product ("half": both inputs 16-bit of one dtype)."""
+from sdi_kernels.triton import common, configs, tuning
 
 
 # Token counts vary from call to call and gain nothing from a program of their own.
@@ -97,14 +74,6 @@ def direct_sketch_kernel(
     tl.atomic_add(p_bin, b_acc * s_o[:, None] * s_i[None, :], mask=m_tile, sem="relaxed")
 
 
-def config_for(d_out: int, d_in: int, a_dtype: torch.dtype, g_dtype: torch.dtype, precision: str) -> DirectConfig:
-    """The shipped configuration for a layer."""
-    size = "small" if min(d_out, d_in) <= 96 else "large"
-    half = a_dtype == g_dtype and a_dtype != torch.float32
-    kind = "half" if half else "tf32" if precision == "ieee" else precision
-    return CONFIGS[size, kind]
-
-
 def linear_direct(
     out: Tensor,
     activations: Tensor,
@@ -129,7 +98,9 @@ def linear_direct(
         return
     h_out, s_out, _, h_in, s_in, _ = tables
     precision = common.dot_precision(activations, grad_outputs)
-    config = config_for(d_out, d_in, activations.dtype, grad_outputs.dtype, precision)
+    kind = configs.kind(activations.dtype, grad_outputs.dtype)
+    config = tuning.tuned(out.device).tile(configs.direct_key(d_out, d_in, kind))
+    assert isinstance(config, configs.DirectConfig)
     programs = rows * common.cdiv(d_out, config.block_out) * common.cdiv(d_in, config.block_in)
     # Every split pays the epilogue's atomics again, so parts are kept long.
     splits = common.token_splits(programs, tokens, 8 * config.block_tokens, out.device)
@@ -140,7 +111,7 @@ def linear_direct(
         *out.stride(), *activations.stride(), *grad_outputs.stride(), *scale.stride(),
         BLOCK_O=config.block_out, BLOCK_I=config.block_in, BLOCK_T=config.block_tokens,
         HAS_SCALE=precondition is not None,
-        IS_HALF=activations.dtype == grad_outputs.dtype and activations.dtype != torch.float32,
+        IS_HALF=kind == "half",
         IS_WIDE=common.wide(out), PRECISION=precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

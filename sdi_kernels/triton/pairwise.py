@@ -7,32 +7,12 @@ and keeps the sum. Neither a gradient nor a score matrix reaches memory; no atom
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdi_kernels.triton import common
-
-
-class PairwiseConfig(NamedTuple):
-    """One shipped configuration: train tokens x query tokens of a tile, features per product."""
-
-    block_train: int
-    block_query: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-
-CONFIGS: dict[str, PairwiseConfig] = {
-    "half": PairwiseConfig(64, 64, 64, 4, 3),
-    "tf32": PairwiseConfig(64, 64, 32, 4, 3),
-    "tf32x3": PairwiseConfig(64, 64, 32, 4, 1),
-}
-"""By kind of product ("half": all inputs 16-bit of one dtype)."""
+from sdi_kernels.triton import common, configs, tuning
 
 
 @triton.jit
@@ -107,10 +87,10 @@ def pairwise(
     query_tokens = query_activations.shape[1]
     if 0 in (pairs, tokens, query_tokens):
         return activations.new_zeros(pairs, dtype=torch.float32)
-    dtypes = {t.dtype for t in inputs}
-    half = len(dtypes) == 1 and torch.float32 not in dtypes
+    kind = configs.kind(*(t.dtype for t in inputs))
     precision = common.dot_precision(*inputs)
-    config = CONFIGS["half" if half else "tf32" if precision == "ieee" else precision]
+    config = tuning.tuned(activations.device).tile(f"pairwise {kind}")
+    assert isinstance(config, configs.PairwiseConfig)
     blocks = common.cdiv(tokens, config.block_train)
     splits = common.token_splits(pairs * blocks, query_tokens, config.block_query, activations.device)
     per_split = common.cdiv(common.cdiv(query_tokens, splits), config.block_query) * config.block_query
@@ -119,7 +99,7 @@ def pairwise(
     pairwise_kernel[(pairs * blocks, splits)](
         partial, *inputs, tokens, query_tokens, per_split, d_in, grad_outputs.shape[-1],
         *(s for t in inputs for s in t.stride()),
-        BLOCK_X=config.block_train, BLOCK_Y=config.block_query, BLOCK_D=config.block_d, IS_HALF=half,
+        BLOCK_X=config.block_train, BLOCK_Y=config.block_query, BLOCK_D=config.block_d, IS_HALF=kind == "half",
         PRECISION=precision, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return partial.sum(1)

@@ -16,33 +16,13 @@ Signs are applied to the operands as they are loaded; with 16-bit inputs that is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sdi_kernels.hashing import BLOCK_BUCKETS
-from sdi_kernels.triton import common
-
-
-class ShearConfig(NamedTuple):
-    """One shipped configuration: blocks x columns of a tile, tokens per product (16 of K each)."""
-
-    blocks: int
-    columns: int
-    tokens: int
-    num_warps: int
-    num_stages: int
-
-
-CONFIGS: dict[str, ShearConfig] = {
-    "half": ShearConfig(64, 128, 2, 8, 2),
-    "tf32": ShearConfig(64, 128, 2, 8, 2),
-    "tf32x3": ShearConfig(64, 64, 2, 8, 2),
-}
-"""By kind of product ("half": both inputs 16-bit of one dtype)."""
+from sdi_kernels.triton import common, configs, tuning
 
 
 @triton.jit
@@ -132,9 +112,10 @@ def linear_shear(out: Tensor, activations: Tensor, grad_outputs: Tensor, tables:
     if rows == 0 or tokens == 0:
         return
     table_out, s_in = tables[2], tables[4]
-    half = activations.dtype == grad_outputs.dtype and activations.dtype != torch.float32
+    kind = configs.kind(activations.dtype, grad_outputs.dtype)
     precision = common.dot_precision(activations, grad_outputs)
-    config = CONFIGS["half" if half else "tf32" if precision == "ieee" else precision]
+    config = tuning.tuned(out.device).tile(f"shear {kind}")
+    assert isinstance(config, configs.ShearConfig)
     groups = m // BLOCK_BUCKETS
     # At most so many blocks are in use; programs beyond them return at once.
     tiles = common.cdiv(groups, config.blocks) * common.cdiv(d_in + BLOCK_BUCKETS - 1, config.columns)
@@ -145,6 +126,6 @@ def linear_shear(out: Tensor, activations: Tensor, grad_outputs: Tensor, tables:
         *out.stride(), *activations.stride(), *grad_outputs.stride(),
         BLOCKS=config.blocks, COLUMNS=config.columns, BLOCK_T=config.tokens,
         GROUPS=max(2, 1 << (groups - 1).bit_length()), R=BLOCK_BUCKETS,
-        IS_HALF=half, IS_WIDE=any(map(common.wide, (out, activations, grad_outputs))), PRECISION=precision,
+        IS_HALF=kind == "half", IS_WIDE=any(map(common.wide, (out, activations, grad_outputs))), PRECISION=precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

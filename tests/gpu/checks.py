@@ -1,5 +1,6 @@
 """Correctness of the CUDA kernels against float64, as plain functions: pytest runs them from test_kernels.py, and
-``python tests/gpu/checks.py`` where there is no pytest (``--small`` for compute-sanitizer).
+``python tests/gpu/checks.py`` where there is no pytest (``--small`` without the large shapes, ``--sanitize`` with few
+enough for compute-sanitizer).
 """
 
 from __future__ import annotations
@@ -134,6 +135,34 @@ def check_integers(shape: Shape, dtype: torch.dtype) -> None:
     want.index_add_(1, bucket.long(), a.double().sum(1) * sign.double())
     assert torch.equal(sk.sketch_vector_grads(a, count).double(), want), label(shape, dtype, "vector")
 
+    center, scale = (torch.randint(-2, 3, a.shape[:2], device="cuda").to(dtype) for _ in range(2))
+    got = torch.zeros(shape.rows, shape.m, device="cuda")
+    sk.sketch_scaled_vector_grads(a, a, count, center=center, scale=scale, out=got)
+    values = a.double() * (a.double() - center.double()[..., None]) * scale.double()[..., None]
+    want.zero_().index_add_(1, bucket.long(), values.sum(1) * sign.double())
+    assert torch.equal(got.double(), want), label(shape, dtype, "scaled vector")
+
+    grads = torch.randint(-2, 3, (shape.rows, shape.d_out, shape.d_in), device="cuda").to(dtype)
+    metric = torch.randint(-2, 3, (shape.d_out, shape.d_in), device="cuda").to(dtype)
+    got = sk.sketch_matrix_grads(grads, sketch, scale=metric)
+    identity = torch.eye(shape.d_out, device="cuda").expand(shape.rows, -1, -1)  # tokens are lines: G = I (x) lines
+    assert torch.equal(got.double(), expected_linear(grads.double() * metric.double(), identity, sketch)), label(
+        shape, dtype, "matrix"
+    )
+
+
+def check_shear(shape: Shape, dtype: torch.dtype) -> None:
+    """The opt-in route, exact on integers and close on gradients of usual sizes."""
+    m, d_in = -(-max(shape.m, shape.d_in) // 16) * 16, shape.d_in
+    sketch = TensorSketch(shape.d_out, d_in, m, hashing="block", name="w")
+    a = torch.randint(-2, 3, (shape.rows, shape.tokens, d_in), device="cuda").to(dtype)
+    g = torch.randint(-2, 3, (shape.rows, shape.tokens, shape.d_out), device="cuda").to(dtype)
+    got = sk.sketch_linear_grads(a, g, sketch, route="shear")
+    assert torch.equal(got.double(), expected_linear(a, g, sketch)), label(shape, dtype, "shear")
+    a, g = inputs(shape, dtype, small_gradients=True)
+    found = error(sk.sketch_linear_grads(a, g, sketch, route="shear"), expected_linear(a, g, sketch))
+    assert found <= tolerance("direct", dtype), f"{label(shape, dtype, 'shear')}: error {found:.2e}"
+
 
 def check_pairwise(shape: Shape, dtype: torch.dtype) -> None:
     (a, g), queries = inputs(shape, dtype), max(1, shape.tokens // 2)
@@ -173,6 +202,8 @@ def check_deterministic() -> None:
                 sk.sketch_linear_grads(a, g, sketch, route="direct"),
                 sk.sketch_embedding_grads(ids, a, sketch),
                 sk.sketch_vector_grads(a, count),
+                sk.sketch_scaled_vector_grads(a, g, count, out=torch.zeros(2, 64, device="cuda")),
+                sk.sketch_matrix_grads(a[:, :96], sketch),
             )
             for _ in range(3)
         ]
@@ -223,16 +254,20 @@ def check_float64() -> None:
         assert error(got, expected_linear(a, g, sketch)) <= 1e-12
 
 
-def all_checks(small: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, check) of everything; ``small`` leaves out the full-size and random shapes."""
-    for shape in SMALL if small else SMALL + FULL + random_shapes():
-        for dtype in DTYPES:
+def all_checks(small: bool, few: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, check) of everything; ``small`` leaves out the full-size and random shapes, ``few`` most of the rest."""
+    dtypes, shapes = (DTYPES[:2], SMALL[:2]) if few else (DTYPES, SMALL)
+    for shape in shapes if small else shapes + FULL + random_shapes():
+        for dtype in dtypes:
             for route in ROUTES:
                 yield label(shape, dtype, route), lambda s=shape, d=dtype, r=route: check_linear(s, d, r)
-    for shape in SMALL:
-        for dtype in DTYPES:
+    for shape in shapes:
+        for dtype in dtypes:
             yield label(shape, dtype, "integers"), lambda s=shape, d=dtype: check_integers(s, d)
+            yield label(shape, dtype, "shear"), lambda s=shape, d=dtype: check_shear(s, d)
             yield label(shape, dtype, "pairwise"), lambda s=shape, d=dtype: check_pairwise(s, d)
+    if few:
+        return
     for route in ROUTES:
         yield f"strided {route}", lambda r=route: check_strided_slice_accumulates(r)
     yield "deterministic", check_deterministic
@@ -247,7 +282,8 @@ def main() -> int:
         sys.stderr.write("needs a CUDA device\n")
         return 2
     failed = 0
-    for name, check in all_checks("--small" in sys.argv):
+    few = "--sanitize" in sys.argv
+    for name, check in all_checks(few or "--small" in sys.argv, few):
         try:
             check()
         except Exception as problem:  # every check is to run, whatever the one before it did

@@ -51,6 +51,12 @@ def test_integers_are_exact(shape: object, dtype: torch.dtype) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("shape", [*checks.SMALL, *checks.FULL[1:4]], ids=str)
+def test_shear(shape: object, dtype: torch.dtype) -> None:
+    checks.check_shear(shape, dtype)
+
+
+@dtypes
 @pytest.mark.parametrize("shape", [*checks.SMALL, checks.FULL[1]], ids=str)
 def test_pairwise(shape: object, dtype: torch.dtype) -> None:
     checks.check_pairwise(shape, dtype)

@@ -99,47 +99,73 @@ def _fft_cases(
     return cases
 
 
-def _direct_cases(target: Target, kinds: tuple[str, ...], scales: tuple[bool, ...] = (False, True)) -> list[Case]:
-    from sdi_kernels.triton import direct
+def _tuned(kernel: str, kinds: tuple[str, ...], all_candidates: bool) -> list[tuple[str, str, Any]]:
+    """(name, kind, tile) of what ships for a kernel, or of everything that tuning may choose."""
+    from sdi_kernels.triton import configs
 
+    found = []
+    for key, candidates in configs.CANDIDATES.items():
+        kind = key.rpartition(" ")[2]
+        if key.split()[0] == kernel and kind in kinds:
+            for number, config in enumerate(candidates if all_candidates else candidates[:1]):
+                found.append((key + (f" tile {number + 1}" if number else ""), kind, config))
+    return found
+
+
+def _half(kind: str, *pointers: str) -> dict[str, str]:
+    return dict.fromkeys(pointers, "bf16") if kind == "half" else {}
+
+
+def _direct_cases(
+    target: Target, kinds: tuple[str, ...], scales: tuple[bool, ...] = (False, True), all_candidates: bool = False
+) -> list[Case]:
     cases = []
-    for (size, kind), config in direct.CONFIGS.items():
-        if kind not in kinds:
-            continue
-        for scaled in scales:
+    for name, kind, config in _tuned("direct", kinds, all_candidates):
+        for scaled in scales if "tile" not in name else (False,):
             constants = {
                 "BLOCK_O": config.block_out, "BLOCK_I": config.block_in, "BLOCK_T": config.block_tokens,
                 "HAS_SCALE": scaled, "IS_HALF": kind == "half", "IS_WIDE": False,
                 "PRECISION": "tf32" if kind == "half" else kind,
                 "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "stride_pi": 1,
             }  # fmt: skip
-            dtypes = {"p_a": "bf16", "p_g": "bf16"} if kind == "half" else {}
-            name = f"direct {size} {kind}" + (" scaled" if scaled else "")
             cases.append(
-                Case(name, target, "direct", "direct_sketch_kernel", constants, dtypes, config.num_warps,
-                     config.num_stages, _wanted(target), EPILOGUE_STACK)
+                Case(name + (" scaled" if scaled else ""), target, "direct", "direct_sketch_kernel", constants,
+                     _half(kind, "p_a", "p_g"), config.num_warps, config.num_stages, _wanted(target), EPILOGUE_STACK)
             )  # fmt: skip
     return cases
 
 
-def _shear_cases(target: Target, kinds: tuple[str, ...], sizes: tuple[int, ...] = (2048,)) -> list[Case]:
-    from sdi_kernels.triton import shear
-
+def _shear_cases(
+    target: Target, kinds: tuple[str, ...], sizes: tuple[int, ...] = (2048,), all_candidates: bool = False
+) -> list[Case]:
     cases = []
-    for kind, config in shear.CONFIGS.items():
-        if kind not in kinds:
-            continue
-        for m in sizes:
+    for name, kind, config in _tuned("shear", kinds, all_candidates):
+        for m in sizes if "tile" not in name else sizes[:1]:
             constants = {
                 "BLOCKS": config.blocks, "COLUMNS": config.columns, "BLOCK_T": config.tokens, "GROUPS": m // 16,
                 "R": 16, "IS_HALF": kind == "half", "IS_WIDE": False, "PRECISION": "tf32" if kind == "half" else kind,
                 "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "width": 1,
             }  # fmt: skip
-            dtypes = {"p_a": "bf16", "p_g": "bf16"} if kind == "half" else {}
             cases.append(
-                Case(f"shear m={m} {kind}", target, "shear", "shear_sketch_kernel", constants, dtypes, config.num_warps,
-                     config.num_stages, _wanted(target), EPILOGUE_STACK)
+                Case(f"{name} m={m}", target, "shear", "shear_sketch_kernel", constants, _half(kind, "p_a", "p_g"),
+                     config.num_warps, config.num_stages, _wanted(target), EPILOGUE_STACK)
             )  # fmt: skip
+    return cases
+
+
+def _pairwise_cases(target: Target, kinds: tuple[str, ...], all_candidates: bool = False) -> list[Case]:
+    cases = []
+    for name, kind, config in _tuned("pairwise", kinds, all_candidates):
+        constants = {
+            "BLOCK_X": config.block_train, "BLOCK_Y": config.block_query, "BLOCK_D": config.block_d,
+            "IS_HALF": kind == "half", "PRECISION": "tf32" if kind == "half" else kind,
+            "stride_ad": 1, "stride_gd": 1, "stride_qad": 1, "stride_qgd": 1,
+        }  # fmt: skip
+        dtypes = _half(kind, "p_a", "p_g", "p_qa", "p_qg")
+        cases.append(
+            Case(name, target, "pairwise", "pairwise_kernel", constants, dtypes, config.num_warps, config.num_stages,
+                 _wanted(target))
+        )  # fmt: skip
     return cases
 
 
@@ -178,30 +204,18 @@ def _matrix_cases(target: Target) -> list[Case]:
     return cases
 
 
-def _other_cases(target: Target, kinds: tuple[str, ...]) -> list[Case]:
-    from sdi_kernels.triton import embedding, pairwise
+def _other_cases(target: Target) -> list[Case]:
+    from sdi_kernels.triton import embedding
 
-    stride = {"stride_om": 1, "stride_gd": 1}
-    embed = {"BLOCK_T": embedding.BLOCK_T, "BLOCK_M": embedding.BLOCK_M, "IS_ATOMIC": False, "stride_it": 1, **stride}
-    cases = [
+    embed = {
+        "BLOCK_T": embedding.BLOCK_T, "BLOCK_M": embedding.BLOCK_M, "IS_ATOMIC": False, "stride_it": 1, "stride_om": 1,
+        "stride_gd": 1,
+    }  # fmt: skip
+    return [
         *_vector_cases(target),
         *_matrix_cases(target),
         Case("embedding", target, "embedding", "embedding_sketch_kernel", embed, {}, embedding.NUM_WARPS, 3),
     ]
-    for kind, config in pairwise.CONFIGS.items():
-        if kind not in kinds:
-            continue
-        half = kind == "half"
-        constants = {
-            "BLOCK_X": config.block_train, "BLOCK_Y": config.block_query, "BLOCK_D": config.block_d, "IS_HALF": half,
-            "PRECISION": "tf32" if half else kind, "stride_ad": 1, "stride_gd": 1, "stride_qad": 1, "stride_qgd": 1,
-        }  # fmt: skip
-        dtypes = dict.fromkeys(("p_a", "p_g", "p_qa", "p_qg"), "bf16") if half else {}
-        cases.append(
-            Case(f"pairwise {kind}", target, "pairwise", "pairwise_kernel", constants, dtypes, config.num_warps,
-                 config.num_stages, _wanted(target))
-        )  # fmt: skip
-    return cases
 
 
 def _wanted(target: Target) -> tuple[str, ...]:
@@ -210,19 +224,21 @@ def _wanted(target: Target) -> tuple[str, ...]:
 
 def cases() -> list[Case]:
     """Every kernel x configuration for sm_90; every kernel at its main configurations for the other targets."""
-    kinds = ("half", "tf32", "tf32x3")
+    kinds, half = ("half", "tf32", "tf32x3"), ("half",)
     found = _fft_cases(SM90, (256, 512, 1024, 2048, 4096, 8192), (1,), "CONFIGS")
     found += [c for c in _fft_cases(SM90, (2048,), (4,), "CONFIGS") if "finish" not in c.name]
-    found += _direct_cases(SM90, kinds) + _shear_cases(SM90, kinds, (2048, 8192)) + _other_cases(SM90, kinds)
+    found += _direct_cases(SM90, kinds, all_candidates=True) + _shear_cases(SM90, kinds, (2048, 8192), True)
+    found += _pairwise_cases(SM90, kinds, True) + _other_cases(SM90)
     found += _fft_cases(SM80, (512, 2048), (1,), "CONFIGS")
-    found += _direct_cases(SM80, kinds, (False,)) + _shear_cases(SM80, kinds) + _other_cases(SM80, kinds)
+    found += _direct_cases(SM80, kinds, (False,)) + _shear_cases(SM80, kinds) + _pairwise_cases(SM80, kinds)
+    found += _other_cases(SM80)
     found += _fft_cases(SM86, (2048, 4096), (1,), "COMPACT_CONFIGS")
     found += _fft_cases(SM100, (2048,), (1,), "CONFIGS")
-    found += _direct_cases(SM100, ("half",), (False,))[:1] + _shear_cases(SM100, ("half",))
-    found += _other_cases(SM100, ("half",))
+    found += _direct_cases(SM100, half, (False,))[:1] + _shear_cases(SM100, half) + _pairwise_cases(SM100, half)
+    found += _other_cases(SM100)
     found += _fft_cases(GFX942, (512,), (1,), "COMPACT_CONFIGS", ("ieee",))
-    found += _direct_cases(GFX942, ("half",), (False,))[:1] + _shear_cases(GFX942, ("half",))
-    found += _other_cases(GFX942, ("half",))
+    found += _direct_cases(GFX942, half, (False,))[:1] + _shear_cases(GFX942, half) + _pairwise_cases(GFX942, half)
+    found += _other_cases(GFX942)
     first: dict[str, Case] = {}
     for case in found:
         if case.target == SM90:

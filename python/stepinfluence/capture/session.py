@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from stepinfluence.errors import LossError
 from stepinfluence.features import FeatureBuilder, Features, FeatureSpace
@@ -120,6 +119,31 @@ def expected_rows(loader: Any) -> int:
     return 0
 
 
+class _NoBar:
+    """Stands in for a progress bar that is not to be shown."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
+
+    def set_postfix(self, **_: object) -> None:
+        """Nothing to write to."""
+
+
+@contextmanager
+def _progress_bar(loader: Iterable[Any], total: int | None, description: str, *, shown: bool) -> Iterator[Any]:
+    """``loader`` with a progress bar on work of over two seconds; tqdm is needed only where one is shown."""
+    if not shown:
+        yield _NoBar(loader)
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(loader, total=total, desc=description, unit="batch", delay=2) as bar:
+        yield bar
+
+
 class LoaderCapture(ABC):
     """A capture's way through a loader, the same for sketches and exact gradients."""
 
@@ -170,7 +194,7 @@ class LoaderCapture(ABC):
         total = len(loader) if isinstance(loader, Sized) else None
         with (
             isolated(self.model, training=self.training),
-            tqdm(loader, total=total, desc=description, unit="batch", delay=2, disable=not progress) as bar,
+            _progress_bar(loader, total, description, shown=progress) as bar,
         ):
             for index, batch in enumerate(bar, first_batch):
                 given = ids(batch) if ids is not None else None

@@ -1,0 +1,124 @@
+"""Measure what the planner and the launchers should use on this GPU: ``python -m bench.gpu.run --calibrate``.
+
+Two things are measured and written to the tuning file (:mod:`sdi_kernels.triton.tuning`): the fastest of the tiles that
+a kernel may take, on one layer of a usual size, and the rates of the cost model. The timers are passed in, so that the
+arithmetic is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from sdi_kernels import HashFamily, TensorSketch
+from sdi_kernels.triton import configs, cost, tuning
+
+FEW_TOKENS, MANY_TOKENS = 64, 2048
+SIDE, SIZE = 1024, 2048
+"""Layer and sketch size that rates are taken at."""
+
+MOST_ATOMIC_ADDS = 1e15
+"""Written where the epilogue of ``direct`` cannot be told from noise."""
+
+
+class Workload(NamedTuple):
+    """One call of a kernel. ``route`` is fft, direct, shear or pairwise."""
+
+    route: str
+    rows: int
+    tokens: int
+    d_out: int
+    d_in: int
+    m: int
+    dtype: torch.dtype
+    precision: str = "highest"
+    """``torch.get_float32_matmul_precision()`` during the call."""
+
+    @property
+    def hashing(self) -> HashFamily:
+        return "block" if self.route == "shear" else "balanced"
+
+    def sketch(self) -> TensorSketch:
+        return TensorSketch(self.d_out, self.d_in, self.m, hashing=self.hashing, name="calibration")
+
+
+def workload_of(key: str) -> Workload:
+    """The call that a tile of :data:`configs.CANDIDATES` is chosen by."""
+    kernel, kind = key.split()[0], key.split()[-1]
+    dtype, precision = (torch.bfloat16 if kind == "half" else torch.float32), "high" if kind == "tf32" else "highest"
+    side = 64 if "small" in key else 768
+    if kernel == "pairwise":
+        return Workload("pairwise", 256, 128, side, side, SIZE, dtype, precision)
+    return Workload(kernel, 256, 128, side, side, SIZE, dtype, precision)
+
+
+def tune(
+    seconds: Callable[[Workload, str, configs.Config], float], say: Callable[[str], None]
+) -> dict[str, configs.Config]:
+    """The tiles that beat the shipped ones; ``seconds`` times a workload with one tile in force."""
+    found: dict[str, configs.Config] = {}
+    for key, candidates in configs.CANDIDATES.items():
+        work = workload_of(key)
+        best, took = tuning.fastest(candidates, lambda config, key=key, work=work: seconds(work, key, config))  # type: ignore[misc]
+        for config, result in took.items():
+            text = f"{1e3 * result:.3f} ms" if isinstance(result, float) else result
+            say(f"{key} {tuple(config)}: {text}{' <- taken' if config == best else ''}")
+        if best != candidates[0]:
+            found[key] = best
+    return found
+
+
+def fit(seconds: Callable[[Workload], float], copy_bytes_per_second: float) -> cost.Rates:
+    """The rates of the cost model, each solved from calls in which it dominates.
+
+    Raises:
+        RuntimeError: the times contradict each other (more tokens took less): the machine was not quiet.
+    """
+    launch = seconds(Workload("direct", 1, 1, 16, 16, SIZE, torch.bfloat16))
+    dtypes = torch.bfloat16, torch.float32
+
+    def per_token(m: int, dtype: torch.dtype) -> float:
+        rows = max(1, 256 * 2048 // m)
+        took = seconds(Workload("fft", rows, 128, 256, 256, m, dtype))
+        return max(took - 2 * launch, 0.1 * took) / (rows * 128)
+
+    fft = {m: (per_token(m, dtypes[0]), per_token(m, dtypes[1])) for m in cost.FFT_CYCLES}
+
+    flops, epilogues = [], []
+    for dtype in dtypes:
+        few, many = (
+            (seconds(Workload("direct", rows, tokens, SIDE, SIDE, SIZE, dtype)) - launch) / rows
+            for rows, tokens in ((256, FEW_TOKENS), (32, MANY_TOKENS))
+        )
+        product = (many - few) / (MANY_TOKENS - FEW_TOKENS)
+        if product <= 0:
+            raise RuntimeError(
+                f"calibration: {MANY_TOKENS} tokens took no longer than {FEW_TOKENS} ({dtype}); run it on a quiet GPU"
+            )
+        flops.append(2.0 * SIDE**2 / product)
+        epilogues.append(few - FEW_TOKENS * product)
+    epilogue = min(epilogues)  # the same adds; the slower product hides part of them
+    adds = min(MOST_ATOMIC_ADDS, SIDE**2 / epilogue) if epilogue > 0 else MOST_ATOMIC_ADDS
+
+    shear = []
+    for dtype in dtypes:
+        work = Workload("shear", 32, MANY_TOKENS, SIDE, SIDE, SIZE, dtype)
+        took, sketch = seconds(work), work.sketch()
+        sums = work.rows * sketch.out.blocks * (SIDE + 15) / adds
+        tiles = work.rows * work.tokens * cost.shear_tiles(sketch, single=dtype == torch.float32)
+        shear.append(max(took - launch - sums, 0.1 * took) / tiles)
+    return cost.Rates(fft, (shear[0], shear[1]), (flops[0], flops[1]), adds, copy_bytes_per_second, launch)
+
+
+def calibrate(
+    time_tile: Callable[[Workload, str, configs.Config], float],
+    time_call: Callable[[Workload, Mapping[str, configs.Config]], float],
+    copy_bytes_per_second: float,
+    say: Callable[[str], None],
+) -> tuning.Tuning:
+    """Tiles first, then the rates with those tiles in force."""
+    tiles = tune(time_tile, say)
+    rates = fit(lambda work: time_call(work, tiles), copy_bytes_per_second)
+    return tuning.Tuning(tiles, rates, "measured just now")
