@@ -218,7 +218,9 @@ def report(subject: Subject, rows: Sequence[Row]) -> str:
         Layout(*balanced, PAPER_M, "int8", False),  # type: ignore[arg-type]
         Layout(*balanced, half, "int8", False),  # type: ignore[arg-type]
         Layout("balanced", "energy", half, "int8", False),
+        Layout("balanced", "sum", half, "int8", False),
         Layout("balanced", "energy", half, "int8", True),
+        Layout("balanced", "sum", half, "int8", True),
     ]
     eighth = [r for r in rows if r.bytes <= paper.bytes / 8]
     best = min(eighth, key=lambda r: r.sdi)
