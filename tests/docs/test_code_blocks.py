@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,22 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages call ``run``: made as the command line's page says, once for all pages."""
+    folder = tmp_path_factory.mktemp("docs")
+    sdi = [sys.executable, "-m", "stepinfluence"]
+    for command in (
+        ["init", "my_project.py", "--template", "blank"],
+        ["featurize", "--project", "my_project.py", "--split", "train", "--split", "query", "--out", "run"],
+    ):
+        subprocess.run([*sdi, *command], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
-def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_blocks_run(page: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)  # small tensors: a second thread would only wait; conftest puts it back
     document = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(ROOT)).parse(page)
