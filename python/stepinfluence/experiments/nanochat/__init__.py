@@ -1,0 +1,73 @@
+"""Looped language model (paper D.5, Fig. 3): at which loop step does training text act on held-out text?
+
+A recursive nanochat is trained on real text with truncated backpropagation; SDI is then computed with full
+backpropagation at several loop counts. Variants that change one thing each ask what makes the profile: training,
+truncation, or the way the state enters the loop.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from stepinfluence.experiments.base import Outcome, Run
+from stepinfluence.experiments.nanochat.config import CONFIGS, Config, StageConfig, Variant
+
+if TYPE_CHECKING:
+    from stepinfluence.experiments.nanochat.corpus import Corpus
+
+__all__ = ["CONFIGS", "Config", "StageConfig", "Variant", "run"]
+
+
+def run(run: Run[Config]) -> Outcome:
+    """Run the experiment; finished stages of an earlier run in the folder are not repeated.
+
+    Raises:
+        ValueError: the user's file cannot be used, or training diverged.
+    """
+    from stepinfluence.experiments.nanochat import training
+    from stepinfluence.experiments.nanochat.corpus import load
+    from stepinfluence.experiments.nanochat.findings import Found, outcome
+
+    config = run.config
+    corpus = load(config)
+    known = run.stage("data", lambda: {"digest": corpus.digest})
+    if known["digest"] != corpus.digest:
+        raise ValueError("data: the text has changed since this run began; choose another folder, or pass --fresh")
+    found: dict[str, Found] = {}
+    for variant in config.variants:
+        key = variant.name.replace(" ", "-")
+        train = partial(training.train, config, variant, corpus, run.checkpoints, run.announce)
+        trained = run.stage(f"training-{key}", train)
+        paths = [run.checkpoints / name for name in trained["checkpoints"]]
+        sdi = {}
+        for steps in variant.horizons or config.horizons:
+            sdi[steps] = run.stage(f"sdi-{key}-{steps}", partial(_sdi, config, variant, corpus, paths, steps))["sdi"]
+        depth = run.stage(f"loss-by-depth-{key}", partial(_loss_by_depth, config, variant, corpus, paths[-1]))
+        found[variant.name] = Found(variant, trained["history"], sdi, depth["loss"])
+    return outcome(run, corpus, found)
+
+
+def _sdi(config: Config, variant: Variant, corpus: Corpus, paths: list[Any], steps: int) -> dict[str, Any]:
+    """``sdi``: influence summed over the checkpoints, ``(N, Q, steps)``."""
+    from stepinfluence.capture import attach
+    from stepinfluence.experiments.nanochat.corpus import batches
+    from stepinfluence.experiments.nanochat.training import at_depth, make_model
+    from stepinfluence.scoring import influence_over_checkpoints
+
+    model = make_model(config, variant)
+    capture = attach(model, body="core", sketch_size=config.sketch_size, seed=config.seed)
+    train, query = (batches(rows, config.batch, config.device) for rows in corpus.examples())
+    scores = influence_over_checkpoints(capture, paths, train, query, at_depth(steps), progress=False)
+    return {"sdi": scores.sdi.cpu().numpy()}
+
+
+def _loss_by_depth(config: Config, variant: Variant, corpus: Corpus, path: Any) -> dict[str, Any]:
+    """``loss``: of the queries at each loop count up to the largest horizon, at one checkpoint."""
+    from stepinfluence.checkpoints import load_checkpoint
+    from stepinfluence.experiments.nanochat.training import loss_by_depth, make_model
+
+    model = make_model(config, variant).eval()
+    load_checkpoint(path).load_into(model)
+    depths = list(range(1, max(config.horizons) + 1))
+    return {"loss": loss_by_depth(model, corpus.examples()[1], depths, config)}
