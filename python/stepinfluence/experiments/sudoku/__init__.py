@@ -36,4 +36,4 @@ def run(run: Run[Config]) -> Outcome:
     ]
     exact = run.stage("exact", partial(measure.against_exact, config, paths[-1], split))
     influence = measure.total(influences, training["learning_rates"])
-    return outcome(run, Found(split, int(made["multiple"]), training, accuracy, influence, exact))
+    return outcome(run, Found(split, int(made["multiple"]), training, accuracy, influences, influence, exact))

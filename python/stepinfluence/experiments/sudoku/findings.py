@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ class Found:
         split: training and test set and the subsets of both.
         multiple: puzzles with more than one solution.
         training, accuracy: results of the stages.
+        influences: at each checkpoint, without its learning rate.
         influence: summed over checkpoints.
         exact: sketched and exact influence at the last checkpoint.
     """
@@ -33,6 +34,7 @@ class Found:
     multiple: int
     training: Result
     accuracy: Result
+    influences: Sequence[Result]
     influence: Mapping[str, Any]
     exact: Result
 
@@ -105,6 +107,7 @@ def outcome(run: Run[Config], found: Found) -> Outcome:
     """The report: summary, comparison, sections, figures."""
     from stepinfluence.experiments.sudoku.tables import (
         accuracy_section,
+        checkpoint_section,
         comparisons,
         exact_section,
         influence_section,
@@ -116,8 +119,10 @@ def outcome(run: Run[Config], found: Found) -> Outcome:
     config, split = run.config, found.split
     test_blanks, train_blanks = split.test_sample.blanks, split.train_sample.blanks
     result = analyse(config, found.influence, train_blanks, test_blanks)
-    groups = {f"training puzzles of at most {config.easy_at_most} blanks": result.easy,
-              f"of at least {config.hard_at_least}": result.hard}  # fmt: skip
+    groups = {
+        f"train, ≤ {config.easy_at_most} blanks": result.easy,
+        f"train, ≥ {config.hard_at_least} blanks": result.hard,
+    }
     figures = {
         "accuracy": pictures.accuracy_by_steps(
             config.budgets, found.accuracy["test"], split.test.blanks, config.bins, config.train.mean_steps
@@ -135,6 +140,7 @@ def outcome(run: Run[Config], found: Found) -> Outcome:
         set_up_section(config, found),
         accuracy_section(config, found),
         influence_section(config, result),
+        checkpoint_section(config, found),
         table_section(config, result),
         exact_section(config, found),
     )
@@ -172,6 +178,10 @@ def numbers(config: Config, found: Found, result: Analysis) -> dict[str, Any]:
         "late_mass_by_training_group": {pictures.label(b): asdict(c) for b, c in table.late.items()},
         "late_mass": {pictures.label(b): v for b, v in result.late.items()},
         "late_mass_p": result.late_p,
+        "late_mass_by_checkpoint": [
+            [float(late[st.in_bin(sample_blanks, b)].mean()) for b in config.bins]
+            for late in (st.late_mass(st.energy(part["sdi"].astype(np.float64))) for part in found.influences)
+        ],
         "spearman": {
             "blanks, self-influence": asdict(result.difficulty_self),
             "blanks, C": asdict(result.difficulty_mass),

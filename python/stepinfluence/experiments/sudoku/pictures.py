@@ -21,11 +21,13 @@ def label(bounds: st.Bin) -> str:
 
 
 def _logarithmic(axis: Any) -> None:
-    """Ticks at 1, 2 and 5 times powers of ten, as plain numbers: the style draws no math text."""
+    """Ticks at powers of ten, and where they are few at 2 and 5 times them, as plain numbers: the style draws no math
+    text. To be called once everything is drawn."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0), numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 

@@ -39,6 +39,7 @@ def summary(config: Config, found: Found, result: Analysis) -> str:
     best = int(accuracy.mean(0).argmax())
     easy, hard = result.table.self_influence
     late_easy, late_hard = result.late[config.bins[0]], result.late[config.bins[-1]]
+    alone = sum(b > a for _, a, b in checkpoint_late_mass(config, found))
     return (
         f"A looped transformer (one block of width {model.d_model}, {config.train.mean_steps:g} loop steps on average) "
         f"was trained on the {len(found.split.train):,} easier of {model.side} × {model.side} Sudoku puzzles. "
@@ -47,7 +48,8 @@ def summary(config: Config, found: Found, result: Analysis) -> str:
         f"Harder training puzzles have {hard.median / easy.median:.2f} times the median self-influence of easy ones "
         f"(paper: 2.00). Self-influence and cross-influence mass have a rank correlation of {result.self_mass.rho:.2f} "
         f"(paper: 0.92). The later half of the loop steps holds {percent(late_easy)} of the SDI energy of the easiest "
-        f"test puzzles and {percent(late_hard)} of that of the hardest ({p_value(result.late_p)})."
+        f"test puzzles and {percent(late_hard)} of that of the hardest ({p_value(result.late_p)}); "
+        f"taken alone, {alone} of {len(found.influences)} checkpoints have more on the hardest."
         + (
             ""
             if model.side == 9 and config.data is not None
@@ -206,6 +208,38 @@ def influence_section(config: Config, result: Analysis) -> Section:
         f"({p_value(result.late_difficulty.p)}, n = {len(blanks)})."
     )
     return Section("SDI energy (Fig. 2B) and memorisation", text, ("energy", "memorisation"))
+
+
+def checkpoint_late_mass(config: Config, found: Found) -> list[tuple[float, float, float]]:
+    """At each checkpoint alone: p-value of the difference (Welch), late mass on the easiest and hardest test bin."""
+    blanks, result = found.split.test_sample.blanks, []
+    for part in found.influences:
+        late = st.late_mass(st.energy(part["sdi"].astype(np.float64)))
+        easy, hard = (late[st.in_bin(blanks, bounds)] for bounds in (config.bins[0], config.bins[-1]))
+        result.append((st.welch(easy, hard), float(easy.mean()), float(hard.mean())))
+    return result
+
+
+def checkpoint_section(config: Config, found: Found) -> Section:
+    """What each checkpoint adds: its share of the mass, and when influence acts there."""
+    rates, (easy, hard) = found.training["learning_rates"], (config.bins[0], config.bins[-1])
+    mass = np.array([r * np.abs(part["tracin"]).sum() for r, part in zip(rates, found.influences, strict=True)])
+    lines = [
+        f"| update | learning rate | share of mass | late mass, test {label(easy)} | test {label(hard)} | |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = zip(
+        config.train.checkpoint_updates, rates, mass / mass.sum(), checkpoint_late_mass(config, found), strict=True
+    )
+    for update, rate, share, (p, low, high) in rows:
+        lines.append(
+            f"| {update:,} | {rate:.2g} | {percent(share)} | {percent(low)} | {percent(high)} | {p_value(p)} |"
+        )
+    text = (
+        "Mass: learning rate times the sum of absolute TracIn over all pairs, before checkpoints are added up (where "
+        "influences of different signs cancel).\n\n" + "\n".join(lines)
+    )
+    return Section("By checkpoint", text)
 
 
 def table_section(config: Config, result: Analysis) -> Section:
