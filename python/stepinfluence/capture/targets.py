@@ -93,7 +93,8 @@ def body_parameters(model: nn.Module, body: Sequence[nn.Module]) -> dict[str, nn
         if hasattr(parameter, "device_mesh"):  # a DTensor
             raise BodyError(
                 f"{name}: is sharded over processes (fully_shard, a DTensor): what the loop then uses are other "
-                "tensors, gathered anew for every use; give every process the whole model, in bf16 if need be (docs/scale.md)"
+                "tensors, gathered anew for every use; give every process the whole model, in bf16 if need be "
+                "(docs/scale.md)"
             )
         if parameter.is_complex():
             raise BodyError(
