@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-capture bench-peers soak gpu-check build clean
+.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-peers soak gpu-check build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ bench: $(VENV)/.stamp-bench ## run the benchmarks
 
 bench-capture: $(VENV)/.stamp-bench ## time featurizing against a plain training step and the published package
 	$(BIN)/python -m bench.capture
+
+bench-layouts: $(VENV)/.stamp-bench ## error against bytes per example of every store layout, on trained models
+	$(BIN)/python -m bench.store_layouts
 
 bench-peers: .venv-peers/.stamp ## ask other attribution libraries about a looped model (docs/peers.md)
 	.venv-peers/bin/python -m bench.peers
