@@ -41,7 +41,7 @@ def run(
     scale: Annotated[str, typer.Option(help="One of: " + ", ".join(SCALES) + ".")] = "cpu",
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Folder of the run. [default: sdi-EXPERIMENT-SCALE]"),
+        typer.Option("--out", "-o", metavar="DIR", help="Folder of the run. \\[default: sdi-EXPERIMENT-SCALE]"),
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Instead of the profile's seed.")] = None,
     data: Annotated[
@@ -65,6 +65,9 @@ def run(
 
         need_extra("report,eval", missing_modules((*EXTRAS["report"], "scipy", "sklearn")))
         module = importlib.import_module(EXPERIMENTS[experiment].module)
+        if hasattr(module, "REQUIRES"):
+            extra, modules = module.REQUIRES
+            need_extra(extra, missing_modules(modules))
     folder = out or Path(f"sdi-{experiment}-{scale}")
     config = _configure(module.CONFIGS, scale, seed=seed, data=data)
     if fresh:

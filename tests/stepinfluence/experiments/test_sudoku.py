@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from stepinfluence.cli import app
 from stepinfluence.experiments.base import Run
 from stepinfluence.experiments.report import write_report
 from stepinfluence.experiments.style import styled
 from stepinfluence.experiments.sudoku import CONFIGS, Config, measure, run
 from stepinfluence.experiments.sudoku import statistics as st
+from typer.testing import CliRunner
 
 # Two training puzzles, two test puzzles, four steps.
 SDI = np.array([[[4.0, -2.0, 1.0, 1.0], [0.0, 1.0, 0.0, -1.0]], [[-1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]]])
@@ -80,6 +83,14 @@ def test_the_paper_profile_is_the_papers() -> None:
 def test_satnets_boards_need_the_papers_board(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use --scale paper"):
         measure.puzzles(dataclasses.replace(CONFIGS["cpu"], data=str(tmp_path)))
+
+
+def test_a_missing_solver_is_one_line_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pysat", None)
+    result = CliRunner().invoke(app, ["reproduce", "sudoku", "--scale", "minute", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "pip install 'sdi-kernels[sudoku]'" in result.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_bins_out_of_order_are_refused() -> None:

@@ -12,7 +12,10 @@ from functools import partial
 from stepinfluence.experiments.base import Outcome, Run
 from stepinfluence.experiments.sudoku.config import CONFIGS, Config
 
-__all__ = ["CONFIGS", "Config", "run"]
+__all__ = ["CONFIGS", "REQUIRES", "Config", "run"]
+
+REQUIRES = ("sudoku", ("pysat",))
+"""Extra to install, and the modules that it brings."""
 
 
 def run(run: Run[Config]) -> Outcome:
