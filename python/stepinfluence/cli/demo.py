@@ -41,7 +41,7 @@ def run(
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the report, the scores and the checkpoints.")
     ] = Path("sdi-demo"),
     seed: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Seed of the data, the model and the sketches. [default: 0]")
+        int | None, typer.Option(metavar="N", min=0, help="Of the data, the model and the sketches. \\[default: 0]")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A tiny model, in seconds. It need not solve the task.")

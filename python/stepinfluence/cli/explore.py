@@ -29,7 +29,7 @@ The file needs no network and no server. It holds the leading examples of the fi
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")]
 Train = Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")]
-Query = Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. [default: the other one]")]
+Query = Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. \\[default: the other one]")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open it in a browser.")]
 
 
@@ -64,7 +64,9 @@ def explore(
 
 def report(
     run: Run,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="[default: RUN/report.html]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="\\[default: RUN/report.html]")
+    ] = None,
     train: Train = "train",
     query: Query = "",
     queries: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many queries the file holds.")] = 50,

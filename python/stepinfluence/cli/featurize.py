@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 HELP = """Compute the features of a project's examples and keep them: featurize once, ask many times.
 
-Each split becomes a store, RUN/SPLIT. The split "train" is summed over loop steps, all others have a row per step.
+Each split becomes a store, RUN/SPLIT. The split "train" is summed over loop steps, all others have a row per step. \
 Options that are not given are taken from the run in RUN, if there is one, so that a second split needs none.
 
-Interrupted, killed or out of disk space? Repeat the command: it goes on where it stopped, and the result is the same to
-the last bit. Several processes share the work: start the same command under torchrun or srun.
+Interrupted, killed or out of disk space? Repeat the command: it goes on where it stopped, and the result is the same \
+to the last bit. Several processes share the work: start the same command under torchrun or srun.
 
 [bold]Examples[/bold]
   [cyan]sdi featurize --project my_project.py --split train --split query --out run[/cyan]
-  [cyan]sdi featurize --project my_project.py --split train --checkpoints 'ckpt/*.pt' --dtype int8 --out run[/cyan]
-  [cyan]sdi featurize --split query --out run[/cyan]                      one more split, with the run's settings
-  [cyan]sdi featurize --config run/config.yaml --out again[/cyan]         the same again
-  [cyan]torchrun --nproc-per-node 8 -m stepinfluence featurize --project my_project.py --split train --out run[/cyan]
+  [cyan]sdi featurize -p my_project.py -s train --checkpoints 'ckpt/*.pt' --dtype int8 -o run[/cyan]
+  [cyan]sdi featurize -s more -o run[/cyan]                         one more split, same settings
+  [cyan]sdi featurize --config run/config.yaml -o again[/cyan]      the same again
+  [cyan]torchrun --nproc-per-node 8 -m stepinfluence featurize -p my_project.py -s train -o run[/cyan]
 """
 EPILOG = "Exit status: 0 done (or nothing left to do), 2 wrong use or input, 130 interrupted; stdout has only --json."
 
@@ -60,41 +60,44 @@ def run(
     eta: Annotated[
         float | None,
         typer.Option(
-            metavar="X", help="Weight of each checkpoint. [default: the learning rate in its optimizer state]"
+            metavar="X", help="Weight of each checkpoint. \\[default: the learning rate in its optimizer state]"
         ),
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="Inner product: sgd, or adam or adafactor from the optimizer state. [default: sgd]"),
+        typer.Option(help="Inner product: sgd, or adam or adafactor from the optimizer state. \\[default: sgd]"),
     ] = None,
-    sketch_size: Annotated[int | None, typer.Option(metavar="M", help="Buckets per parameter. [default: 2048]")] = None,
-    hashing: Annotated[str | None, typer.Option(help="balanced, or iid as in the paper. [default: balanced]")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the sketches. [default: 0]")] = None,
+    sketch_size: Annotated[
+        int | None, typer.Option(metavar="M", help="Buckets per parameter. \\[default: 2048]")
+    ] = None,
+    hashing: Annotated[str | None, typer.Option(help="balanced, or iid as in the paper. \\[default: balanced]")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the sketches. \\[default: 0]")] = None,
     layout: Annotated[
         str | None,
-        typer.Option(help="concat: columns for each parameter; sum: all share M columns. [default: concat]"),
+        typer.Option(help="concat: columns for each parameter; sum: all share M columns. \\[default: concat]"),
     ] = None,
     fold: Annotated[
-        bool | None, typer.Option("--fold/--no-fold", help="Add all checkpoints into one set of columns. [default: no]")
+        bool | None,
+        typer.Option("--fold/--no-fold", help="Add all checkpoints into one set of columns. \\[default: no]"),
     ] = None,
     per_step: Annotated[
         bool | None,
-        typer.Option("--per-step/--summed", help="A row per loop step, or their sum. [default: summed for train]"),
+        typer.Option("--per-step/--summed", help="A row per loop step, or their sum. \\[default: summed for train]"),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Stored as fp32, fp16, bf16 or int8. [default: fp32]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Stored as fp32, fp16, bf16 or int8. \\[default: fp32]")] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", metavar="N", help="Examples per pass. [default: 32]")
+        int | None, typer.Option("--batch-size", "-b", metavar="N", help="Examples per pass. \\[default: 32]")
     ] = None,
     shard_rows: Annotated[
-        int | None, typer.Option(metavar="N", help="Examples per shard. [default: as many as make 128 MiB]")
+        int | None, typer.Option(metavar="N", help="Examples per shard. \\[default: as many as make 128 MiB]")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. \\[default: auto]")] = None,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", help="CPU threads of this process. [default: torch's]")
+        int | None, typer.Option(metavar="N", help="CPU threads of this process. \\[default: torch's]")
     ] = None,
     on_error: Annotated[
         str | None,
-        typer.Option(help="stop at an example that fails, or skip it and record why. [default: stop]"),
+        typer.Option(help="stop at an example that fails, or skip it and record why. \\[default: stop]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a report as JSON on stdout at the end.")] = False,
 ) -> None:
@@ -122,7 +125,8 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
         earlier = _read(folder / CONFIG)
         asked = _asked(given, _read(config) if config is not None else earlier)
         prepared = Prepared(Project.load(asked.project), asked, worker.device(asked.device))
-    quiet = worker.local_rank > 0 or not sys.stderr.isatty()
+    terminal = sys.stderr.isatty()
+    who = f"worker {worker.rank} of {worker.world_size}: " if worker.world_size > 1 else ""
 
     def on_start(split: str, rows: int) -> None:
         if worker.rank == 0:
@@ -132,9 +136,17 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
             screen.print(f"[dim]{split}: {rows:,} examples, {columns}, {note}, on {prepared.device}[/]", soft_wrap=True)
 
     reports = []
-    for report in run_splits(prepared, folder, earlier=earlier, worker=worker, progress=not quiet, on_start=on_start):
+    for report in run_splits(
+        prepared,
+        folder,
+        earlier=earlier,
+        worker=worker,
+        progress=terminal and worker.local_rank == 0,
+        on_start=on_start,
+        log=None if terminal else lambda line: screen.print(f"{who}{line}", soft_wrap=True),
+    ):
         reports.append(report)
-        _say(screen, report, worker)
+        _say(screen, report, worker, who)
     if as_json and worker.rank == 0:
         typer.echo(json.dumps({"run": str(folder), "splits": [_json(report) for report in reports]}, indent=2))
 
@@ -179,8 +191,7 @@ def _checkpoints_note(count: int, from_files: bool) -> str:
     return f"{count} checkpoint{'s' * (count > 1)}"
 
 
-def _say(screen: Console, report: SplitReport, worker: Worker) -> None:
-    who = f"worker {worker.rank} of {worker.world_size}: " if worker.world_size > 1 else ""
+def _say(screen: Console, report: SplitReport, worker: Worker, who: str) -> None:
     name = f"{who}[bold]{report.path}[/bold]"
     failed = f", {len(report.failed):,} failed" if report.failed else ""
     if report.complete:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 HELP = """Influence of every training example of a run on every query.
 
-Without --top-k: RUN/influence.npy, float32 (n_train, n_query, steps), written block by block in bounded memory, and
-RUN/influence.json with the ids. With --top-k: the K leading examples of each query, as JSON or CSV on stdout; the full
-matrix is never made. Positive: training on the example lowers the query's loss.
+Without --top-k: RUN/influence.npy, float32 (n_train, n_query, steps), written block by block in bounded memory, and \
+RUN/influence.json with the ids. With --top-k: the K leading examples of each query, as JSON or CSV on stdout; the \
+full matrix is never made. Positive: training on the example lowers the query's loss.
 
 [bold]Examples[/bold]
-  [cyan]sdi influence run[/cyan]                                  numpy.load("run/influence.npy", mmap_mode="r")
+  [cyan]sdi influence run[/cyan]                                  the whole matrix, for numpy.load
   [cyan]sdi influence run --top-k 20 --format csv > top.csv[/cyan]
   [cyan]sdi influence run --top-k 5 --per-step --harmful[/cyan]   the worst examples of each loop step
 """
@@ -37,7 +37,7 @@ def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="[default: RUN/influence.npy, stdout with --top-k]"),
+        typer.Option("--out", "-o", metavar="FILE", help="\\[default: RUN/influence.npy, stdout with --top-k]"),
     ] = None,
     k: Annotated[int | None, typer.Option("--top-k", "-k", metavar="K", min=1, help="Leading examples only.")] = None,
     fmt: Annotated[str, typer.Option("--format", help="Of --top-k: json (with trajectories) or csv.")] = "json",
@@ -47,8 +47,8 @@ def run(
         str | None, typer.Option(metavar="GLOB", help="Influence through these body parameters only: '*.mlp.*'.")
     ] = None,
     train: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")] = "train",
-    query: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. [default: the other one]")] = "",
-    device: Annotated[str | None, typer.Option(help="Where to multiply. [default: a GPU if there is one]")] = None,
+    query: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. \\[default: the other one]")] = "",
+    device: Annotated[str | None, typer.Option(help="Where to multiply. \\[default: a GPU if there is one]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON on stdout.")] = False,
 ) -> None:
     """See :data:`HELP`."""

@@ -17,8 +17,8 @@ NAME = "my_project.py"
 HELP = (
     """Write a project file: how sdi finds your model and your data.
 
-It is a Python file with a few functions: model(), dataset(split), loss(model, batch), body(model). What is written runs
-as it is; replace its parts by your own.
+It is a Python file with a few functions: model(), dataset(split), loss(model, batch), body(model). What is written \
+runs as it is; replace its parts by your own.
 
 [bold]Templates[/bold]
 """

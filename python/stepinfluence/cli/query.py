@@ -54,14 +54,14 @@ def run(
     harmful: Annotated[bool, typer.Option("--harmful", help="Those that raise the loss most.")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Recompute a short list from the model.")] = False,
     candidates: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Length of that short list. [default: 4 k]")
+        int | None, typer.Option(metavar="N", min=1, help="Length of that short list. \\[default: 4 k]")
     ] = None,
     parameters: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Influence through these body parameters only: '*.mlp.*'.")
     ] = None,
     train: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")] = "train",
-    query: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. [default: the other one]")] = "",
-    device: Annotated[str | None, typer.Option(help="For --input and --exact. [default: the run's]")] = None,
+    query: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. \\[default: the other one]")] = "",
+    device: Annotated[str | None, typer.Option(help="For --input and --exact. \\[default: the run's]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """See :data:`HELP`."""

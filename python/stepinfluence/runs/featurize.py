@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn, TypeAlias
 
 import torch
 from tqdm.auto import tqdm
@@ -21,6 +22,9 @@ from stepinfluence.store import FailedRow, Manifest, Store, StoreWriter, fold, f
 
 SHARD_BYTES = 128 << 20
 """What a shard's values are to take, about, where the shard's rows are not given."""
+
+LOG_SECONDS = 60
+Log: TypeAlias = Callable[[str], object]
 
 ASSUMED_STEPS = 32
 """Loop steps that are assumed where rows hold one vector per step, before any has been run."""
@@ -77,13 +81,16 @@ def run_splits(
     worker: Worker | None = None,
     progress: bool = True,
     on_start: Callable[[str, int], object] = lambda split, rows: None,
+    log: Log | None = None,
 ) -> Iterator[SplitReport]:
     """Featurize this worker's share of every split of ``prepared.config`` into ``out/<split>``, and write
     ``out/config.yaml``.
 
     Args:
         earlier: the config of the run that is in ``out`` already.
+        progress: show a progress bar with the time left.
         on_start: called with the name and the number of examples of each split as it begins.
+        log: called with a line on the state once a minute, for where no bar can be shown.
 
     Yields:
         One :class:`SplitReport` per split, as it is done.
@@ -105,7 +112,7 @@ def run_splits(
     config.save(out / CONFIG)
     for split in splits:
         on_start(split, len(data[split]))
-        yield featurize_split(prepared, split, data[split], out / split, worker=worker, progress=progress)
+        yield featurize_split(prepared, split, data[split], out / split, worker=worker, progress=progress, log=log)
     # Another call may have added splits of its own meanwhile.
     if (out / CONFIG).is_file() and (now := RunConfig.load(out / CONFIG)) and now.splits.keys() != config.splits.keys():
         config.merged(now, out).save(out / CONFIG)
@@ -140,6 +147,7 @@ def featurize_split(
     *,
     worker: Worker | None = None,
     progress: bool = True,
+    log: Log | None = None,
 ) -> SplitReport:
     """Featurize this worker's share of a split into the store at ``path``; goes on where an earlier call stopped.
 
@@ -152,7 +160,7 @@ def featurize_split(
         data: its dataset.
         path: the store's folder.
         worker: this process; the only one if not given.
-        progress: show a progress bar with the time left.
+        progress, log: as for :func:`run_splits`.
 
     Raises:
         StoreError: the folder holds another store, or the disk is full.
@@ -164,7 +172,7 @@ def featurize_split(
     settings = prepared.config.splits[split]
     with _threads(settings.threads, prepared.device):
         writer = StoreWriter.create(path, manifest_of(prepared, split, settings, len(data)))
-        written = _write(prepared, writer, data, settings, worker, split, progress=progress)
+        written = _write(prepared, writer, data, settings, worker, split, progress=progress, log=log)
     store = Store.open(path)
     if store.complete:
         writer.finish()
@@ -182,6 +190,7 @@ def _write(
     split: str,
     *,
     progress: bool,
+    log: Log | None,
 ) -> int:
     manifest, folded = writer.manifest, prepared.config.fold
     # Folded rows need all checkpoints at a time; others are written checkpoint by checkpoint, to load each once.
@@ -195,13 +204,10 @@ def _write(
     ]
     total = sum(len(manifest.rows_of(shard)) * len(checkpoints) for _, checkpoints, shard in work)
     per_shard = -(-manifest.shard_rows // settings.batch_size)
-    with tqdm(
-        total=total,
-        desc=split,
-        unit="example",
-        dynamic_ncols=True,
-        disable=not progress or not work,
-    ) as bar:
+    with (
+        tqdm(total=total, desc=split, unit=" examples", dynamic_ncols=True, disable=not progress or not work) as bar,
+    ):
+        state = _State(bar, split, total, log)
         for column, checkpoints, shard in work:
             started = time.monotonic()
             parts = []
@@ -217,7 +223,7 @@ def _write(
                     batch_size=settings.batch_size,
                     on_error=prepared.config.on_error,
                     first_batch=shard * per_shard,
-                    done=bar.update,
+                    done=state.update,
                 )
                 if part.features is None or not len(part.features):
                     raise ProjectError(
@@ -230,6 +236,24 @@ def _write(
                 column, shard, whole.features, whole.rows, whole.failed, seconds=time.monotonic() - started
             )
     return len(work)
+
+
+class _State:
+    """How far the work is: on a bar, and in a line a minute."""
+
+    def __init__(self, bar: tqdm[NoReturn], split: str, total: int, log: Log | None) -> None:
+        self._bar, self._split, self._total, self._log = bar, split, total, log
+        self._done = 0
+        self._began = self._said = time.monotonic()
+
+    def update(self, examples: int) -> None:
+        self._bar.update(examples)
+        self._done += examples
+        now = time.monotonic()
+        if self._log is not None and self._done and now - self._said >= LOG_SECONDS:
+            left = (now - self._began) * (self._total - self._done) / self._done
+            self._log(f"{self._split}: {self._done:,} of {self._total:,} examples, {left / 60:,.0f} min left")
+            self._said = now
 
 
 def _folded(parts: Sequence[Part], prepared: Prepared) -> Part:

@@ -228,3 +228,14 @@ def test_other_data_or_weights_are_refused(
     write_project(("return Looped()", "torch.manual_seed(3); return Looped()"), name="my_project.py")
     with pytest.raises(StoreError, match="begun with other settings: checkpoints"):
         featurize(project_file, tmp_path / "run")
+
+
+def test_a_line_a_minute_where_no_bar_is_shown(
+    project_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepinfluence.runs.featurize.LOG_SECONDS", 0)
+    config = RunConfig(project_file, {"train": SMALL}, sketch_size=16)
+    prepared = Prepared(Project.load(project_file), config, torch.device("cpu"))
+    lines: list[str] = []
+    list(run_splits(prepared, tmp_path / "run", progress=False, log=lines.append))
+    assert lines[-1] == "train: 22 of 22 examples, 0 min left"
