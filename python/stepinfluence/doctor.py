@@ -16,6 +16,7 @@ import torch
 
 import sdi_kernels
 from sdi_kernels import HASH_FORMAT, TensorSketch, plan_linear
+from sdi_kernels.triton import tuning
 
 PACKAGES = ("numpy", "triton", "safetensors", "tqdm", "typer", "plotly", "jinja2", "matplotlib", "transformers")
 EXTRAS = {
@@ -133,6 +134,7 @@ def _kernels() -> dict[str, str]:
         found["GPU"] = "plain torch (Triton is not installed)"
     else:
         found["GPU"] = "Triton kernels"
+        found["GPU tiles and rates"] = tuning.tuned(torch.device("cuda", torch.cuda.current_device())).source
     return found
 
 
