@@ -8,8 +8,9 @@ and scales between 1/2 and 2. Recall at 10 of int8 scan and index is against a f
 sketches and of two stages is against the exact influence of all real examples.
 
 Times are the best of ``--rounds``; a plain read (a sum of the same bytes as 64-bit integers, by torch) alternates with
-the scans, so that both see the same machine. Rows lie in a store whose files are in the page cache. On a machine that
-others use, ``--cpu-seconds`` with one thread (``OMP_NUM_THREADS=1``) counts processor seconds instead.
+the scans, so that both see the same machine. Rows lie in a store whose files are in the page cache. The first scan
+after opening a store maps its files; it is shown apart. On a machine that others use, ``--cpu-seconds`` with one thread
+(``OMP_NUM_THREADS=1``) counts processor seconds instead.
 """
 
 from __future__ import annotations
@@ -106,55 +107,7 @@ def stored(path: Path, real: Features, rows: int, dtype: str) -> Store:
     writer = StoreWriter.create(path, manifest)
     for first, values in shards(real.values, rows):
         n = len(values)
-        part = replace(
-            real,
-            values=values,
-            losses=torch.zeros(n),
-            steps=torch.full((n,), STEPS),
-            ids=tuple(range(first, first + n)),
-        )
-        writer.write_shard(0, first // SHARD_ROWS, part, [RowInfo(r) for r in range(first, first + n)])
-    writer.finish()
-    return Store.open(path)
-
-
-CLOCK = {"now": time.perf_counter}
-"""What seconds are: of the wall, or of the processor (``--cpu-seconds``)."""
-
-
-def now() -> float:
-    return CLOCK["now"]()
-
-
-def best(work: Callable[[], object], rounds: int) -> float:
-    """Seconds, the best of some rounds."""
-    seconds = []
-    for _ in range(rounds):
-        began = now()
-        work()
-        seconds.append(now() - began)
-    return min(seconds)
-
-
-def recall(found: Tensor, truth: Tensor) -> float:
-    """Share of the true winners ``(Q, k)`` among the found rows ``(Q, n)``."""
-    return statistics.mean(len(set(f) & set(t)) / len(t) for f, t in zip(found.tolist(), truth.tolist(), strict=True))
-
-
-def plain_read(store: Store) -> Callable[[], object]:
-    """A sum over all bytes of a copy of the store's values in memory."""
-    copy = torch.cat([torch.from_numpy(codes).flatten() for _, codes, _ in store.raw_blocks()]).view(torch.int64)
-    return copy.sum
-
-
-def speed(store: Store, query: Features, rounds: int) -> dict[str, Any]:
-    """GB/s of scans of a store by 1, 4 and 16 queries, each beside a plain read of the same bytes."""
-    size = sum(codes.nbytes for _, codes, _ in store.raw_blocks()) / 1e9
-    read = plain_read(store)
-    found: dict[str, Any] = {"gigabytes": size}
-    for queries in (1, 4, 16):
-        part = replace(query.summed(), values=query.summed().values[:queries], losses=query.losses[:queries],
-                       ids=query.ids[:queries], steps=query.steps[:queries])  # fmt: skip
+        part = first_queries(query, queries)
         question = ask(store, part)
         pairs = [
             (best(read, 1), best(lambda q=question: scanned(q, K, harmful=False, progress=False), 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.features import Features, FeatureSpace, weights_digest
-from stepinfluence.store import Store
+from stepinfluence.store import Store, bytes_per_row
 from stepinfluence.store.files import file_digest
 from stepinfluence.store.manifest import MANIFEST
 from stepinfluence.store.shards import record_path
 
 Rows: TypeAlias = Store | Features | Sequence[Features]
 """What a search takes for a side: a store, features at one checkpoint, or a list of features, one per checkpoint."""
+
+KEPT_MAP_BYTES = 16 << 30
+"""Stores up to this size stay mapped while they are open: mapping costs a scan as much again as reading does. Mapped
+pages belong to the system's file cache, which takes them back when memory is short; their tables take 1/512 of this."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,10 @@ class FeatureSource:
         return weights_digest([f.values for f in self._features])
 
 
+_KEPT_MAPS: weakref.WeakKeyDictionary[Store, dict[int, list[RawBlock]]] = weakref.WeakKeyDictionary()
+"""Blocks of stores that are open, by checkpoint. Shards never change once they are there."""
+
+
 class StoreSource:
     """A store on disk: blocks are its shards, memory-mapped, as they are."""
 
@@ -149,6 +158,19 @@ class StoreSource:
         return tuple(self._store.ids)
 
     def blocks(self, checkpoint: int) -> Iterator[RawBlock]:
+        kept = _KEPT_MAPS.setdefault(self._store, {})
+        if checkpoint in kept:
+            yield from kept[checkpoint]
+            return
+        manifest = self._store.manifest
+        rows = manifest.n_rows * len(manifest.checkpoints) * (max(1, self._store.steps) if self.per_step else 1)
+        if rows * bytes_per_row(manifest.width, manifest.dtype) > KEPT_MAP_BYTES:
+            yield from self._mapped(checkpoint)
+            return
+        kept[checkpoint] = list(self._mapped(checkpoint))
+        yield from kept[checkpoint]
+
+    def _mapped(self, checkpoint: int) -> Iterator[RawBlock]:
         for first, codes, scales in self._store.raw_blocks(checkpoint):
             tensor = torch.from_numpy(codes)
             if self._store.manifest.dtype == "bf16":

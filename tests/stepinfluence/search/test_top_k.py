@@ -11,7 +11,7 @@ import pytest
 import torch
 from stepinfluence import FeatureMismatchError, StoreError, influence
 from stepinfluence.features import Block
-from stepinfluence.search import scan, top_k
+from stepinfluence.search import scan, sources, top_k
 from stepinfluence.store import Manifest, Store, StoredCheckpoint, StoreWriter
 
 
@@ -60,6 +60,22 @@ def test_a_store_gives_what_its_decoded_features_give(tmp_path: Path, dtype: str
     torch.testing.assert_close(found.scores, decoded.scores, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.sdi.sum(-1), found.scores, rtol=1e-4, atol=1e-4)
     assert found.train_ids.tolist() == decoded.train_ids.tolist()
+
+
+def test_a_store_stays_mapped_while_it_is_open_if_it_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = made.store(tmp_path / "t", [made.features(made.small_integers(20, made.WIDTH))], dtype="int8")
+    query = made.features(made.small_integers(2, 2, made.WIDTH, seed=1))
+    maps: list[int] = []
+    original = Store.raw_blocks
+    monkeypatch.setattr(Store, "raw_blocks", lambda self, c=0: maps.append(c) or original(self, c))
+    first = top_k(train, query, 4).rows
+    assert torch.equal(top_k(train, query, 4).rows, first)
+    assert maps == [0]
+    monkeypatch.setattr(sources, "KEPT_MAP_BYTES", 0)
+    again = Store.open(train.path)
+    for _ in range(2):
+        assert torch.equal(top_k(again, query, 4).rows, first)
+    assert maps == [0, 0, 0]
 
 
 @pytest.mark.usefixtures("small_blocks")
