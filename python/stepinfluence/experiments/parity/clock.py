@@ -9,13 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import linregress
 
 from stepinfluence.experiments.parity.proxy import Array, Integers
 from stepinfluence.experiments.parity.statistics import dominant_frequency
 
-LEAST_ONES = 4
-"""A frequency needs two cycles in n steps, which is four ones."""
+
+def enough(ones: Integers, digits: int) -> NDArray[np.bool_]:
+    """Strings with at least an eighth of either bit, as nearly all random strings have, and with four ones or more.
+
+    A frequency needs two cycles in n steps, which is four ones.
+    """
+    return np.asarray((ones >= max(4, digits // 8)) & (digits - ones >= digits // 8))
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Clock:
     Attributes:
         expected: half the share of ones, in cycles per step, ``(m,)``.
         found: where the spectrum is highest, ``(m,)``.
+        expected_outside, found_outside: the same of strings with too few of either bit, which the fit leaves out.
         slope, intercept: least squares of ``found`` on ``expected``; 1 and 0 for such a clock; NaN if all strings have
             as many ones.
         correlation: Pearson's.
@@ -33,6 +40,8 @@ class Clock:
 
     expected: Array
     found: Array
+    expected_outside: Array
+    found_outside: Array
     slope: float
     intercept: float
     correlation: float
@@ -49,7 +58,7 @@ def clock(series: Array | Sequence[Sequence[float]], ones: Integers, digits: int
 
     Args:
         series: a value for each loop step up to the read-out, ``(strings, digits)``.
-        ones: in each string, ``(strings,)``; those with fewer than four are left out, as are flat trajectories.
+        ones: in each string, ``(strings,)``; those with too few of either bit (:func:`enough`) are kept apart.
         digits: bits of every string.
 
     Raises:
@@ -58,14 +67,24 @@ def clock(series: Array | Sequence[Sequence[float]], ones: Integers, digits: int
     series, ones = np.asarray(series, dtype=np.float64), np.asarray(ones)
     if series.shape != (*ones.shape, digits):
         raise ValueError(f"series: got shape {series.shape} for {ones.shape} strings of {digits} bits")
-    enough = ones >= LEAST_ONES
-    found = np.array([dominant_frequency(row) for row in series[enough]])
-    kept = np.isfinite(found)
+    every = np.array([dominant_frequency(row) for row in series])
+    moves, inside = np.isfinite(every), enough(ones, digits)
+    kept = inside & moves
     if kept.sum() < 2:
-        raise ValueError(f"ones: {kept.sum()} strings with {LEAST_ONES} ones and a trajectory that moves; pass two")
-    expected, found = ones[enough][kept] / (2 * digits), found[kept]
-    error = float(np.abs(found - expected).mean())
-    if np.ptp(expected) == 0 or np.ptp(found) == 0:
-        return Clock(expected, found, float("nan"), float("nan"), float("nan"), error)
-    fit = linregress(expected, found)
-    return Clock(expected, found, float(fit.slope), float(fit.intercept), float(fit.rvalue), error)
+        raise ValueError(f"ones: {kept.sum()} strings with enough of either bit and a trajectory that moves; pass two")
+    share = ones / (2 * digits)
+    expected, found = share[kept], every[kept]
+    slope = intercept = correlation = float("nan")
+    if np.ptp(expected) > 0 and np.ptp(found) > 0:
+        fit = linregress(expected, found)
+        slope, intercept, correlation = float(fit.slope), float(fit.intercept), float(fit.rvalue)
+    return Clock(
+        expected=expected,
+        found=found,
+        expected_outside=share[~inside & moves],
+        found_outside=every[~inside & moves],
+        slope=slope,
+        intercept=intercept,
+        correlation=correlation,
+        error=float(np.abs(found - expected).mean()),
+    )

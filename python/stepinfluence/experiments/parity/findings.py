@@ -14,6 +14,7 @@ from stepinfluence.experiments.parity.config import CONFIGS, Config
 from stepinfluence.experiments.parity.profiles import Profiles, summarise
 from stepinfluence.experiments.parity.readings import Readings, read
 from stepinfluence.experiments.parity.sections import lag_text, percent
+from stepinfluence.experiments.parity.statistics import Period
 from stepinfluence.tasks.parity import ParityExample
 
 
@@ -33,12 +34,12 @@ def outcome(
     readings |= {seed: read(one, config, seed) for seed, one in others.items()}
     clocks = {config.seed: _clock(found, n)} | {seed: _clock(one, n) for seed, one in others.items()}
     ours, turning = readings[config.seed], clocks[config.seed]
-    profiles = summarise(config, scores, ours.margin, subset, test)
+    profiles = summarise(config, scores, trained["digits"], ours.margin, subset, test)
     accuracies = {config.seed: found["accuracy"]} | {seed: one["accuracy"] for seed, one in others.items()}
     return Outcome(
         title="Parity: from a period in the influence to a mechanism",
         summary=_summary(config, ours, profiles, turning),
-        comparisons=_comparisons(config, ours, profiles, turning, readings),
+        comparisons=_comparisons(config, ours, profiles, turning, readings, trained["digits"]),
         sections=(
             sections.training(run, trained, found, accuracies),
             sections.influence(run, profiles, ours),
@@ -53,7 +54,8 @@ def outcome(
                 seed: dict(zip(found["accuracy_lengths"].tolist(), values.tolist(), strict=True))
                 for seed, values in accuracies.items()
             },
-            "sdi_profile": profiles.probe.tolist(),
+            "sdi_profile": profiles.all.values.tolist(),
+            "sdi_profile_trained": profiles.trained.values.tolist(),
             "period_by_checkpoint": list(profiles.period_by_checkpoint),
             "share_by_checkpoint": list(profiles.share_by_checkpoint),
             "own_spearman": profiles.own_spearman,
@@ -88,22 +90,32 @@ def _numbers(one: Readings, turning: Clock) -> dict[str, Any]:
 
 
 def _comparisons(
-    config: Config, ours: Readings, profiles: Profiles, turning: Clock, readings: Mapping[int, Readings]
+    config: Config,
+    ours: Readings,
+    profiles: Profiles,
+    turning: Clock,
+    readings: Mapping[int, Readings],
+    digits: Sequence[int],
 ) -> tuple[Comparison, ...]:
     n, lag, s = config.test_length, config.lag, ours.scores
+    every, late = profiles.all, profiles.trained
     small = "" if config.training.model == CONFIGS["paper"].training.model else "a smaller model, trained for less time"
     spread = f"{small}; " * bool(small) + "over seeds: " + ", ".join(percent(r.accuracy) for r in readings.values())
     return (
         Comparison(f"accuracy at {n} bits", percent(ours.accuracy), "100 %", "4", spread),
-        Comparison("period of the summed SDI profile, loop steps", lag_text(profiles.period.lag), 4, "Fig. 1A",
-                   f"autocorrelation {profiles.period.correlation:.2f}, p = {profiles.period.p_value:.3f}"),
+        Comparison("period of the summed SDI profile, all checkpoints, loop steps", lag_text(every.period.lag), 4,
+                   "Fig. 1A", f"{_period(every.period)}; {percent(max(profiles.share_by_checkpoint))} of it is one "
+                   "checkpoint, at "
+                   f"{digits[int(np.argmax(profiles.share_by_checkpoint))]} bits of the curriculum"),
+        Comparison("period of the summed SDI profile, from the end of the curriculum", lag_text(late.period.lag), 4,
+                   "Fig. 1A", f"{_period(late.period)}; {profiles.n_trained} checkpoint(s)"),
         Comparison("period of the logit margin, loop steps", lag_text(ours.margin_period.lag), 4, "Fig. 1A",
-                   f"autocorrelation {ours.margin_period.correlation:.2f}, p = {ours.margin_period.p_value:.3f}"),
-        Comparison("last SDI peak at step", str(int(profiles.peaks[-1])) if len(profiles.peaks) else "none", str(n),
-                   "Fig. 1A", f"{percent(profiles.last_share)} of the absolute profile is at step {n}"),
+                   _period(ours.margin_period)),
+        Comparison("last SDI peak at step", str(int(late.peaks[-1])) if len(late.peaks) else "none", str(n),
+                   "Fig. 1A", f"{percent(late.last_share)} of the absolute profile is at step {n}"),
         Comparison("largest SDI after the read-out", profiles.after, 0, "4, D.2", "exactly zero by construction"),
-        Comparison("margin increases follow SDI by, loop steps", str(profiles.delay), 1, "4",
-                   f"best of -2 … 2; correlation {profiles.delay_correlation:.2f}"),
+        Comparison("margin increases follow SDI by, loop steps", str(late.delay), 1, "4",
+                   f"best of 0 to 3; correlation {late.delay_correlation:.2f}"),
         Comparison(f"mean cosine of states {lag} steps apart", ours.cosine.get(lag, float("nan")), "about 0.95", "4"),
         Comparison("transitions that are their state's likeliest", percent(ours.determinism), "98 %", "4",
                    "the paper's: from its matrix, one self-loop of 41 transitions"),
@@ -126,7 +138,8 @@ def _summary(config: Config, ours: Readings, profiles: Profiles, turning: Clock)
     return (
         f"A looped transformer trained on parity of up to {config.training.max_digits} bits answers {n}-bit strings "
         f"with {percent(ours.accuracy)} accuracy. Its summed SDI profile for 0101… has period "
-        f"{lag_text(profiles.period.lag)}, its logit margin period {lag_text(ours.margin_period.lag)}, and hidden "
+        f"{lag_text(profiles.trained.period.lag)} from the end of the curriculum on (all checkpoints: "
+        f"{lag_text(profiles.all.period.lag)}), its logit margin period {lag_text(ours.margin_period.lag)}, and hidden "
         f"states {config.lag} steps apart have a mean cosine of {cosine:.2f}. The {config.states}-state proxy is "
         f"right on {percent(ours.scores['out_of_distribution'].accuracy)} of longer alternating strings and "
         f"{percent(ours.scores['test'].accuracy)} of random test strings. Beyond the paper: the frequency of the "
@@ -134,3 +147,7 @@ def _summary(config: Config, ours: Readings, profiles: Profiles, turning: Clock)
         f"{turning.correlation:.3f}"
         + ("; the period of 4 is that of a state which turns by the share of ones." if turning.keeps_time else ".")
     )
+
+
+def _period(found: Period) -> str:
+    return f"autocorrelation {found.correlation:.2f}, p = {found.p_value:.3f}"

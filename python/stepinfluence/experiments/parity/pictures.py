@@ -17,28 +17,31 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def profile(sdi: Array, margin: Array, peaks: Integers, read_out: int) -> Figure:
+def profile(every: Array, late: Array, margin: Array, peaks: Integers, read_out: int) -> Figure:
     """Summed SDI and logit margin over loop steps, with peaks and the read-out step (Fig. 1A).
 
     Args:
-        sdi, margin: ``(T,)``.
-        peaks: 1-based steps of the SDI's peaks.
+        every, late: SDI summed over all checkpoints, and over those from the end of the curriculum on, ``(T,)``.
+        margin: ``(T,)``.
+        peaks: 1-based steps of the peaks of ``late``.
         read_out: 1-based step.
     """
     made: Figure
-    made, axes = figure(2, 1, width=9.0, height=4.6, sharex=True)
-    steps = np.arange(1, len(sdi) + 1)
-    for axis, values, colour, name in zip(
-        axes, (sdi, margin), SERIES, ("summed SDI", "logit margin"), strict=False
-    ):  # fmt: skip
+    made, axes = figure(3, 1, width=9.0, height=6.0, sharex=True)
+    steps = np.arange(1, len(late) + 1)
+    rows = (
+        ("Summed SDI, checkpoints from the end of the curriculum on", late, SERIES[0]),
+        ("Logit margin", margin, SERIES[1]),
+        ("Summed SDI, all checkpoints", every, SERIES[5]),
+    )
+    for axis, (name, values, colour) in zip(axes, rows, strict=True):
         for peak in peaks:
             axis.axvline(peak, color=FAINT, linewidth=1.2, zorder=0)
         axis.axvline(read_out, color=INK, linestyle=":", linewidth=1.2, zorder=1)
         axis.axhline(0, color=SOFT, linewidth=0.6, zorder=1)
         axis.plot(steps, values, color=colour, marker="o", markersize=3, linewidth=1.4)
-        axis.set_ylabel(name)
-    axes[0].set_title(f"Alternating probe of {read_out} bits; vertical lines: SDI peaks, dotted: read-out", loc="left")
-    axes[1].set_xlabel("loop step")
+        axis.set_title(name, loc="left")
+    axes[-1].set_xlabel(f"loop step (0101… of {read_out} bits; grey: peaks of the first row, dotted: read-out)")
     return made
 
 
@@ -107,6 +110,9 @@ def clocks(logits: Clock, influence: Clock) -> Figure:
     ):
         axis.plot([0, 0.5], [0, 0.5], color=SOFT, linestyle=":", label="a clock that is right at the read-out")
         axis.scatter(one.expected, one.found, s=12, alpha=0.6, color=SERIES[0], linewidth=0, label="found")
+        if len(one.found_outside):
+            axis.scatter(one.expected_outside, one.found_outside, s=12, facecolor="none", edgecolor=SERIES[1],
+                         linewidth=0.7, label="found, less than an eighth of one bit")  # fmt: skip
         axis.set_xlabel("half the share of ones")
         axis.set_title(title, loc="left")
     axes[0].set_ylabel("cycles per loop step")
@@ -150,6 +156,7 @@ def own_influence(by_length: Mapping[int, Any]) -> Figure:
     )  # fmt: skip
     every = max(1, len(chosen) // 10)
     axis.set_yticks(range(0, len(chosen), every), [str(length) for length in chosen[::every]])
+    axis.set_xticks(range(1, grid.shape[1] + 1, max(1, grid.shape[1] // 10)))
     axis.set_xlabel("loop step")
     axis.set_ylabel("bits of the string")
     axis.set_title("Mean self-influence, relative to the length's largest", loc="left")

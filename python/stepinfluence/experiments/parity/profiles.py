@@ -1,4 +1,4 @@
-"""Summed influence profiles over all checkpoints, and what they follow (paper D.2, Fig. 1A)."""
+"""Summed influence profiles, and what they follow (paper D.2, Fig. 1A)."""
 
 from __future__ import annotations
 
@@ -19,35 +19,70 @@ from stepinfluence.tasks.parity import ParityExample
 
 
 @dataclass(frozen=True)
-class Profiles:
-    """Influence summed over training examples and checkpoints.
+class Profile:
+    """Influence on the first probe, summed over training examples and some checkpoints.
 
     Attributes:
-        probe: of the first probe, ``(T,)``.
-        period: of ``probe`` up to the read-out.
-        period_by_checkpoint: of its share from each checkpoint.
-        share_by_checkpoint: of the absolute profile.
-        peaks: 1-based steps of the probe's peaks up to the read-out.
+        values: by loop step, ``(T,)``.
+        period: up to the read-out.
+        peaks: 1-based steps of the local maxima up to the read-out; a last value that is the highest is one.
         last_share: of the absolute profile, at the read-out step.
-        after: largest absolute score of any pair after the read-out.
-        delay: steps by which the margin's increases follow the SDI, tried from -2 to 2.
+        delay: steps by which the margin's increases follow, of 0 .. 3.
         delay_correlation: at that delay.
-        test_lag: median over test strings of their profiles' autocorrelation at the lag of the cosine.
-        probe_lag: the same of the probe.
-        test_clock: frequency of the test strings' profiles against their share of ones.
-        own: mean self-influence by length, ``{bits: (steps,)}``.
+    """
+
+    values: Array
+    period: Period
+    peaks: Integers
+    last_share: float
+    delay: int
+    delay_correlation: float
+
+
+def profile_of(values: Array, margin: Array, n: int, seed: int) -> Profile:
+    """Statistics of a summed profile.
+
+    Args:
+        values, margin: by loop step, ``(T,)``.
+        n: read-out step, 1-based.
+        seed: of the p-value.
+    """
+    # Increase of the margin by step t belongs to step t; the first has none before it.
+    shift, correlation = delay(values[1:n], np.diff(margin[:n]), range(4))
+    return Profile(
+        values=values,
+        period=period(values[:n], seed=seed),
+        peaks=find_peaks(np.append(values[:n], -np.inf))[0] + 1,
+        last_share=float(np.abs(values[n - 1]) / np.abs(values).sum()),
+        delay=shift,
+        delay_correlation=correlation,
+    )
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """Influence summed over training examples.
+
+    Attributes:
+        all: over all checkpoints, as the paper sums.
+        trained: over the checkpoints from the end of the curriculum on (the last one if it did not end).
+        n_trained: how many these are.
+        period_by_checkpoint: of each checkpoint's part.
+        share_by_checkpoint: of each in the sum of the parts' absolute values.
+        after: largest absolute score of any pair after the read-out, at any checkpoint.
+        test_lag, probe_lag: autocorrelation of ``trained`` profiles at the lag of the cosine: median of the random test
+            strings, and the probe.
+        test_clock: frequency of the test strings' ``trained`` profiles against their share of ones.
+        own: mean self-influence over the same checkpoints by length, ``{bits: (steps,)}``.
         own_spearman: of a training string's length and its total self-influence.
     """
 
-    probe: Array
-    period: Period
+    all: Profile
+    trained: Profile
+    n_trained: int
     period_by_checkpoint: tuple[int, ...]
     share_by_checkpoint: tuple[float, ...]
-    peaks: Integers
-    last_share: float
     after: float
-    delay: int
-    delay_correlation: float
     test_lag: float
     probe_lag: float
     test_clock: Clock
@@ -58,6 +93,7 @@ class Profiles:
 def summarise(
     config: Config,
     scores: Sequence[Mapping[str, Any]],
+    digits: Sequence[int],
     margin: Array,
     subset: Sequence[ParityExample],
     test: Sequence[ParityExample],
@@ -67,33 +103,33 @@ def summarise(
     Args:
         config: the experiment.
         scores: one result for each checkpoint.
+        digits: longest strings mastered at each.
         margin: of the first probe after each step, ``(T,)``.
         subset, test: the strings that were scored.
     """
     n = config.test_length
+    done = [k for k, mastered in enumerate(digits) if mastered == config.training.max_digits] or [len(scores) - 1]
+
+    def total(name: str, chosen: Sequence[int]) -> Array:
+        return np.asarray(sum(scores[k][name].astype(np.float64) for k in chosen))
+
     parts = [s["probes"][:, 0].astype(np.float64).sum(0) for s in scores]
-    probe = np.sum(parts, axis=0)
-    sums = np.sum([s["test_sum"].astype(np.float64) for s in scores], axis=0)[:, :n]
     sizes = np.array([np.abs(p).sum() for p in parts])
-    # Increase of the margin by step t belongs to step t; the first has none before it.
-    shift, correlation = delay(probe[1:n], np.diff(margin[:n]), 2)
-    own = np.sum([s["own"].astype(np.float64) for s in scores], axis=0)
+    sums = total("test_sum", done)[:, :n]
+    own = total("own", done)
     by_length: dict[int, list[Array]] = defaultdict(list)
     for example, row in zip(subset, own, strict=True):
         by_length[example.n_digits].append(row)
+    trained = profile_of(np.asarray(sum(parts[k] for k in done)), margin, n, config.seed)
     return Profiles(
-        probe=probe,
-        period=period(probe[:n], seed=config.seed),
+        all=profile_of(np.asarray(sum(parts)), margin, n, config.seed),
+        trained=trained,
+        n_trained=len(done),
         period_by_checkpoint=tuple(period(p[:n], orders=0).lag for p in parts),
         share_by_checkpoint=tuple((sizes / sizes.sum()).tolist()),
-        # A last value that is the highest is a peak, too.
-        peaks=find_peaks(np.append(probe[:n], -np.inf))[0] + 1,
-        last_share=float(np.abs(probe[n - 1]) / np.abs(probe).sum()),
         after=max(_after(s, n) for s in scores),
-        delay=shift,
-        delay_correlation=correlation,
         test_lag=float(np.median([autocorrelation(row)[config.lag] for row in sums])),
-        probe_lag=float(autocorrelation(probe[:n])[config.lag]),
+        probe_lag=float(autocorrelation(trained.values[:n])[config.lag]),
         test_clock=clock(sums, np.array([e.bits.count("1") for e in test]), n),
         own={length: np.mean(rows, axis=0) for length, rows in sorted(by_length.items())},
         own_spearman=float(spearmanr([e.n_digits for e in subset], own.sum(1)).statistic),

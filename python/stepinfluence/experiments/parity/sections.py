@@ -9,7 +9,7 @@ import numpy as np
 
 from stepinfluence.experiments.base import Result, Run, Section
 from stepinfluence.experiments.parity import pictures
-from stepinfluence.experiments.parity.clock import LEAST_ONES, Clock
+from stepinfluence.experiments.parity.clock import Clock
 from stepinfluence.experiments.parity.config import Config
 from stepinfluence.experiments.parity.profiles import Profiles
 from stepinfluence.experiments.parity.proxy import UNSEEN, Scored
@@ -57,19 +57,29 @@ def influence(run: Run[Config], profiles: Profiles, ours: Readings) -> Section:
     """The summed profile, its period, and self-influence."""
     config = run.config
     n = config.test_length
+    late = profiles.trained
     shown = (
-        run.figure("profile", pictures.profile(profiles.probe, ours.margin, profiles.peaks, n)),
-        run.figure("recurrence", pictures.recurrence(profiles.probe[:n], ours, ours.cosine)),
+        run.figure("profile", pictures.profile(profiles.all.values, late.values, ours.margin, late.peaks, n)),
+        run.figure("recurrence", pictures.recurrence(late.values[:n], ours, ours.cosine)),
         run.figure("self-influence", pictures.own_influence(profiles.own)),
     )
-    gaps = ", ".join(map(str, np.diff(profiles.peaks))) or "none"
+    gaps = ", ".join(map(str, np.diff(late.peaks))) or "none"
+    shares = ", ".join(percent(s) for s in profiles.share_by_checkpoint)
+    periods = ", ".join(lag_text(p) for p in profiles.period_by_checkpoint)
+    largest = max(profiles.share_by_checkpoint)
+    warning = (
+        f" One checkpoint has {percent(largest)} of the sum over all: halfway through the curriculum, gradients "
+        f"through {n} loop steps of a model that was trained for far fewer can be very large, and a sum over "
+        "checkpoints shows that model."
+        if largest > 0.5
+        else ""
+    )
     text = (
-        f"Peaks of the summed SDI at steps {', '.join(map(str, profiles.peaks))} (gaps: {gaps}). Share of each "
-        f"checkpoint in the absolute profile: {', '.join(percent(s) for s in profiles.share_by_checkpoint)}; period of "
-        f"each one's part: {', '.join(lag_text(p) for p in profiles.period_by_checkpoint)}. Autocorrelation at lag "
-        f"{config.lag}: {profiles.probe_lag:.2f} for the probe; median over the random test strings "
-        f"{profiles.test_lag:.2f}. Self-influence of training strings and their length: Spearman "
-        f"{profiles.own_spearman:.2f}."
+        f"Share of each checkpoint in the absolute profile: {shares}; period of each one's part: {periods}.{warning} "
+        f"What follows is of the {profiles.n_trained} checkpoint(s) from the end of the curriculum on. Peaks of the "
+        f"summed SDI at steps {', '.join(map(str, late.peaks))} (gaps: {gaps}). Autocorrelation at lag {config.lag}: "
+        f"{profiles.probe_lag:.2f} for the probe; median over the random test strings {profiles.test_lag:.2f}. "
+        f"Self-influence of training strings and their length: Spearman {profiles.own_spearman:.2f}."
     )
     return Section("Influence over loop steps", text, shown)
 
@@ -114,6 +124,9 @@ def proxy_circuit(config: Config, ours: Readings) -> Section:
         "",
         note,
     ]
+    unseen = int((ours.proxy.lookup == UNSEEN).sum())
+    if unseen:
+        lines += ["", f"{unseen} of the states are never what an alternating string is read out in."]
     return Section("Proxy circuit", "\n".join(lines))
 
 
@@ -128,15 +141,9 @@ def what_turns(run: Run[Config], found: Result, turning: Clock, profiles: Profil
     shown = run.figure("clock", pictures.clocks(turning, profiles.test_clock))
     start, end = (float(found[f"running_{side}"][: n - 1].mean()) for side in ("start", "end"))
     ones, right = found["count_ones"], found["count_right"]
-    edge = n // 8
-    by_share = ", ".join(
-        f"{what}: {percent(float(right[rows].mean()))}"
-        for what, rows in (
-            (f"at most {edge} ones", ones <= edge),
-            (f"at most {edge} zeros", ones >= n - edge),
-            ("between", (ones > edge) & (ones < n - edge)),
-        )
-    )
+    wrong = [int(k) for k in np.unique(ones) if right[ones == k].mean() < 0.5]
+    away = np.abs(turning.found_outside - turning.expected_outside)
+    outside = f" Outside of that range the mean difference is {away.mean():.3f}." if len(away) else ""
     verdict = (
         "This is how such a clock does parity: turning by π · ones / n at each of n steps, it has turned by π for each "
         "one when it is read. An alternating string has half its bits set, hence a quarter turn at each step, period "
@@ -152,12 +159,17 @@ def what_turns(run: Run[Config], found: Result, turning: Clock, profiles: Profil
         "cosine of "
         f"{found['count_cosine'].mean():.3f}. The frequency of their logits goes with half the share of ones, in "
         f"cycles for each loop step, by slope {turning.slope:.2f} and intercept {turning.intercept:.3f} (r = "
-        f"{turning.correlation:.3f}, mean absolute difference {turning.error:.3f}, {len(turning.found)} strings of "
-        f"{LEAST_ONES} or more ones). {verdict}\n\nThe influence shows the same frequencies without a look at the "
-        f"logits: over the summed SDI profiles of random test strings, which differ little in their share of ones, "
-        f"slope {profiles.test_clock.slope:.2f}, r = {profiles.test_clock.correlation:.2f}, mean absolute difference "
-        f"{profiles.test_clock.error:.3f}.\n\nAccuracy at {n} bits by the number of ones: {by_share}. Random strings "
-        f"hardly ever have so few of one kind; accuracy on them, {percent(ours.accuracy)}, does not show it."
+        f"{turning.correlation:.3f}, mean absolute difference {turning.error:.3f}; {len(turning.found)} strings with "
+        f"at least an eighth of either bit).{outside} {verdict}\n\n"
+        "The influence shows the same without a look at the logits: over the "
+        "summed SDI profiles of random test strings, which differ little in their share of ones, slope "
+        f"{profiles.test_clock.slope:.2f}, r = {profiles.test_clock.correlation:.2f}, mean absolute difference "
+        f"{profiles.test_clock.error:.3f} cycles a step.\n\n"
+        f"Strings of {n} bits that are answered wrongly in most orders have this many ones: "
+        f"{_ranges(wrong) or 'none'}. Random strings mostly have about as many of either bit, so the accuracy on them, "
+        f"{percent(ours.accuracy)}, says little about these. A clock that is slow or fast by d cycles a step is off by "
+        "n d cycles when it is read: what is right at the lengths of training can fail at longer ones, and first where "
+        "the share of ones is unusual."
     )
     return Section("Where the period comes from", text, (shown,))
 
@@ -179,3 +191,14 @@ def other_runs(config: Config, readings: Mapping[int, Readings], clocks: Mapping
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return Section("Training runs by seed", "\n".join(lines))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0, 2, 28-33``."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)

@@ -104,29 +104,29 @@ def lagged_cosine(hidden: Array, lag: int) -> Array:
     return np.asarray((unit[:-lag] * unit[lag:]).sum(1))
 
 
-def delay(leading: Array, following: Array, longest: int) -> tuple[int, float]:
+def delay(leading: Array, following: Array, delays: Sequence[int]) -> tuple[int, float]:
     """By how many steps one series follows another.
 
     Args:
         leading, following: ``(n,)`` each.
-        longest: delays of ``-longest .. longest`` are tried; below n - 2.
+        delays: which are tried, each between -(n - 3) and n - 3; of series with a period, one period of them.
 
     Returns:
         The delay with the highest Pearson correlation of ``leading[t]`` and ``following[t + delay]``, and that
         correlation.
 
     Raises:
-        ValueError: shapes differ, or ``longest`` is out of range.
+        ValueError: shapes differ, or a delay is out of range.
     """
-    if leading.shape != following.shape or leading.ndim != 1 or not 0 <= longest < len(leading) - 2:
-        raise ValueError(f"longest: got {longest} for series of shapes {leading.shape} and {following.shape}")
+    if leading.shape != following.shape or leading.ndim != 1 or max(map(abs, delays)) > len(leading) - 3:
+        raise ValueError(f"delays: got {list(delays)} for series of shapes {leading.shape} and {following.shape}")
 
     def at(shift: int) -> float:
         a = leading[max(0, -shift) : len(leading) - max(0, shift)]
         b = following[max(0, shift) : len(following) - max(0, -shift)]
         return float(np.corrcoef(a, b)[0, 1])
 
-    best = max(range(-longest, longest + 1), key=at)
+    best = max(delays, key=at)
     return best, at(best)
 
 
