@@ -107,6 +107,70 @@ def stored(path: Path, real: Features, rows: int, dtype: str) -> Store:
     writer = StoreWriter.create(path, manifest)
     for first, values in shards(real.values, rows):
         n = len(values)
+        part = replace(
+            real,
+            values=values,
+            losses=torch.zeros(n),
+            steps=torch.full((n,), STEPS),
+            ids=tuple(range(first, first + n)),
+        )
+        writer.write_shard(0, first // SHARD_ROWS, part, [RowInfo(r) for r in range(first, first + n)])
+    writer.finish()
+    return Store.open(path)
+
+
+CLOCK = {"now": time.perf_counter}
+"""What seconds are: of the wall, or of the processor (``--cpu-seconds``)."""
+
+
+def now() -> float:
+    return CLOCK["now"]()
+
+
+def best(work: Callable[[], object], rounds: int) -> float:
+    """Seconds, the best of some rounds."""
+    seconds = []
+    for _ in range(rounds):
+        began = now()
+        work()
+        seconds.append(now() - began)
+    return min(seconds)
+
+
+def recall(found: Tensor, truth: Tensor) -> float:
+    """Share of the true winners ``(Q, k)`` among the found rows ``(Q, n)``."""
+    return statistics.mean(len(set(f) & set(t)) / len(t) for f, t in zip(found.tolist(), truth.tolist(), strict=True))
+
+
+def plain_read(store: Store) -> Callable[[], object]:
+    """A sum over all bytes of a copy of the store's values in memory."""
+    copy = torch.cat([torch.from_numpy(codes).flatten() for _, codes, _ in store.raw_blocks()]).view(torch.int64)
+    return copy.sum
+
+
+def first_queries(query: Features, count: int) -> Features:
+    """The first queries, summed over steps."""
+    total = query.summed()
+    return replace(
+        total,
+        values=total.values[:count],
+        losses=total.losses[:count],
+        steps=total.steps[:count],
+        ids=total.ids[:count],
+    )
+
+
+def speed(store: Store, query: Features, rounds: int) -> dict[str, Any]:
+    """GB/s of scans of a store by 1, 4 and 16 queries, each beside a plain read of the same bytes."""
+    size = sum(codes.nbytes for _, codes, _ in store.raw_blocks()) / 1e9
+    read = plain_read(store)
+    one = ask(Store.open(store.path), first_queries(query, 1))
+    found: dict[str, Any] = {
+        "gigabytes": size,
+        "first scan after opening GB/s": size / best(lambda: scanned(one, K, harmful=False, progress=False), 1),
+    }
+    print(f"    first scan after opening, which maps the files: {found['first scan after opening GB/s']:.1f} GB/s")
+    for queries in (1, 4, 16):
         part = first_queries(query, queries)
         question = ask(store, part)
         pairs = [
