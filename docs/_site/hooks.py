@@ -1,4 +1,4 @@
-"""Pages as the site shows them: formulas as MathML, made when the site is built: browsers draw it themselves, no script, no download.
+"""Pages as the site shows them: formulas as MathML, which browsers draw without a script or a download.
 
 The sources keep GitHub's notation ($`...`$ in a line, ```math blocks), so that the pages read well there too.
 """
