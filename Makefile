@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-peers soak gpu-check build clean
+.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-peers bench-scale soak gpu-check gpu-calibrate build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ bench-capture: $(VENV)/.stamp-bench ## time featurizing against a plain training
 bench-layouts: $(VENV)/.stamp-bench ## error against bytes per example of every store layout, on trained models
 	$(BIN)/python -m bench.store_layouts
 
+bench-scale: $(VENV)/.stamp-bench ## measure rates, and print what a corpus costs (docs/scale.md)
+	$(BIN)/python -m bench.scale --model paper --examples 2
+
 bench-peers: .venv-peers/.stamp ## ask other attribution libraries about a looped model (docs/peers.md)
 	.venv-peers/bin/python -m bench.peers
 
@@ -51,6 +54,9 @@ soak: $(VENV)/.stamp-test ## featurize and search in a loop for MINUTES, watchin
 gpu-check: ## on a GPU machine: test the Triton kernels and benchmark them into bench/results/
 	PYTHONPATH=.:python $(PYTHON) -m pytest tests/gpu -m gpu
 	PYTHONPATH=.:python $(PYTHON) -m bench.gpu.run
+
+gpu-calibrate: ## on a GPU machine: measure rates and tiles for the planner and keep them in the user's cache
+	PYTHONPATH=.:python $(PYTHON) -m bench.gpu.run --calibrate
 
 build: $(VENV)/.stamp-test ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build
