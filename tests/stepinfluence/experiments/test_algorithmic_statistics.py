@@ -20,14 +20,18 @@ def test_rank_biserial_from_best_to_worst() -> None:
     assert statistics.rank_biserial(np.array([0.0, 3.0, 2.0, 1.0]), critical) == pytest.approx(2 * 3 / 4 - 1)
 
 
-def test_balanced_spearman_reaches_its_ceiling_and_no_more() -> None:
+def test_balanced_spearman_reaches_its_ceiling() -> None:
     scores = np.arange(100.0)
     critical = scores >= 97
     found = statistics.balanced_spearman(scores, critical, rng())
-    assert found == pytest.approx(statistics.balanced_spearman_ceiling(3))
-    # Against a half-tied truth: sqrt(3)/2 for many, 3 * sqrt(3 / 35) for three of six.
-    assert statistics.balanced_spearman_ceiling(3) == pytest.approx(3 * np.sqrt(3 / 35))
-    assert statistics.balanced_spearman_ceiling(1000) == pytest.approx(np.sqrt(3) / 2, abs=1e-5)
+    # Against a half-tied truth: 3 sqrt(3 / 35) for three of six, sqrt(3) / 2 for many.
+    assert found == pytest.approx(3 * np.sqrt(3 / 35))
+    assert statistics.balanced_spearman_ceiling(3, equal=False) == pytest.approx(3 * np.sqrt(3 / 35))
+    assert statistics.balanced_spearman_ceiling(1000, equal=False) == pytest.approx(np.sqrt(3) / 2, abs=1e-5)
+    # Copies have one score: ranks 1, 2, 3, 5, 5, 5 against 2, 2, 2, 5, 5, 5.
+    tied = statistics.balanced_spearman(np.minimum(scores, 97.0), critical, rng())
+    assert tied == pytest.approx(13.5 / np.sqrt(15.5 * 13.5))
+    assert statistics.balanced_spearman_ceiling(3, equal=True) == pytest.approx(tied)
 
 
 def test_profiles_that_rise_and_fall_together() -> None:

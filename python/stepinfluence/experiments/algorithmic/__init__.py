@@ -28,50 +28,46 @@ __all__ = ["CONFIGS", "Config", "run"]
 
 def run(run: Run[Config]) -> Outcome:
     """Train, attribute, retrain and compare; every long part is a stage that survives an interruption."""
+    numbers = {name: _one_task(run, name) for name in run.config.tasks}
+    run.figure("timing", pictures.timing(numbers))
+    run.figure("critical", pictures.critical(numbers))
+    run.figure("trajectories", pictures.trajectories(numbers))
+    run.figure("mislabelled", pictures.mislabelled(numbers))
+    run.figure("retraining", pictures.retraining(numbers))
+    return make_outcome(numbers, run.config)
+
+
+def _one_task(run: Run[Config], name: str) -> dict[str, Any]:
+    """Every number of a task."""
     config = run.config
-    numbers: dict[str, Any] = {}
-    trajectories: dict[str, Any] = {}
-    definitions: list[str] = []
-    for name in config.tasks:
-        task = make_task(name, large=config.large)
-        planted = plant(task, config)
-        trained = run.stage(f"{name}-train", lambda t=task, p=planted: _train(run, t, p))  # type: ignore[misc]
-        paths = [run.checkpoints / name / file for file in trained["checkpoints"]]
-        scored = run.stage(
-            f"{name}-scores",
-            lambda t=task, p=planted, c=paths: all_scores(t, p, c, config),  # type: ignore[misc]
-        )
-        timed = {
-            regime: run.stage(
-                f"{name}-timing-{regime}",
-                lambda t=task, r=regime: profiles(t, config, taught=r == "taught"),  # type: ignore[misc]
-            )
-            for regime in pictures.REGIMES
-        }
-        largest = by_name(scored)[sketched(config.sketch_sizes[-1])]
-        retrained = run.stage(
-            f"{name}-retraining",
-            lambda t=task, p=planted, s=largest: counterfactuals(t, p, s, config),  # type: ignore[misc]
-        )
-        definitions = list(scored["names"])
-        trajectories[name] = _mean_trajectories(scored["trajectories"], planted)
-        numbers[name] = {
-            "example": task.text(planted.queries.inputs[planted.of_kind("plain")[0]]),
-            "accuracy": trained["accuracy"],
-            "feature_share": scored["feature_share"],
+    task = make_task(name, large=config.large)
+    planted = plant(task, config)
+    trained = run.stage(f"{name}-train", lambda: _train(run, task, planted))
+    paths = [run.checkpoints / name / file for file in trained["checkpoints"]]
+    scored = run.stage(f"{name}-scores", lambda: all_scores(task, planted, paths, config))
+    timed = {
+        "answer": run.stage(f"{name}-timing-answer", lambda: profiles(task, config, taught=False)),
+        "taught": run.stage(f"{name}-timing-taught", lambda: profiles(task, config, taught=True)),
+    }
+    largest = by_name(scored)[sketched(config.sketch_sizes[-1])]
+    retrained = run.stage(f"{name}-retraining", lambda: counterfactuals(task, planted, largest, config))
+
+    def statistics() -> Result:
+        return {
             "conservation": findings.conservation(scored),
             "timing": {regime: findings.timing(stage, config) for regime, stage in timed.items()},
             "critical": findings.critical(scored, planted, config),
+            "trajectories": _mean_trajectories(scored["trajectories"], planted),
             "mislabelled": findings.mislabelled(scored, planted, config),
             "retraining": findings.retraining(retrained, planted, config),
-            "trajectories": trajectories[name],
         }
-    run.figure("timing", pictures.timing(numbers))
-    run.figure("critical", pictures.critical(numbers, definitions))
-    run.figure("trajectories", pictures.trajectories(trajectories))
-    run.figure("mislabelled", pictures.mislabelled(numbers))
-    run.figure("retraining", pictures.retraining(numbers))
-    return make_outcome(numbers, config, definitions)
+
+    return {
+        "example": task.text(planted.queries.inputs[planted.of_kind("plain")[0]]),
+        "accuracy": trained["accuracy"],
+        "feature_share": scored["feature_share"],
+        **run.stage(f"{name}-statistics", statistics),
+    }
 
 
 def _train(run: Run[Config], task: StepTask, planted: Planted) -> Result:

@@ -41,7 +41,8 @@ def timing(stage: Stage, config: Config) -> dict[str, Any]:
             tested = statistics.permutation_test(
                 statistic, energy, changes, over=over, resamples=config.resamples, rng=rng
             )
-            found[f"{truth}_{name}"] = vars(tested)
+            # Where nothing varies there is nothing to test: NaN, which JSON does not have.
+            found[f"{truth}_{name}"] = vars(tested) if np.isfinite(tested.value) else None
         found[f"{truth}_mean"] = changes.mean(0).tolist()
     found["energy_share"] = (energy / energy.sum(1, keepdims=True)).mean(0).tolist()
     for name in ("probe_answer", "probe_state"):

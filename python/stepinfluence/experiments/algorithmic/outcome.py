@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stepinfluence.experiments.algorithmic import scores
@@ -18,14 +18,14 @@ SUMMARY = "summary"
 CLAIMS = {"sketched": 0.87, "exact": 0.89, "classic": 0.62}
 
 
-def make_outcome(numbers: Numbers, config: Config, definitions: Sequence[str]) -> Outcome:
+def make_outcome(numbers: Numbers, config: Config) -> Outcome:
     """The outcome of a run.
 
     Args:
         numbers: findings by task.
         config: of the run.
-        definitions: names of the scores, in the order of the tables.
     """
+    definitions = list(next(iter(numbers.values()))["critical"])
     largest = scores.sketched(config.sketch_sizes[-1])
     worst = max(found["conservation"] for found in numbers.values())
     measures = {
@@ -41,7 +41,7 @@ influence spikes exactly at the compare-swap step. The paper itself has no such 
 published. Under the protocol below, sketched SDI has a rank-biserial correlation of {ours[largest]}, exact SDI of
 {ours[scores.EXACT]}, and classic TracIn taken literally (eq. 1, on the loop body) of {ours[scores.CLASSIC]}: summed
 over steps, exact SDI *is* TracIn (here to {worst:.0e} of the largest score), so that no data can set the two apart.
-Of the definitions compared, “{best}” ranks the planted examples best ({ours[best]})."""
+Of the {len(definitions)} definitions compared, “{best}” has the highest mean ({ours[best]})."""
     return Outcome(
         title="Algorithmic tasks: does influence meet known steps and planted examples?",
         summary=summary,
@@ -56,7 +56,9 @@ Of the definitions compared, “{best}” ranks the planted examples best ({ours
 
 
 def _comparisons(numbers: Numbers, measures: Numbers, config: Config) -> Iterable[Comparison]:
-    ceiling = f"a perfect ranking gives {balanced_spearman_ceiling(config.copies):.2f}: half of the truth is tied"
+    copies = balanced_spearman_ceiling(config.copies, equal=True)
+    rule = balanced_spearman_ceiling(config.rule_examples, equal=False)
+    ceiling = f"a perfect ranking gives {copies:.2f} for copies, {rule:.2f} for a rule: half of the truth is tied"
     largest = scores.sketched(config.sketch_sizes[-1])
     for name, key in ((largest, "sketched"), (scores.EXACT, "exact"), (scores.CLASSIC, "classic")):
         note = "equals exact SDI, by conservation" if key == "classic" else ""
@@ -88,12 +90,20 @@ def _comparisons(numbers: Numbers, measures: Numbers, config: Config) -> Iterabl
             one = found["timing"][regime]
             truth = "known" if regime == "taught" else "decoded"
             peak = one[f"{truth}_peak"]
+            other = one[f"{truth}_specific"]
+            note = (
+                "" if other is None else f"Spearman {other['value']:.2f}, other queries' changes: {other['null']:.2f}"
+            )
+            note += "" if other is None else f" (p = {other['p']:.2g})"
             claimed = "exactly at the step" if task == "sorting" else None
             yield Comparison(
                 f"{task}, {meaning}: queries whose energy peaks at a step with the most {truth} changes",
-                f"{peak['value']:.0%} (shuffled steps: {peak['null']:.0%}, p = {peak['p']:.2g})",
+                "–"
+                if peak is None
+                else f"{peak['value']:.0%} (shuffled steps: {peak['null']:.0%}, p = {peak['p']:.2g})",
                 claimed,
                 SUMMARY if claimed else "",
+                note,
             )
 
 

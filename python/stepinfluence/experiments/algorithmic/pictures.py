@@ -35,8 +35,9 @@ def timing(numbers: Mapping[str, Any]) -> Any:
     return made
 
 
-def critical(numbers: Mapping[str, Any], names: Sequence[str]) -> Any:
+def critical(numbers: Mapping[str, Any]) -> Any:
     """Rank-biserial correlation with planted examples: one panel for each kind, a mark for each task."""
+    names = list(next(iter(numbers.values()))["critical"])
     made, axes = figure(1, len(KINDS), width=10.5, height=0.9 + 0.36 * len(names), sharey=True)
     titles = {
         "duplicates": "copies of the query",
@@ -80,6 +81,7 @@ def mislabelled(numbers: Mapping[str, Any]) -> Any:
         )
         by_step = np.array(found["mislabelled"]["by_step"])
         right.plot(np.arange(1, len(by_step) + 1), by_step[:, 0], "osD^v"[index % 5] + "-", color=SERIES[index], ms=4)
+    right.xaxis.get_major_locator().set_params(integer=True)
     left.set_yticks(places, [DETECTORS[name] for name in names])
     left.set_xlabel("AUC (95 % interval)")
     right.set_xlabel("loop step")
@@ -112,11 +114,12 @@ def retraining(numbers: Mapping[str, Any]) -> Any:
     return made
 
 
-def trajectories(means: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
+def trajectories(numbers: Mapping[str, Any]) -> Any:
     """Mean SDI trajectory of planted and of other examples, as a share of the largest mean of the task."""
-    made, axes = figure(1, len(means), width=2.6 * max(3, len(means)), height=3.1, squeeze=False, sharey=True)
+    made, axes = figure(1, len(numbers), width=2.6 * max(3, len(numbers)), height=3.1, squeeze=False, sharey=True)
     labels = {"duplicates": "copies", "poisoned": "copies, wrong answer", "rule": "rule", "others": "all others"}
-    for axis, (task, groups) in zip(axes[0], means.items(), strict=True):
+    for axis, (task, found) in zip(axes[0], numbers.items(), strict=True):
+        groups = found["trajectories"]
         largest = max(abs(v) for values in groups.values() for v in values)
         for index, (group, values) in enumerate(groups.items()):
             axis.plot(
@@ -128,6 +131,10 @@ def trajectories(means: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
                 label=labels[group],
             )
         axis.axhline(0, color=SOFT, lw=0.8)
+        axis.set_yscale("symlog", linthresh=0.01)  # wrong answers weigh a hundred times what is already learnt does
+        axis.set_yticks([-1, -0.1, -0.01, 0, 0.01, 0.1, 1], ["-1", "-0.1", "-0.01", "0", "0.01", "0.1", "1"])
+        axis.minorticks_off()
+        axis.set_xticks(range(1, len(values) + 1))
         axis.set_title(task, fontsize=10)
         axis.set_xlabel("loop step of the query")
     axes[0][0].set_ylabel("mean SDI (largest = 1)")

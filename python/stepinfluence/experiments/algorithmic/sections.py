@@ -95,7 +95,7 @@ Each cell: value / mean of the null (one-sided p). *Correlation*: Spearman over 
 steps shuffled. *Same, other query*: the same, null: another query's changes, which keeps what all queries share,
 such as energy that falls with the step. *Peak*: share of queries whose largest energy is at a step with the most
 changes; null: steps shuffled. *Residual*: correlation of energy shares with changes after each step's mean over
-queries is taken away; null: another query's changes. “nan”: the changes do not vary.
+queries is taken away; null: another query's changes. “–”: the changes do not vary.
 
 Accuracy of the probes before the first and after each step:
 
@@ -103,7 +103,8 @@ Accuracy of the probes before the first and after each step:
 
 
 def _critical(numbers: Numbers, measures: Numbers, config: Config) -> str:
-    ceilings = [balanced_spearman_ceiling(n) for n in (config.copies, config.rule_examples)]
+    copies = balanced_spearman_ceiling(config.copies, equal=True)
+    rule = balanced_spearman_ceiling(config.rule_examples, equal=False)
     overall = [
         (
             name,
@@ -125,8 +126,8 @@ def _critical(numbers: Numbers, measures: Numbers, config: Config) -> str:
 
 The rank-biserial correlation is 2 AUC - 1 of critical against all other training examples. Spearman's coefficient
 is also given, among a query's critical examples and as many random others; as half of that truth is tied, a perfect
-ranking gives {ceilings[0]:.2f} for {config.copies} copies and {ceilings[1]:.2f} for {config.rule_examples} examples
-of a rule, not 1. For copies with a wrong answer the sign of the scores is turned.
+ranking gives {copies:.2f} for {config.copies} copies and {rule:.2f} for {config.rule_examples} examples of a rule,
+not 1. For copies with a wrong answer the sign of the scores is turned.
 
 Summed over steps, SDI is TracIn on the loop body (eq. 6). “{scores.CLASSIC}” is computed here without any notion of
 a step; the largest difference from “{scores.EXACT}”, over the largest score, is
@@ -185,8 +186,8 @@ def interval_text(found: Sequence[float], *, signed: bool = False) -> str:
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" if signed else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _tested(found: Mapping[str, float]) -> str:
-    return f"{found['value']:.2f} / {found['null']:.2f} (p {found['p']:.2g})"
+def _tested(found: Mapping[str, float] | None) -> str:
+    return "–" if found is None else f"{found['value']:.2f} / {found['null']:.2f} (p {found['p']:.2g})"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -35,7 +35,7 @@ def balanced_spearman(scores: Array, critical: Bools, rng: np.random.Generator, 
     """Spearman correlation of scores with a yes/no truth, among the critical examples and as many others.
 
     Mean over ``draws`` random choices of the others. Because half of the truth is tied, a perfect ranking gives
-    ``balanced_spearman_ceiling(n)``, about 0.87, not 1.
+    :func:`balanced_spearman_ceiling`, about 0.9, not 1.
     """
     chosen, others = np.flatnonzero(critical), np.flatnonzero(~critical)
     values = []
@@ -45,9 +45,15 @@ def balanced_spearman(scores: Array, critical: Bools, rng: np.random.Generator, 
     return float(np.mean(values))
 
 
-def balanced_spearman_ceiling(critical: int) -> float:
-    """What :func:`balanced_spearman` gives for a perfect ranking without ties, with ``critical`` critical examples."""
-    return float(stats.spearmanr(np.arange(2 * critical), np.arange(2 * critical) >= critical).statistic)
+def balanced_spearman_ceiling(critical: int, *, equal: bool) -> float:
+    """What :func:`balanced_spearman` gives for a perfect ranking, with ``critical`` critical examples.
+
+    Args:
+        critical: how many.
+        equal: they have the same score, as copies of one example have; otherwise no two scores are the same.
+    """
+    scores = np.arange(2 * critical)
+    return float(stats.spearmanr(np.minimum(scores, critical) if equal else scores, scores >= critical).statistic)
 
 
 def profile_correlation(energy: Array, changes: Array) -> float:
