@@ -371,7 +371,8 @@ def attach(
         sketch_size: m, buckets per parameter (paper: 2048), or a mapping from parameter name to m, as
             :func:`~stepinfluence.allocate_sizes` makes them. A number is the most that a vector gets under balanced
             hashing: a shorter one is kept without loss in as many columns as it has entries.
-        hashing: ``"balanced"`` (default, lower variance), ``"iid"`` (the paper's) or ``"block"`` (for ``route="shear"``).
+        hashing: ``"balanced"`` (default, lower variance), ``"iid"`` (the paper's), or ``"block"`` (what
+            ``route="shear"`` is for).
         seed: of the hash tables; features are comparable only for equal seeds.
         loop: how steps are counted: ``"entries"``, ``"timeline"`` or ``"manual"`` (see
             :class:`~stepinfluence.capture.steps.StepTracker`).
