@@ -7,10 +7,9 @@ is how far back from the read-out the energy reaches; the accuracy with that man
 from __future__ import annotations
 
 import numpy as np
-from torch import nn
-
 import stepinfluence
 from stepinfluence.evaluation.builtin import make_problem
+from torch import nn
 
 LOOPS = 10
 LEAST_SHARE = 0.02
