@@ -18,8 +18,9 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton_i
 
 
 def pytest_configure() -> None:
-    # A fixed number of threads splits reductions the same way on every machine.
-    torch.set_num_threads(2)
+    # A fixed number splits reductions the same way on every machine; one, because the tensors are small: a second
+    # thread would only be waited for, for very long on a busy machine.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,4 +71,4 @@ def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.set_float32_matmul_precision(matmul_precision)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)

@@ -215,9 +215,10 @@ def test_plan_takes_the_cheaper_route() -> None:
             sketch = TensorSketch(d, d, 2048)
             for rows, tokens in ((1, 1), (32, 128), (4, 4096)):
                 made = sk.plan_linear(rows, tokens, sketch, device)
-                assert made.route == min(made.seconds, key=made.seconds.__getitem__)
+                # Shear is priced where it could be forced; only sketches of its own family take it by themselves.
+                assert made.route == min(("direct", "fft"), key=made.seconds.__getitem__)
                 assert not made.forced
-                assert set(made.seconds) == {"direct", "fft"}
+                assert {"direct", "fft"} <= set(made.seconds) <= {"direct", "fft", "shear"}
                 assert all(0 < s < math.inf for s in made.seconds.values())
 
 
@@ -265,7 +266,7 @@ def test_plan_explains_itself() -> None:
 
 
 def test_plan_refuses_an_unknown_route() -> None:
-    with pytest.raises(ValueError, match=r"^route: got 'triton'; use one of 'auto', 'direct', 'fft'$"):
+    with pytest.raises(ValueError, match=r"^route: got 'triton'; use one of 'auto', 'direct', 'fft', 'shear'$"):
         sk.plan_linear(1, 1, TensorSketch(2, 2, 2), CPU, "triton")  # type: ignore[arg-type]
 
 

@@ -17,7 +17,7 @@ from stepinfluence.runs import Prepared, RunConfig, SplitConfig, SplitReport, Wo
 from stepinfluence.runs.stored import StoredRun
 from stepinfluence.store import Store, verify
 
-SMALL = SplitConfig(batch_size=4, shard_rows=8, threads=2)  # as all tests have, see conftest
+SMALL = SplitConfig(batch_size=4, shard_rows=8, threads=1)  # as all tests have, see conftest
 
 
 def featurize(
