@@ -20,11 +20,12 @@ def cost_comparisons(
     config: Config, library: Result, timings: Result, searches: Mapping[str, Result], ratio: Mapping[str, float]
 ) -> tuple[Comparison, ...]:
     """The paper's and the summary's figures on cost, beside ours."""
-    seconds = timings["wall"]
+    cpu = config.device == "cpu"
+    seconds = timings["cpu" if cpu else "wall"]
     index = {name: k for k, name in enumerate(timings["names"])}
     added = seconds[index[SDI]] - seconds[index[FORWARD]]
     found = {name: s["feasible"] for name, s in searches.items()}
-    where = "CPU" if config.device == "cpu" else "GPU"
+    where = "CPU" if cpu else "GPU"
     rows = []
     checkpointed = found.get("sketches, checkpointed")
     if found:
@@ -36,7 +37,7 @@ def cost_comparisons(
                 f"{found['full gradients']} → {found['sketches']}"
                 + (f" ({checkpointed} with activation checkpointing)" if checkpointed is not None else ""),
                 "4 → 40",
-                "4",
+                "§4",
                 f"{limit}, d = {config.memory.model.d_model}, {config.memory.model.steps} steps; paper: 48 GB{ceiling}",
             )
         )
@@ -46,8 +47,8 @@ def cost_comparisons(
             "seconds added to an inference-only forward pass",
             f"{np.median(added):.2f} at batch {t.batch}, {t.model.steps} steps",
             "2.55 ± 0.002 at batch 40, 32 steps",
-            "4",
-            f"one thread of a {where}; paper: RTX A6000" if where == "CPU" else "another GPU",
+            "§4",
+            "processor seconds of one CPU; paper: RTX A6000" if cpu else "paper: RTX A6000",
         ),
         Comparison("training and attribution over training alone, SDI", 1 + ratio[SDI], "1.3", "summary",
                    "every batch that is trained on is also attributed"),
@@ -67,7 +68,7 @@ def memory_section(config: Config, library: Result, saved: int, searches: Mappin
             (
                 f"Largest batch (multiples of {m.step}) whose peak {what} stays below {m.limit / 1e9:.2f} GB, for a "
                 f"looped GPT of width {m.model.d_model} with {m.model.steps} loop steps and {m.model.sequence_len} "
-                "tokens, m = 2048. Each attempt is a process of its own."
+                "tokens, m = 2048. Each attempt is a process of its own; the times below leave theirs out."
             ),
             "",
             "| method | largest batch | peak at that batch, MB | attempts |",
@@ -143,6 +144,9 @@ def timing_section(config: Config, timings: Result, ratio: Mapping[str, float], 
     for k, name in enumerate(timings["names"]):
         wall, used = np.median(timings["wall"][k]), np.median(timings["cpu"][k])
         lines.append(f"| {name} | {wall:.2f} | {used:.2f} | {ratio[name]:.2f} |")
+    slowed = float(np.median(timings["wall"] / np.maximum(timings["cpu"], 1e-9)))
+    if cpu and slowed > 1.2:
+        lines += ["", f"Other programs had the machine, too: the clock ran {slowed:.1f} times the processor seconds."]
     lines += [
         "",
         (

@@ -19,6 +19,7 @@ from stepinfluence.experiments.fidelity.statistics import (
     relative_error,
     spread_evenly,
 )
+from stepinfluence.models.gpt import LoopedGPTConfig
 
 Array = NDArray[np.float64]
 
@@ -70,20 +71,20 @@ def outcome(
 
     m = config.reference_size
     iid, balanced = tables["iid"], tables["balanced"]
-    here = "" if config.model == type(config.model).paper() else "a smaller model than the paper's"
+    here = "" if config.model == LoopedGPTConfig.paper() else "a smaller model than the paper's"
     comparisons = (
-        Comparison(f"relative error of SDI, m = {m}, iid hashing", _spread(iid["sdi"][at]), "0.0388 ± 0.0030", "4, D.1",
+        Comparison(f"relative error of SDI, m = {m}, iid hashing", _spread(iid["sdi"][at]), "0.0388 ± 0.0030", "§4, D.1",
                    here or "the paper's hashing"),
         Comparison(f"relative error of SDI, m = {m}, balanced hashing", _spread(balanced["sdi"][at]), None, "",
                    "our default"),
         Comparison(f"relative error of TracIn, m = {m}, iid hashing", _spread(iid["tracin"][at]), "0.0220 ± 0.0052",
-                   "4, D.1", here),
+                   "§4, D.1", here),
         Comparison(f"relative error of TracIn, m = {m}, balanced hashing", _spread(balanced["tracin"][at])),
         Comparison("log-log slope of the SDI error on m, iid", _with_error(slopes["iid"]), "-0.489", "Fig. 4", here),
         Comparison("log-log slope of the SDI error on m, balanced", _with_error(slopes["balanced"])),
         Comparison("conservation: largest absolute difference", library["conservation_max_abs"], "about 1e-7",
-                   "4", f"relative: {library['conservation_relative']:.1e}; all {library['body_tensors']} weights"),
-        Comparison("parameters of the model", f"{library['parameters'] / 1e6:.1f}M", "135.1M", "4", here),
+                   "§4", f"relative: {library['conservation_relative']:.1e}; all {library['body_tensors']} weights"),
+        Comparison("parameters of the model", f"{library['parameters'] / 1e6:.1f}M", "135.1M", "§4", here),
         *cost_comparisons(config, library, timings, searches, ratio),
         Comparison(f"mean absolute error of SDI by sketches, m = {m}", _spread(mae["balanced"]), 0.04, "summary",
                    f"over the mean absolute exact score; iid hashing: {_spread(mae['iid'])}"),
@@ -136,6 +137,12 @@ def _summary(
         f"{100 * _diagonal(exact):.1f} % of the squared norm behind these figures: over pairs of different examples "
         f"alone the error is {_spread(iid['sdi_cross'][at])} and {_spread(balanced['sdi_cross'][at])}. An attribution "
         f"pass takes {ratio[timing.SDI]:.2f} of a training step of the same batch."
+        + (" Model and protocol of the scores are the paper's." if config.model == LoopedGPTConfig.paper() else "")
+        + (
+            " Time and feasible batches were measured on smaller models."
+            if config.model not in (config.timing.model, config.memory.model)
+            else ""
+        )
     )
 
 
@@ -167,13 +174,18 @@ def _fidelity_section(
 
 
 def _conservation_section(library: Result) -> Section:
+    difference = library["feature_difference"]
+    agreement = (
+        f"differ from sketches of separately recorded activations by {difference:.1e} at most, relative to a weight's "
+        "features"
+        if difference
+        else "equal sketches of separately recorded activations bit for bit"
+    )
     text = (
-        "Sketch of the whole gradient, as autograd gives it, against the sum of the step sketches from `attach`, "
-        f"over all {library['body_tensors']} weights of the loop body: largest absolute difference "
+        "Sketch of the whole gradient, as autograd gives it, against the sum of the step sketches from `attach`, over "
+        f"all {library['body_tensors']} weights of the loop body: largest absolute difference "
         f"{library['conservation_max_abs']:.1e}, largest relative ℓ2 difference of a weight "
-        f"{library['conservation_relative']:.1e} (float32). The features of `attach` differ from sketches of "
-        f"separately recorded activations by {library['feature_difference']:.1e} at most, relative to a weight's "
-        "features."
+        f"{library['conservation_relative']:.1e} (float32). The features of `attach` {agreement}."
     )
     return Section("Conservation", text)
 
