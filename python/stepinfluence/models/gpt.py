@@ -146,12 +146,13 @@ class LoopedGPTConfig:
         """The paper's recursive nanochat (D.5): 328,335,360 parameters, mean of 4 loop steps.
 
         The paper gives the total and the 2-4-2 layout; nanochat's 20-layer widths (``d_model`` 1280, ``vocab_size``
-        65536, heads of width 128) give it. The state starts at the prelude output, as in the public recursive
-        variants of nanochat. Training truncates the backward pass to 4 steps (``forward(bptt_k=4)``), SDI does not.
+        65536, heads of width 128) give it. The state starts at the prelude output and is not normalised, as in the
+        public recursive nanochat (TrelisResearch/nanochat). Training truncates the backward pass to 4 steps
+        (``forward(bptt_k=4)``), SDI does not.
         """
         return cls(
             vocab_size=65_536, d_model=1280, n_heads=10, sequence_len=2048, steps=4, initial_state="prelude",
-            zero_init=True,
+            norm_state=False, zero_init=True,
         )  # fmt: skip
 
     @classmethod

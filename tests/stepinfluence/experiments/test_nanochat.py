@@ -16,6 +16,7 @@ from stepinfluence.experiments import nanochat
 from stepinfluence.experiments.base import Run
 from stepinfluence.experiments.nanochat import CONFIGS, Config, StageConfig, Variant, training
 from stepinfluence.experiments.nanochat.corpus import load
+from stepinfluence.experiments.nanochat.dynamics import dynamics
 from stepinfluence.experiments.nanochat.findings import body_parameters, parameters
 from stepinfluence.experiments.nanochat.statistics import (
     cancellation,
@@ -128,6 +129,26 @@ def test_truncation_and_adapter() -> None:
     assert len(groups) == len(list(model.parameters()))
 
 
+def test_dynamics_of_loops_made_by_hand() -> None:
+    model = training.make_model(MINUTE, Variant("v", adapter="random", trained=False))
+    rows = {"tokens": torch.arange(12).view(2, 6)}
+    weight, d = model.core.adapter.weight, MINUTE.model.d_model
+    with torch.no_grad():
+        for block in model.core.blocks:  # blocks that add nothing: the core is the adapter and a norm
+            for projection in block.residual_projections():
+                projection.weight.zero_()
+        model.core.norm = torch.nn.Identity()
+        weight.copy_(torch.cat((torch.eye(d) / 50, torch.eye(d)), 1))
+    found = dynamics(model, rows, seed=0)
+    assert found["contraction"] == pytest.approx(1 / 50, rel=1e-6)
+    # The state is (1 + 1/50 + 1/50^2 + ...) times the input.
+    assert found["state_over_input"] == pytest.approx(sum(50.0**-k for k in range(1, 6)), rel=1e-6)
+    with torch.no_grad():
+        weight[:, :d] = 2 * torch.eye(d)
+    assert dynamics(model, rows, seed=0)["contraction"] == pytest.approx(2, rel=1e-6)
+    assert model.head.weight.dtype == torch.float32
+
+
 def test_learning_rate_and_checkpoints_by_hand() -> None:
     factors = [training.learning_rate_factor(u, 10) for u in range(1, 11)]
     assert factors == [1.0] * 9 + [0.5]
@@ -182,8 +203,8 @@ def test_growth_by_hand() -> None:
     assert bent is not None
     assert bent.low < bent.ratio < bent.high
     assert bent.r_squared < 1
-    assert growth(np.array([1.0, 2.0])) is None
-    assert growth(np.array([1.0, -1.0, 2.0])) is None
+    assert growth(np.array([1.0, 2.0, 4.0])) is None
+    assert growth(np.array([1.0, -1.0, 2.0, 3.0])) is None
 
 
 def test_interval_covers_what_it_should() -> None:

@@ -73,8 +73,8 @@ def outcome(
     iid, balanced = tables["iid"], tables["balanced"]
     here = "" if config.model == LoopedGPTConfig.paper() else "a smaller model than the paper's"
     comparisons = (
-        Comparison(f"relative error of SDI, m = {m}, iid hashing", _spread(iid["sdi"][at]), "0.0388 ± 0.0030", "§4, D.1",
-                   here or "the paper's hashing"),
+        Comparison(f"relative error of SDI, m = {m}, iid hashing", _spread(iid["sdi"][at]), "0.0388 ± 0.0030",
+                   "§4, D.1", here or "the paper's hashing"),
         Comparison(f"relative error of SDI, m = {m}, balanced hashing", _spread(balanced["sdi"][at]), None, "",
                    "our default"),
         Comparison(f"relative error of TracIn, m = {m}, iid hashing", _spread(iid["tracin"][at]), "0.0220 ± 0.0052",

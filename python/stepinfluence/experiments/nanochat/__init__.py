@@ -8,6 +8,7 @@ truncation, or the way the state enters the loop.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepinfluence.experiments.base import Outcome, Run
@@ -15,6 +16,7 @@ from stepinfluence.experiments.nanochat.config import CONFIGS, Config, StageConf
 
 if TYPE_CHECKING:
     from stepinfluence.experiments.nanochat.corpus import Corpus
+    from stepinfluence.models.gpt import LoopedGPT
 
 __all__ = ["CONFIGS", "Config", "StageConfig", "Variant", "run"]
 
@@ -44,11 +46,12 @@ def run(run: Run[Config]) -> Outcome:
         for steps in variant.horizons or config.horizons:
             sdi[steps] = run.stage(f"sdi-{key}-{steps}", partial(_sdi, config, variant, corpus, paths, steps))["sdi"]
         depth = run.stage(f"loss-by-depth-{key}", partial(_loss_by_depth, config, variant, corpus, paths[-1]))
-        found[variant.name] = Found(variant, trained["history"], sdi, depth["loss"])
+        loop = run.stage(f"dynamics-{key}", partial(_dynamics, config, variant, corpus, paths[-1]))
+        found[variant.name] = Found(variant, trained["history"], sdi, depth["loss"], loop)
     return outcome(run, corpus, found)
 
 
-def _sdi(config: Config, variant: Variant, corpus: Corpus, paths: list[Any], steps: int) -> dict[str, Any]:
+def _sdi(config: Config, variant: Variant, corpus: Corpus, paths: list[Path], steps: int) -> dict[str, Any]:
     """``sdi``: influence summed over the checkpoints, ``(N, Q, steps)``."""
     from stepinfluence.capture import attach
     from stepinfluence.experiments.nanochat.corpus import batches
@@ -62,12 +65,26 @@ def _sdi(config: Config, variant: Variant, corpus: Corpus, paths: list[Any], ste
     return {"sdi": scores.sdi.cpu().numpy()}
 
 
-def _loss_by_depth(config: Config, variant: Variant, corpus: Corpus, path: Any) -> dict[str, Any]:
+def _loss_by_depth(config: Config, variant: Variant, corpus: Corpus, path: Path) -> dict[str, Any]:
     """``loss``: of the queries at each loop count up to the largest horizon, at one checkpoint."""
+    from stepinfluence.experiments.nanochat.training import loss_by_depth
+
+    depths = list(range(1, max(config.horizons) + 1))
+    return {"loss": loss_by_depth(_load(config, variant, path), corpus.examples()[1], depths, config)}
+
+
+def _dynamics(config: Config, variant: Variant, corpus: Corpus, path: Path) -> dict[str, float]:
+    from stepinfluence.experiments.nanochat.dynamics import dynamics
+
+    rows = {key: value[: config.batch] for key, value in corpus.examples()[1].items()}
+    return dynamics(_load(config, variant, path), rows, seed=config.seed)
+
+
+def _load(config: Config, variant: Variant, path: Path) -> LoopedGPT:
+    """The model at a checkpoint."""
     from stepinfluence.checkpoints import load_checkpoint
-    from stepinfluence.experiments.nanochat.training import loss_by_depth, make_model
+    from stepinfluence.experiments.nanochat.training import make_model
 
     model = make_model(config, variant).eval()
     load_checkpoint(path).load_into(model)
-    depths = list(range(1, max(config.horizons) + 1))
-    return {"loss": loss_by_depth(model, corpus.examples()[1], depths, config)}
+    return model

@@ -18,7 +18,9 @@ class Variant:
     Attributes:
         name: in figures and file names.
         adapter: how the injection adapter starts: ``"prelude"`` passes the prelude output on and ignores the state,
-            as public recursive variants of nanochat do; ``"random"`` mixes both.
+            as the public recursive nanochat does; ``"random"`` mixes both.
+        norm_state: normalise the state after each step. The prelude output is not normalised, so it soon outweighs such
+            a state in the adapter.
         bptt_k: loop steps that training backpropagates through; None for all.
         trained: False leaves the weights as they were drawn.
         horizons: loop counts that SDI is computed at; empty for the run's.
@@ -26,6 +28,7 @@ class Variant:
 
     name: str
     adapter: Adapter = "prelude"
+    norm_state: bool = False
     bptt_k: int | None = 4
     trained: bool = True
     horizons: tuple[int, ...] = ()
@@ -100,13 +103,14 @@ class Config:
 def _bytes_model(d_model: int, n_heads: int, tokens: int) -> LoopedGPTConfig:
     return LoopedGPTConfig(
         vocab_size=ByteTokenizer.vocab_size, d_model=d_model, n_heads=n_heads, sequence_len=tokens, steps=4,
-        initial_state="prelude", zero_init=True,
+        initial_state="prelude", norm_state=False, zero_init=True,
     )  # fmt: skip
 
 
 _FEW = (4, 16)
 CONTROLS = (
     Variant("full backpropagation", bptt_k=None, horizons=_FEW),
+    Variant("normalised state", norm_state=True, horizons=_FEW),
     Variant("random adapter", adapter="random", horizons=_FEW),
     Variant("untrained", adapter="random", trained=False, horizons=_FEW),
 )

@@ -39,12 +39,14 @@ class Found:
         history: update, training loss (nats), loop count.
         sdi: loop count -> ``(N, Q, steps)``.
         loss: of the queries at 1, 2, ... loop steps, last checkpoint; nats per token.
+        loop: contraction of the loop and weight of its state (:func:`.dynamics.dynamics`).
     """
 
     variant: Variant
     history: list[list[float]]
     sdi: Mapping[int, Array]
     loss: list[float]
+    loop: Mapping[str, float]
 
 
 def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Outcome:
@@ -54,25 +56,26 @@ def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Out
     rows = {name: {t: _row(sdi, config.seed) for t, sdi in f.sdi.items()} for name, f in found.items()}
     own = rows[protocol.variant.name]
     last = {t: row["last"] for t, row in own.items()}
-    fits = {t: growth(signed_profile(s)) or growth(energy_profile(s)) for t, s in protocol.sdi.items() if t > 2}
+    fits = {t: growth(signed_profile(s)) or growth(energy_profile(s)) for t, s in protocol.sdi.items()}
     deep = max(protocol.sdi)
     four = {t: row["last_four"] for t, row in own.items() if t > 4}
     here = f"{_count(config)} parameters against 328.3M, {len(protocol.history)} updates"
     comparisons = [
-        Comparison("share of the last step, signed, by τ", _range(last), "usually ≥ 0.50", "5, Fig. 3", here),
+        Comparison("share of the last step, signed, by τ", _range(last), "usually ≥ 0.50", "§4, Fig. 3", here),
         Comparison(f"share of the last step at τ = {deep}, 95 % interval over queries",
                    f"{own[deep]['low']:.2f} to {own[deep]['high']:.2f}"),
         Comparison("shape over the steps", _shape(fits.get(deep)), "approximately geometric", "Fig. 3",
-                   "the paper gives no rate"),
+                   "half on the last step is a growth of 2; the core shrinks changes of its state by "
+                   f"{1 / protocol.loop['contraction']:.2g}"),
     ]  # fmt: skip
     if four:
         comparisons.append(
-            Comparison("share of the last four steps, signed, by τ > 4", _range(four), "almost all", "5",
+            Comparison("share of the last four steps, signed, by τ > 4", _range(four), "almost all", "§4",
                        "the paper: built up \"within these last loop steps\", whatever τ")
         )  # fmt: skip
     comparisons.append(
         Comparison("held-out loss at 4 loop steps, and at most beyond", _plateau(protocol.loss), "plateau beyond τ = 4",
-                   "5", "nats per token; the paper: task accuracy on GSM8K")
+                   "§4", "nats per token; the paper: task accuracy on GSM8K")
     )  # fmt: skip
     figures = (
         run.figure("horizons", pictures.horizons(protocol.sdi)),
@@ -102,6 +105,7 @@ def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Out
             for name, f in found.items()
         },
         "growth": {str(t): vars(fit) if fit else None for t, fit in fits.items()},
+        "loop": {name: dict(f.loop) for name, f in found.items()},
         "loss_by_depth": {name: f.loss for name, f in found.items()},
         "history": {name: f.history for name, f in found.items()},
     }  # fmt: skip
@@ -176,8 +180,8 @@ def _profile_text(config: Config, own: Rows, fits: Mapping[int, Growth | None]) 
         )
     outro = (
         "Growth per step is the ratio of a geometric fit to the signed profile, or to the absolute one where the "
-        "signed profile is not positive at every step; none is fitted to two steps. A ratio of 2 or more gives the "
-        "last step half of the total."
+        "signed profile is not positive at every step; none is fitted to fewer than four steps. A ratio of 2 or more "
+        "gives the last step half of the total."
     )
     return "\n".join([*lines, "", outro])
 
@@ -187,22 +191,33 @@ def _variants_text(rows: Mapping[str, Rows], found: Mapping[str, Found]) -> str:
         return "This run has the protocol only; the smaller scales compare it with variants."
     counts = sorted(set.intersection(*(set(r) for r in rows.values())))
     intro = (
-        "The paper's hypothesis is that the model has learned to count loop steps, as it \"knows what the four last "
-        'loop steps are". Each variant changes one thing: *full backpropagation* trains without truncation; *random '
+        "The paper's hypothesis is that the model has learned to count loop steps: it “knows what the four last loop "
+        "steps are”. Each variant changes one thing: *full backpropagation* trains without truncation; *normalised "
+        "state* normalises the state after each step, but not the prelude output that enters beside it; *random "
         "adapter* starts with an adapter that mixes state and prelude output, where the protocol's at first passes the "
         "prelude output on and ignores the state; *untrained* has random weights throughout."
     )
+    loops = "core shrinks a change of state by | state over input in the adapter"
     heads = " | ".join(f"last step, τ = {t} | last four, τ = {t}" for t in counts)
-    lines = [intro, "", f"| variant | held-out loss, τ = 4 | {heads} |", "|---|---|" + "---|---|" * len(counts)]
+    lines = [
+        intro,
+        "",
+        f"| variant | held-out loss, τ = 4 | {heads} | {loops} |",
+        "|---|---|---|---|" + "---|---|" * len(counts),
+    ]
     for name, row in rows.items():
-        loss = found[name].loss
+        loss, loop = found[name].loss, found[name].loop
         cells = [f"{row[t]['last_absolute']:.2f} | {row[t]['last_four_absolute']:.2f}" for t in counts]
-        lines.append(f"| {name} | {loss[min(4, len(loss)) - 1]:.3f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {loss[min(4, len(loss)) - 1]:.3f} | " + " | ".join(cells) + f" | {_times(loop)} |")
     outro = (
         "Shares of absolute influence; losses in nats per token. The signal of step t comes back from the last step "
-        "through τ - t applications of the core, so influence grows geometrically towards the end wherever the core "
-        "contracts small changes of its state, trained or not. What training adds is the difference to *untrained*."
+        "through τ - t applications of the core. Where the core shrinks small changes of its state by some factor, "
+        "influence therefore grows by about that factor per step, trained or not, whatever τ is. The last two columns "
+        "measure this forwards: the factor by which one application shrinks a small random change (geometric mean of "
+        "two, last checkpoint), and how large the adapter's output from the state is against that from the prelude."
     )
+    if any(not f.variant.trained for f in found.values()):
+        outro += " What training adds is the difference to *untrained*."
     return "\n".join([*lines, "", outro])
 
 
@@ -256,7 +271,11 @@ def _millions(count: int) -> str:
 
 def _range(values: Mapping[int, float]) -> str:
     numbers = list(values.values())
-    return f"{min(numbers):.2f} to {max(numbers):.2f}"
+    return f"{min(numbers):.3f} to {max(numbers):.3f}"
+
+
+def _times(loop: Mapping[str, float]) -> str:
+    return f"{1 / loop['contraction']:.2g} | {loop['state_over_input']:.2g}"
 
 
 def _shape(fit: Growth | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -28,14 +29,18 @@ def horizons(sdi: Mapping[int, Array]) -> Figure:
     for colour, (steps, scores) in zip(colours, sorted(sdi.items()), strict=True):
         t = np.arange(1, steps + 1)
         options = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.3}
-        axes[0].plot(t, np.cumsum(shares(signed_profile(scores))), label=f"τ = {steps}", **options)
+        axes[0].plot(t, np.cumsum(shares(signed_profile(scores))), **options)
+        axes[0].annotate(str(steps), (steps, 1), (0, 4), textcoords="offset points", ha="center", color=colour)
         axes[1].plot(t - steps, shares(energy_profile(scores)), **options)
     axes[0].axhline(1, color=SOFT, linewidth=0.6)
-    axes[0].set_title("Signed, cumulative", loc="left")
+    axes[0].set_title("Signed, cumulative, by τ", loc="left", pad=12)
     axes[0].set_xlabel("loop step")
     axes[0].set_ylabel("share of total influence")
-    axes[0].legend(fontsize=8)
     axes[1].set_yscale("log")
+    low = math.floor(math.log10(axes[1].get_ylim()[0]))
+    powers = range(0, low - 1, -max(1, -low // 6))
+    axes[1].set_yticks([10.0**p for p in powers], ["1" if p == 0 else f"1e{p}" for p in powers])
+    axes[1].minorticks_off()
     axes[1].set_title("Absolute, by distance from the end", loc="left")
     axes[1].set_xlabel("loop step, counted from the last")
     axes[1].set_ylabel("share")

@@ -76,10 +76,10 @@ def growth(profile: Array) -> Growth | None:
     """Fit ``log(profile)`` by a line over the loop steps.
 
     Returns:
-        None for fewer than three steps, or a profile that is not positive throughout: there is no rate then.
+        None for fewer than four steps, or a profile that is not positive throughout: there is no rate then.
     """
     profile = np.asarray(profile, dtype=np.float64)
-    if len(profile) < 3 or not np.all(profile > 0):
+    if len(profile) < 4 or not np.all(profile > 0):
         return None
     fit = stats.linregress(np.arange(1, len(profile) + 1), np.log(profile))
     half = float(stats.t.ppf(0.975, len(profile) - 2)) * float(fit.stderr)

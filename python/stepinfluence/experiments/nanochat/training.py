@@ -22,7 +22,9 @@ WARMDOWN = 0.2
 
 def make_model(config: Config, variant: Variant) -> LoopedGPT:
     """The model before training; an untrained variant has no layer at zero, which would have no gradient to show."""
-    shape = config.model if variant.trained else replace(config.model, zero_init=False)
+    shape = replace(config.model, norm_state=variant.norm_state)
+    if not variant.trained:
+        shape = replace(shape, zero_init=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = LoopedGPT(shape)
