@@ -26,6 +26,8 @@ from stepinfluence.experiments.nanochat.statistics import (
 from stepinfluence.models.gpt import LoopedGPTConfig
 
 Array = NDArray[np.float64]
+POOR = 0.9
+"""R squared of a geometric fit under which one rate does not describe the profile."""
 Row: TypeAlias = Mapping[str, float]
 Rows: TypeAlias = Mapping[int, Row]
 
@@ -56,7 +58,7 @@ def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Out
     rows = {name: {t: _row(sdi, config.seed) for t, sdi in f.sdi.items()} for name, f in found.items()}
     own = rows[protocol.variant.name]
     last = {t: row["last"] for t, row in own.items()}
-    fits = {t: growth(signed_profile(s)) or growth(energy_profile(s)) for t, s in protocol.sdi.items()}
+    fits = {t: growth(energy_profile(s)) for t, s in protocol.sdi.items()}
     deep = max(protocol.sdi)
     four = {t: row["last_four"] for t, row in own.items() if t > 4}
     here = f"{_count(config)} parameters against 328.3M, {len(protocol.history)} updates"
@@ -64,7 +66,8 @@ def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Out
         Comparison("share of the last step, signed, by τ", _range(last), "usually ≥ 0.50", "§4, Fig. 3", here),
         Comparison(f"share of the last step at τ = {deep}, 95 % interval over queries",
                    f"{own[deep]['low']:.2f} to {own[deep]['high']:.2f}"),
-        Comparison("shape over the steps", _shape(fits.get(deep)), "approximately geometric", "Fig. 3",
+        Comparison(f"shape of the absolute profile, τ = {deep}", _shape(fits.get(deep)), "approximately geometric",
+                   "Fig. 3",
                    "half on the last step is a growth of 2; the core shrinks changes of its state by "
                    f"{1 / protocol.loop['contraction']:.2g}"),
     ]  # fmt: skip
@@ -179,9 +182,8 @@ def _profile_text(config: Config, own: Rows, fits: Mapping[int, Growth | None]) 
             f"{row['last_absolute']:.3f} | {row['cancellation']:.2f} | {rate} |"
         )
     outro = (
-        "Growth per step is the ratio of a geometric fit to the signed profile, or to the absolute one where the "
-        "signed profile is not positive at every step; none is fitted to fewer than four steps. A ratio of 2 or more "
-        "gives the last step half of the total."
+        "Growth per step is the ratio of a geometric fit to the absolute profile, with its 95 % interval; none is "
+        "fitted to fewer than four steps. A ratio of 2 or more gives the last step half of the total."
     )
     return "\n".join([*lines, "", outro])
 
@@ -211,10 +213,10 @@ def _variants_text(rows: Mapping[str, Rows], found: Mapping[str, Found]) -> str:
         lines.append(f"| {name} | {loss[min(4, len(loss)) - 1]:.3f} | " + " | ".join(cells) + f" | {_times(loop)} |")
     outro = (
         "Shares of absolute influence; losses in nats per token. The signal of step t comes back from the last step "
-        "through τ - t applications of the core. Where the core shrinks small changes of its state by some factor, "
-        "influence therefore grows by about that factor per step, trained or not, whatever τ is. The last two columns "
-        "measure this forwards: the factor by which one application shrinks a small random change (geometric mean of "
-        "two, last checkpoint), and how large the adapter's output from the state is against that from the prelude."
+        "through τ - t applications of the core: where the core shrinks small changes of its state, early steps lose "
+        "influence, trained or not, counted from the end and whatever τ is. The last two columns measure this "
+        "forwards: the factor by which one application shrinks a small random change (geometric mean of two, last "
+        "checkpoint), and how large the adapter's output from the state is against that from the prelude."
     )
     if any(not f.variant.trained for f in found.values()):
         outro += " What training adds is the difference to *untrained*."
@@ -279,7 +281,10 @@ def _times(loop: Mapping[str, float]) -> str:
 
 
 def _shape(fit: Growth | None) -> str:
-    return "no fit" if fit is None else f"growth of {fit.ratio:.2f} per step, R² {fit.r_squared:.2f}"
+    if fit is None:
+        return "no fit"
+    single = "" if fit.r_squared >= POOR else " (no single rate)"
+    return f"growth of {fit.ratio:.2f} per step, R² {fit.r_squared:.2f}{single}"
 
 
 def _plateau(loss: list[float]) -> str:
