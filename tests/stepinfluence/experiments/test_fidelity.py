@@ -41,6 +41,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow  # two processes of their own, which import torch
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["minute"]
     task = Run(tmp_path / "run", "fidelity", "minute", config)

@@ -65,7 +65,8 @@ def variants(sdi: Mapping[str, Mapping[int, Array]], losses: Mapping[str, Array]
         axes[0].plot(counts, last, color=colour, marker="o", markersize=4, label=name)
         if name in losses:
             axes[1].plot(np.arange(1, len(losses[name]) + 1), losses[name], color=colour, marker="o", markersize=3)
-    axes[0].plot(counts, [1 / c for c in counts], color=INK, linestyle=":", linewidth=1, label="all steps alike")
+    every = np.arange(2, max(max(by_steps) for by_steps in sdi.values()) + 1)
+    axes[0].plot(every, 1 / every, color=INK, linestyle=":", linewidth=1, label="all steps alike")
     axes[0].set_ylim(0, 1.05)
     axes[0].set_xlabel("loop steps τ")
     axes[0].set_ylabel("share of absolute influence")
