@@ -16,18 +16,19 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from stepinfluence.capture.ownership import Ownership
+from stepinfluence.capture.follow import Follower
+from stepinfluence.capture.follow_arithmetic import RULES as OWNER_RULES
+
+from stepinfluence.capture.owners import Owners, meet
 from stepinfluence.capture.recorder import SketchRecorder
-from stepinfluence.capture.routing import GATHERING, PLACING
-from stepinfluence.capture.rows import gains_examples
+from stepinfluence.capture.rows import Pass, Use, gains_examples
 from stepinfluence.capture.sources import Provenance, Source
 from stepinfluence.capture.steps import StepTracker, in_backward
 from stepinfluence.capture.taps import Receive, has_tap, tap_expanded, tap_output
@@ -53,6 +54,9 @@ IN_PLACE_OPERATORS = {"__setitem__", "__set__"} | {
 
 OUTSIDE = -1
 """In place of a loop step: a use outside the loop body that is left out."""
+
+LOOKED_INTO = ("torch.nn.functional", "torch.functional", "torch._tensor")
+"""Modules whose functions, where they are written in Python, are followed call by call."""
 
 CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
@@ -92,9 +96,8 @@ class _Operands:
 
     def __init__(self) -> None:
         self.sources: list[Source] = []
-        self.has_data = False
+        self.data: list[Tensor] = []
         self.has_constant = False
-        self.has_routed = False
         self.only_doubtful = True  # no data that surely is data, see Provenance
 
 
@@ -108,11 +111,12 @@ class Interceptor(TorchFunctionMode):
     Attributes:
         batch_size: examples of the batch, None if not known yet.
         batch_dim: the dimension that holds them.
+        doubt: whether tensors made without data that have the batch's size are taken for states of the examples; else
+            they are constants.
+        doubted: whether there was such a tensor, and a parameter met it.
         used: targets that were used in the loop in this forward pass.
-        guesses: uses in which a tensor was taken for data because of its size alone; like
-            :attr:`~stepinfluence.capture.rows.RowLayout.guesses`, they are to be verified on real gradients.
-        ownership: uses on rows that the data picked, whose examples gradients will tell.
-        routed: whether the call being handled works on such rows.
+        uses: all uses of this forward pass.
+        sink: what gradients are handed to: the recorder, or what finds their owners.
     """
 
     def __init__(
@@ -127,28 +131,40 @@ class Interceptor(TorchFunctionMode):
         batch_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.sink: Any = recorder
         self._provenance = Provenance(model, targets)
         self._tracker = tracker
         self._outside = outside
         self._rules = rules
         device = targets[0].parameter.device
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.batch_size: int | None = None
         self.batch_dim = batch_dim
-        self.used: set[Target] = set()
-        self.guesses: set[tuple[str, tuple[int, ...]]] = set()
-        self.ownership = Ownership()
-        self.routed = False
-        self._arrange: Callable[[Tensor], Tensor] | None = None
+        self.follower = Follower(OWNER_RULES)
+        self.reset(None, (), doubt=True)
 
-    def reset(self, batch_size: int | None) -> None:
-        """Get ready for the forward pass of a batch of ``batch_size`` examples (None: not known yet)."""
+    def reset(self, batch_size: int | None, inputs: Sequence[Tensor], *, doubt: bool) -> None:
+        """Get ready for a forward pass.
+
+        Args:
+            batch_size: examples of the batch; None: not known yet.
+            inputs: the batch's tensors.
+            doubt: see the class.
+        """
         self._provenance.reset()
+        self.follower.reset(batch_size)
         self.batch_size = batch_size
-        self.used = set()
-        self.guesses = set()
-        self.ownership = Ownership()
+        self.doubt, self.doubted = doubt, False
+        self.used: set[Target] = set()
+        self.uses: list[Use] = []
+        self.shared = Pass()
+        # Decisions that a recomputation has to take as they were taken: it cannot follow owners.
+        self._row_dims: dict[Any, list[int | None]] = {}
+        self._alike: dict[Any, bool] = {}
+        for tensor in inputs if batch_size is not None else ():
+            lies = tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == batch_size
+            if lies and not self._provenance.has(tensor):
+                owners = Owners.along_dim(tensor.shape, self.batch_dim, tensor.device)
+                self.follower.note(tensor, owners, tapped=False)
 
     # ------------------------------------------------------------------------------------------------------------
     # What rules need
@@ -160,13 +176,111 @@ class Interceptor(TorchFunctionMode):
         return self._provenance.constants.has_id(id(value))
 
     @property
-    def example_dims(self) -> set[int]:
-        """The dimensions in which activations may hold the examples."""
-        return {0, self.batch_dim} if self._arrange is None else {0, 1, self.batch_dim}
+    def example_dims(self) -> tuple[int, ...]:
+        """The dimensions in which a tensor made without data may hold the examples, likeliest first."""
+        return (self.batch_dim,) if self.batch_dim == 0 else (self.batch_dim, 0)
 
-    def step(self, operation: Callable[..., Any], *used: Source | None) -> int:
+    def owners(self, data: Tensor, trailing: int = 0) -> Owners | None:
+        """Owners of the leading dimensions of an operand, all but the last ``trailing``; None: not known."""
+        if self.batch_size is None or in_backward():
+            return None
+        owners = self._sure(self.follower.owners(data))
+        if owners is None or not trailing:
+            return owners
+        dims = range(-trailing, 0)
+        make = lambda: owners.reduced(dims).squeezed(dims)  # noqa: E731
+        return self.follower.remembered("lead", owners, trailing, make)  # type: ignore[no-any-return]
+
+    def alike_along(self, data: Tensor, dim: int) -> bool:
+        """Whether it is known that owners do not depend on the index along a dimension of an operand."""
+        if in_backward():
+            return self._alike.get((tuple(data.shape), dim), True)
+        owners = self.owners(data)
+        alike = owners is not None and not owners.varies(dim) and not (
+            owners.one_for_all and bool(owners.lo.flatten() < owners.hi.flatten())
+        )
+        self._alike[tuple(data.shape), dim] = alike
+        return alike
+
+    def lead_owners(self, data: Tensor, lead: Sequence[int]) -> Owners | None:
+        """Owners of some dimensions of an operand, in that order, where all along the others meets; None: not
+        known."""
+        if (owners := self.owners(data)) is None:
+            return None
+
+        def make() -> Owners:
+            others = [d for d in range(data.dim()) if d not in lead]
+            small = owners.reduced(others).squeezed(others)
+            kept = sorted(lead)
+            order = [kept.index(d) for d in lead]
+            found = small.map([small.shape[k] for k in order], lambda ends, _: ends.permute(order))
+            found.along = None if small.along is None else order.index(small.along)
+            return found
+
+        return self.follower.remembered("lead of", owners, tuple(lead), make)  # type: ignore[no-any-return]
+
+    def owners_of_columns(self, data: Tensor) -> Owners | None:
+        """Owners of the columns of matrices ``(*lead, k, n)``: of ``(*lead, n)``; None: not known."""
+        if (owners := self.owners(data)) is None:
+            return None
+        make = lambda: owners.reduced([-2]).squeezed([-2])  # noqa: E731
+        return self.follower.remembered("columns", owners, (), make)  # type: ignore[no-any-return]
+
+    def owners_after(self, func: Any, args: tuple[Any, ...], result: Tensor) -> Owners | None:
+        """Owners of what a call without parameters would give; None: not known."""
+        if self.batch_size is None or in_backward():
+            return None
+        return self._sure(self.follower.after(func, args, {}, result))
+
+    def joint_owners(self, operands: Sequence[Any], shape: Sequence[int]) -> Owners | None:
+        """Owners of what operands give that are broadcast to ``shape``; None: not known."""
+        if self.batch_size is None or in_backward():
+            return None
+        return self._sure(self.follower.combine([self.follower.part(v) for v in operands], shape))
+
+    def _sure(self, owners: Owners | None) -> Owners | None:
+        """Owners of rows that a parameter meets: what is nobody's may from now on be anybody's."""
+        if owners is None or owners.hi is owners.lo:
+            return owners
+        return self.follower.remembered("anybody", owners, (), owners.anybody)  # type: ignore[no-any-return]
+
+    def row_dims(self, func: Any, leaves: Sequence[Any]) -> tuple[list[int | None], Owners | None]:
+        """For each argument of a call the dimension in which its rows lie (None: it is the same for all), and their
+        owners ``(rows,)`` (None: not known)."""
+        data = [isinstance(v, Tensor) and self.source(v) is None and not self.is_constant(v) for v in leaves]
+        key = (func, tuple(tuple(v.shape) if isinstance(v, Tensor) else None for v in leaves))
+        if in_backward():  # as in the first forward pass: owners are not followed again
+            return self._row_dims.get(key, [0 if d and v.dim() else None for v, d in zip(leaves, data, strict=True)]), None
+        dims: list[int | None] = []
+        owners: list[Owners] = []
+        for value, is_data in zip(leaves, data, strict=True):
+            part = self.follower.part(value) if is_data else None
+            if not is_data or not value.dim() or (part is None and self.batch_size is not None):
+                dims.append(None)
+                continue
+            whole = None if part is None else part.owners
+            varying = [] if whole is None else [d for d in range(value.dim()) if whole.varies(d)]
+            dims.append(varying[0] if varying else 0)
+            if whole is not None:
+                others = [d for d in range(value.dim()) if d != dims[-1]]
+                owners.append(whole.reduced(others).squeezed(others))
+        if len({v.shape[d] for v, d in zip(leaves, dims, strict=True) if d is not None}) > 1:
+            dims = [d if d is None or v.shape[d] != 1 else None for v, d in zip(leaves, dims, strict=True)]
+        self._row_dims[key] = dims
+        joint = [o for o in owners if o.shape == owners[0].shape]
+        return dims, self._sure(meet(joint, joint[0].shape)) if joint and self.batch_size is not None else None
+
+    def use(self, operation: Callable[..., Any], owners: Owners | None, *used: Source | None) -> Use:
+        """A use of these sources that is happening now, on rows of these owners."""
+        names = ", ".join(dict.fromkeys(s.name for s in used if s is not None))
+        use = Use(names, self._step(operation, *used), owners, self.shared)
+        if not in_backward():  # recomputation: the nodes made now are thrown away, only their saved tensors count
+            self.uses.append(use)
+        return use
+
+    def _step(self, operation: Callable[..., Any], *used: Source | None) -> int:
         """The loop step of a use of these sources that is happening now; ``OUTSIDE`` if it is to be left out."""
-        if in_backward():  # recomputation: the nodes made now are thrown away, only their saved tensors count
+        if in_backward():
             return 0
         step = self._tracker.current
         targets = [target for source in used if source is not None for target in source.targets]
@@ -180,50 +294,30 @@ class Interceptor(TorchFunctionMode):
         self.used.update(targets)
         return step
 
-    def tap(self, output: Tensor, step: int, receive: Receive, *saved: Tensor) -> Tensor:
+    def tap(self, output: Tensor, use: Use, receive: Receive, *saved: Tensor) -> Tensor:
         """``output``, with its gradient and ``saved`` handed to ``receive``.
 
-        Uses that are left out (``step`` is ``OUTSIDE``) are tapped all the same: a recomputation of activation
+        Uses that are left out (their step is ``OUTSIDE``) are tapped all the same: a recomputation of activation
         checkpointing does not know them, and must save the same tensors.
         """
-        return tap_output(output, self.anchor, self._received(step, receive), *saved)
+        return tap_output(output, self.anchor, self._received(use, receive), *saved)
 
-    def tap_expanded(self, source: Source, step: int, receive: Receive, shape: tuple[int, ...]) -> Tensor:
+    def tap_expanded(self, source: Source, use: Use, receive: Receive, shape: tuple[int, ...]) -> Tensor:
         """``source`` expanded to ``shape``, with the gradient of that shape handed to ``receive``."""
-        return tap_expanded(source.tensor.detach(), self.anchor, self._received(step, receive), shape)
+        return tap_expanded(source.tensor.detach(), self.anchor, self._received(use, receive), shape)
 
-    def _received(self, step: int, receive: Receive) -> Receive:
-        """How a tap's gradient gets to ``receive``: not at all, with rows brought in order, or as it is."""
-        if step == OUTSIDE:
+    def _received(self, use: Use, receive: Receive) -> Receive:
+        """``receive``, for gradients of the capture's own backward pass alone: a model may take gradients of its own
+        while that runs (implicit differentiation), which are no gradients of the losses."""
+        if use.step == OUTSIDE:
             return _ignored
-        if self.routed:
-            return self.ownership.owned(self._routed_names, receive, examples_first=self.batch_dim == 0)
-        arrange, ownership = self._arrange, self.ownership
+        shared = self.shared
 
         def received(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
-            if ownership.scouting:
-                return
-            if arrange is None:
+            if torch._C._current_graph_task_id() == shared.graph_task:
                 receive(grad, saved)
-            else:
-                receive(arrange(grad), tuple(map(arrange, saved)))
 
         return received
-
-    @contextmanager
-    def sequence_first(self, batch_size: int) -> Iterator[None]:
-        """Within this context activations are ``(tokens, batch_size, features)``, or flattened from that."""
-
-        def arrange(tensor: Tensor) -> Tensor:
-            if tensor.dim() == 2:
-                tensor = tensor.unflatten(0, (-1, batch_size))
-            return tensor.transpose(0, 1) if self.batch_dim != 1 else tensor
-
-        before, self._arrange = self._arrange, arrange
-        try:
-            yield
-        finally:
-            self._arrange = before
 
     def look_inside(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function of torch that is written in Python so that the calls inside it are seen, too."""
@@ -254,8 +348,7 @@ class Interceptor(TorchFunctionMode):
                 elif known.constants.has_id(key):
                     found.has_constant = True
                 else:
-                    found.has_data = True
-                    found.has_routed |= known.routed.has_id(key)
+                    found.data.append(value)
                     found.only_doubtful &= known.doubtful.has_id(key)
             elif type(value) in (tuple, list):
                 self._scan(value, found)
@@ -280,25 +373,35 @@ class Interceptor(TorchFunctionMode):
                     func,
                     "inside a custom autograd function; checkpointing must have use_reentrant=False",
                 )
-            result = func(*args, **kwargs)
-            if found.has_data:
-                self._note_data(func, args, kwargs, result, found)
-            else:
-                self._note_constants(func, args, result, bool(found.sources) or found.has_constant)
-            return result
-        if not found.has_data:
-            return self._batch_free(func, args, kwargs, found.sources)
+            return self._without_sources(func, args, kwargs, found)
+        if not found.data:
+            return self.batch_free(func, args, kwargs, found.sources)
         if not in_backward():
-            self._check_data(func, found)
-        outer = self.routed
-        self.routed = found.has_routed
-        self._routed_names = ", ".join(dict.fromkeys(source.name for source in found.sources))
-        try:
-            result = self._tapped(func, args, kwargs)
-        finally:
-            self.routed = outer
-        if found.has_routed and isinstance(result, Tensor):
-            self._provenance.routed.add(result)
+            if torch._C._functorch.maybe_current_level() is not None:
+                raise self.unsupported(found.sources, func, "inside torch.func or torch.vmap")
+            self._give_owners(found)
+        result = self._tapped(func, args, kwargs)
+        if not in_backward() and self.batch_size is not None:
+            self._follow_use(func, args, kwargs, result, found)
+        return result
+
+    def _without_sources(self, func: Any, args: Any, kwargs: Any, found: _Operands) -> Any:
+        following = self.batch_size is not None and not in_backward() and bool(found.data)
+        if following:
+            for operand in found.data:
+                self.follower.meets(operand)
+            if not self.follower.has_rule(func) and getattr(func, "__module__", None) in LOOKED_INTO:
+                result = self.look_inside(func, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+        result = func(*args, **kwargs)
+        if found.data:
+            self._note_data(func, args, kwargs, result, found)
+            if following:
+                in_place = changes_in_place(func, kwargs)
+                self.follower.follow(func, args, kwargs, result, found.data, in_place=in_place)
+        else:
+            self._note_constants(func, args, result, bool(found.sources) or found.has_constant)
         return result
 
     def _tapped(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -309,11 +412,46 @@ class Interceptor(TorchFunctionMode):
             result = self.look_inside(func, args, kwargs)
         return self._rules["any"](self, func, args, kwargs) if result is NotImplemented else result
 
-    def _check_data(self, func: Any, found: _Operands) -> None:
-        if torch._C._functorch.maybe_current_level() is not None:
-            raise self.unsupported(found.sources, func, "inside torch.func or torch.vmap")
-        if found.only_doubtful:
-            self.guesses |= {(source.name, (self.batch_size or 0,)) for source in found.sources}
+    def _give_owners(self, found: _Operands) -> None:
+        """Data that meets a parameter: what has no owners gets those that its shape suggests. The losses will tell
+        whether that was right."""
+        if self.batch_size is None:
+            return
+        follower = self.follower
+        for tensor in found.data:
+            follower.meets(tensor)
+            part = follower.part(tensor)
+            if part is not None and (part.strong or not part.owners.one_for_all or part.owners.lo == part.owners.hi):
+                continue
+            owners = self._suggested(tensor)
+            doubtful = part is None and self._provenance.doubtful.has_id(id(tensor))
+            self.doubted |= doubtful and owners is not None
+            if owners is not None:
+                follower.note(tensor, owners, tapped=False)
+        if all(follower.part(tensor) is None for tensor in found.data):
+            follower.note(found.data[0], follower.not_known(found.data[0]), tapped=False)
+
+    def _suggested(self, tensor: Tensor) -> Owners | None:
+        """Owners of a tensor by its shape alone."""
+        size, shape = self.batch_size, tensor.shape
+        assert size is not None
+        dims = [k for k in range(max(1, tensor.dim() - 1)) if k < tensor.dim() and shape[k] == size]
+        if dims:
+            dim = self.batch_dim if self.batch_dim in dims else dims[0]
+            return Owners.along_dim(shape, dim, tensor.device)
+        if tensor.dim() > 1 and shape[0] and shape[0] % size == 0:
+            numbers = torch.arange(shape[0], device=tensor.device).reshape(-1, *(1,) * (tensor.dim() - 1))
+            ends = numbers // (shape[0] // size) if self.batch_dim == 0 else numbers % size
+            return Owners(shape, ends, ends)
+        return None
+
+    def _follow_use(self, func: Any, args: Any, kwargs: Any, result: Any, found: _Operands) -> None:
+        results = result if isinstance(result, tuple | list) else (result,)
+        if all(self.follower.knows(r) for r in results if isinstance(r, Tensor)) and not changes_in_place(func, kwargs):
+            return  # its parts have been followed
+        self.follower.follow(
+            func, args, kwargs, result, found.data, in_place=changes_in_place(func, kwargs), use=True
+        )
 
     def _refuse_inner_gradients(self, func: Any, args: Any) -> None:
         outputs = args[0] if args and isinstance(args[0], tuple | list) else args[:1]
@@ -324,28 +462,21 @@ class Interceptor(TorchFunctionMode):
             )
 
     def _is_batch_shaped(self, value: Tensor) -> bool:
+        if not self.doubt or value.dim() == 0:
+            return False
         if self.batch_size is None:
             return True
         return any(value.dim() > k and value.shape[k] == self.batch_size for k in self.example_dims)
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, result: Any, found: _Operands) -> None:
-        """Follow what an operation does to data without target parameters."""
+        """Tell data from constants in what an operation without target parameters gives."""
         known = self._provenance
         if found.has_constant and changes_in_place(func, kwargs):
             known.constants.discard_sharing(kwargs["out"] if kwargs.get("out") is not None else args[0])
-        if found.has_routed:
-            routed = func not in PLACING or known.routed.has_id(id(args[0]))
-        else:
-            check = GATHERING.get(func)
-            if check is None or self.batch_size == 1 or not args or known.constants.has_id(id(args[0])):
-                routed = False
-            else:
-                size = self.batch_size or args[0].shape[self.batch_dim]
-                routed = check(args, kwargs, size, self.batch_dim)
-        if routed or found.only_doubtful:
+        if found.only_doubtful:
             for value in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(value, Tensor):
-                    (known.routed if routed else known.doubtful).add(value)
+                    (known.doubtful if self._is_batch_shaped(value) else known.constants).add(value)
 
     def _note_constants(self, func: Any, args: Any, result: Any, from_constants: bool) -> None:
         known = self._provenance
@@ -354,15 +485,16 @@ class Interceptor(TorchFunctionMode):
                 continue
             if from_constants:
                 # A table of positions, one row for all examples, becomes data where it gets a row for each.
-                data = func in EXPANSIONS and gains_examples(
-                    args[0].shape, value.shape, self.batch_size, self.example_dims
+                data = self.doubt and func in EXPANSIONS and (
+                    gains_examples(args[0].shape, value.shape, self.batch_size, self.example_dims) is not None
                 )
             else:
                 data = func not in STRUCTURE_FACTORIES and self._is_batch_shaped(value)
             (known.doubtful if data else known.constants).add(value)
 
-    def _batch_free(self, func: Any, args: Any, kwargs: Any, sources: list[Source]) -> Any:
-        if self.batch_size is not None and len(sources) == 1:
+    def batch_free(self, func: Any, args: Any, kwargs: Any, sources: list[Source]) -> Any:
+        """A call in which no data takes part: what it gives is a source, too."""
+        if self.batch_size is not None and self.doubt and len(sources) == 1:
             expanded = self._rules["expand"](self, func, args, kwargs)
             if expanded is not NotImplemented:
                 return expanded

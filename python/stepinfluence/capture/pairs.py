@@ -24,8 +24,9 @@ from torch import Tensor
 from sdi_kernels import pairwise_linear_influence
 from stepinfluence.capture import session
 from stepinfluence.capture.recorder import PULL_BACK_BYTES, SketchRecorder
+from stepinfluence.capture.rows import Use
 from stepinfluence.capture.sketched import Capture
-from stepinfluence.capture.sources import Piece, Source, pull_back
+from stepinfluence.capture.sources import Piece, Source
 from stepinfluence.capture.targets import Target
 from stepinfluence.features import FeatureBuilder
 from stepinfluence.preconditioners import Elementwise, Factored, Root
@@ -116,44 +117,51 @@ class FactorRecorder(SketchRecorder):
         assert self.kept is not None
         return self.kept.parts.setdefault((target, step if self.kept.per_step else 0), ParameterGradient())
 
-    def linear(self, source: Source, step: int, activations: Tensor, grad: Tensor) -> None:
-        a = self._rows.rows(source.name, activations.to(grad.dtype))
-        g = self._rows.rows(source.name, grad)
+    def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:
+        a, first = use.rows(activations.to(grad.dtype))
+        g, _ = use.rows(grad)
         piece = source.piece
         if piece is not None and piece.dim == 2 and piece.target.parameter.dim() > 1:
+            assert self.kept is not None
             rows, columns = (a, g) if piece.transposed else (g, a)
             shape = piece.target.matrix_shape
-            part = self._part(piece.target, step)
-            part.rows.append(_spread(rows, piece.rows, shape[0]))
-            part.columns.append(_spread(columns, piece.columns, shape[1]))
+            part = self._part(piece.target, use.step)
+            part.rows.append(_of_all(_spread(rows, piece.rows, shape[0]), first, self.kept.size))
+            part.columns.append(_of_all(_spread(columns, piece.columns, shape[1]), first, self.kept.size))
             return
         size = max(1, PULL_BACK_BYTES // max(1, 4 * a.shape[-1] * g.shape[-1]))
         for k in range(0, len(a), size):
             outer = torch.bmm(g[k : k + size].to(self._dtype).transpose(1, 2), a[k : k + size].to(self._dtype))
-            self.dense(source, step, outer.reshape(len(outer), *source.tensor.shape), k)
+            self._dense(source, use, outer.reshape(len(outer), *source.tensor.shape), first + k)
 
-    def vector(self, source: Source, step: int, grads: Tensor) -> None:
-        self.vector_or_dense(source, step, grads)
+    def vector(self, source: Source, use: Use, grads: Tensor) -> None:
+        self.vector_or_dense(source, use, grads)
 
-    def vector_or_dense(self, source: Source, step: int, grads: Tensor) -> None:
-        total = self._rows.rows(source.name, grads).sum(1, dtype=self._dtype)
-        self.dense(source, step, total.reshape(len(total), *source.tensor.shape))
+    def vector_or_dense(self, source: Source, use: Use, grads: Tensor) -> None:
+        g, first = use.rows(grads)
+        total = g.sum(1, dtype=self._dtype)
+        self._dense(source, use, total.reshape(len(total), *source.tensor.shape), first)
 
     def scaled(
-        self, source: Source, step: int, grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor
+        self, source: Source, use: Use, grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor
     ) -> None:
         values = factors if center is None else factors - center.unsqueeze(-1)
-        self.vector_or_dense(source, step, grads * values * scale.unsqueeze(-1))
+        self.vector_or_dense(source, use, grads * values * scale.unsqueeze(-1))
 
-    def embedding(self, source: Source, step: int, ids: Tensor, grad: Tensor, padding: int | None) -> None:
-        g = self._rows.rows(source.name, grad).to(self._dtype)
-        index = self._rows.rows(source.name, ids, trailing=0)
+    def embedding(self, source: Source, use: Use, ids: Tensor, grad: Tensor, padding: int | None) -> None:
+        g, first = use.rows(grad)
+        g = g.to(self._dtype)
+        index, _ = use.rows(ids, trailing=0)
         if padding is not None:
             g = g * (index != padding).unsqueeze(-1)
         table = g.new_zeros(len(g), *source.tensor.shape)
         example = torch.arange(len(g), device=g.device).unsqueeze(1).expand_as(index)
         table.index_put_((example, index), g, accumulate=True)
-        self.dense(source, step, table)
+        self._dense(source, use, table, first)
+
+    def dense_rows(self, source: Source, use: Use, grads: Tensor) -> None:
+        rows, first = use.rows(grads, trailing=grads.dim() - 1)
+        self._dense(source, use, rows.sum(1, dtype=self._dtype), first)
 
     def _add(self, piece: Piece, step: int, matrices: Tensor, first: int) -> None:
         assert self.kept is not None
@@ -165,16 +173,14 @@ class FactorRecorder(SketchRecorder):
         view = place[:, rows.start : rows.stop : rows.step, columns.start : columns.stop : columns.step]
         view += matrices.transpose(1, 2) if piece.transposed else matrices
 
-    def dense(self, source: Source, step: int, grads: Tensor, first: int = 0) -> None:
-        if source.piece is not None:
-            super().dense(source, step, grads, first)
-            return
-        size = max(1, PULL_BACK_BYTES // max(1, 4 * sum(t.parameter.numel() for t in source.targets)))
-        for k in range(0, len(grads), size):
-            for target, found in pull_back(source, grads[k : k + size]):
-                rows, columns = target.matrix_shape
-                whole = Piece(target, range(rows), range(columns), False, 2)
-                self._add(whole, step, found.reshape(len(found), rows, columns), first + k)
+
+def _of_all(values: Tensor, first: int, size: int) -> Tensor:
+    """Factors of some examples ``(n, L, d)`` in their places among ``size``, zero for the others."""
+    if len(values) == size:
+        return values
+    full = values.new_zeros(size, *values.shape[1:])
+    full[first : first + len(values)] = values
+    return full
 
 
 def _spread(values: Tensor, index: range, size: int) -> Tensor:
@@ -232,14 +238,12 @@ class PairCapture:
         """
         twin, recorder, capture = self._twin, self._recorder, self._capture
         losses = twin._forward(batch, loss_fn, ids, index)
-        twin._check_uses(losses)
         size, steps = len(losses), twin._steps.count
         given = tuple(ids) if ids is not None else tuple(range(first, first + size))
         kept = recorder.kept = BatchGradients(size, steps, per_step, given)
-        rows = twin._backward(losses, losses.new_zeros(size, 0))
+        twin._backward(losses, losses.new_zeros(size, 0))
         recorder.kept = None
-        layout = frozenset(rows.guesses | twin._interceptor.guesses)
-        if capture.verify and size > 1 and (not capture._verified or layout - capture._verified):
+        if capture.verify and size > 1 and not capture._verified:
             # Whether examples are told apart is seen on sketches, as when featurizing.
             builder = FeatureBuilder(capture.width, capture._dtype, capture.device, per_step=True, expected=size)
             capture._featurize_batch(builder, batch, loss_fn, ids, index)

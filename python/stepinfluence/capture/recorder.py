@@ -18,7 +18,7 @@ from sdi_kernels import (
     sketch_scaled_vector_grads,
     sketch_vector_grads,
 )
-from stepinfluence.capture.rows import RowLayout
+from stepinfluence.capture.rows import Use
 from stepinfluence.capture.sources import Piece, Source, pull_back
 from stepinfluence.capture.targets import Layout, Target
 from stepinfluence.features import Block
@@ -86,14 +86,14 @@ class SketchRecorder:
         """D, the length of a feature row."""
         return self.blocks[-1].stop
 
-    def start(self, buffer: Tensor, rows: RowLayout) -> None:
+    def start(self, buffer: Tensor) -> None:
         """Direct what is captured from now on into ``buffer``."""
         self._buffer = buffer
-        self._rows = rows
 
-    def _out(self, target: Target, step: int) -> Tensor:
-        columns = self._columns[id(target)]
-        return self._buffer[:, step, columns] if self._buffer.dim() == 3 else self._buffer[:, columns]
+    def _out(self, target: Target, step: int, first: int, count: int) -> Tensor:
+        """Where the gradients of ``count`` examples go, beginning with ``first``."""
+        columns, some = self._columns[id(target)], slice(first, first + count)
+        return self._buffer[some, step, columns] if self._buffer.dim() == 3 else self._buffer[some, columns]
 
     def _sketch(self, piece: Piece) -> CountSketch | TensorSketch | None:
         if piece.whole:
@@ -107,14 +107,14 @@ class SketchRecorder:
         double = torch.float64 in (tensor.dtype, self._buffer.dtype)
         return tensor.to(self._buffer.dtype) if double else tensor
 
-    def linear(self, source: Source, step: int, activations: Tensor, grad: Tensor) -> None:
+    def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:
         """Use as a linear map: ``(*lead, d_in), (*lead, d_out)``; gradient ``sum_l grad_l (x) activations_l``."""
         # The product the model computed used activations in its own precision (autocast).
-        a = self._rows.rows(source.name, self._cast(activations.to(grad.dtype)))
-        g = self._rows.rows(source.name, self._cast(grad))
+        a, first = use.rows(self._cast(activations.to(grad.dtype)))
+        g, _ = use.rows(self._cast(grad))
         sketch = self._sketch(source.piece) if source.piece is not None and source.piece.dim == 2 else None
         if source.piece is not None and isinstance(sketch, TensorSketch):
-            root, out = self._root(source.piece), self._out(source.piece.target, step)
+            root, out = self._root(source.piece), self._out(source.piece.target, use.step, first, len(g))
             if isinstance(root, Factored):
                 a, g = a * root.columns, g * root.rows
             scale = root.sqrt if isinstance(root, Elementwise) else None
@@ -124,84 +124,116 @@ class SketchRecorder:
         dtype = self._buffer.dtype
         for k in range(0, len(a), size):
             outer = torch.bmm(g[k : k + size].to(dtype).transpose(1, 2), a[k : k + size].to(dtype))
-            self.dense(source, step, outer.reshape(len(outer), *source.tensor.shape), k)
+            self._dense(source, use, outer.reshape(len(outer), *source.tensor.shape), first + k)
 
-    def vector(self, source: Source, step: int, grads: Tensor) -> None:
+    def products(
+        self, source: Source, use: Use, x: Tensor, grad: Tensor, counts: tuple[int, int, int], back: Sequence[int]
+    ) -> None:
+        """Use as a linear map for each index of ``both`` dimensions: ``x`` ``(*lead, *both, *inner)``, ``grad``
+        ``(*lead, *both, *outer)``; the gradient is ``(*both, *outer, *inner)``, permuted by ``back`` to the source's.
+
+        ``counts`` are the numbers of dimensions of (both, outer, inner).
+        """
+        both, outer, inner = counts
+        x, first = use.rows(x.to(grad.dtype), both + inner)
+        g, _ = use.rows(grad, both + outer)
+        sizes = (*g.shape[2:], *x.shape[2 + both :])
+        x = x.flatten(2 + both) if inner else x.unsqueeze(-1)
+        g = g.flatten(2 + both) if outer else g.unsqueeze(-1)
+        if both:  # (n, L, *both, d) -> (n, both, L, d)
+            x, g = (t.flatten(2, 1 + both).transpose(1, 2) for t in (x, g))
+        dtype = torch.promote_types(g.dtype, torch.float32)
+        size = max(1, PULL_BACK_BYTES // max(1, 4 * source.tensor.numel()))
+        for k in range(0, len(g), size):
+            found = g[k : k + size].to(dtype).transpose(-1, -2) @ x[k : k + size].to(dtype)
+            found = found.reshape(len(found), *sizes).permute(0, *(1 + d for d in back))
+            self._dense(source, use, found.reshape(len(found), *source.tensor.shape), first + k)
+
+    def vector(self, source: Source, use: Use, grads: Tensor) -> None:
         """Use of a 1-D source, with per-token gradients ``(*lead, d)``."""
-        g = self._rows.rows(source.name, grads)
+        g, first = use.rows(grads)
         sketch = self._sketch(source.piece) if source.piece is not None else None
         if source.piece is not None and isinstance(sketch, CountSketch):
             g = self._times_root(source.piece, self._cast(g))
-            sketch_vector_grads(g, sketch, out=self._out(source.piece.target, step))
+            sketch_vector_grads(g, sketch, out=self._out(source.piece.target, use.step, first, len(g)))
             return
         total = g.sum(1, dtype=self._buffer.dtype)
-        self.dense(source, step, total.reshape(len(total), *source.tensor.shape))
+        self._dense(source, use, total.reshape(len(total), *source.tensor.shape), first)
 
     def scaled(
-        self, source: Source, step: int, grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor
+        self, source: Source, use: Use, grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor
     ) -> None:
         """Gain of a normalisation: gradients ``grads * (factors - center) * scale``; ``(*lead, numel)`` twice, and
         ``(*lead)`` for center and scale."""
         sketch = self._sketch(source.piece) if source.piece is not None and source.tensor.dim() == 1 else None
         if source.piece is None or not isinstance(sketch, CountSketch):
             values = factors if center is None else factors - center.unsqueeze(-1)
-            self.vector_or_dense(source, step, grads * values * scale.unsqueeze(-1))
+            self.vector_or_dense(source, use, grads * values * scale.unsqueeze(-1))
             return
-        g, x = (self._rows.rows(source.name, self._cast(t)) for t in (grads, factors))
+        (g, first), (x, _) = (use.rows(self._cast(t)) for t in (grads, factors))
         g = self._times_root(source.piece, g)
-        mean, rstd = (None if t is None else self._rows.rows(source.name, t, trailing=0) for t in (center, scale))
-        out = self._out(source.piece.target, step)
+        mean, rstd = (None if t is None else use.rows(t, trailing=0)[0] for t in (center, scale))
+        out = self._out(source.piece.target, use.step, first, len(g))
         sketch_scaled_vector_grads(g, x, sketch, center=mean, scale=rstd, out=out)
 
-    def vector_or_dense(self, source: Source, step: int, grads: Tensor) -> None:
+    def vector_or_dense(self, source: Source, use: Use, grads: Tensor) -> None:
         """Per-token gradients ``(*lead, numel)`` of a source of any shape."""
         if source.tensor.dim() == 1:
-            self.vector(source, step, grads)
-        else:
-            total = self._rows.rows(source.name, grads).sum(1, dtype=self._buffer.dtype)
-            self.dense(source, step, total.reshape(len(total), *source.tensor.shape))
+            self.vector(source, use, grads)
+            return
+        g, first = use.rows(grads)
+        total = g.sum(1, dtype=self._buffer.dtype)
+        self._dense(source, use, total.reshape(len(total), *source.tensor.shape), first)
 
-    def expanded(self, source: Source, step: int, grad: Tensor) -> None:
+    def expanded(self, source: Source, use: Use, grad: Tensor) -> None:
         """Use by broadcasting: ``grad`` is the gradient of the expanded source."""
-        self.dense(source, step, self._rows.reduce_to(source.name, grad, source.tensor.shape))
+        self._dense(source, use, *use.reduce_to(grad, source.tensor.shape))
 
-    def embedding(self, source: Source, step: int, ids: Tensor, grad: Tensor, padding: int | None) -> None:
+    def embedding(self, source: Source, use: Use, ids: Tensor, grad: Tensor, padding: int | None) -> None:
         """Use as a lookup table: ``(*lead), (*lead, d)``."""
-        g = self._rows.rows(source.name, self._cast(grad))
-        index = self._rows.rows(source.name, ids, trailing=0)
+        g, first = use.rows(self._cast(grad))
+        index, _ = use.rows(ids, trailing=0)
         if padding is not None:
             g = g * (index != padding).unsqueeze(-1)
         sketch = self._sketch(source.piece) if source.piece is not None else None
-        if source.piece is not None and isinstance(sketch, TensorSketch) and source.tensor.dim() == 2:
+        if source.piece is not None and isinstance(sketch, TensorSketch) and (
+            source.tensor.dim() == 2 or source.piece.whole
+        ):
             if (root := self._root(source.piece)) is not None:
                 g = g * root.at_rows(index)
-            sketch_embedding_grads(index, g, sketch, out=self._out(source.piece.target, step))
+            sketch_embedding_grads(index, g, sketch, out=self._out(source.piece.target, use.step, first, len(g)))
             return
         vocabulary = len(source.tensor)
         size = max(1, PULL_BACK_BYTES // max(1, 4 * vocabulary * g.shape[-1]))
         for k in range(0, len(g), size):
             one_hot = F.one_hot(index[k : k + size], vocabulary).to(self._buffer.dtype)
             table = torch.bmm(one_hot.transpose(1, 2), g[k : k + size].to(one_hot.dtype))
-            self.dense(source, step, table.reshape(len(table), *source.tensor.shape), k)
+            self._dense(source, use, table.reshape(len(table), *source.tensor.shape), first + k)
 
-    def dense(self, source: Source, step: int, grads: Tensor, first: int = 0) -> None:
+    def dense_rows(self, source: Source, use: Use, grads: Tensor) -> None:
+        """Gradients by row as they are: ``(rows, *source shape)``."""
+        rows, first = use.rows(grads, trailing=grads.dim() - 1)
+        total = rows[:, 0] if rows.shape[1] == 1 else rows.sum(1, dtype=self._buffer.dtype)
+        self._dense(source, use, total, first)
+
+    def _dense(self, source: Source, use: Use, grads: Tensor, first: int = 0) -> None:
         """Per-example gradients as they are: ``(n, *source shape)``, of examples ``first : first + n``."""
         if source.piece is not None:
             shape = (len(source.piece.rows), len(source.piece.columns))
             if source.piece.transposed:
                 shape = (shape[1], shape[0])
-            self._add(source.piece, step, grads.reshape(len(grads), *shape), first)
+            self._add(source.piece, use.step, grads.reshape(len(grads), *shape), first)
             return
         size = max(1, PULL_BACK_BYTES // max(1, 4 * sum(t.parameter.numel() for t in source.targets)))
         for k in range(0, len(grads), size):
             for target, found in pull_back(source, grads[k : k + size]):
                 rows, columns = target.matrix_shape
                 whole = Piece(target, range(rows), range(columns), False, 2)
-                self._add(whole, step, found.reshape(len(found), rows, columns), first + k)
+                self._add(whole, use.step, found.reshape(len(found), rows, columns), first + k)
 
     def _add(self, piece: Piece, step: int, matrices: Tensor, first: int) -> None:
         sketch = self._sketch(piece)
-        out = self._out(piece.target, step)[first : first + len(matrices)]
+        out = self._out(piece.target, step, first, len(matrices))
         matrices = matrices.to(out.dtype)
         root = self._root(piece)
         scale = None if root is None else root.as_matrix()

@@ -1,16 +1,20 @@
-"""Telling the examples of a batch apart in the tensors of a forward pass."""
+"""Bringing the gradients of one use of a parameter in order: a row per example, and its tokens beside each other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stepinfluence.capture.owners import Owners
 from stepinfluence.errors import LayoutError
+
+REDUCED = (torch.bfloat16, torch.float16)
 
 
 def infer_batch_size(batch: Any, batch_dim: int = 0) -> int | None:
@@ -20,88 +24,156 @@ def infer_batch_size(batch: Any, batch_dim: int = 0) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def gains_examples(before: Sequence[int], after: Sequence[int], batch_size: int | None, dims: Iterable[int]) -> bool:
-    """Whether expanding a tensor from shape ``before`` to ``after`` gives it a row per example in one of ``dims``."""
+def gains_examples(before: Sequence[int], after: Sequence[int], batch_size: int | None, dims: Iterable[int]) -> int | None:
+    """The dimension, of ``dims``, in which expanding a tensor from shape ``before`` to ``after`` gives it a row per
+    example; None if there is none."""
     aligned = (1,) * (len(after) - len(before)) + tuple(before)
-    pairs = list(zip(aligned, after, strict=True))
-    return (1, batch_size) in [pairs[k] for k in dims if k < len(pairs)]
+    for k in dims:
+        if k < len(after) and aligned[k] == 1 and after[k] == batch_size and batch_size != 1:
+            return k
+    return None
 
 
-class RowLayout:
-    """Where the examples lie in tensors of shape ``(*lead, features)``, for a batch of ``batch_size`` examples.
+@dataclass(frozen=True)
+class Placement:
+    """Where the rows of a use go, flattened: row ``r`` is token ``position[r]`` of example ``first + owner[r]``.
 
-    A tensor's example dimension is the leading dimension of size ``batch_size``; ``batch_dim`` where that has it, else
-    the only one that has it. A first dimension that is a multiple of ``batch_size`` is taken for examples flattened
-    together with tokens, in the order of ``batch_dim``. Whatever was not certain is noted in :attr:`guesses`: the
-    capture verifies those on real gradients before it trusts them.
+    Attributes:
+        order: rows sorted by owner.
+        owner, position: of each of those.
+        first, count: the examples that rows are made for, ``first : first + count``.
+        width: most rows of one example.
     """
 
-    def __init__(self, batch_size: int, batch_dim: int = 0) -> None:
-        self.batch_size = batch_size
-        self.batch_dim = batch_dim
-        self.guesses: set[tuple[str, tuple[int, ...]]] = set()
-        self.coarse = False
-        """Whether gradients of reduced precision were seen."""
+    order: Tensor
+    owner: Tensor
+    position: Tensor
+    first: int
+    count: int
+    width: int
 
-    def example_dim(self, name: str, lead: Sequence[int]) -> int | None:
-        """The example dimension among ``lead``, or None where examples are flattened into dimension 0."""
-        size = self.batch_size
-        matches = [k for k, n in enumerate(lead) if n == size]
-        if len(matches) == 1:
-            if matches[0] != self.batch_dim:
-                self.guesses.add((name, tuple(lead)))
-            return matches[0]
-        if matches:
-            self.guesses.add((name, tuple(lead)))
-            return self.batch_dim if self.batch_dim in matches else matches[0]
-        if lead and size and lead[0] >= 0 and lead[0] % size == 0:  # 0 rows: routed elsewhere, all of them
-            self.guesses.add((name, tuple(lead)))
-            return None
-        raise LayoutError(
-            f"{name}: used on a tensor of shape {(*lead, '...')}, in which no dimension has the batch's {size} "
-            "examples; keep examples in a dimension of their own (batch_dim= says which)"
-        )
 
-    def rows(self, name: str, tensor: Tensor, trailing: int = 1) -> Tensor:
-        """``(*lead, *trailing dims) -> (batch_size, tokens, *trailing dims)``."""
-        lead = tensor.shape[: tensor.dim() - trailing]
-        tail = tensor.shape[tensor.dim() - trailing :]
-        if self.batch_size == 0:
-            return tensor.reshape(0, 0, *tail)
-        k = self.example_dim(name, lead)
-        self.coarse |= tensor.dtype in (torch.bfloat16, torch.float16)
-        tensor = self._split(tensor) if k is None else tensor.movedim(k, 0)
-        return tensor.reshape(self.batch_size, math.prod(lead) // self.batch_size, *tail)
+def placement(owners: Tensor) -> Placement:
+    """Rows grouped by their owners ``(n,)``."""
+    if not len(owners):
+        return Placement(owners, owners, owners, 0, 0, 0)
+    order = torch.argsort(owners, stable=True)
+    ordered = owners[order]
+    first = int(ordered[0])
+    owner = ordered - first
+    counts = torch.bincount(owner)
+    begins = counts.cumsum(0) - counts
+    position = torch.arange(len(order), device=owners.device) - begins[owner]
+    return Placement(order, owner, position, first, len(counts), int(counts.max()))
 
-    def _split(self, tensor: Tensor) -> Tensor:
-        """``(B * tokens, ...)``, or ``(tokens * B, ...)``, to ``(B, tokens, ...)``."""
-        tokens = len(tensor) // self.batch_size
-        if self.batch_dim == 0:
-            return tensor.reshape(self.batch_size, tokens, *tensor.shape[1:])
-        return tensor.reshape(tokens, self.batch_size, *tensor.shape[1:]).transpose(0, 1)
 
-    def reduce_to(self, name: str, grad: Tensor, shape: Sequence[int]) -> Tensor:
-        """Gradient of an expanded parameter, summed per example: ``grad.shape -> (batch_size, *shape)``.
+@dataclass
+class Pass:
+    """What the uses of one forward pass share.
 
-        ``shape`` (right-aligned) is what was expanded to ``grad.shape``.
-        """
+    Attributes:
+        size: examples of the batch.
+        relabelled: for each followed owner, the loss that it turned out to be of; None where they are the same.
+        coarse: whether gradients of reduced precision were seen.
+        graph_task: autograd's number of the capture's own backward pass, while one runs.
+    """
+
+    size: int = 0
+    relabelled: Tensor | None = None
+    coarse: bool = False
+    graph_task: int = -1
+    placements: dict[int, tuple[Owners, Placement]] = field(default_factory=dict)
+
+
+class Use:
+    """One use of parameters: when it was, and whose the rows of its gradients are.
+
+    Attributes:
+        name: of the parameters.
+        step: the loop step, 0-based.
+        owners: of the rows, for their leading dimensions; None where that is not known.
+        found: ``(rows,)``, owners of the flattened rows as gradients told, which then count instead.
+    """
+
+    def __init__(self, name: str, step: int, owners: Owners | None, shared: Pass) -> None:
+        self.name, self.step, self.owners = name, step, owners
+        self.shared = shared
+        self.found: Tensor | None = None
+
+    def rows(self, tensor: Tensor, trailing: int = 1) -> tuple[Tensor, int]:
+        """``(*lead, *trailing dims) -> (n, tokens, *trailing dims)`` of the examples ``first : first + n``, and
+        ``first``. What an example lacks in tokens is filled with zeros."""
+        self.shared.coarse |= tensor.dtype in REDUCED
+        lead, tail = tensor.shape[: tensor.dim() - trailing], tensor.shape[tensor.dim() - trailing :]
+        size = self.shared.size
+        tokens = math.prod(lead)
+        if size == 1 or tokens == 0:
+            return tensor.reshape(1 if size else 0, tokens, *tail), 0
+        owners = self.owners
+        if self.found is None and self.shared.relabelled is None and owners is not None:
+            if owners.shape != tuple(lead):
+                raise LayoutError(f"{self.name}: its gradient has rows {tuple(lead)}, its use had {owners.shape}")
+            if owners.along is not None:
+                return tensor.movedim(owners.along, 0).reshape(size, tokens // size, *tail), 0
+            if (regular := owners.regular(size)) is not None:
+                split = tensor.reshape(*regular, *tail).transpose(0, 1)
+                return split.reshape(size, tokens // size, *tail), 0
+        place = self._placement(tokens)
+        flat = tensor.reshape(tokens, *tail)
+        out = flat.new_zeros(place.count, place.width, *tail)
+        out[place.owner, place.position] = flat[place.order]
+        return out, place.first
+
+    def _placement(self, rows: int) -> Placement:
+        if self.found is not None:
+            assert len(self.found) == rows
+            return placement(self.found)
+        assert self.owners is not None
+        held = self.shared.placements.get(id(self.owners))
+        if held is None:
+            settled = self.owners.settled()
+            if self.shared.relabelled is not None:
+                settled = self.shared.relabelled[settled]
+            held = self.shared.placements[id(self.owners)] = self.owners, placement(settled)
+        return held[1]
+
+    def lead_last(self, grad: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Gradient of a parameter of ``shape`` (right-aligned) that was expanded to ``grad.shape``: with the dimensions
+        over which it was broadcast first, and which those are."""
         pad = grad.dim() - len(shape)
         kept = [pad + k for k, n in enumerate(shape) if n != 1]
-        # Examples lie in a dimension over which the parameter was broadcast: before its own, or between them.
-        free = [d for d in range(max(kept, default=grad.dim())) if d not in kept]
-        if not free:
-            raise LayoutError(
-                f"{name}: a parameter of shape {tuple(shape)} meets a tensor of shape {tuple(grad.shape)} "
-                "which leaves no dimension for the examples"
-            )
-        self.coarse |= grad.dtype in (torch.bfloat16, torch.float16)
-        k = self.example_dim(name, [n if d in free else -1 for d, n in enumerate(grad.shape[: max(free) + 1])])
-        if k is None:
-            grad = self._split(grad)
-            kept = [d + 1 for d in kept]
+        free = [d for d in range(grad.dim()) if d not in kept]
+        return grad.permute(*free, *kept), free
+
+    def reduce_to(self, grad: Tensor, shape: Sequence[int]) -> tuple[Tensor, int]:
+        """Gradient of an expanded parameter, summed per example: ``grad.shape -> (n, *shape)``, and the first one.
+
+        ``shape`` (right-aligned) is what was expanded to ``grad.shape``; ``owners`` are those of ``grad``'s elements.
+        """
+        arranged, free = self.lead_last(grad, shape)
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        kept = grad.dim() - len(free)
+        others = [d for d in range(grad.dim()) if d not in free]
+        if self.found is None and self.owners is not None and self.shared.size > 1:
+            if any(self.owners.varies(d) for d in others):
+                return self._by_element(grad, free, dtype).reshape(self.shared.size, *shape), 0
+            along = self.owners.along
+            if along is not None and self.shared.relabelled is None:
+                summed = grad.sum([d for d in free if d != along], dtype=dtype) if len(free) > 1 else grad
+                place = sum(d < along for d in others)
+                self.shared.coarse |= grad.dtype in REDUCED
+                return summed.movedim(place, 0).reshape(self.shared.size, *shape), 0
+            lead = Use(self.name, self.step, self.owners.squeezed(others), self.shared)
         else:
-            grad = grad.movedim(k, 0)
-            kept = [d + 1 if d < k else d for d in kept]
-        others = [d for d in range(1, grad.dim()) if d not in kept]
-        summed = grad.sum(others, dtype=torch.promote_types(grad.dtype, torch.float32)) if others else grad
-        return summed.reshape(self.batch_size, *shape)
+            lead = self
+        rows, first = lead.rows(arranged, kept)
+        return rows.sum(1, dtype=dtype).reshape(len(rows), *shape), first
+
+    def _by_element(self, grad: Tensor, free: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Owners differ within the parameter's own dimensions: one example after the other."""
+        assert self.owners is not None
+        settled = self.owners.settled().reshape(grad.shape)
+        if self.shared.relabelled is not None:
+            settled = self.shared.relabelled[settled]
+        found = [torch.where(settled == b, grad, 0).sum(list(free), dtype=dtype) for b in range(self.shared.size)]
+        return torch.stack(found)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import random
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
 from stepinfluence.capture import session
+from stepinfluence.capture.found import owners_of_rows, run_backward
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.recorder import SketchRecorder
-from stepinfluence.capture.rows import RowLayout, infer_batch_size
+from stepinfluence.capture.rows import infer_batch_size
 from stepinfluence.capture.steps import Loop, StepTracker
 from stepinfluence.capture.targets import (
     Body,
@@ -31,6 +34,10 @@ from stepinfluence.capture.uses import RULES
 from stepinfluence.errors import BodyError, LayoutError, LossError, UnsupportedUseError
 from stepinfluence.features import FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.preconditioners import Preconditioner, prepare
+
+
+VERIFIED_SHARE = 1 / 64
+"""Share of the batches after the first that are verified again, picked by seed and position."""
 
 
 class Capture(session.LoaderCapture):
@@ -80,6 +87,10 @@ class Capture(session.LoaderCapture):
         self._verified: set[Any] = set()
         self._verifying = verify
         self._used: set[Target] = set()
+        self._doubt = True
+        self.owners: Literal["followed", "found"] = "followed"
+        """How the owners of the last batch's rows were known: followed through the forward pass, or found by
+        gradients."""
 
     def _make_interceptor(self) -> Interceptor:
         return Interceptor(
@@ -215,46 +226,63 @@ class Capture(session.LoaderCapture):
         index: int,
     ) -> Tensor:
         losses = self._forward(batch, loss_fn, ids, index)
-        self._check_uses(losses)
         size, steps = len(losses), self._steps.count
         first = not self._used
         self._used |= self._interceptor.used
-        if first and size > 1 and not self._interceptor.ownership.uses:
+        if first and size > 1 and self.owners == "followed":
             self._check_all_used()  # at once; where data picks what is used, only the last batch can tell
         given = ids if ids is not None else range(builder.count, builder.count + size)
         buffer = builder.reserve(size, steps)
-        rows = self._backward(losses, buffer)
+        self._backward(losses, buffer)
         session.check_features(buffer, ids)
-        layout = frozenset(rows.guesses | self._interceptor.guesses)
-        # Always once, and again whenever examples were told apart in a way not seen before.
-        if self._verifying and size > 1 and (not self._verified or layout - self._verified):
+        # Always once, and then a batch now and then.
+        if self._verifying and size > 1 and (not self._verified or self._is_picked(index)):
             self._verify(batch, loss_fn, index, buffer, given, losses.detach())
-            self._verified |= {*layout, "once"}
+            self._verified.add("once")
         values = losses.detach().to("cpu", torch.float32)
         builder.commit(list(given), values, self._steps.labels, self._lengths(buffer) if buffer.dim() == 3 else None)
         return values
 
+    def _is_picked(self, index: int) -> bool:
+        """Whether a batch is one of those that are verified again."""
+        return random.Random(f"{self.seed}, batch {index}").random() < VERIFIED_SHARE
+
     def _forward(self, batch: Any, loss_fn: session.LossFn, ids: Sequence[Hashable] | None, index: int) -> Tensor:
+        """The losses of a batch, with every use of a parameter tapped and its rows' owners known."""
         expected = infer_batch_size(batch, self.batch_dim)
+        losses = self._run(batch, loss_fn, ids, index, expected)
+        self._check_uses(losses)
+        if expected is None and len(losses) > 1:
+            # Only the losses tell how many examples there are: once more, knowing it.
+            losses = self._run(batch, loss_fn, ids, index, len(losses))
+        try:
+            self.owners = owners_of_rows(self._interceptor, losses)
+        except LayoutError:
+            if not self._interceptor.doubted:
+                raise
+            # Tensors made without data had the batch's size by chance: taken for constants from now on.
+            self._doubt = False
+            losses = self._run(batch, loss_fn, ids, index, len(losses))
+            self.owners = owners_of_rows(self._interceptor, losses)
+        return losses
+
+    def _run(
+        self, batch: Any, loss_fn: session.LossFn, ids: Sequence[Hashable] | None, index: int, size: int | None
+    ) -> Tensor:
         self._steps.reset()
-        self._interceptor.reset(expected)
+        inputs = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+        self._interceptor.reset(size, inputs, doubt=self._doubt)
         session.seed_batch(self.seed, index)
         with self._steps.watching(), self._interceptor:
             losses = loss_fn(self.model, batch)
-        return session.check_losses(losses, expected, ids)
+        return session.check_losses(losses, size, ids)
 
-    def _backward(self, losses: Tensor, buffer: Tensor, weights: Tensor | None = None) -> RowLayout:
-        rows = RowLayout(len(losses), self.batch_dim)
-        self._recorder.start(buffer, rows)
-        seeds = torch.ones_like(losses) if weights is None else weights
-        # The anchor is reached through taps only: nothing but the way from the loss to the taps is computed. The mode
-        # is on because activation checkpointing runs the forward pass again.
-        anchor = [self._interceptor.anchor]
-        with self._interceptor:
-            for scouting in self._interceptor.ownership.scouts(losses):
-                torch.autograd.backward(losses, scouting, inputs=anchor, retain_graph=True)
-            torch.autograd.backward(losses, seeds, inputs=anchor)
-        return rows
+    def _backward(self, losses: Tensor, buffer: Tensor, weights: Tensor | None = None) -> bool:
+        """Hand all gradients of the losses to the recorder; says whether some were of reduced precision."""
+        self._recorder.start(buffer)
+        self._interceptor.sink = self._recorder
+        run_backward(self._interceptor, losses, torch.ones_like(losses) if weights is None else weights, keep=False)
+        return self._interceptor.shared.coarse
 
     def _check_uses(self, losses: Tensor) -> None:
         if self._steps.count == 0:
@@ -314,7 +342,7 @@ class Capture(session.LoaderCapture):
         weights = (2.0**exponents).to(losses)
         scaled = torch.zeros_like(features)
         # Exact but for the rounding of sums that are not taken in the same order twice.
-        tolerance = 1e-2 if self._backward(losses, scaled, weights).coarse else 1e-4
+        tolerance = 1e-2 if self._backward(losses, scaled, weights) else 1e-4
         factor = weights.to(features.dtype).view(-1, *(1,) * (features.dim() - 1))
         for block in {b.start: b for b in self._recorder.blocks}.values():  # in the sum layout, all in one
             expected = features[..., block.start : block.stop] * factor

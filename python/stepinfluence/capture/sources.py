@@ -23,7 +23,8 @@ from stepinfluence.capture.targets import Target
 @dataclass(frozen=True)
 class Piece:
     """A strided piece of one target: entry (i, j) of the piece is entry (rows[i], columns[j]) of the target's matrix,
-    or (rows[j], columns[i]) where ``transposed``. A 1-D tensor is a piece with one row (or one column)."""
+    or (rows[j], columns[i]) where ``transposed``. A 1-D tensor is a piece with one row (or one column); a block of a
+    target of more dimensions, such as one expert of many, is a run of entries in order, and ``dim`` is 1 for it."""
 
     target: Target
     rows: range
@@ -64,7 +65,7 @@ def _range(start: int, step: int, count: int) -> range:
 
 
 def find_piece(tensor: Tensor, target: Target) -> Piece | None:
-    """``tensor`` as a strided piece of ``target``, or None if it is not one (or of more than two dimensions)."""
+    """``tensor`` as a strided piece of ``target``, or None if it is not one."""
     base = target.parameter
     if tensor is not base and (tensor._base is not base or tensor.dtype != base.dtype):
         return None
@@ -72,7 +73,11 @@ def find_piece(tensor: Tensor, target: Target) -> Piece | None:
     if tensor is base:
         shape = target.matrix_shape
         return Piece(target, range(shape[0]), range(shape[1]), False, tensor.dim())
-    if not base.is_contiguous() or tensor.dim() not in (1, 2) or tensor.numel() == 0:
+    if not base.is_contiguous() or tensor.numel() == 0:
+        return None
+    if base.dim() > 2 and tensor.dim() > 1:
+        return _block(tensor, target)
+    if tensor.dim() not in (1, 2):
         return None
     row, column = divmod(int(tensor.storage_offset() - base.storage_offset()), n_columns)
     sizes, strides = list(tensor.shape), list(tensor.stride())
@@ -85,6 +90,19 @@ def find_piece(tensor: Tensor, target: Target) -> Piece | None:
         if s_r > 0 and s_r % n_columns == 0 and s_c > 0 and column + s_c * (n_c - 1) < n_columns:
             rows, columns = _range(row, s_r // n_columns, n_r), _range(column, s_c, n_c)
             return Piece(target, rows, columns, transposed, tensor.dim())
+    return None
+
+
+def _block(tensor: Tensor, target: Target) -> Piece | None:
+    """A run of entries of a target of more than two dimensions: whole rows of its matrix, or part of one."""
+    if not tensor.is_contiguous():
+        return None
+    n_columns, count = target.matrix_shape[1], tensor.numel()
+    row, column = divmod(int(tensor.storage_offset() - target.parameter.storage_offset()), n_columns)
+    if column == 0 and count % n_columns == 0:
+        return Piece(target, range(row, row + count // n_columns), range(n_columns), False, 1)
+    if column + count <= n_columns:
+        return Piece(target, range(row, row + 1), range(column, column + count), False, 1)
     return None
 
 
@@ -115,17 +133,19 @@ class TensorSet:
 
     def discard_sharing(self, tensor: Tensor) -> None:
         """Forget ``tensor`` and every tensor that is a view of the same one."""
-        base = _base_of(tensor)
+        base = base_of(tensor)
         for key, ref in list(self._refs.items()):
             held = ref()
-            if held is not None and _base_of(held) is base:
+            if held is not None and base_of(held) is base:
                 del self._refs[key]
 
-    def __bool__(self) -> bool:
-        return bool(self._refs)
+    def held(self) -> list[Tensor]:
+        """Those that are still alive."""
+        return [tensor for ref in list(self._refs.values()) if (tensor := ref()) is not None]
 
 
-def _base_of(tensor: Tensor) -> Tensor:
+def base_of(tensor: Tensor) -> Tensor:
+    """The tensor whose memory a view shows; a tensor itself where it is no view."""
     return tensor if tensor._base is None else tensor._base
 
 
@@ -137,7 +157,6 @@ class Provenance:
     Attributes:
         constants: batch-free tensors that no target parameter went into.
         doubtful: made without data and of the batch's size: per-example states most likely, a table perhaps.
-        routed: data whose examples were picked by values of the data (routing, compaction).
     """
 
     def __init__(self, model: nn.Module, targets: Iterable[Target]) -> None:
@@ -150,9 +169,13 @@ class Provenance:
         """Forget what the last forward pass computed."""
         self._sources = dict(self._of_targets)
         self.source_of = self._sources.get
-        self.constants, self.doubtful, self.routed = TensorSet(), TensorSet(), TensorSet()
+        self.constants, self.doubtful = TensorSet(), TensorSet()
         for tensor in self._of_model:
             self.constants.add(tensor)
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a target, or a parameter or buffer of the model."""
+        return self.source_of(id(tensor)) is not None or self.constants.has_id(id(tensor))
 
     def add_derived(self, tensor: Tensor, origins: Iterable[Source]) -> None:
         """Register a tensor computed from ``origins`` (and constants) alone."""
@@ -166,9 +189,9 @@ class Provenance:
 
     def changed_in_place(self, tensor: Tensor, origins: Iterable[Source]) -> None:
         """``tensor`` now depends on ``origins`` too, and so do all tensors that share its memory."""
-        origins, base = list(origins), _base_of(tensor)
+        origins, base = list(origins), base_of(tensor)
         self.constants.discard_sharing(tensor)
-        sharing = [s for s in self._sources.values() if _base_of(s.tensor) is base]
+        sharing = [s for s in self._sources.values() if base_of(s.tensor) is base]
         for source in sharing:
             self.add_derived(source.tensor, [source, *origins])
         if not sharing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from stepinfluence.capture.interceptor import EXPANSIONS, OUTSIDE, Interceptor, changes_in_place
+from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.rows import gains_examples
 from stepinfluence.capture.sources import Source
 from stepinfluence.capture.steps import in_backward
@@ -39,16 +40,15 @@ def _linear_tap(
     it: Interceptor, func: Any, output: Tensor, x: Tensor, weight: Source | None, bias: Source | None
 ) -> Tensor:
     """Tap ``output = x W^T + b``."""
-    step = it.step(func, weight, bias)
-    recorder = it.recorder
+    use = it.use(func, it.owners(x, 1), weight, bias)
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         if weight is not None:
-            recorder.linear(weight, step, saved[0], grad)
+            it.sink.linear(weight, use, saved[0], grad)
         if bias is not None:
-            recorder.vector(bias, step, grad)
+            it.sink.vector(bias, use, grad)
 
-    return it.tap(output, step, receive, *(() if weight is None else (x,)))
+    return it.tap(output, use, receive, *(() if weight is None else (x,)))
 
 
 def linear(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,23 +71,115 @@ def matmul(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return NotImplemented
     source = on_left or on_right
     if source is None or source.tensor.dim() > 2 or (on_left is not None and source.tensor.dim() != 2):
-        return NotImplemented
+        return batched_product(it, func, args, kwargs)
     if right.dim() == 1 and on_left is not None:
         return NotImplemented
     output = torch.matmul(_detached(it, left), _detached(it, right))
-    step = it.step(func, source)
-    recorder, use = it.recorder, source
+    if on_left is not None:
+        use = it.use(func, it.owners_of_columns(right), source)
+    else:
+        use = it.use(func, it.owners(left, 1), source)
+    used = source
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         (data,) = saved
         if on_left is not None:
-            recorder.linear(use, step, data.transpose(-1, -2), grad.transpose(-1, -2))
-        elif use.tensor.dim() == 2:  # the parameter's first index runs over the input: roles are swapped
-            recorder.linear(use, step, grad, data.to(grad.dtype))
+            it.sink.linear(used, use, data.transpose(-1, -2), grad.transpose(-1, -2))
+        elif used.tensor.dim() == 2:  # the parameter's first index runs over the input: roles are swapped
+            it.sink.linear(used, use, grad, data.to(grad.dtype))
         else:
-            recorder.vector(use, step, data.to(grad.dtype) * grad.unsqueeze(-1))
+            it.sink.vector(used, use, data.to(grad.dtype) * grad.unsqueeze(-1))
 
-    return it.tap(output, step, receive, right if on_left is not None else left)
+    return it.tap(output, use, receive, right if on_left is not None else left)
+
+
+def batched_product(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Products with a stack of matrices ``(E, k, n)``, as of experts or heads: one product for each matrix."""
+    if kwargs or len(args) != 2:
+        return NotImplemented
+    left, right = (args[1], args[0]) if func.__name__ == "__rmatmul__" else args
+    on_left, on_right = it.source(left), it.source(right)
+    stack, data = (left, right) if on_left is not None else (right, left)
+    if (on_left is None) == (on_right is None) or stack.dim() != 3 or data.dim() < 3 or data.shape[-3] != len(stack):
+        return NotImplemented
+    with it:
+        parts = [
+            torch.matmul(m, d) if on_left is not None else torch.matmul(d, m)
+            for m, d in zip(stack.unbind(0), data.unbind(-3), strict=True)
+        ]
+        return torch.stack(parts, -3)
+
+
+def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``einsum`` of data and one parameter: a linear map, repeated over the letters that both sides keep."""
+    equation, *operands = args
+    if not isinstance(equation, str) or kwargs:
+        return NotImplemented
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    which = [k for k, t in enumerate(operands) if it.source(t) is not None]
+    if len(operands) != 2 or len(which) != 1:
+        return NotImplemented
+    parameter, data = operands[which[0]], operands[1 - which[0]]
+    names = letters_of(equation, [t.dim() for t in operands])
+    if names is None:
+        return NotImplemented
+    of_parameter, of_data, of_result = names[which[0]], names[1 - which[0]], names[2]
+    inner = [c for c in of_parameter if c in of_data and c not in of_result]
+    both = [c for c in of_parameter if c in of_data and c in of_result]
+    outer = [c for c in of_parameter if c not in of_data]
+    lead = [c for c in of_data if c not in of_parameter]
+    plain = set(outer) <= set(of_result) and set(lead) <= set(of_result)
+    if not plain or any(len(set(n)) < len(n) for n in names) or any(parameter.shape[of_parameter.index(c)] == 1 for c in both):
+        return NotImplemented
+    source = it.source(parameter)
+    assert source is not None
+    apart = next((c for c in both if not it.alike_along(data, of_data.index(c))), None)
+    if apart is not None:  # as of experts with rows of their own: one product for each
+        with it:
+            rest = [[n for n in part if n != apart] for part in (of_parameter, of_data, of_result)]
+            pairs = zip(parameter.unbind(of_parameter.index(apart)), data.unbind(of_data.index(apart)), strict=True)
+            return torch.stack([_einsum(rest, *pair) for pair in pairs], of_result.index(apart))
+    output = torch.einsum(equation, *(_detached(it, t) for t in operands))
+    use = it.use(func, it.lead_owners(data, [of_data.index(c) for c in lead]), source)
+    order = [of_data.index(c) for c in (*lead, *both, *inner)]
+    shown = [of_result.index(c) for c in (*lead, *both, *outer)]
+    back = [(*both, *outer, *inner).index(c) for c in of_parameter]
+
+    def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
+        x, g = saved[0].permute(order), grad.permute(shown)
+        it.sink.products(source, use, x, g, (len(both), len(outer), len(inner)), back)
+
+    return it.tap(output, use, receive, data)
+
+
+def _einsum(names: Sequence[Sequence[str]], *operands: Tensor) -> Tensor:
+    """``einsum`` of operands whose dimensions, and then the result's, have names of any length."""
+    letter = {name: chr(ord("a") + k) for k, name in enumerate(dict.fromkeys(n for part in names for n in part))}
+    *given, out = ("".join(letter[n] for n in part) for part in names)
+    return torch.einsum(f"{','.join(given)}->{out}", *operands)
+
+
+def letters_of(equation: str, dims: Sequence[int]) -> tuple[list[str], list[str], list[str]] | None:
+    """Names of the dimensions of an einsum's operands and of its result; None where it has more than two operands."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    given = left.split(",")
+    if len(given) != 2 or len(dims) != 2:
+        return None
+    names = [dimension_names(letters, dim) for letters, dim in zip(given, dims, strict=True)]
+    if not arrow:
+        single = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
+        out = ("..." if "..." in left else "") + "".join(single)
+    dotted = max((sum(n.startswith(".") for n in part) for part in names), default=0)
+    head, dots, tail = out.partition("...")
+    result = [*head, *(f".{k}" for k in range(dotted, 0, -1)), *tail] if dots else list(head)
+    return names[0], names[1], result
+
+
+def dimension_names(letters: str, dim: int) -> list[str]:
+    """One name for each dimension; those of an ellipsis are counted from its right end."""
+    head, dots, tail = letters.partition("...")
+    return [*head, *(f".{k}" for k in range(dim - len(head) - len(tail), 0, -1)), *tail] if dots else list(head)
 
 
 def addmm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,16 +191,15 @@ def addmm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if it.source(x) is not None or (on_bias is None and it.source(bias) is not None) or bias.dim() != 1:
         return NotImplemented
     output = torch.addmm(_detached(it, bias), x, _detached(it, weight))
-    step = it.step(func, on_weight, on_bias)
-    recorder = it.recorder
+    use = it.use(func, it.owners(x, 1), on_weight, on_bias)
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         if on_weight is not None:
-            recorder.linear(on_weight, step, grad, saved[0].to(grad.dtype))
+            it.sink.linear(on_weight, use, grad, saved[0].to(grad.dtype))
         if on_bias is not None:
-            recorder.vector(on_bias, step, grad)
+            it.sink.vector(on_bias, use, grad)
 
-    return it.tap(output, step, receive, *(() if on_weight is None else (x,)))
+    return it.tap(output, use, receive, *(() if on_weight is None else (x,)))
 
 
 def embedding(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,11 +213,24 @@ def embedding(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[st
 def getitem(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``P[ids]`` with an integer tensor: a lookup."""
     table, index = args
+    if it.source(table) is not None and _picks_one(index):
+        # Which part of the parameter it is does not depend on anything that gradients flow through.
+        items = tuple(int(i) if isinstance(i, Tensor) else i for i in (index if isinstance(index, tuple) else (index,)))
+        return it.batch_free(func, (table, items), {}, [it.source(table)])
     if isinstance(index, tuple) and len(index) == 1:
         (index,) = index
     if it.source(table) is None or not isinstance(index, Tensor) or index.dtype == torch.bool:
         return NotImplemented
     return _lookup(it, func, table, index, -1, False)
+
+
+def _picks_one(index: Any) -> bool:
+    """Whether an index is made of whole numbers, slices and 0-d tensors: one expert of many, say."""
+    items = index if isinstance(index, tuple) else (index,)
+    single = [i for i in items if isinstance(i, Tensor)]
+    if not single or any(i.dim() or i.dtype in (torch.bool, torch.uint8) for i in single):
+        return False
+    return all(isinstance(i, Tensor | int | slice | type(None) | type(Ellipsis)) for i in items)
 
 
 def index_select(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -139,20 +243,23 @@ def index_select(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict
 
 def _lookup(it: Interceptor, func: Any, table: Any, ids: Tensor, padding: int, by_frequency: bool) -> Any:
     source = it.source(table)
-    if source is None or source.tensor.dim() != 2 or it.source(ids) is not None:
+    if source is None or source.tensor.dim() < 2 or it.source(ids) is not None:
         return NotImplemented
     if by_frequency:
         raise it.unsupported([source], func, "scale_grad_by_freq mixes the examples of a batch")
+    owners = it.owners(ids)
     # Negative indices of plain indexing count from the end; as a lookup they are wrapped.
     ids = torch.where(ids < 0, ids + len(table), ids) if func is not torch.embedding else ids
-    output = torch.embedding(table.detach(), ids)
-    step = it.step(func, source)
-    recorder, use = it.recorder, source
+    row = tuple(table.shape[1:])
+    output = torch.embedding(table.detach().flatten(1), ids)
+    output = output.unflatten(-1, row) if len(row) > 1 else output
+    use = it.use(func, owners, source)
+    used = source
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
-        recorder.embedding(use, step, saved[0], grad, padding if padding >= 0 else None)
+        it.sink.embedding(used, use, saved[0], grad.flatten(-len(row)), padding if padding >= 0 else None)
 
-    return it.tap(output, step, receive, ids)
+    return it.tap(output, use, receive, ids)
 
 
 def layer_norm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -199,8 +306,7 @@ def _norm_tap(
     bias: Source | None,
     statistics: Callable[[Tensor], tuple[Tensor | None, Tensor]],
 ) -> Any:
-    step = it.step(func, weight, bias)
-    recorder = it.recorder
+    use = it.use(func, it.owners(x, feature_dims), weight, bias)
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         # In single precision at least, as the normalisation itself does whatever the dtype of its input.
@@ -208,11 +314,11 @@ def _norm_tap(
         data, g = (t.to(precise).flatten(t.dim() - feature_dims) for t in (saved[0], grad))
         if weight is not None:
             # Mean and deviation again, which costs less than keeping normalised activations of every step.
-            recorder.scaled(weight, step, g, data, *statistics(data))
+            it.sink.scaled(weight, use, g, data, *statistics(data))
         if bias is not None:
-            recorder.vector_or_dense(bias, step, g)
+            it.sink.vector_or_dense(bias, use, g)
 
-    return it.tap(output, step, receive, x)
+    return it.tap(output, use, receive, x)
 
 
 def elementwise(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,24 +328,37 @@ def elementwise(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
         return NotImplemented
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     others = [t for t in tensors if it.source(t) is None and t.is_floating_point()]
-    recorder = it.recorder
+    owners = it.joint_owners([t for t in tensors if it.source(t) is None], shape)
 
     def expand(value: Any) -> Any:
         source = it.source(value)
         if source is None:
             return value
-        if it.routed and any(n != 1 for n in value.shape[:-1]):
-            raise it.unsupported(
-                [source], func, "rows of its input were picked by the data; only a vector can meet them"
-            )
-        step = it.step(func, source)
-        result = it.tap_expanded(source, step, lambda grad, _: recorder.expanded(source, step, grad), shape)
+        result = expanded(it, func, source, shape, owners)
         if value.dim() == 0 and others:
             # A 0-d operand does not take part in type promotion; expanded, it would.
             result = result.to(torch.result_type(others[0], value))
         return result
 
     return func(*(expand(v) for v in args), **{k: expand(v) for k, v in kwargs.items()})
+
+
+def expanded(it: Interceptor, func: Any, source: Source, shape: tuple[int, ...], owners: Owners | None) -> Tensor:
+    """A source broadcast to ``shape``, whose elements' gradients belong to ``owners``."""
+    use = it.use(func, owners, source)
+    return it.tap_expanded(source, use, lambda grad, _: it.sink.expanded(source, use, grad), tuple(shape))
+
+
+def setitem(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x[index] = P``: the parameter is broadcast to the places it is written to."""
+    x, index, value = args
+    source = it.source(value)
+    if source is None or it.source(x) is not None:
+        return NotImplemented
+    places = x.detach()[index]
+    part = it.owners_after(Tensor.__getitem__, (x, index), places)
+    func(x, index, expanded(it, func, source, tuple(places.shape), part))
+    return x
 
 
 def expand_to_batch(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -252,24 +371,23 @@ def expand_to_batch(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: d
         return NotImplemented
     shape = tuple(func(value.detach(), *args[1:], **kwargs).shape)
     aligned = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
-    if not gains_examples(value.shape, shape, it.batch_size, it.example_dims):
+    dim = gains_examples(value.shape, shape, it.batch_size, it.example_dims)
+    if dim is None:
         return NotImplemented
     if any(a not in (1, s) for a, s in zip(aligned, shape, strict=True)):  # tiled along other dimensions
         return NotImplemented
-    step = it.step(func, source)
-    recorder, use = it.recorder, source
-    expanded = it.tap_expanded(source, step, lambda grad, _: recorder.expanded(use, step, grad), shape)
+    owners = Owners.along_dim(shape, dim, value.device)
+    result = expanded(it, func, source, shape, owners)
     # A repeated tensor has memory of its own: the model may change it in place.
-    return expanded.clone(memory_format=torch.contiguous_format) if func is Tensor.repeat else expanded
+    result = result.clone(memory_format=torch.contiguous_format) if func is Tensor.repeat else result
+    it.follower.note(result, owners, tapped=True)
+    it.doubted = True
+    return result
 
 
 def attention(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``F.multi_head_attention_forward``: looked inside, where activations are ``(tokens, B, features)``."""
-    query = args[0] if args else kwargs["query"]
-    if query.dim() != 3 or it.routed:
-        return NotImplemented
-    with it.sequence_first(query.shape[1]):
-        return it.look_inside(func, args, kwargs)
+    """``F.multi_head_attention_forward``: looked inside."""
+    return it.look_inside(func, args, kwargs)
 
 
 def shape_or_type_only(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -279,36 +397,35 @@ def shape_or_type_only(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs
     return _without_capture(it, func, args, kwargs)
 
 
-def per_example(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Any other operation: mapped over micro-batches of one, with the parameter expanded per example.
+def per_row(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Any other operation: mapped over micro-batches of one row, with the parameter expanded for each.
 
-    The per-example gradient of the parameter is materialised for this one use. The result is compared with the plain
-    operation's, so that an operation which mixes examples is refused.
+    The gradient of the parameter is materialised by row for this one use. The result is compared with the plain
+    operation's, so that an operation which mixes rows is refused.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     sources = [s for s in map(it.source, leaves) if s is not None]
-    size, recorder = it.batch_size, it.recorder
-    if it.routed:
-        raise it.unsupported(sources, func, "rows of its input were picked by the data, and may be of any example")
-    if size is None:
-        raise it.unsupported(sources, func, "the batch size is not known before the loss; pass batches of tensors")
     if changes_in_place(func, kwargs):
         raise it.unsupported(sources, func, "it writes to a tensor in place")
     plain = _without_capture(it, func, args, kwargs)
-    step = it.step(func, *sources)
+    dims, owners = it.row_dims(func, leaves)
+    count = next((leaf.shape[d] for leaf, d in zip(leaves, dims, strict=True) if d is not None), None)
+    if count is None:
+        raise it.unsupported(sources, func, "its data has no dimension for the examples")
+    use = it.use(func, owners, *sources)
     mapped: list[Any] = []
     where: list[int] = []
-    for k, leaf in enumerate(leaves):
+    for k, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         source = it.source(leaf)
         if source is not None:
 
             def receive(grad: Tensor, _: tuple[Tensor, ...], source: Source = source) -> None:
-                recorder.dense(source, step, grad)
+                it.sink.dense_rows(source, use, grad)
 
-            mapped.append(it.tap_expanded(source, step, receive, (size, *leaf.shape)))
+            mapped.append(it.tap_expanded(source, use, receive, (count, *leaf.shape)))
             where.append(k)
-        elif isinstance(leaf, Tensor) and leaf.shape[:1] == (size,) and not it.is_constant(leaf):
-            mapped.append(leaf.unsqueeze(1))
+        elif dim is not None:
+            mapped.append(leaf.movedim(dim, 0).unsqueeze(dim + 1))
             where.append(k)
 
     def one(*values: Tensor) -> Any:
@@ -322,16 +439,32 @@ def per_example(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
         with warnings.catch_warnings():
             # Where torch maps an operation by a loop, it says so as a warning; the result is the same.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            result = torch.func.vmap(one, randomness="error")(*mapped).squeeze(1)
+            result = torch.func.vmap(one, randomness="error")(*mapped)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        if step == OUTSIDE or in_backward():  # left out; a recomputation comes here for those only
+        if use.step == OUTSIDE or in_backward():  # left out; a recomputation comes here for those only
             return plain
         raise it.unsupported(sources, func, f"it does not map over examples: {str(error).splitlines()[0]}") from error
-    if not isinstance(plain, Tensor) or result.shape != plain.shape:
+    dim = _row_dim(result, plain, next(d for d in dims if d is not None))
+    if dim is None:
         raise it.unsupported(sources, func, "its result has no dimension for the examples")
+    result = result.movedim(0, dim).squeeze(dim + 1)
     if not torch.allclose(result.detach(), plain.detach(), rtol=1e-3, atol=1e-5):
         raise it.unsupported(sources, func, "it mixes the examples of a batch")
+    if owners is not None:
+        it.follower.note(result, owners.at(dim, result.shape), tapped=True)
     return result
+
+
+def _row_dim(mapped: Any, plain: Any, likely: int) -> int | None:
+    """The dimension of an operation's result in which its rows lie that were computed one by one: ``mapped``
+    ``(n, *shape with 1 there)``; None if there is none."""
+    if not isinstance(plain, Tensor) or not isinstance(mapped, Tensor):
+        return None
+    one = mapped.shape[1:]
+    for dim in (likely, *range(len(one))):
+        if dim < len(one) and one[dim] == 1 and (*one[:dim], len(mapped), *one[dim + 1 :]) == tuple(plain.shape):
+            return dim
+    return None
 
 
 def _named(*names: str) -> list[Any]:
@@ -361,10 +494,12 @@ ELEMENTWISE = _named(
 RULES: dict[Any, Rule] = {
     F.linear: linear,
     F.multi_head_attention_forward: attention,
-    **dict.fromkeys(_named("matmul", "mm"), matmul),
+    **dict.fromkeys(_named("matmul", "mm", "bmm"), matmul),
     **dict.fromkeys(_named("addmm"), addmm),
+    torch.einsum: einsum,
     torch.embedding: embedding,
     Tensor.__getitem__: getitem,
+    Tensor.__setitem__: setitem,
     **dict.fromkeys(_named("index_select"), index_select),
     torch.layer_norm: layer_norm,
     torch.rms_norm: rms_norm,
@@ -373,6 +508,6 @@ RULES: dict[Any, Rule] = {
         (Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as), shape_or_type_only
     ),
     "expand": expand_to_batch,
-    "any": per_example,
+    "any": per_row,
 }
 """Rules by function; ``"expand"`` and ``"any"`` are the two that do not go by the function alone."""

@@ -1,0 +1,230 @@
+"""Follows owners through the torch calls of a forward pass.
+
+For every call that data takes part in, a rule tells the owners of the result from those of the operands. Rules may say
+too little (*not known*), never too much: the owner of an element of the result is that of every element that gradients
+reach from it. Then the owners of the losses decide: where loss ``i`` belongs to example ``i`` and to nobody else, no
+gradient of another loss can have reached a row that was followed to there, and what was followed is a fact of this
+batch. Where it does not, owners are found by gradients (:mod:`stepinfluence.capture.found`).
+
+Only what comes after a tapped use can carry a gradient to it. Such tensors are *tapped*; the owners of all others
+(inputs, masks, states before the loop) are mere labels, and give way where the two meet.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from stepinfluence.capture.owners import NOBODY, UNKNOWN, Owners, filled, meet
+from stepinfluence.capture.sources import TensorSet, base_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """Owners of one operand, and whether gradients of tapped uses flow through it."""
+
+    owners: Owners
+    strong: bool
+
+
+Found: TypeAlias = "Owners | None | Sequence[Owners | None]"
+Rule: TypeAlias = Callable[["Follower", Any, tuple[Any, ...], dict[str, Any], Any], Found]
+"""``(follower, function, args, kwargs, result) -> owners`` of the result, or of each of several; None for nobody."""
+
+
+class _NotStaticError(Exception):
+    """A call's arguments hold tensors."""
+
+
+def _static(value: Any) -> Hashable:
+    """An argument as a key; two equal keys ask for the same."""
+    if isinstance(value, Tensor):
+        raise _NotStaticError
+    if isinstance(value, slice):
+        return "slice", _static(value.start), _static(value.stop), _static(value.step)
+    if isinstance(value, list | tuple):
+        return tuple(_static(v) for v in value)
+    return value if isinstance(value, Hashable) else repr(value)
+
+
+class Follower:
+    """Owners of the tensors of one forward pass, by identity.
+
+    Attributes:
+        batch_size: examples of the batch; None: not known, and nothing is followed.
+        in_use: whether the call being followed is one in which parameters met data.
+        calls: names of functions without a rule that tapped data went through.
+    """
+
+    def __init__(self, rules: dict[Any, Rule]) -> None:
+        self._rules = rules
+        self.reset(None)
+
+    def reset(self, batch_size: int | None) -> None:
+        self.batch_size = batch_size
+        self.in_use = False
+        self.calls: set[str] = set()
+        self._known: dict[int, tuple[weakref.ref[Tensor], Owners, bool]] = {}
+        self._nobodys = TensorSet()  # results that require grad and that nobody has a part in
+        self._memo: dict[Hashable, tuple[Any, Any]] = {}
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def note(self, tensor: Tensor, owners: Owners, *, tapped: bool) -> None:
+        key, known = id(tensor), self._known
+        known[key] = (weakref.ref(tensor, lambda _: known.pop(key, None)), owners, tapped)
+
+    def forget(self, tensor: Tensor) -> None:
+        self._known.pop(id(tensor), None)
+
+    def knows(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._known
+
+    def meets(self, operand: Tensor) -> None:
+        """Data that takes part in a call: where it carries gradients and was made out of sight, nothing is known."""
+        if operand.grad_fn is not None and not self.knows(operand) and not self._nobodys.has_id(id(operand)):
+            self.unknown(operand)
+
+    def owners(self, tensor: Tensor) -> Owners | None:
+        found = self._known.get(id(tensor))
+        return None if found is None else found[1]
+
+    def part(self, value: object) -> Part | None:
+        """Owners of an operand; None where nobody has a part in it."""
+        if not isinstance(value, Tensor) or (found := self._known.get(id(value))) is None:
+            return None
+        return Part(found[1], found[2] and value.requires_grad)
+
+    def unknown(self, tensor: Tensor) -> None:
+        """From now on nothing is known of a tensor."""
+        self.note(tensor, self.not_known(tensor), tapped=True)
+
+    def not_known(self, tensor: Tensor) -> Owners:
+        return Owners.same(tensor.shape, UNKNOWN, tensor.device)
+
+    def nobody(self, tensor: Tensor) -> Owners:
+        return Owners.same(tensor.shape, NOBODY, tensor.device)
+
+    def combine(self, parts: Sequence[Part | None], shape: Sequence[int]) -> Owners | None:
+        """What operands give that meet in a tensor of ``shape``; strong ones first."""
+        given = [p for p in parts if p is not None]
+        if not given:
+            return None
+        if len(given) == 1:
+            return given[0].owners.broadcast(shape)
+        key = ("meet", tuple((id(p.owners), p.strong) for p in given), tuple(shape))
+        if (held := self._memo.get(key)) is not None:
+            return held[1]  # type: ignore[no-any-return]
+        strong = [p.owners for p in given if p.strong]
+        weak = [p.owners for p in given if not p.strong]
+        if not strong or not weak:
+            result = meet(strong or weak, shape)
+        else:
+            result = filled(meet(strong, shape), meet(weak, shape))
+        self._memo[key] = (given, result)
+        return result
+
+    def remembered(self, func: Any, owners: Owners, arguments: Any, make: Callable[[], Any]) -> Any:
+        """``make()``, once for each function, owners and arguments without tensors."""
+        try:
+            key = (func, id(owners), _static(arguments))
+        except _NotStaticError:
+            return make()
+        if (held := self._memo.get(key)) is None:
+            held = self._memo[key] = (owners, make())
+        return held[1]
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def has_rule(self, func: Any) -> bool:
+        return func in self._rules
+
+    def follow(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        result: Any,
+        operands: Sequence[Tensor],
+        *,
+        in_place: bool,
+        use: bool = False,
+    ) -> None:
+        """Note the owners of what ``func`` gave.
+
+        Args:
+            operands: all its tensors that are data.
+            in_place: whether it wrote to its first argument, or to ``out``.
+            use: whether parameters met data in it.
+        """
+        if in_place:
+            result = kwargs["out"] if isinstance(kwargs.get("out"), Tensor) else args[0]
+        results = result if isinstance(result, tuple | list) else (result,)
+        parts = [p for p in map(self.part, operands) if p is not None]
+        if not parts:
+            for value in results:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    self._nobodys.add(value)
+            return
+        tapped = use or any(p.strong for p in parts)
+        if not self.has_rule(func) and tapped and any(isinstance(r, Tensor) and r.requires_grad for r in results):
+            self.calls.add(getattr(func, "__name__", str(func)))
+        self.in_use = use
+        found = self._rules.get(func, _no_rule)(self, func, args, kwargs, result)
+        if found is None or isinstance(found, Owners):
+            found = [found] * len(results)
+        for value, owners in zip(results, found, strict=True):
+            if not isinstance(value, Tensor):
+                continue
+            if owners is not None and owners.shape != tuple(value.shape):
+                owners = self.not_known(value)  # a form of the call that its rule does not know
+            if use and owners is not None and owners.hi is not owners.lo:
+                owners = self.remembered("anybody", owners, (), owners.anybody)
+            if in_place:
+                self._written(value, owners, tapped)
+            elif owners is not None:
+                self.note(value, owners, tapped=tapped)
+
+    def after(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> Owners | None:
+        """Owners of the result of a call by its rule, without noting them."""
+        found = self._rules.get(func, _no_rule)(self, func, args, kwargs, result)
+        return found if found is None or isinstance(found, Owners) else found[0]
+
+    def _written(self, tensor: Tensor, owners: Owners | None, tapped: bool) -> None:
+        """A tensor, and with it all that shares its memory, has been changed in place."""
+        before = self.owners(tensor)
+        if owners is None:
+            self.forget(tensor)
+            self._nobodys.add(tensor)
+        else:
+            self.note(tensor, owners, tapped=tapped)
+        same = before is not None and owners is not None and _alike(before, owners)
+        if same and not tapped:
+            return
+        base = base_of(tensor)
+        sharing = [other for ref, _, _ in list(self._known.values()) if (other := ref()) is not None]
+        for other in (*sharing, *self._nobodys.held(), base):
+            if other is not tensor and base_of(other) is base:
+                owners = self.owners(other) if same else None
+                self.note(other, self.not_known(other) if owners is None else owners, tapped=True)
+
+
+def _no_rule(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
+    results = result if isinstance(result, tuple | list) else (result,)
+    return [f.not_known(r) if isinstance(r, Tensor) else None for r in results]
+
+
+def _alike(one: Owners, other: Owners) -> bool:
+    return one is other or (one.along is not None and one.along == other.along and one.shape == other.shape)
+
+
+def arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> types.SimpleNamespace:
+    """A call's arguments by name; None for those not given."""
+    given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
+    return types.SimpleNamespace(**given)

@@ -1,0 +1,184 @@
+"""Owners found by gradients, for a batch in which they could not be followed.
+
+Gradients know: if example ``b``'s loss is scaled by ``2**e_b``, so is the gradient at each of its rows, exactly (a power
+of two changes no digit of a floating-point number), and nobody else's. So the graph is walked once with all weights one
+and once for each digit of the example's number, written in a base of distinct powers of two; the ratios at each row
+spell its owner. Two numbers and a position are kept of each row in these passes, and nothing is sketched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepinfluence.capture.interceptor import OUTSIDE, Interceptor
+from stepinfluence.capture.rows import REDUCED, Use
+from stepinfluence.capture.sources import Source
+from stepinfluence.errors import LayoutError
+
+MAX_EXPONENT = {torch.float16: 3}
+"""Largest power of two that a loss is scaled by, where the dtype's range is small; 31 otherwise."""
+
+
+class _Rows:
+    """What the passes so far have told of the rows of one use."""
+
+    def __init__(self, use: Use, rows: Tensor) -> None:
+        self.use = use
+        self.column = rows.abs().argmax(1, keepdim=True) if rows.shape[1] else None
+        self.value, self.norm = self._look(rows)
+        self.owners = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        self.dtype = torch.float32
+        self.last: int | None = None
+
+    def _look(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        norm = rows.norm(dim=1)
+        return (norm if self.column is None else rows.gather(1, self.column).squeeze(1)), norm
+
+    def read(self, rows: Tensor, base: int, place: int) -> None:
+        """Add the digit of weight ``place`` to the owners."""
+        value, norm = self._look(rows)
+        empty = self.value == 0
+        # Rows without gradient belong to nobody; counted to example 0, they add zero to its features.
+        ratio = torch.where(empty, 1.0, value / torch.where(empty, 1.0, self.value))
+        digit = ratio.clamp(min=1e-3).log2().round()
+        scale = 2**digit
+        tolerance = 1e-2 if self.dtype in REDUCED else 1e-4
+        same = ((ratio - scale).abs() <= tolerance * scale) & ((norm - scale * self.norm).abs() <= tolerance * norm)
+        if not bool(((same | empty) & (digit >= 0) & (digit < base)).all()):
+            raise LayoutError(
+                f"{self.use.name}: a row's gradient is no single example's; examples must not influence one another "
+                "within a batch (batch_dim= says where they lie), and hooks on gradients must be linear"
+            )
+        self.owners += digit.long() * place
+
+
+class Scout:
+    """Takes the place of a recorder in the passes that find owners."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, _Rows] = {}
+        self._digit: tuple[int, int] | None = None
+        self._passes = 0
+
+    def passes(self, losses: Tensor, weights: Tensor) -> Iterator[Tensor]:
+        """Loss weights ``(B,)`` of the passes; run a backward pass for each while it is current."""
+        yield weights
+        dtypes = {rows.dtype for rows in self._rows.values()}
+        base = 1 + min((MAX_EXPONENT.get(dtype, 31) for dtype in dtypes), default=31)
+        numbers = torch.arange(len(losses), device=losses.device)
+        place = 1
+        while place < len(losses):
+            self._digit = base, place
+            self._passes += 1
+            yield weights * (2.0 ** (numbers // place % base)).to(weights)
+            place *= base
+        for rows in self._rows.values():
+            rows.use.found = rows.owners
+
+    def _scout(self, use: Use, grad: Tensor, trailing: int) -> None:
+        lead = grad.dim() - trailing
+        rows = grad.reshape(math.prod(grad.shape[:lead]), math.prod(grad.shape[lead:])).double()
+        held = self._rows.get(id(use))
+        if held is None:
+            held = self._rows[id(use)] = _Rows(use, rows)
+            held.dtype = grad.dtype
+        elif held.last != self._passes and self._digit is not None:  # once a pass: other sources have the same rows
+            held.read(rows, *self._digit)
+        held.last = self._passes
+
+    def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:
+        # Of a parameter used transposed, the gradient comes as the activations: one of the two scales.
+        self._scout(use, grad * activations.norm(dim=-1, keepdim=True), 1)
+
+    def products(
+        self, source: Source, use: Use, x: Tensor, grad: Tensor, counts: tuple[int, int, int], back: Sequence[int]
+    ) -> None:
+        self._scout(use, grad, counts[0] + counts[1])
+
+    def vector(self, source: Source, use: Use, grads: Tensor) -> None:
+        self._scout(use, grads, 1)
+
+    def vector_or_dense(self, source: Source, use: Use, grads: Tensor) -> None:
+        self._scout(use, grads, 1)
+
+    def scaled(
+        self, source: Source, use: Use, grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor
+    ) -> None:
+        self._scout(use, grads, 1)
+
+    def embedding(self, source: Source, use: Use, ids: Tensor, grad: Tensor, padding: int | None) -> None:
+        self._scout(use, grad, 1)
+
+    def expanded(self, source: Source, use: Use, grad: Tensor) -> None:
+        arranged, free = use.lead_last(grad, source.tensor.shape)
+        self._scout(use, arranged, grad.dim() - len(free))
+
+    def dense_rows(self, source: Source, use: Use, grads: Tensor) -> None:
+        self._scout(use, grads, grads.dim() - 1)
+
+
+def owners_of_rows(interceptor: Interceptor, losses: Tensor) -> Literal["followed", "found"]:
+    """Make the owners of all uses of a forward pass known.
+
+    Args:
+        interceptor: after the forward pass that gave ``losses`` ``(B,)``.
+
+    Returns:
+        Whether they had been followed to the losses, or were found by gradients in further backward passes.
+
+    Raises:
+        LayoutError: some row belongs to more than one example.
+    """
+    size = len(losses)
+    interceptor.shared.size = size
+    if size <= 1 or followed_to(interceptor, losses):
+        return "followed"
+    scout = Scout()
+    interceptor.sink = scout
+    for weights in scout.passes(losses, torch.ones_like(losses)):
+        run_backward(interceptor, losses, weights, keep=True)
+    return "found"
+
+
+def followed_to(interceptor: Interceptor, losses: Tensor) -> bool:
+    """Whether what was followed comes out at the losses as it should: each with one owner, none twice."""
+    owners = interceptor.follower.owners(losses)
+    if owners is None or owners.shape != tuple(losses.shape):
+        return False
+    if any(use.owners is None for use in interceptor.uses if use.step != OUTSIDE):
+        return False
+    if owners.along == 0:
+        return True
+    lo, hi = (ends.expand(owners.shape).tolist() for ends in (owners.lo, owners.hi))
+    places = {a: k for k, (a, b) in enumerate(zip(lo, hi, strict=True)) if a == b}
+    alone = sum(a > b for a, b in zip(lo, hi, strict=True))  # losses that the loop has no part in
+    if len(places) + alone < len(losses) or not all(0 <= a < len(losses) for a in places):
+        return False
+    left = iter(sorted(set(range(len(losses))) - set(places.values())))
+    order = [places[a] if a in places else next(left) for a in range(len(losses))]
+    if order != sorted(order):
+        interceptor.shared.relabelled = torch.tensor(order, device=losses.device)
+    return True
+
+
+def run_backward(interceptor: Interceptor, losses: Tensor, weights: Tensor, *, keep: bool) -> None:
+    """A backward pass from the losses to the taps alone, weighted ``(B,)``; ``keep`` the graph for another."""
+    shared = interceptor.shared
+
+    def began(_: Tensor) -> None:
+        shared.graph_task = torch._C._current_graph_task_id()
+
+    handle = losses.register_hook(began)
+    try:
+        # The anchor is reached through taps only: nothing but the way from the loss to the taps is computed. The mode
+        # is on because activation checkpointing runs the forward pass again.
+        with interceptor:
+            torch.autograd.backward(losses, weights, inputs=[interceptor.anchor], retain_graph=keep)
+    finally:
+        handle.remove()
+        shared.graph_task = -1
