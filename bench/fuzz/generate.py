@@ -1,0 +1,169 @@
+"""Draws specs. All random choices go through one ``random.Random``, so hypothesis can make them, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any, TypeVar
+
+from bench.fuzz.layouts import FOLDS, MOVES, SEQUENTIAL_FOLDS
+from bench.fuzz.leaves import FORMS, VECTORS
+from bench.fuzz.spec import Batch, Node, Spec, walk
+
+T = TypeVar("T")
+
+MODES = ("res", "plain", "gate")
+HOWS: dict[str, Sequence[str]] = {
+    "linear": tuple(FORMS),
+    "norm": ("layer", "rms", "group", "by hand", "addcmul"),
+    "vector": tuple(VECTORS),
+    "lookup": ("module", "padding", "getitem", "select", "one hot", "scores"),
+    "cell": ("gru", "rnn"),
+    "buffer": ("decay", "small", "in place", "power", "ema", "spectral_norm"),
+    "hook": ("scale", "clamp", "grad", "grad in hook"),
+    "attention": ("manual", "sdpa", "causal", "heads in batch", "module", "module, tokens first"),
+    "convolution": ("module", "depthwise", "causal", "unfolded", "functional"),
+    "positions": ("mix", "prefix", "generated", "channels", "module", "module, expanded", "slice"),
+    "recurrent": ("gru", "lstm"),
+    "plain": ("mean", "cumsum", "roll", "flip"),
+    "mixing": ("mean", "flip", "roll", "attention", "softmax", "maximum", "cumsum"),
+    "fold": tuple(FOLDS),
+    "unpad": ("slices", "backwards", "narrow", "unbind", "index", "index_select", "mask", "packed"),
+    "reorder": tuple(MOVES),
+    "parts": ("ragged", "one by one", "integers", "chunk", "split", "tokens one by one"),
+    "streams": ("cat", "interleaved", "stacked"),
+    "depth": ("gather", "pairs", "flattened"),
+    "route": (
+        "index_add", "index_add_", "index_put", "mask", "sorted", "weighted", "stacked", "number as tensor", "unbind",
+        "gathered weights", "all", "bmm", "einsum",
+    ),
+}  # fmt: skip
+BACKS = {"unpad": ("pad_sequence", "stack", "mask", "masked_scatter", "rows", "index_copy"), "reorder": tuple(MOVES)}
+ORDERS = ("length", "first token", "sum", "flip", "roll")
+
+TOKENWISE = {"linear": 9, "norm": 3, "vector": 4, "lookup": 2, "cell": 1, "hook": 1, "route": 2}
+ALONG = {**TOKENWISE, "attention": 3, "convolution": 2, "positions": 2, "recurrent": 0.4, "plain": 2}
+AROUND = {"fold": 3, "unpad": 2, "reorder": 2, "parts": 1, "streams": 1, "depth": 1}
+LOOPS = {
+    "plain": 12, "halting": 2, "truncated": 1, "without gradient": 1, "checkpointed": 2, "implicit": 1.5,
+    "implicit anew": 0.7, "two levels": 2,
+}  # fmt: skip
+
+
+def weighted(random: Random, weights: dict[str, float]) -> str:
+    return random.choices(list(weights), list(weights.values()))[0]
+
+
+def draw(random: Random, *, without: Sequence[str] = ()) -> Spec:
+    """A spec. Names in ``without`` (of :meth:`Spec.features`, as ``"route"`` or ``"loop implicit"``) do not occur in it."""
+    while True:
+        spec = _draw(random)
+        if not spec.features() & set(without) and not set(spec.kinds()) & set(without):
+            return spec
+
+
+def _draw(random: Random) -> Spec:
+    heads = random.choice((1, 2, 2))
+    d = random.choice((2, 4, 4, 6))
+    training = random.random() < 0.2
+    mixes = random.random() < 0.06
+    attach = "whole" if mixes else random.choice(("whole", "whole", "halves", "inner"))
+    body = [node_along(random, 0) for _ in range(random.choice((1, 2, 2, 3)))]
+    if training and random.random() < 0.6:
+        body.insert(random.randrange(len(body) + 1), leaf(random, "buffer"))
+    if not any(has_parameters(node) for node in walk(body)):
+        body.insert(0, leaf(random, "linear"))
+    if mixes:
+        # After an operation with parameters, whose gradients then show that examples meet.
+        body += [leaf(random, "linear"), leaf(random, "mixing")]
+        if training and random.random() < 0.3:
+            body[-1]["how"] = "batch norm"
+    loop = "plain" if mixes else weighted(random, LOOPS)
+    return Spec(
+        seed=random.randrange(1 << 20),
+        d=d,
+        heads=heads,
+        steps=2 if mixes else random.choice((1, 2, 2, 3)),
+        body=body,
+        batches=draw_batches(random, d, at_least=2 if mixes else 1),
+        loop=loop,
+        residual=random.choice(("none", "add", "inject")),
+        attach=attach,
+        readout=random.choice(("tokens", "tokens", "mean")),
+        running=training and not mixes and random.random() < 0.2,
+        training=training,
+        mixes=mixes,
+    )
+
+
+def has_parameters(node: Node) -> bool:
+    return "inner" not in node and node["op"] not in ("plain", "mixing")
+
+
+def leaf(random: Random, op: str) -> Node:
+    node: dict[str, Any] = {"op": op, "how": random.choice(HOWS[op])}
+    if op in ("linear", "vector", "lookup", "buffer", "convolution", "positions"):
+        node["mode"] = random.choice(MODES)
+    if op == "linear" and node["how"] == "module":
+        node["bias"] = random.random() < 0.7
+    if op == "route":
+        node |= {
+            "experts": random.choice((2, 2, 3)),
+            "by": random.choice(("ids", "ids", "gate", "two")),
+            "skip": random.random() < 0.5,
+        }
+    return node
+
+
+def node_along(random: Random, depth: int) -> Node:
+    """An operation on ``(rows, tokens, d)`` in which a row's tokens are of one example."""
+    if depth < 2 and random.random() < (0.4 if depth == 0 else 0.2):
+        return around(random, depth)
+    return leaf(random, weighted(random, ALONG))
+
+
+def around(random: Random, depth: int) -> Node:
+    op = weighted(random, AROUND)
+    how = random.choice(HOWS[op])
+    node: Node = {"op": op, "how": how}
+    if op == "fold":
+        node["n"] = random.choice((1, 2, 2, 3))
+    if op in BACKS:
+        node["back"] = random.choice(BACKS[op])
+    if op == "reorder":
+        node["order"] = random.choice(ORDERS)
+    along = op in ("parts", "depth", "reorder") or (op == "fold" and how in SEQUENTIAL_FOLDS)
+    along |= op == "streams" and how != "stacked"
+    count = random.choice((1, 1, 2))
+    node["inner"] = [
+        node_along(random, depth + 1) if along else leaf(random, weighted(random, TOKENWISE)) for _ in range(count)
+    ]
+    return node
+
+
+def draw_batches(random: Random, d: int, *, at_least: int = 1) -> list[Batch]:
+    """Two to four batches. Sizes come from a few small numbers, so that different ones often are equal."""
+    small = (1, 2, 3, 4)
+    size, width = max(at_least, random.choice(small)), random.choice((2, 3, 4, 6))
+    equal_tokens = random.random() < 0.4
+    batches = []
+    for k in range(random.choice((2, 3, 3, 4))):
+        if k and random.random() < 0.7:
+            if equal_tokens:  # as token-budget batching makes them
+                total = size * width
+                size, width = random.choice([(b, total // b) for b in (1, 2, 3, 4, 6) if total % b == 0 and 1 < total // b <= 12])
+                size = max(at_least, size)
+            else:
+                size, width = max(at_least, random.choice((*small, d))), random.choice((2, 3, 4, 6, d))
+        # The first batch is often one in which a wrong decision shows nothing.
+        benign = random.random() < (0.6 if k == 0 else 0.2)
+        lengths = [width] * size if benign else [random.randint(1, width) for _ in range(size)]
+        style = "random"
+        if benign:
+            style = random.choice(("random", "sorted", "first"))
+        elif random.random() < 0.2:
+            style = "first"
+        if random.random() < 0.3:
+            lengths.sort()
+        batches.append(Batch(lengths, width, random.randrange(1 << 20), style))
+    return batches
