@@ -135,7 +135,8 @@ def tokens(batch: Batch, experts: int) -> Tensor:
         mark = torch.arange(ids.numel()).view(shape) < shape[0]
         low = ids // experts * experts
         ids = torch.where(mark, low.clamp(min=experts), low.clamp(max=VOCABULARY - experts) + 1)
-    ids[torch.arange(batch.width) >= torch.tensor(batch.lengths)[:, None]] = 0
-    if batch.style == "sorted":
-        ids = ids[torch.argsort(ids[:, 0], stable=True)]
+    lengths = batch.lengths
+    if batch.style == "sorted":  # every column, so that every sum is in order, too
+        ids, lengths = ids.sort(0).values, sorted(lengths)
+    ids[torch.arange(batch.width) >= torch.tensor(lengths)[:, None]] = 0
     return ids

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from bench.fuzz.layouts import FOLDS, MOVES, SEQUENTIAL_FOLDS
 from bench.fuzz.leaves import FORMS, VECTORS
+from bench.fuzz.sequences import LONGEST
 from bench.fuzz.spec import Batch, Node, Spec, walk
 
 T = TypeVar("T")
@@ -41,8 +42,16 @@ HOWS: dict[str, Sequence[str]] = {
 BACKS = {"unpad": ("pad_sequence", "stack", "mask", "masked_scatter", "rows", "index_copy"), "reorder": tuple(MOVES)}
 ORDERS = ("length", "first token", "sum", "flip", "roll")
 
+COMMON: dict[str, Sequence[str]] = {
+    "linear": ("module", "module", "functional", "matmul", "t", "qkv"), "norm": ("layer", "rms", "by hand"),
+    "vector": ("scale", "bias", "exp"), "lookup": ("module",), "attention": ("manual", "sdpa"),
+    "convolution": ("module", "depthwise"), "route": ("index_add", "mask", "stacked"),
+}  # fmt: skip
+"""Half of all models are made of these only, around one layout: what the layout does is then not hidden by a refusal."""
+
 TOKENWISE = {"linear": 9, "norm": 3, "vector": 4, "lookup": 2, "cell": 1, "hook": 1, "route": 2}
 ALONG = {**TOKENWISE, "attention": 3, "convolution": 2, "positions": 2, "recurrent": 0.4, "plain": 2}
+PLAINEST = {"linear": 5, "norm": 1, "vector": 2, "lookup": 0.5}
 AROUND = {"fold": 3, "unpad": 2, "reorder": 2, "parts": 1, "streams": 1, "depth": 1}
 LOOPS = {
     "plain": 12, "halting": 2, "truncated": 1, "without gradient": 1, "checkpointed": 2, "implicit": 1.5,
@@ -68,7 +77,11 @@ def _draw(random: Random) -> Spec:
     training = random.random() < 0.2
     mixes = random.random() < 0.06
     attach = "whole" if mixes else random.choice(("whole", "whole", "halves", "inner"))
-    body = [node_along(random, 0) for _ in range(random.choice((1, 2, 2, 3)))]
+    common = random.random() < 0.5
+    if common:
+        body = common_body(random)
+    else:
+        body = [node_along(random, 0) for _ in range(random.choice((1, 2, 2, 3)))]
     if training and random.random() < 0.6:
         body.insert(random.randrange(len(body) + 1), leaf(random, "buffer"))
     if not any(has_parameters(node) for node in walk(body)):
@@ -78,7 +91,11 @@ def _draw(random: Random) -> Spec:
         body += [leaf(random, "linear"), leaf(random, "mixing")]
         if training and random.random() < 0.3:
             body[-1]["how"] = "batch norm"
-    loop = "plain" if mixes else weighted(random, LOOPS)
+    loop = "plain" if mixes or (common and random.random() < 0.5) else weighted(random, LOOPS)
+    running = training and not mixes and random.random() < 0.2
+    if loop in ("checkpointed", "implicit anew") and any(node["op"] == "buffer" for node in walk(body)):
+        # What runs again in the backward pass would move buffers once more: then no value is the right one.
+        loop = "plain"
     return Spec(
         seed=random.randrange(1 << 20),
         d=d,
@@ -90,7 +107,7 @@ def _draw(random: Random) -> Spec:
         residual=random.choice(("none", "add", "inject")),
         attach=attach,
         readout=random.choice(("tokens", "tokens", "mean")),
-        running=training and not mixes and random.random() < 0.2,
+        running=running,
         training=training,
         mixes=mixes,
     )
@@ -100,8 +117,19 @@ def has_parameters(node: Node) -> bool:
     return "inner" not in node and node["op"] not in ("plain", "mixing")
 
 
-def leaf(random: Random, op: str) -> Node:
-    node: dict[str, Any] = {"op": op, "how": random.choice(HOWS[op])}
+def common_body(random: Random) -> list[Node]:
+    """One layout around one or two common operations, another beside it."""
+    if random.random() < 0.25:
+        middle = leaf(random, "route", common=True)
+    else:
+        middle = around(random, 2)
+        middle["inner"] = [leaf(random, weighted(random, PLAINEST), common=True) for _ in range(random.choice((1, 2)))]
+    beside = leaf(random, random.choice(("linear", "norm", "attention", "convolution")), common=True)
+    return random.choice(([middle], [beside, middle], [middle, leaf(random, "plain")]))
+
+
+def leaf(random: Random, op: str, *, common: bool = False) -> Node:
+    node: dict[str, Any] = {"op": op, "how": random.choice(COMMON[op] if common else HOWS[op])}
     if op in ("linear", "vector", "lookup", "buffer", "convolution", "positions"):
         node["mode"] = random.choice(MODES)
     if op == "linear" and node["how"] == "module":
@@ -127,7 +155,7 @@ def around(random: Random, depth: int) -> Node:
     how = random.choice(HOWS[op])
     node: Node = {"op": op, "how": how}
     if op == "fold":
-        node["n"] = random.choice((1, 2, 2, 3))
+        node["n"] = random.choice((1, 2, 2, 3, 4))
     if op in BACKS:
         node["back"] = random.choice(BACKS[op])
     if op == "reorder":
@@ -145,25 +173,36 @@ def draw_batches(random: Random, d: int, *, at_least: int = 1) -> list[Batch]:
     """Two to four batches. Sizes come from a few small numbers, so that different ones often are equal."""
     small = (1, 2, 3, 4)
     size, width = max(at_least, random.choice(small)), random.choice((2, 3, 4, 6))
-    equal_tokens = random.random() < 0.4
-    batches = []
+    change = random.choice(("nothing", "nothing", "shape at equal tokens", "shape"))
+    batches: list[Batch] = []
     for k in range(random.choice((2, 3, 3, 4))):
-        if k and random.random() < 0.7:
-            if equal_tokens:  # as token-budget batching makes them
-                total = size * width
-                size, width = random.choice([(b, total // b) for b in (1, 2, 3, 4, 6) if total % b == 0 and 1 < total // b <= 12])
-                size = max(at_least, size)
-            else:
-                size, width = max(at_least, random.choice((*small, d))), random.choice((2, 3, 4, 6, d))
+        if k and change == "shape at equal tokens":  # as token-budget batching makes them
+            total = size * width
+            fitting = [b for b in (1, 2, 3, 4, 6, 8) if b >= at_least and total % b == 0 and 2 <= total // b <= LONGEST]
+            size = random.choice(fitting) if fitting else size
+            width = total // size
+        elif k and change == "shape":
+            size, width = max(at_least, random.choice((*small, d))), random.choice((2, 3, 4, 6, d))
         # The first batch is often one in which a wrong decision shows nothing.
-        benign = random.random() < (0.6 if k == 0 else 0.2)
-        lengths = [width] * size if benign else [random.randint(1, width) for _ in range(size)]
-        style = "random"
-        if benign:
-            style = random.choice(("random", "sorted", "first"))
-        elif random.random() < 0.2:
+        benign = random.random() < (0.6 if k == 0 else 0.1)
+        style = random.choice(("random", "sorted", "sorted", "first")) if benign else "random"
+        if not benign and random.random() < 0.25:
             style = "first"
-        if random.random() < 0.3:
-            lengths.sort()
-        batches.append(Batch(lengths, width, random.randrange(1 << 20), style))
+        batches.append(Batch(draw_lengths(random, size, width, benign), width, random.randrange(1 << 20), style))
     return batches
+
+
+def draw_lengths(random: Random, size: int, width: int, benign: bool) -> list[int]:
+    """Equal lengths, or lengths whose sum is that of equal ones, or any."""
+    equal = random.choice((width, (width + 1) // 2))
+    lengths = [equal] * size
+    if benign:
+        return lengths
+    if random.random() < 0.5:
+        return [random.randint(1, width) for _ in range(size)]
+    for _ in range(size):
+        i, j = random.randrange(size), random.randrange(size)
+        if i != j and lengths[i] > 1 and lengths[j] < width:
+            lengths[i] -= 1
+            lengths[j] += 1
+    return lengths

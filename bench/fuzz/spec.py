@@ -11,7 +11,7 @@ Node: TypeAlias = dict[str, Any]
 """An operation of the body: its name under ``op``, its settings, and what it is wrapped around under ``inner``."""
 
 KINDS = {
-    "inner gradient": ("implicit", "hook grad"),
+    "inner gradient": ("implicit", "hook grad", "hook grad in hook"),
     "folded": ("fold",),
     "unpadded": ("unpad",),
     "reordered": ("reorder",),
@@ -25,7 +25,7 @@ KINDS = {
 class Batch:
     """``lengths`` of the examples, padded with zeros to ``width``; the tokens follow from ``seed`` and ``style``.
 
-    Styles: ``random``; ``sorted`` (by first token: already in the order that a model would bring them in); ``first``
+    Styles: ``random``; ``sorted`` (by length, first token and sum: already in the order that a model would bring them in); ``first``
     (the first B of the flattened tokens go to expert 0, no other does).
     """
 
