@@ -6,9 +6,9 @@
     python -m bench.fuzz --replay 4711                    # the model of a seed again
     python -m bench.fuzz --replay '{"seed":1,"d":2,...}'  # the model of a spec again (or a file that holds one)
 
-Every model is right, refused, or wrong: wrong is a feature that differs from the sketch (or the entry) of the oracle's gradient
-by more than 1e-9 of the largest gradient of its batch, and a model that mixes examples and is not refused. Writes the
-counts, reasons of refusals and wrong models (shrunk) to ``--out``; exit status 1 if any model was wrong.
+Every model is right, refused, or wrong: wrong is a feature that differs from the sketch (or the entry) of the oracle's
+gradient by more than 1e-9 of the largest gradient of its batch, and a model that mixes examples and is not refused.
+Writes the counts, reasons of refusals and wrong models (shrunk) to ``--out``; exit status 1 if any model was wrong.
 """
 
 from __future__ import annotations

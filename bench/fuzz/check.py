@@ -7,13 +7,13 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from stepinfluence import Capture, ExactCapture, StepInfluenceError, attach
 from torch import Tensor, nn
 
 from bench.fuzz.build import build, loss_fn
 from bench.fuzz.oracle import Oracle, Truth
 from bench.fuzz.spec import Spec
 from sdi_kernels import CountSketch, TensorSketch, reference
-from stepinfluence import Capture, ExactCapture, StepInfluenceError, attach
 
 TOLERANCE = 1e-9
 """Largest allowed error, relative to the largest gradient norm in the example's batch (all is float64)."""
@@ -115,7 +115,7 @@ def sketching(capture: Capture, truth: Truth) -> Tensor:
         else:
             assert isinstance(sketch, CountSketch)
             blocks.append(reference.count_sketch(units, sketch))
-    return torch.block_diag(*blocks)
+    return torch.block_diag(*blocks)  # type: ignore[no-any-return]
 
 
 def compared(found: Tensor, expected: Tensor, batches: list[Tensor]) -> Outcome:
@@ -137,7 +137,7 @@ def refusal(spec: Spec, error: Exception) -> Outcome:
 
 
 def reason_of(error: Exception) -> str:
-    """An error's class and the beginning of its message, without the names and numbers that differ from model to model."""
+    """An error's class and the beginning of its message, without names and numbers that differ from model to model."""
     text = str(error).split("\n")[0]
     text = re.sub(r"\b(blocks|core)\.[\w.]+(, blocks\.[\w.]+)*( and \d+ more)?", "NAME", text)
     text = re.sub(r"\d+", "#", re.sub(r"\((#|\d+|, |'\.\.\.'|\.\.\.)+\)", "(SHAPE)", text))

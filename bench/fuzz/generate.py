@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, TypeVar
 
@@ -47,7 +47,7 @@ COMMON: dict[str, Sequence[str]] = {
     "vector": ("scale", "bias", "exp"), "lookup": ("module",), "attention": ("manual", "sdpa"),
     "convolution": ("module", "depthwise"), "route": ("index_add", "mask", "stacked"),
 }  # fmt: skip
-"""Half of all models are made of these only, around one layout: what the layout does is then not hidden by a refusal."""
+"""Half of all models are made of these only, around one layout: no refusal then hides what the layout does."""
 
 TOKENWISE = {"linear": 9, "norm": 3, "vector": 4, "lookup": 2, "cell": 1, "hook": 1, "route": 2}
 ALONG = {**TOKENWISE, "attention": 3, "convolution": 2, "positions": 2, "recurrent": 0.4, "plain": 2}
@@ -59,12 +59,12 @@ LOOPS = {
 }  # fmt: skip
 
 
-def weighted(random: Random, weights: dict[str, float]) -> str:
+def weighted(random: Random, weights: Mapping[str, float]) -> str:
     return random.choices(list(weights), list(weights.values()))[0]
 
 
 def draw(random: Random, *, without: Sequence[str] = ()) -> Spec:
-    """A spec. Names in ``without`` (of :meth:`Spec.features`, as ``"route"`` or ``"loop implicit"``) do not occur in it."""
+    """A spec without what is named in ``without``, in words of :meth:`Spec.features` or :meth:`Spec.kinds`."""
     while True:
         spec = _draw(random)
         if not spec.features() & set(without) and not set(spec.kinds()) & set(without):
@@ -78,10 +78,7 @@ def _draw(random: Random) -> Spec:
     mixes = random.random() < 0.06
     attach = "whole" if mixes else random.choice(("whole", "whole", "halves", "inner"))
     common = random.random() < 0.5
-    if common:
-        body = common_body(random)
-    else:
-        body = [node_along(random, 0) for _ in range(random.choice((1, 2, 2, 3)))]
+    body = common_body(random) if common else [node_along(random, 0) for _ in range(random.choice((1, 2, 2, 3)))]
     if training and random.random() < 0.6:
         body.insert(random.randrange(len(body) + 1), leaf(random, "buffer"))
     if not any(has_parameters(node) for node in walk(body)):

@@ -20,9 +20,10 @@ Inner: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 # Folding: windows or tokens go into the dimension of the examples ------------------------------------------------
 
+
 def fold(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tensor:
     how = node["how"]
-    rows, tokens, d = x.shape
+    rows, tokens, _ = x.shape
     n = math.gcd(tokens, node.get("n", 1)) if how in SEQUENTIAL_FOLDS else 1
     there, back = FOLDS[how]
     count = tokens // n
@@ -78,6 +79,7 @@ SEQUENTIAL_FOLDS = ("(b w) n d", "(w b) n d", "(w b) n d, cat", "(b w) n d, stac
 
 # Padding removed -------------------------------------------------------------------------------------------------
 
+
 def unpad(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tensor:
     how, put = node["how"], node["back"]
     lengths = (ids > 0).sum(1).tolist()
@@ -129,6 +131,7 @@ def unpad(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tensor:
 
 # Examples in another order ---------------------------------------------------------------------------------------
 
+
 def reorder(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tensor:
     rows = len(x)
     keys = {"length": (ids > 0).sum(1), "first token": ids[:, 0], "sum": ids.sum(1)}
@@ -168,6 +171,7 @@ def _set(x: Tensor, order: Tensor) -> Tensor:
 
 # Examples in parts -----------------------------------------------------------------------------------------------
 
+
 def parts(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tensor:
     how = node["how"]
     if how == "ragged":
@@ -192,12 +196,9 @@ def streams(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tenso
     other = x.flip(1).sin()
     if node["how"] == "interleaved":
         y = inner(torch.stack([x, other], 1).flatten(0, 1), ids.repeat_interleave(2, 0)).unflatten(0, (-1, 2))
-        return (y[:, 0] + y[:, 1]) / 2
+        return (y[:, 0] + y[:, 1]) / 2  # type: ignore[no-any-return]
     if node["how"] == "stacked":  # (2, rows, tokens, d): each token on its own
         y = inner(torch.stack([x, other]), torch.stack([ids, ids]))
         return (y[0] + y[1]) / 2
     a, b = inner(torch.cat([x, other], 0), torch.cat([ids, ids], 0)).chunk(2)
     return (a + b.flip(1)) / 2
-
-
-

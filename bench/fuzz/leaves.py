@@ -1,4 +1,4 @@
-"""Operations that work on every token alone: ``(x, ids) -> like x``, with ``x`` of shape ``(*lead, d)``, ``ids (*lead)``."""
+"""Operations on every token alone: ``(x, ids) -> like x``, with ``x`` of shape ``(*lead, d)`` and ``ids (*lead)``."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _qkv(m: Any, x: Tensor) -> Tensor:
 
 def _sum_of_slices(m: Any, x: Tensor) -> Tensor:
     h = x.shape[-1] // 2
-    return x[..., :h] @ m.w[:h] + F.linear(x[..., h:], m.w[:, h:])
+    return x[..., :h] @ m.w[:h] + F.linear(x[..., h:], m.w[:, h:])  # type: ignore[no-any-return]
 
 
 def _module(m: Any, x: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class Lookup(Leaf):
             return x + F.one_hot(ids, VOCABULARY).to(x.dtype) @ w
         if self.how == "scores":
             return x + F.linear(x, w).softmax(-1) @ w
-        return x + self.e(ids)
+        return x + self.e(ids)  # type: ignore[no-any-return]
 
 
 class Cell(Leaf):
@@ -243,14 +243,14 @@ class Buffered(Leaf):
         if self.how == "ema":
             if self.training:
                 self.u = 0.9 * self.u + 0.1 * w.detach()
-            return self.f(x) + x @ self.u
+            return self.f(x) + x @ self.u  # type: ignore[no-any-return]
         if self.how == "in place" and self.training:
             self.u.mul_(0.5).add_(0.05)
         elif self.how == "small" and self.training:
             self.u = self.u + 1e-4
         elif self.training:
             self.u = 0.5 * self.u + 0.05
-        return self.f(x) - self.u
+        return self.f(x) - self.u  # type: ignore[no-any-return]
 
 
 class Hooked(Leaf):
@@ -272,9 +272,7 @@ class Hooked(Leaf):
         elif self.how == "grad":
             start = y.detach().requires_grad_()
             again = torch.tanh(self.f(start))
-            y.register_hook(
-                lambda grad: grad + torch.autograd.grad(again, start, grad, retain_graph=True)[0]
-            )
+            y.register_hook(lambda grad: grad + torch.autograd.grad(again, start, grad, retain_graph=True)[0])
         elif self.how == "grad in hook":
             start, f = y.detach(), self.f
 

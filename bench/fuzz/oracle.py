@@ -1,7 +1,7 @@
 """What is right: batches of one, parameters of its own for every loop step, plain autograd. Knows nothing of captures.
 
-An example on its own cannot be mixed up with another; autograd tells the steps apart, as each computes with other leaves.
-Buffers are as they were for every example.
+An example on its own cannot be mixed up with another; autograd tells the steps apart, as each computes with other
+leaves. Buffers are as they were for every example.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Oracle:
             return run
 
         for module in self.body:
-            module.forward = counted(module, module.forward)  # type: ignore[method-assign]
+            module.forward = counted(module, module.forward)
         try:
             yield
         finally:
@@ -104,7 +104,9 @@ class Oracle:
 
     @contextmanager
     def buffers_kept(self) -> Iterator[None]:
-        held = [(m, name, b, b.clone()) for m in self.model.modules() for name, b in m._buffers.items() if b is not None]
+        held = [
+            (m, name, b, b.clone()) for m in self.model.modules() for name, b in m._buffers.items() if b is not None
+        ]
         try:
             yield
         finally:

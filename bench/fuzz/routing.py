@@ -15,8 +15,8 @@ from bench.fuzz.leaves import p
 class Route(nn.Module):
     """Every token goes to one expert of ``experts`` (or two): ``x (*lead, d), ids (*lead) -> (*lead, d)``.
 
-    ``by``: ``ids`` (the token's number decides), ``gate`` (a learned gate, whose weight scales the result), ``two`` (the
-    same with the two best). ``skip``: experts without tokens are not called.
+    ``by``: ``ids`` (the token's number decides), ``gate`` (a learned gate, whose weight scales the result), ``two``
+    (the same with the two best). ``skip``: experts without tokens are not called.
     """
 
     def __init__(self, d: int, heads: int, node: dict[str, Any]) -> None:
@@ -52,7 +52,9 @@ class Route(nn.Module):
         if self.how == "sorted":
             order = torch.argsort(chosen, stable=True)
             sizes = torch.bincount(chosen, minlength=self.count).tolist()
-            y = torch.cat([self.one(e, part) for e, part in enumerate(x[order].split(sizes)) if len(part) or not self.skip])
+            y = torch.cat(
+                [self.one(e, part) for e, part in enumerate(x[order].split(sizes)) if len(part) or not self.skip]
+            )
             return y[torch.argsort(order)]
         out = torch.zeros_like(x)
         for e in range(self.count):

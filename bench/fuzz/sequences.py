@@ -1,4 +1,4 @@
-"""Operations along an example's tokens: ``(x, ids) -> like x``, with ``x (rows, tokens, d)``, ``ids (rows, tokens)``."""
+"""Operations along an example's tokens: ``(x, ids) -> like x``, ``x (rows, tokens, d)`` and ``ids (rows, tokens)``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Attention(Leaf):
         if self.how == "module, tokens first":
             y = x.transpose(0, 1)
             y = self.f(y, y, y, key_padding_mask=masked)[0]
-            return x + y.transpose(0, 1)
+            return x + y.transpose(0, 1)  # type: ignore[no-any-return]
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in F.linear(x, self.w).chunk(3, -1))
         if self.how == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=~masked[:, None, None])

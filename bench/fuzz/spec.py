@@ -25,8 +25,8 @@ KINDS = {
 class Batch:
     """``lengths`` of the examples, padded with zeros to ``width``; the tokens follow from ``seed`` and ``style``.
 
-    Styles: ``random``; ``sorted`` (by length, first token and sum: already in the order that a model would bring them in); ``first``
-    (the first B of the flattened tokens go to expert 0, no other does).
+    Styles: ``random``; ``sorted`` (by length, first token and sum: already in the order that a model would bring them
+    in); ``first`` (the first B of the flattened tokens go to expert 0, no other does).
     """
 
     lengths: list[int]
