@@ -70,12 +70,16 @@ def fewer(nodes: list[Node]) -> Iterator[list[Node]]:
                     yield [*nodes[:k], {**node, "inner": inner}, *nodes[k + 1 :]]
 
 
+PLAINEST = {"op": "linear", "how": "module", "mode": "plain", "bias": False}
+
+
 def plainer(nodes: list[Node]) -> Iterator[list[Node]]:
-    """With an operation's settings brought to the commonest."""
-    common = {"linear": {"how": "module", "bias": False, "mode": "plain"}}
+    """With an operation replaced by the plainest one, or its settings by the commonest."""
     settings = {"mode": "plain", "by": "ids", "skip": False, "experts": 2, "n": 2}
     for k, node in enumerate(nodes):
-        for name, value in {**settings, **common.get(node["op"], {})}.items():
+        if "inner" not in node and node != PLAINEST:
+            yield [*nodes[:k], dict(PLAINEST), *nodes[k + 1 :]]
+        for name, value in settings.items():
             if name in node and node[name] != value:
                 yield [*nodes[:k], {**node, name: value}, *nodes[k + 1 :]]
         for inner in plainer(node.get("inner", [])):

@@ -75,8 +75,18 @@ class Tally:
                 {"capture": capture, "verdict": verdict, "reason": reason, "count": len(seeds), "seeds": seeds[:3]}
                 for (capture, verdict, reason), seeds in ordered
             ],
+            "minimal": self.minimal(),
             "wrong": [wrong.as_json() for wrong in self.wrong],
         }
+
+    def minimal(self) -> dict[str, list[dict[str, Any]]]:
+        """Shrunk wrong models by kind; of those with several kinds, nothing tells which one it is."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for wrong in self.wrong:
+            if wrong.minimal is not None and len(wrong.minimal.kinds()) <= 1:
+                (kind,) = wrong.minimal.kinds() or ["none of these"]
+                found.setdefault(kind, []).append(wrong.as_json())
+        return found
 
     def lines(self) -> list[str]:
         """For the terminal: verdicts, refusals by reason, wrong models by what their minimal spec is made of."""
