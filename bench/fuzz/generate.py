@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any, TypeVar
 
@@ -46,6 +46,7 @@ COMMON: dict[str, Sequence[str]] = {
     "linear": ("module", "module", "functional", "matmul", "t", "qkv"), "norm": ("layer", "rms", "by hand"),
     "vector": ("scale", "bias", "exp"), "lookup": ("module",), "attention": ("manual", "sdpa"),
     "convolution": ("module", "depthwise"), "route": ("index_add", "mask", "stacked"),
+    "fold": ("(b w) n d", "(b w) n d", "(w b) n d", "(b w) n d, stack", "(b t) d", "(t b) d"),
 }  # fmt: skip
 """Half of all models are made of these only, around one layout: no refusal then hides what the layout does."""
 
@@ -99,7 +100,7 @@ def _draw(random: Random) -> Spec:
         heads=heads,
         steps=2 if mixes else random.choice((1, 2, 2, 3)),
         body=body,
-        batches=draw_batches(random, d, at_least=2 if mixes else 1),
+        batches=draw_batches(random, body, d, at_least=2 if mixes else 1),
         loop=loop,
         residual=random.choice(("none", "add", "inject")),
         attach=attach,
@@ -119,7 +120,7 @@ def common_body(random: Random) -> list[Node]:
     if random.random() < 0.25:
         middle = leaf(random, "route", common=True)
     else:
-        middle = around(random, 2)
+        middle = around(random, 2, common=True)
         middle["inner"] = [leaf(random, weighted(random, PLAINEST), common=True) for _ in range(random.choice((1, 2)))]
     beside = leaf(random, random.choice(("linear", "norm", "attention", "convolution")), common=True)
     return random.choice(([middle], [beside, middle], [middle, leaf(random, "plain")]))
@@ -147,9 +148,9 @@ def node_along(random: Random, depth: int) -> Node:
     return leaf(random, weighted(random, ALONG))
 
 
-def around(random: Random, depth: int) -> Node:
+def around(random: Random, depth: int, *, common: bool = False) -> Node:
     op = weighted(random, AROUND)
-    how = random.choice(HOWS[op])
+    how = random.choice(COMMON.get(op, HOWS[op]) if common else HOWS[op])
     node: Node = {"op": op, "how": how}
     if op == "fold":
         node["n"] = random.choice((1, 2, 2, 3, 4))
@@ -166,20 +167,13 @@ def around(random: Random, depth: int) -> Node:
     return node
 
 
-def draw_batches(random: Random, d: int, *, at_least: int = 1) -> list[Batch]:
-    """Two to four batches. Sizes come from a few small numbers, so that different ones often are equal."""
-    small = (1, 2, 3, 4)
-    size, width = max(at_least, random.choice(small)), random.choice((2, 3, 4, 6))
-    change = random.choice(("nothing", "nothing", "shape at equal tokens", "shape"))
+def draw_batches(random: Random, body: list[Node], d: int, *, at_least: int = 1) -> list[Batch]:
+    """Two to four batches."""
+    shapes = draw_shapes(random, body, d)
     batches: list[Batch] = []
     for k in range(random.choice((2, 3, 3, 4))):
-        if k and change == "shape at equal tokens":  # as token-budget batching makes them
-            total = size * width
-            fitting = [b for b in (1, 2, 3, 4, 6, 8) if b >= at_least and total % b == 0 and 2 <= total // b <= LONGEST]
-            size = random.choice(fitting) if fitting else size
-            width = total // size
-        elif k and change == "shape":
-            size, width = max(at_least, random.choice((*small, d))), random.choice((2, 3, 4, 6, d))
+        size, width = next(shapes)
+        size = max(size, at_least)
         # The first batch is often one in which a wrong decision shows nothing.
         benign = random.random() < (0.6 if k == 0 else 0.1)
         style = random.choice(("random", "sorted", "sorted", "first")) if benign else "random"
@@ -187,6 +181,29 @@ def draw_batches(random: Random, d: int, *, at_least: int = 1) -> list[Batch]:
             style = "first"
         batches.append(Batch(draw_lengths(random, size, width, benign), width, random.randrange(1 << 20), style))
     return batches
+
+
+def draw_shapes(random: Random, body: list[Node], d: int) -> Iterator[tuple[int, int]]:
+    """Shapes ``(B, T)`` of batches. They come from a few small numbers, so that different ones often are equal."""
+    small, widths = (1, 2, 3, 4), (2, 3, 4, 6)
+    windows = [node["n"] for node in walk(body) if node["op"] == "fold" and node["n"] > 1]
+    change = random.choice(("nothing", "nothing", "all", "all but tokens", *["all but windows"] * 3 * len(windows)))
+    shape = random.choice(small), random.choice(widths)
+    # Batches of the same number of tokens, as token-budget batching makes them.
+    total = shape[0] * shape[1]
+    fitting = [(b, total // b) for b in (1, 2, 3, 4, 6, 8) if total % b == 0 and 2 <= total // b <= LONGEST]
+    if change == "all but windows":
+        n, count = windows[0], random.choice((4, 6, 8, 12))
+        fitting = [(b, n * count // b) for b in range(1, 9) if count % b == 0 and n * count // b <= LONGEST]
+        # As many examples as a window has tokens: the dimension of these seems to hold the examples.
+        fitting += [pair for pair in fitting if pair[0] == n] * 2
+        shape = random.choice(fitting)
+    while True:
+        yield shape
+        if change == "all":
+            shape = random.choice((*small, d)), random.choice((*widths, d))
+        elif change != "nothing" and fitting:
+            shape = random.choice(fitting)
 
 
 def draw_lengths(random: Random, size: int, width: int, benign: bool) -> list[int]:

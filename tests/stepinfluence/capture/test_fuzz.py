@@ -24,7 +24,7 @@ from bench.fuzz.spec import KINDS, Batch, Spec, load, walk
 ROOT = Path(__file__).resolve().parents[3]
 
 OPEN = (*KINDS, "linear parameter_hook")
-"""What still gives wrong numbers. Take out what was mended: its models are drawn then, and those found must be right."""
+"""What gives wrong numbers. Take out what was mended: then its models are drawn, and those found must be right."""
 
 FOUND = json.loads((ROOT / "bench" / "results" / "fuzz-before.json").read_text(encoding="utf-8"))["minimal"]
 """The smallest wrong model of each kind, from the commit before any was mended."""
