@@ -85,22 +85,22 @@ def sketched(
 ) -> Outcome:
     try:
         capture = attach(model, body=body, sketch_size=SKETCH_SIZE, training=spec.training, verify=verify)
-        features = capture.featurize(batches, loss_fn, progress=False)
+        features = capture.featurize(batches, loss_fn, progress=False, per_step=not spec.summed)
     except Exception as error:
         return refusal(spec, error)
     if spec.mixes:
         return Outcome("accepted")
-    return compared(features.values, truth.gradients @ sketching(capture, truth), batches)
+    return compared(spec, features.values, truth.gradients @ sketching(capture, truth), batches)
 
 
 def exactly(spec: Spec, model: nn.Module, body: list[nn.Module], batches: list[Tensor], truth: Truth) -> Outcome:
     try:
         capture = ExactCapture(model, body=body, training=spec.training)
-        features = capture.featurize(batches, loss_fn, progress=False)
+        features = capture.featurize(batches, loss_fn, progress=False, per_step=not spec.summed)
     except Exception as error:
         return refusal(spec, error)
     assert [block.name for block in features.space.blocks] == truth.names
-    return compared(features.values, truth.gradients, batches)
+    return compared(spec, features.values, truth.gradients, batches)
 
 
 def sketching(capture: Capture, truth: Truth) -> Tensor:
@@ -118,8 +118,13 @@ def sketching(capture: Capture, truth: Truth) -> Tensor:
     return torch.block_diag(*blocks)  # type: ignore[no-any-return]
 
 
-def compared(found: Tensor, expected: Tensor, batches: list[Tensor]) -> Outcome:
-    """``(N, steps, D)`` of a capture against those of the oracle, whose trailing steps may be missing or zero."""
+def compared(spec: Spec, found: Tensor, expected: Tensor, batches: list[Tensor]) -> Outcome:
+    """``(N, steps, D)`` (or, summed, ``(N, D)``) of a capture against ``(N, steps, D)`` of the oracle.
+
+    Either may have more steps at the end, of zeros.
+    """
+    if spec.summed:
+        found, expected = found.unsqueeze(1), expected.sum(1, keepdim=True)
     steps = max(found.shape[1], expected.shape[1])
     a, b = (torch.cat([v, v.new_zeros(len(v), steps - v.shape[1], v.shape[2])], 1) for v in (found, expected))
     worst = 0.0

@@ -100,7 +100,7 @@ def _draw(random: Random) -> Spec:
         heads=heads,
         steps=2 if mixes else random.choice((1, 2, 2, 3)),
         body=body,
-        batches=draw_batches(random, body, d, at_least=2 if mixes else 1),
+        batches=draw_batches(random, body, d),
         loop=loop,
         residual=random.choice(("none", "add", "inject")),
         attach=attach,
@@ -108,6 +108,7 @@ def _draw(random: Random) -> Spec:
         running=running,
         training=training,
         mixes=mixes,
+        summed=not mixes and random.random() < 0.15,
     )
 
 
@@ -167,13 +168,12 @@ def around(random: Random, depth: int, *, common: bool = False) -> Node:
     return node
 
 
-def draw_batches(random: Random, body: list[Node], d: int, *, at_least: int = 1) -> list[Batch]:
+def draw_batches(random: Random, body: list[Node], d: int) -> list[Batch]:
     """Two to four batches."""
     shapes = draw_shapes(random, body, d)
     batches: list[Batch] = []
     for k in range(random.choice((2, 3, 3, 4))):
         size, width = next(shapes)
-        size = max(size, at_least)
         # The first batch is often one in which a wrong decision shows nothing.
         benign = random.random() < (0.6 if k == 0 else 0.1)
         style = random.choice(("random", "sorted", "sorted", "first")) if benign else "random"

@@ -33,7 +33,7 @@ def simpler(spec: Spec) -> Iterator[Spec]:
         if len(spec.batches) > 1:
             yield changed(spec, batches=spec.batches[:k] + spec.batches[k + 1 :])
     plain = {
-        "loop": "plain", "running": False, "training": False, "attach": "whole", "readout": "tokens",
+        "summed": False, "loop": "plain", "running": False, "training": False, "attach": "whole", "readout": "tokens",
         "residual": "none",
     }  # fmt: skip
     for name, value in plain.items():

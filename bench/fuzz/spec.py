@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 Node: TypeAlias = dict[str, Any]
@@ -51,6 +51,7 @@ class Spec:
         running: the model keeps a running mean of its activations, used before the loop and updated after it.
         training: featurize in training mode.
         mixes: the examples of a batch influence each other, so the model has to be refused.
+        summed: featurize with ``per_step=False``.
     """
 
     seed: int
@@ -66,11 +67,11 @@ class Spec:
     running: bool = False
     training: bool = False
     mixes: bool = False
-    notes: list[str] = field(default_factory=list)
+    summed: bool = False
 
     def dump(self) -> str:
         """One line of JSON, read back by :func:`load`."""
-        return json.dumps({k: v for k, v in asdict(self).items() if k != "notes"}, separators=(",", ":"))
+        return json.dumps(asdict(self), separators=(",", ":"))
 
     def features(self) -> set[str]:
         """Names of what the model is made of: operations, with how they are written, and the loop."""

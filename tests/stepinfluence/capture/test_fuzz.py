@@ -72,17 +72,21 @@ def test_plain_models_are_right() -> None:
     assert {capture: outcome.verdict for capture, outcome in found.items()} == {"sketched": "right", "exact": "right"}
 
 
-def test_a_small_error_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_small_error_is_wrong(monkeypatch: pytest.MonkeyPatch, summed: bool) -> None:
     judged = check.compared
 
-    def disturbed(found: torch.Tensor, expected: torch.Tensor, batches: list[torch.Tensor]) -> check.Outcome:
+    def disturbed(spec: Spec, found: torch.Tensor, *others: object) -> check.Outcome:
         # In one example of the last batch only, and far below what single precision would show.
         found = found.clone()
         found[-1] *= 1 + 1e-8
-        return judged(found, expected, batches)
+        return judged(spec, found, *others)
 
+    spec = a_spec(LINEAR)
+    spec.summed = summed
+    assert {o.verdict for o in check.judge(spec).values()} == {"right"}
     monkeypatch.setattr(check, "compared", disturbed)
-    assert {o.verdict for o in check.judge(a_spec(LINEAR)).values()} == {"wrong"}
+    assert {o.verdict for o in check.judge(spec).values()} == {"wrong"}
 
 
 @pytest.mark.parametrize("how", HOWS["mixing"])
