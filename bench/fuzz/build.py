@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.fuzz.layouts import fold, parts, reorder, streams, unpad
+from bench.fuzz.layouts import fold, parts, reorder, streams, subset, unpad
 from bench.fuzz.leaves import TOKENWISE, VOCABULARY
 from bench.fuzz.loops import LOOPS
 from bench.fuzz.routing import Route, over_depth
@@ -17,6 +17,7 @@ from bench.fuzz.spec import Batch, Node, Spec, walk
 
 AROUND: dict[str, Any] = {
     "fold": fold, "unpad": unpad, "reorder": reorder, "parts": parts, "streams": streams, "depth": over_depth,
+    "subset": subset,
 }  # fmt: skip
 CLASSES: dict[str, Any] = {**TOKENWISE, **SEQUENTIAL, "route": Route}
 
@@ -111,8 +112,8 @@ def body_of(model: Model, spec: Spec) -> list[nn.Module]:
     def collect(sequence: Any) -> None:
         for op in sequence.ops:
             if isinstance(op, Around):
-                # Inside "parts" a module is entered once per example: steps would depend on the batch.
-                if op.node["op"] != "parts":
+                # There a module is entered once per example, or not at all: steps would depend on the batch.
+                if op.node["op"] not in ("parts", "subset"):
                     collect(op.inner)
             elif any(True for _ in op.parameters()):
                 found.append(op)

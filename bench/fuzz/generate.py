@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any, TypeVar
 
-from bench.fuzz.layouts import FOLDS, MOVES, SEQUENTIAL_FOLDS
+from bench.fuzz.layouts import COPIES, FOLDS, MOVES, SEQUENTIAL_FOLDS
 from bench.fuzz.leaves import FORMS, VECTORS
 from bench.fuzz.sequences import LONGEST
 from bench.fuzz.spec import Batch, Node, Spec, walk
@@ -29,10 +29,17 @@ HOWS: dict[str, Sequence[str]] = {
     "plain": ("mean", "cumsum", "roll", "flip"),
     "mixing": ("mean", "flip", "roll", "attention", "softmax", "maximum", "cumsum"),
     "fold": tuple(FOLDS),
-    "unpad": ("slices", "backwards", "narrow", "unbind", "index", "index_select", "mask", "packed"),
+    "unpad": (
+        "slices", "backwards", "narrow", "unbind", "index", "index_select", "mask", "packed", "one row",
+        "sorted tokens",
+    ),
     "reorder": tuple(MOVES),
-    "parts": ("ragged", "one by one", "integers", "chunk", "split", "tokens one by one"),
-    "streams": ("cat", "interleaved", "stacked"),
+    "parts": (
+        "ragged", "one by one", "integers", "chunk", "split", "tokens one by one", "every other", "buckets",
+        "buckets, stack",
+    ),
+    "streams": ("cat", "interleaved", "stacked", *COPIES),
+    "subset": ("mask", "index", "add", "stack"),
     "depth": ("gather", "pairs", "flattened"),
     "route": (
         "index_add", "index_add_", "index_put", "mask", "sorted", "weighted", "stacked", "number as tensor", "unbind",
@@ -53,7 +60,7 @@ COMMON: dict[str, Sequence[str]] = {
 TOKENWISE = {"linear": 9, "norm": 3, "vector": 4, "lookup": 2, "cell": 1, "hook": 1, "route": 2}
 ALONG = {**TOKENWISE, "attention": 3, "convolution": 2, "positions": 2, "recurrent": 0.4, "plain": 2}
 PLAINEST = {"linear": 5, "norm": 1, "vector": 2, "lookup": 0.5}
-AROUND = {"fold": 3, "unpad": 2, "reorder": 2, "parts": 1, "streams": 1, "depth": 1}
+AROUND = {"fold": 3, "unpad": 2, "reorder": 2, "parts": 1.5, "streams": 1, "depth": 1, "subset": 1}
 LOOPS = {
     "plain": 12, "halting": 2, "truncated": 1, "without gradient": 1, "checkpointed": 2, "implicit": 1.5,
     "implicit anew": 0.7, "two levels": 2,
@@ -159,7 +166,7 @@ def around(random: Random, depth: int, *, common: bool = False) -> Node:
         node["back"] = random.choice(BACKS[op])
     if op == "reorder":
         node["order"] = random.choice(ORDERS)
-    along = op in ("parts", "depth", "reorder") or (op == "fold" and how in SEQUENTIAL_FOLDS)
+    along = op in ("parts", "depth", "reorder", "subset") or (op == "fold" and how in SEQUENTIAL_FOLDS)
     along |= op == "streams" and how != "stacked"
     count = random.choice((1, 1, 2))
     node["inner"] = [

@@ -99,6 +99,12 @@ def unpad(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tensor:
         n = list(reversed(lengths))
         pieces = list(reversed(inner(z, tokens).split(n)))
         return rnn.pad_sequence([*pieces, x.new_zeros(x.shape[1], x.shape[2])], batch_first=True)[:-1]
+    elif how == "one row":  # all examples' tokens in one sequence
+        z, tokens = (torch.cat([t[i, :n] for i, n in enumerate(lengths)])[None] for t in (x, ids))
+    elif how == "sorted tokens":  # from all examples, in the order of their numbers
+        z, tokens = x.flatten(0, 1)[index], ids.flatten()[index]
+        order = torch.argsort(tokens, stable=True)
+        z, tokens = z[order], tokens[order]
     elif how == "narrow":
         z, tokens = (torch.cat([t.select(0, i).narrow(0, 0, n) for i, n in enumerate(lengths)]) for t in (x, ids))
     elif how == "unbind":
@@ -109,7 +115,9 @@ def unpad(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tensor:
         z, tokens = x.flatten(0, 1).index_select(0, index), ids.flatten().index_select(0, index)
     else:
         z, tokens = x[mask], ids[mask]
-    y = inner(z, tokens)
+    y = inner(z, tokens).reshape(-1, x.shape[-1])
+    if how == "sorted tokens":
+        y = y[torch.argsort(order)]
     if put == "pad_sequence":
         return rnn.pad_sequence([*y.split(lengths), x.new_zeros(x.shape[1], x.shape[2])], batch_first=True)[:-1]
     if put == "stack":
@@ -182,6 +190,22 @@ def parts(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tensor:
         return torch.cat([inner(x[i : i + 1], ids[i : i + 1]) for i in range(len(x))])
     if how == "integers":
         return torch.stack([inner(x[i][None], ids[i][None])[0] for i in range(len(x))])
+    if how == "every other":
+        out = torch.zeros_like(x)
+        for k in range(min(2, len(x))):
+            out[k::2] = inner(x[k::2], ids[k::2])
+        return out
+    if how in ("buckets", "buckets, stack"):  # examples of one length together
+        lengths = (ids > 0).sum(1).tolist()
+        out = torch.zeros_like(x)
+        for n in sorted(set(lengths)):
+            which = [i for i, length in enumerate(lengths) if length == n]
+            if how == "buckets":
+                out[which, : max(n, 1)] = inner(x[which, : max(n, 1)], ids[which, : max(n, 1)])
+            else:
+                part = inner(torch.stack([x[i] for i in which]), torch.stack([ids[i] for i in which]))
+                out = out.index_copy(0, torch.tensor(which), part)
+        return out
     if how == "chunk":
         return torch.cat([inner(a, b) for a, b in zip(x.chunk(2), ids.chunk(2), strict=True)])
     if how == "split":
@@ -197,8 +221,49 @@ def streams(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tenso
     if node["how"] == "interleaved":
         y = inner(torch.stack([x, other], 1).flatten(0, 1), ids.repeat_interleave(2, 0)).unflatten(0, (-1, 2))
         return (y[:, 0] + y[:, 1]) / 2  # type: ignore[no-any-return]
+    if node["how"] in COPIES:  # every example twice: (2 b) or (b 2)
+        copy, back = COPIES[node["how"]]
+        y = back(inner(copy(x), copy(ids)), len(x))
+        return (y[:, 0] + y[:, 1]) / 2
     if node["how"] == "stacked":  # (2, rows, tokens, d): each token on its own
         y = inner(torch.stack([x, other]), torch.stack([ids, ids]))
         return (y[0] + y[1]) / 2
     a, b = inner(torch.cat([x, other], 0), torch.cat([ids, ids], 0)).chunk(2)
     return (a + b.flip(1)) / 2
+
+
+COPIES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]] = {
+    "repeated": (
+        lambda x: x.repeat(2, *[1] * (x.dim() - 1)),
+        lambda y, rows: y.unflatten(0, (2, rows)).transpose(0, 1),
+    ),
+    "repeat_interleave": (lambda x: x.repeat_interleave(2, 0), lambda y, rows: y.unflatten(0, (rows, 2))),
+    "expanded": (
+        lambda x: x[:, None].expand(-1, 2, *x.shape[1:]).flatten(0, 1),
+        lambda y, rows: y.view(rows, 2, *y.shape[1:]),
+    ),
+    "expanded first": (lambda x: x.expand(2, *x.shape).flatten(0, 1), lambda y, rows: torch.stack(y.split(rows), 1)),
+}
+
+
+def subset(x: Tensor, ids: Tensor, inner: Inner, node: dict[str, Any]) -> Tensor:
+    """Only some examples go through what is inside, as in early exits; the others stay as they are."""
+    how = node["how"]
+    active = ids[:, 0] % 3 > 0
+    which = active.nonzero()[:, 0]
+    chosen = which.tolist()
+    if not chosen:
+        return x
+    if how == "mask":
+        out = x.clone()
+        out[active] = inner(x[active], ids[active])
+        return out
+    if how == "index":
+        return x.index_copy(0, which, inner(x[which], ids[which]))
+    if how == "add":
+        return x.index_add(0, which, inner(x.index_select(0, which), ids.index_select(0, which)), alpha=0.5)
+    done = inner(torch.stack([x[i] for i in chosen]), torch.stack([ids[i] for i in chosen]))
+    rows = list(x.unbind(0))
+    for i, row in zip(chosen, done, strict=True):
+        rows[i] = row
+    return torch.stack(rows)

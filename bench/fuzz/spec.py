@@ -12,9 +12,9 @@ Node: TypeAlias = dict[str, Any]
 
 KINDS = {
     "inner gradient": ("implicit", "hook grad", "hook grad in hook"),
-    "folded": ("fold",),
+    "folded": ("fold", "streams"),
     "unpadded": ("unpad",),
-    "reordered": ("reorder",),
+    "reordered": ("reorder", "subset", "parts every other", "parts buckets", "parts buckets, stack"),
     "routed": ("route",),
     "moving buffer": ("buffer", "running mean"),
 }
