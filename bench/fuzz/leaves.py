@@ -165,6 +165,12 @@ def _masked_set(x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
     return z
 
 
+def _schedule(x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    for t in torch.tensor([0.25, 0.5, 1.0], dtype=x.dtype):  # constants, also where there are three examples
+        x = torch.tanh(x + t * w)
+    return x
+
+
 VECTORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "scale": lambda x, w, ids: x * w,
     "bias": lambda x, w, ids: x + w,
@@ -177,6 +183,7 @@ VECTORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "prelu": lambda x, w, ids: F.prelu(x, w),
     "in place": _in_place,
     "masked set": _masked_set,
+    "schedule": _schedule,
     "product": lambda x, w, ids: (x @ w).unsqueeze(-1) * x.sin(),
     "like": lambda x, w, ids: x + torch.zeros_like(x).add(w),
 }
