@@ -18,6 +18,7 @@ import itertools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -29,7 +30,7 @@ from bench.fuzz.check import judge
 from bench.fuzz.generate import draw
 from bench.fuzz.shrink import shrink
 from bench.fuzz.spec import Spec, load
-from bench.fuzz.tally import Tally, Wrong
+from bench.fuzz.tally import Tally, Wrong, from_json
 from bench.provenance import Provenance
 
 
@@ -61,17 +62,25 @@ def run(first: int, models: int | None, seconds: float, *, without: list[str], e
     return tally
 
 
-def shrink_some(tally: Tally, per_kind: int, seconds: float) -> None:
-    """Shrink the first wrong models of each combination of capture and kinds."""
-    done: dict[tuple[str, ...], int] = {}
-    chosen = []
-    for wrong in tally.wrong:
-        group = (wrong.capture, wrong.outcome.verdict, *wrong.spec.kinds())
-        done[group] = done.get(group, 0) + 1
-        if done[group] <= per_kind:
-            chosen.append(wrong)
-    for wrong in tqdm(chosen, desc="shrinking", disable=not chosen):
-        shrink_one(wrong, seconds)
+def shrink_some(found: list[Wrong], per_kind: int, seconds: float) -> None:
+    """Shrink until each capture has ``per_kind`` minimal specs of every kind that nothing but this kind can explain."""
+    explained = Counter((w.capture, *w.kinds) for w in found if w.minimal is not None)
+    for wrong in tqdm(sorted(found, key=lambda w: len(w.kinds)), desc="shrinking", disable=not found):
+        wanted = [kind for kind in wrong.kinds if explained[wrong.capture, kind] < per_kind]
+        if wrong.minimal is None and wanted:
+            shrink_one(wrong, seconds)
+            explained[(wrong.capture, *wrong.kinds)] += 1
+
+
+def shrink_again(path: Path, per_kind: int, seconds: float) -> None:
+    """Shrink more of what a report holds."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    provenance = Provenance()
+    tally = Tally(wrong=[from_json(data) for data in report["wrong"]])
+    shrink_some(tally.wrong, per_kind, seconds)
+    report |= {"minimal": tally.minimal(), "wrong": [wrong.as_json() for wrong in tally.wrong]}
+    report["provenance of shrinking"] = provenance.finish()
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def shrink_one(wrong: Wrong, seconds: float) -> None:
@@ -108,17 +117,21 @@ def main() -> int:
     parser.add_argument("--sketches-only", action="store_true", help="leave ExactCapture out")
     parser.add_argument("--shrink", type=float, default=30, help="seconds for the shrinking of one wrong model")
     parser.add_argument("--shrink-per-kind", type=int, default=2, help="wrong models shrunk of each kind")
+    parser.add_argument("--shrink-again", type=Path, help="a report: shrink more of its wrong models")
     parser.add_argument("--out", type=Path, default=Path("fuzz.json"))
     parser.add_argument("--replay", help="a seed, a spec, or a file with one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.replay is not None:
         return replay(options.replay)
+    if options.shrink_again is not None:
+        shrink_again(options.shrink_again, options.shrink_per_kind, options.shrink)
+        return 0
     provenance = Provenance()
     tally = run(
         options.seed, options.models, 60 * options.minutes, without=options.without, exact=not options.sketches_only
     )
-    shrink_some(tally, options.shrink_per_kind, options.shrink)
+    shrink_some(tally.wrong, options.shrink_per_kind, options.shrink)
     report = {"first seed": options.seed, **tally.as_json(), "provenance": provenance.finish()}
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\n".join(tally.lines()))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.fuzz.check import Outcome
-from bench.fuzz.spec import KINDS, Spec
+from bench.fuzz.spec import KINDS, Spec, load
 
 
 @dataclass
@@ -20,6 +20,11 @@ class Wrong:
     spec: Spec
     minimal: Spec | None = None
     minimal_outcome: Outcome | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of the smallest spec that is known."""
+        return (self.minimal or self.spec).kinds() or ["none of these"]
 
     def as_json(self) -> dict[str, Any]:
         kept = self.minimal or self.spec
@@ -34,6 +39,13 @@ class Wrong:
             "error shrunk": None if self.minimal_outcome is None else self.minimal_outcome.error,
             "spec": kept.dump(),
         }
+
+
+def from_json(data: dict[str, Any]) -> Wrong:
+    """What :meth:`Wrong.as_json` wrote, but for the spec before shrinking."""
+    spec, outcome = load(data["spec"]), Outcome(data["verdict"], error=data["error"])
+    shrunk = Outcome(data["verdict"], error=data["error shrunk"]) if data["shrunk"] else None
+    return Wrong(data["seed"], data["capture"], outcome, spec, spec if data["shrunk"] else None, shrunk)
 
 
 @dataclass
@@ -83,9 +95,8 @@ class Tally:
         """Shrunk wrong models by kind; of those with several kinds, nothing tells which one it is."""
         found: dict[str, list[dict[str, Any]]] = {}
         for wrong in self.wrong:
-            if wrong.minimal is not None and len(wrong.minimal.kinds()) <= 1:
-                (kind,) = wrong.minimal.kinds() or ["none of these"]
-                found.setdefault(kind, []).append(wrong.as_json())
+            if wrong.minimal is not None and len(wrong.kinds) == 1:
+                found.setdefault(wrong.kinds[0], []).append(wrong.as_json())
         return found
 
     def lines(self) -> list[str]:
