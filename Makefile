@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak gpu-check gpu-calibrate build clean
+.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-calibrate build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ bench-peers: .venv-peers/.stamp ## ask other attribution libraries about a loope
 MINUTES ?= 60
 soak: $(VENV)/.stamp-test ## featurize and search in a loop for MINUTES, watching memory (soak.json, soak.png)
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
+
+SEED ?= 0
+fuzz-models: $(VENV)/.stamp-test ## MINUTES of random looped models, from SEED on, against batches of one by autograd (fuzz.json)
+	$(BIN)/python -m bench.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 # On a GPU machine's own python: it needs torch, triton, numpy and pytest, nothing is installed, no network is used.
 gpu-check: ## on a GPU machine: test the Triton kernels and benchmark them into bench/results/

@@ -1,0 +1,1 @@
+"""Randomly generated looped models, held against batches of one by autograd: see ``python -m bench.fuzz --help``."""
