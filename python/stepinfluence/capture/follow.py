@@ -217,7 +217,7 @@ class Follower:
 
 def _no_rule(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
     results = result if isinstance(result, tuple | list) else (result,)
-    return [f.not_known(r) if isinstance(r, Tensor) else None for r in results]
+    return [f.not_known(r) if isinstance(r, Tensor) and (r.requires_grad or f.in_use) else None for r in results]
 
 
 def _alike(one: Owners, other: Owners) -> bool:

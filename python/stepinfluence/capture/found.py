@@ -93,7 +93,8 @@ class Scout:
 
     def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:
         # Of a parameter used transposed, the gradient comes as the activations: one of the two scales.
-        self._scout(use, grad * activations.norm(dim=-1, keepdim=True), 1)
+        other = activations.norm(dim=-1, keepdim=True)
+        self._scout(use, grad * torch.where(other == 0, 1, other), 1)
 
     def products(
         self, source: Source, use: Use, x: Tensor, grad: Tensor, counts: tuple[int, int, int], back: Sequence[int]

@@ -113,7 +113,7 @@ class Use:
         if self.found is None and self.shared.relabelled is None and owners is not None:
             if owners.shape != tuple(lead):
                 raise LayoutError(f"{self.name}: its gradient has rows {tuple(lead)}, its use had {owners.shape}")
-            if owners.along is not None:
+            if owners.along is not None and lead[owners.along] == size:
                 return tensor.movedim(owners.along, 0).reshape(size, tokens // size, *tail), 0
             if (regular := owners.regular(size)) is not None:
                 split = tensor.reshape(*regular, *tail).transpose(0, 1)
@@ -158,7 +158,7 @@ class Use:
             if any(self.owners.varies(d) for d in others):
                 return self._by_element(grad, free, dtype).reshape(self.shared.size, *shape), 0
             along = self.owners.along
-            if along is not None and self.shared.relabelled is None:
+            if along is not None and grad.shape[along] == self.shared.size and self.shared.relabelled is None:
                 summed = grad.sum([d for d in free if d != along], dtype=dtype) if len(free) > 1 else grad
                 place = sum(d < along for d in others)
                 self.shared.coarse |= grad.dtype in REDUCED
@@ -175,5 +175,5 @@ class Use:
         settled = self.owners.settled().reshape(grad.shape)
         if self.shared.relabelled is not None:
             settled = self.shared.relabelled[settled]
-        found = [torch.where(settled == b, grad, 0).sum(list(free), dtype=dtype) for b in range(self.shared.size)]
-        return torch.stack(found)
+        found = torch.stack([torch.where(settled == b, grad, 0) for b in range(self.shared.size)])
+        return found.sum([1 + d for d in free], dtype=dtype) if free else found.to(dtype)

@@ -390,6 +390,96 @@ def attention(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return it.look_inside(func, args, kwargs)
 
 
+def convolution(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``conv1d`` and its like: a linear map of the patches, so that one product serves all examples."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, weight, bias, groups = given["input"], given["weight"], given.get("bias"), given.get("groups", 1)
+    dims = weight.dim() - 2
+    if it.source(weight) is None or it.source(x) is not None or x.dim() != dims + 2:
+        return NotImplemented
+    stride, dilation = (_each(given.get(name, 1), dims) for name in ("stride", "dilation"))
+    padding = given.get("padding", 0)
+    if isinstance(padding, str):
+        spans = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
+        sides = [(s // 2, s - s // 2) if padding == "same" else (0, 0) for s in spans]
+    else:
+        sides = [(p, p) for p in _each(padding, dims)]
+    with it:
+        x = F.pad(x, [n for side in reversed(sides) for n in side]) if any(map(any, sides)) else x
+        for k in range(dims):
+            span = dilation[k] * (weight.shape[2 + k] - 1) + 1
+            x = x.unfold(2 + k, span, stride[k])[..., :: dilation[k]]
+        # (N, C, *places, *kernel) and (O, C / groups, *kernel) -> (N, *places, O)
+        x = x.movedim(1, 1 + dims)
+        if groups == 1:
+            out = F.linear(x.flatten(1 + dims), weight.flatten(1))
+        else:
+            x = x.unflatten(1 + dims, (groups, -1)).flatten(2 + dims)
+            out = torch.einsum("...gk,gok->...go", x, weight.flatten(1).unflatten(0, (groups, -1))).flatten(-2)
+        return (out if bias is None else out + bias).movedim(-1, 1)
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
+def cell(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.gru_cell`` and its like, by their definition."""
+    x, state, w_x, w_h, *biases = args
+    b_x, b_h = biases if biases else (None, None)
+    kind = func.__name__.removesuffix("_cell")
+    with it:
+        given = list(state) if kind == "lstm" else [state]
+        # A state of zeros for all examples is a state of each of them.
+        row = x[..., :1]
+        state = [torch.where(torch.ones_like(row, dtype=torch.bool), s, row) if it.is_constant(s) else s for s in given]
+        hidden = state[0]
+        of_x, of_h = F.linear(x, w_x, b_x), F.linear(hidden, w_h, b_h)
+        if kind == "gru":
+            (r, z, n), (hr, hz, hn) = of_x.chunk(3, -1), of_h.chunk(3, -1)
+            r, z = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
+            n = torch.tanh(n + r * hn)
+            return n + z * (hidden - n)
+        if kind == "lstm":
+            i, f, g, o = (of_x + of_h).chunk(4, -1)
+            c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+            return torch.sigmoid(o) * torch.tanh(c), c
+        return torch.relu(of_x + of_h) if kind == "rnn_relu" else torch.tanh(of_x + of_h)
+
+
+def recurrent(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.gru`` and its like: cell by cell, in each direction of each layer."""
+    if len(args) != 9 or kwargs or isinstance(args[3], list | tuple):  # packed sequences have another form
+        return NotImplemented
+    x, state, weights, has_biases, layers, dropout, training, two_ways, batch_first = args
+    if not has_biases or (dropout and training) or any(w.shape[0] != weights[0].shape[0] for w in weights):
+        return NotImplemented  # no biases, or projections
+    one = {torch.gru: torch.gru_cell, torch.lstm: torch.lstm_cell, torch.rnn_tanh: torch.rnn_tanh_cell,
+           torch.rnn_relu: torch.rnn_relu_cell}[func]  # fmt: skip
+    states = list(state) if func is torch.lstm else [state]
+    with it:
+        tokens = x.transpose(0, 1) if batch_first and x.dim() == 3 else x
+        last: list[Any] = []
+        for layer in range(layers):
+            outputs = []
+            for way in range(2 if two_ways else 1):
+                k = 2 * layer + way if two_ways else layer
+                now = [s[k] for s in states]
+                rows = list(tokens.unbind(0))
+                done = []
+                for row in reversed(rows) if way else rows:
+                    new = one(row, tuple(now) if func is torch.lstm else now[0], *weights[4 * k : 4 * k + 4])
+                    now = list(new) if func is torch.lstm else [new]
+                    done.append(now[0])
+                outputs.append(torch.stack(done[::-1] if way else done))
+                last.append(now)
+            tokens = torch.cat(outputs, -1)
+        out = tokens.transpose(0, 1) if batch_first and x.dim() == 3 else tokens
+        return out, *(torch.stack([now[j] for now in last]) for j in range(len(states)))
+
+
 def shape_or_type_only(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x.to(P)``, ``x.type_as(P)``, ``x.expand_as(P)``: of the parameter only its shape or dtype counts."""
     if it.source(args[0]) is not None:
@@ -507,6 +597,9 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(
         (Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as), shape_or_type_only
     ),
+    **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d], convolution),
+    **dict.fromkeys([torch.gru_cell, torch.lstm_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell], cell),
+    **dict.fromkeys([torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu], recurrent),
     "expand": expand_to_batch,
     "any": per_row,
 }
