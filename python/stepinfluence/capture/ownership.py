@@ -33,6 +33,8 @@ class OwnedUse:
 
     def scout(self, grad: Tensor, base: int, place: int | None) -> None:
         """Read the digit of weight ``place`` off the rows' gradients; None: the pass in which all weights are one."""
+        if grad.is_complex():
+            grad = torch.view_as_real(grad.resolve_conj()).flatten(-2)
         lead = _row_dims(grad)
         rows = grad.reshape(math.prod(grad.shape[:lead]), math.prod(grad.shape[lead:])).double()
         if place is None or self._peak is None:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from sdi_kernels import pairwise_linear_influence
 from stepinfluence.capture import session
-from stepinfluence.capture.recorder import PULL_BACK_BYTES, SketchRecorder
+from stepinfluence.capture.batches import usable
+from stepinfluence.capture.recorder import PULL_BACK_BYTES, SketchRecorder, product_dtype
 from stepinfluence.capture.sketched import Capture
 from stepinfluence.capture.sources import Piece, Source, pull_back
 from stepinfluence.capture.targets import Target
@@ -110,7 +111,7 @@ class FactorRecorder(SketchRecorder):
 
     def root_of(self, target: Target) -> Root | None:
         """The square root of the metric of a parameter, if there is one."""
-        return self._roots[target.name] if self._roots else None
+        return self._roots.get(target.name)
 
     def _part(self, target: Target, step: int) -> ParameterGradient:
         assert self.kept is not None
@@ -129,14 +130,15 @@ class FactorRecorder(SketchRecorder):
             return
         size = max(1, PULL_BACK_BYTES // max(1, 4 * a.shape[-1] * g.shape[-1]))
         for k in range(0, len(a), size):
-            outer = torch.bmm(g[k : k + size].to(self._dtype).transpose(1, 2), a[k : k + size].to(self._dtype))
+            dtype = product_dtype(g, self._dtype)
+            outer = torch.bmm(g[k : k + size].to(dtype).transpose(1, 2), a[k : k + size].to(dtype))
             self.dense(source, step, outer.reshape(len(outer), *source.tensor.shape), k)
 
     def vector(self, source: Source, step: int, grads: Tensor) -> None:
         self.vector_or_dense(source, step, grads)
 
     def vector_or_dense(self, source: Source, step: int, grads: Tensor) -> None:
-        total = self._rows.rows(source.name, grads).sum(1, dtype=self._dtype)
+        total = self._rows.rows(source.name, grads).sum(1, dtype=product_dtype(grads, self._dtype))
         self.dense(source, step, total.reshape(len(total), *source.tensor.shape))
 
     def scaled(
@@ -146,7 +148,7 @@ class FactorRecorder(SketchRecorder):
         self.vector_or_dense(source, step, grads * values * scale.unsqueeze(-1))
 
     def embedding(self, source: Source, step: int, ids: Tensor, grad: Tensor, padding: int | None) -> None:
-        g = self._rows.rows(source.name, grad).to(self._dtype)
+        g = self._rows.rows(source.name, grad).to(product_dtype(grad, self._dtype))
         index = self._rows.rows(source.name, ids, trailing=0)
         if padding is not None:
             g = g * (index != padding).unsqueeze(-1)
@@ -230,6 +232,18 @@ class PairCapture:
         Raises:
             LossError, BodyError, UnsupportedUseError, LayoutError: as ``Capture.featurize`` does.
         """
+        with session.one_batch(self._capture.model):
+            return self._record(usable(batch), loss_fn, ids, index, per_step, first)
+
+    def _record(
+        self,
+        batch: Any,
+        loss_fn: session.LossFn,
+        ids: Sequence[Hashable] | None,
+        index: int,
+        per_step: bool,
+        first: int,
+    ) -> BatchGradients:
         twin, recorder, capture = self._twin, self._recorder, self._capture
         losses = twin._forward(batch, loss_fn, ids, index)
         twin._check_uses(losses)

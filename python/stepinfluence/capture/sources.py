@@ -68,6 +68,8 @@ def find_piece(tensor: Tensor, target: Target) -> Piece | None:
     base = target.parameter
     if tensor is not base and (tensor._base is not base or tensor.dtype != base.dtype):
         return None
+    if tensor.is_neg() or tensor.is_conj():  # a view of the same numbers that stands for others
+        return None
     n_columns = target.matrix_shape[1]
     if tensor is base:
         shape = target.matrix_shape

@@ -44,7 +44,7 @@ def _linear_tap(
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         if weight is not None:
-            recorder.linear(weight, step, saved[0], grad)
+            recorder.linear(weight, step, saved[0].conj(), grad)  # of complex maps; a real tensor is its own
         if bias is not None:
             recorder.vector(bias, step, grad)
 
@@ -79,7 +79,7 @@ def matmul(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     recorder, use = it.recorder, source
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
-        (data,) = saved
+        data = saved[0].conj()
         if on_left is not None:
             recorder.linear(use, step, data.transpose(-1, -2), grad.transpose(-1, -2))
         elif use.tensor.dim() == 2:  # the parameter's first index runs over the input: roles are swapped
@@ -104,7 +104,7 @@ def addmm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         if on_weight is not None:
-            recorder.linear(on_weight, step, grad, saved[0].to(grad.dtype))
+            recorder.linear(on_weight, step, grad, saved[0].conj().to(grad.dtype))
         if on_bias is not None:
             recorder.vector(on_bias, step, grad)
 
@@ -153,6 +153,45 @@ def _lookup(it: Interceptor, func: Any, table: Any, ids: Tensor, padding: int, b
         recorder.embedding(use, step, saved[0], grad, padding if padding >= 0 else None)
 
     return it.tap(output, step, receive, ids)
+
+
+def embedding_bag(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.embedding_bag(W, ids, offsets, ...)``, to which ``F.embedding_bag`` comes down (rows of a matrix of ids
+    have offsets by then): a lookup of bags padded to one length, then reduced."""
+    names = ("weight", "indices", "offsets", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights",
+             "include_last_offset", "padding_idx")  # fmt: skip
+    given = dict(zip(names, args, strict=False)) | kwargs
+    table, ids, offsets, weights = (given.get(n) for n in ("weight", "indices", "offsets", "per_sample_weights"))
+    if it.source(table) is None or it.source(weights) is not None:
+        raise it.unsupported(
+            [s for s in (it.source(table), it.source(weights)) if s is not None],
+            func,
+            "weights of the samples in a bag that are computed from parameters alone",
+        )
+    with torch.no_grad():
+        plain = _without_capture(it, func, args, kwargs)
+    ends = torch.cat([offsets, offsets.new_tensor([len(ids)])])[: len(plain[0]) + 1]
+    lengths = ends.diff()
+    places = torch.arange(int(lengths.max()) if len(lengths) else 0, device=ids.device)
+    there = places < lengths.unsqueeze(1)
+    at = torch.where(there, offsets[: len(lengths)].unsqueeze(1) + places, 0)
+    padded = ids[at] if len(ids) else ids.new_zeros(at.shape)
+    padding = given.get("padding_idx")
+    if padding is not None and padding >= 0:
+        there = there & (padded != padding)
+    rows = _lookup(it, torch.embedding, table, padded, -1, given.get("scale_grad_by_freq", False))
+    mode, shown = given.get("mode", 0), there.unsqueeze(-1)
+    if mode == 2:
+        if not places.numel():
+            return NotImplemented
+        chosen = rows.masked_fill(~shown, -torch.inf).max(1).values
+        output = torch.where(there.any(1, keepdim=True), chosen, 0.0)
+    else:
+        weighted = rows if weights is None else rows * weights[at].unsqueeze(-1)
+        output = torch.where(shown, weighted, 0.0).sum(1)
+        if mode == 1:
+            output = output / there.sum(1, keepdim=True).clamp(min=1)
+    return (output, *plain[1:])
 
 
 def layer_norm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -221,7 +260,7 @@ def elementwise(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
     if kwargs.get("out") is not None or (it.source(args[0]) is not None and changes_in_place(func, kwargs)):
         return NotImplemented
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    others = [t for t in tensors if it.source(t) is None and t.is_floating_point()]
+    others = [t for t in tensors if it.source(t) is None and (t.is_floating_point() or t.is_complex())]
     recorder = it.recorder
 
     def expand(value: Any) -> Any:
@@ -295,6 +334,8 @@ def per_example(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
     if changes_in_place(func, kwargs):
         raise it.unsupported(sources, func, "it writes to a tensor in place")
     plain = _without_capture(it, func, args, kwargs)
+    if not isinstance(plain, Tensor):
+        raise it.unsupported(sources, func, "it gives several results, and its rule is not known")
     step = it.step(func, *sources)
     mapped: list[Any] = []
     where: list[int] = []
@@ -327,7 +368,7 @@ def per_example(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
         if step == OUTSIDE or in_backward():  # left out; a recomputation comes here for those only
             return plain
         raise it.unsupported(sources, func, f"it does not map over examples: {str(error).splitlines()[0]}") from error
-    if not isinstance(plain, Tensor) or result.shape != plain.shape:
+    if result.shape != plain.shape:
         raise it.unsupported(sources, func, "its result has no dimension for the examples")
     if not torch.allclose(result.detach(), plain.detach(), rtol=1e-3, atol=1e-5):
         raise it.unsupported(sources, func, "it mixes the examples of a batch")
@@ -366,6 +407,7 @@ RULES: dict[Any, Rule] = {
     torch.embedding: embedding,
     Tensor.__getitem__: getitem,
     **dict.fromkeys(_named("index_select"), index_select),
+    torch.embedding_bag: embedding_bag,
     torch.layer_norm: layer_norm,
     torch.rms_norm: rms_norm,
     **dict.fromkeys(ELEMENTWISE, elementwise),
