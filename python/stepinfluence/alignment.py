@@ -22,8 +22,8 @@ def require_repeatable(loader: Any, side: str, *, has_ids: bool) -> None:
     """
     if is_one_shot(loader):
         raise FeatureMismatchError(
-            f"{side}: got an iterator ({type(loader).__name__}), which gives its batches once, and they are needed "
-            "again; pass a list of batches or a DataLoader"
+            f"{side}: got an iterator ({type(loader).__name__}), which gives its batches once; gone through again it "
+            "would give different examples, or none; pass a list of batches or a DataLoader"
         )
     sampler = random_sampler(loader)
     if sampler is not None and not has_ids:
@@ -52,8 +52,8 @@ def places_of(
         if content and first_content and tuple(content) != tuple(first_content):
             row = next(k for k, (a, b) in enumerate(zip(content, first_content, strict=True)) if a != b)
             raise FeatureMismatchError(
-                f"{side}: the loader gave other examples, or the same in another order, at another checkpoint (row {row} "
-                "is the first that differs); give it a fixed order, or pass ids= to tell the examples apart"
+                f"{side}: the loader gave other examples, or the same in another order, at another checkpoint (row "
+                f"{row} is the first that differs); give it a fixed order, or pass ids= to tell the examples apart"
             )
         return None
     if content or first_content or len(ids) != len(first_ids):

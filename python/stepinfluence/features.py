@@ -104,8 +104,8 @@ class FeatureSpace:
             )
         if self.metric != other.metric:
             raise FeatureMismatchError(
-                "query: features under another metric than train's; featurize both with one preconditioner, and with the "
-                "same gradient hooks on parameters"
+                "query: features under another metric than train's; featurize both with one preconditioner, and with "
+                "the same gradient hooks on parameters"
             )
 
 

@@ -6,7 +6,8 @@
     body(model) -> module, name or list  what the loop applies at every step
 
 and, if wanted, ``collate(examples)``, ``example_id(example, index)``, ``text(example)``, ``metadata(example)``,
-``tokens(example)``, ``from_json(fields)``, ``load_checkpoint(path)`` and ``attach_options()``; :class:`Project` has the defaults.
+``tokens(example)``, ``from_json(fields)``, ``load_checkpoint(path)`` and ``attach_options()``; :class:`Project` has the
+defaults.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def influence(
     """Step-resolved influence of training examples on queries, summed over checkpoints.
 
     Args:
-        train: features of the training examples, one per checkpoint; rows are matched by ids. Per step where ``decompose`` is ``"train"`` or
-            ``"both"``; otherwise summed features do.
+        train: features of the training examples, one per checkpoint; rows are matched by ids. Per step where
+            ``decompose`` is ``"train"`` or ``"both"``; otherwise summed features do.
         query: features of the queries, one per checkpoint. Per step where ``decompose`` is ``"query"`` or ``"both"``.
         etas: weight of each checkpoint, usually its learning rate (paper, eq. 1).
         decompose: ``"query"``: ``I_t = sum_k eta_k <grad(z), phi_t(z')>`` (default, eqs. 5 and 7); ``"train"``:

@@ -24,7 +24,7 @@ def leaves(batch: Any) -> Iterator[Any]:
     elif isinstance(batch, list | tuple | set):
         for value in batch:
             yield from leaves(value)
-    elif isinstance(batch, Tensor | str | bytes | int | float | None) or isinstance(batch, type):
+    elif isinstance(batch, Tensor | str | bytes | int | float | type | None):
         yield batch
     elif dataclasses.is_dataclass(batch):
         for entry in dataclasses.fields(batch):
@@ -53,7 +53,8 @@ def usable(batch: Any) -> Any:
 def length_of(loader: Any) -> int | None:
     """``len(loader)``, or None for streams: they have no such method, or one that raises."""
     try:
-        return int(len(loader))
+        length: int = len(loader)
+        return length
     except (TypeError, NotImplementedError, AttributeError):
         return None
 
@@ -86,7 +87,7 @@ def fingerprints(batch: Any, size: int, batch_dim: int = 0) -> list[int]:
     shared = 0
     for place, leaf in enumerate(leaves(batch)):
         factor = 2 * place + 1
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested and leaf.dim() and leaf.numel():
+        if isinstance(leaf, Tensor) and _is_plain(leaf):
             found = _sums(leaf, batch_dim if leaf.dim() > batch_dim else 0).cpu()
             if len(found) == size:
                 rows += factor * found
@@ -95,6 +96,10 @@ def fingerprints(batch: Any, size: int, batch_dim: int = 0) -> list[int]:
         elif isinstance(leaf, str | bytes | int | float):
             shared += factor * zlib.crc32(leaf if isinstance(leaf, bytes) else repr(leaf).encode())
     return [(int(row) + shared) % 2**63 for row in rows]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested and tensor.dim() > 0 and tensor.numel() > 0
 
 
 def _sums(tensor: Tensor, dim: int) -> Tensor:

@@ -138,7 +138,7 @@ def not_per_example(
         found = again(factor)
         expected = features * factor
         if not bool(found.isfinite().all()):
-            return LossError(f"loss_fn: the gradient of {name} overflows when losses are multiplied by 128, {UNDERFLOW}")
+            return LossError(f"loss_fn: the gradient of {name} overflows when losses are multiplied, {UNDERFLOW}")
         if float((found - expected).norm()) > tolerance * float(expected.norm()):
             if half:
                 return LossError(
@@ -146,9 +146,9 @@ def not_per_example(
                     f"{UNDERFLOW}"
                 )
             return UnsupportedUseError(
-                f"{name}: its gradient is not proportional to the loss (multiplied by {factor:g}, all losses alike), so "
-                "something in the backward pass clips, rounds or normalises gradients (a hook on an activation, a custom "
-                "autograd function); take that out while featurizing"
+                f"{name}: its gradient is not proportional to the loss (all losses were multiplied by {factor:g}): "
+                "something in the backward pass clips, rounds or normalises gradients (a hook on an activation, a "
+                "custom autograd function); take that out while featurizing"
             )
     return LayoutError(
         f"{name}: the gradient of example {example} changes with the losses of other "

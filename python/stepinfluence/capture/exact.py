@@ -197,7 +197,7 @@ class ExactCapture(session.LoaderCapture):
             now, was = (g.to_dense() if g.is_sparse else g for g in (now, was))
             if float((now - was).norm()) > 1e-3 * float(was.norm()):
                 raise UnsupportedUseError(
-                    f"{names[at % len(names)]}: its gradient is another one when it is taken again, so something in the "
+                    f"{names[at % len(names)]}: its gradient is another one when it is taken again: something in the "
                     "backward pass acts once or keeps count (a hook that takes itself off); take that out while "
                     "featurizing"
                 )
@@ -209,9 +209,7 @@ class ExactCapture(session.LoaderCapture):
             loss_fn(self.model, batch)
         return self._steps.count
 
-    def _forward(
-        self, batch: Any, loss_fn: session.LossFn, leaves: list[dict[str, Tensor]], index: int
-    ) -> Tensor:
+    def _forward(self, batch: Any, loss_fn: session.LossFn, leaves: list[dict[str, Tensor]], index: int) -> Tensor:
         """The losses, with body parameters replaced by leaves of their own at every step."""
         originals = self.parameters
         depth: list[int] = []

@@ -1,9 +1,9 @@
 """Gradient hooks on body parameters (``weight.register_hook(mask)``): read as factors, and applied to every example.
 
 In training a hook sees the gradient of the whole batch, summed over examples and loop steps. Applied to each of these
-parts it gives the same sum only if it is linear, and sketches can carry it only if it multiplies every entry by a fixed
-number: masks, scales, changes of sign. So a hook is called with a few made-up gradients when a run begins; if it is such
-a factor, that becomes a part of the metric, otherwise it is refused. During a run hooks are silent.
+parts it gives the same sum only if it is linear, and sketches can carry it only if it multiplies every entry by a
+fixed number: masks, scales, changes of sign. So a hook is called with a few made-up gradients when a run begins; if it
+is such a factor, that becomes a part of the metric, otherwise it is refused. During a run hooks are silent.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def read_factors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     for name, parameter in parameters.items():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise UnsupportedUseError(
-                f"{name}: has a post-accumulate-grad hook, which acts on what backward() leaves in .grad and not on the "
-                f"gradient of an example; {REMEDY}"
+                f"{name}: has a post-accumulate-grad hook, which acts on what backward() leaves in .grad and not on "
+                f"the gradient of an example; {REMEDY}"
             )
         if parameter._backward_hooks:
             factor = _read(name, parameter)
@@ -162,8 +162,8 @@ def _examine(through: Any, like: Tensor) -> tuple[str, Tensor]:
         return "gives another result when it is called again (random, or it keeps count)", factor
     if not bool(factor.isfinite().all()):
         return "gives values that are not finite", factor
-    found = [torch.allclose(o, factor * p * s, rtol=tolerance, atol=0) for o, p, s in zip(outputs, probes, scales)]
-    if all(found):
+    expected = [factor * probe * scale for probe, scale in zip(probes, scales, strict=True)]
+    if all(torch.allclose(o, e, rtol=tolerance, atol=0) for o, e in zip(outputs, expected, strict=True)):
         return "", factor
     grown = [torch.allclose(through(probes[0] * s), first * s, rtol=1e2 * tolerance, atol=1e-9 * s) for s in scales]
     if all(grown):

@@ -91,7 +91,7 @@ def check_losses(losses: object, batch_size: int | None, ids: Sequence[Hashable]
             f"loss_fn: returned {type(losses).__name__}; return a tensor of shape (B,), one loss per example"
         )
     if losses.is_complex():
-        raise LossError(f"loss_fn: returned {losses.dtype}; return real losses, such as the square of an absolute value")
+        raise LossError(f"loss_fn: returned {losses.dtype}; return real losses, such as squared absolute values")
     if losses.dim() != 1 or (batch_size is not None and len(losses) != batch_size):
         want = f"({batch_size},)" if batch_size is not None else "(B,)"
         raise LossError(
@@ -150,7 +150,10 @@ def _progress_bar(loader: Iterable[Any], total: int | None, description: str, *,
         return
     from tqdm.auto import tqdm
 
-    with tqdm(loader, total=total, desc=description, unit="batch", delay=2) as bar:
+    # tqdm asks a loader itself for its length, and fails at one that raises.
+    with tqdm(
+        loader if total is not None else iter(loader), total=total, desc=description, unit="batch", delay=2
+    ) as bar:
         yield bar
 
 

@@ -269,8 +269,9 @@ class Capture(session.LoaderCapture):
             return loss_fn(self.model, batch)
 
     def _count_steps(self, batch: Any, loss_fn: session.LossFn, index: int) -> int:
-        with self._steps.watching():
-            self._plain(batch, loss_fn, index)
+        session.begin_pass(self.model, self.seed, index)
+        with self._steps.watching(), session.watched(self.model):
+            loss_fn(self.model, batch)
         return self._steps.count
 
     def _backward(self, losses: Tensor, buffer: Tensor, weights: Tensor | None = None) -> RowLayout:

@@ -1,8 +1,8 @@
 """The model as it is between batches: whatever a forward or backward pass changes in it is put back.
 
-A batch's features must not depend on the batches before it, nor the model on having been featurized. Put back are, after
-every pass: buffers (also those that a pass adds or replaces), plain attributes of modules (counters, caches, states
-carried over), and weights that the pass itself rewrites (``nn.Embedding(max_norm=...)``).
+A batch's features must not depend on the batches before it, nor the model on having been featurized. Put back are,
+after every pass: buffers (also those that a pass adds or replaces), plain attributes of modules (counters, caches,
+states carried over), and weights that the pass itself rewrites (``nn.Embedding(max_norm=...)``).
 """
 
 from __future__ import annotations
@@ -95,9 +95,12 @@ class _ModuleState:
 
     def __init__(self, module: nn.Module, before: _ModuleState | None) -> None:
         self.module = module
-        buffers, attributes = (before.buffers, before.attributes) if before is not None else ({}, {})
-        self.buffers = {name: _Copy(value, buffers.get(name)) for name, value in module._buffers.items()}
-        self.attributes = {
+        buffers: dict[str, _Copy] = before.buffers if before is not None else {}
+        attributes: dict[str, _Copy] = before.attributes if before is not None else {}
+        self.buffers: dict[str, _Copy] = {
+            name: _Copy(value, buffers.get(name)) for name, value in module._buffers.items()
+        }
+        self.attributes: dict[str, _Copy] = {
             name: _Copy(value, attributes.get(name)) for name, value in vars(module).items() if name not in _INTERNAL
         }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from stepinfluence.capture.bags import bag_rule
 from stepinfluence.capture.interceptor import EXPANSIONS, OUTSIDE, Interceptor, changes_in_place
 from stepinfluence.capture.rows import gains_examples
 from stepinfluence.capture.sources import Source
@@ -153,45 +154,6 @@ def _lookup(it: Interceptor, func: Any, table: Any, ids: Tensor, padding: int, b
         recorder.embedding(use, step, saved[0], grad, padding if padding >= 0 else None)
 
     return it.tap(output, step, receive, ids)
-
-
-def embedding_bag(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.embedding_bag(W, ids, offsets, ...)``, to which ``F.embedding_bag`` comes down (rows of a matrix of ids
-    have offsets by then): a lookup of bags padded to one length, then reduced."""
-    names = ("weight", "indices", "offsets", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights",
-             "include_last_offset", "padding_idx")  # fmt: skip
-    given = dict(zip(names, args, strict=False)) | kwargs
-    table, ids, offsets, weights = (given.get(n) for n in ("weight", "indices", "offsets", "per_sample_weights"))
-    if it.source(table) is None or it.source(weights) is not None:
-        raise it.unsupported(
-            [s for s in (it.source(table), it.source(weights)) if s is not None],
-            func,
-            "weights of the samples in a bag that are computed from parameters alone",
-        )
-    with torch.no_grad():
-        plain = _without_capture(it, func, args, kwargs)
-    ends = torch.cat([offsets, offsets.new_tensor([len(ids)])])[: len(plain[0]) + 1]
-    lengths = ends.diff()
-    places = torch.arange(int(lengths.max()) if len(lengths) else 0, device=ids.device)
-    there = places < lengths.unsqueeze(1)
-    at = torch.where(there, offsets[: len(lengths)].unsqueeze(1) + places, 0)
-    padded = ids[at] if len(ids) else ids.new_zeros(at.shape)
-    padding = given.get("padding_idx")
-    if padding is not None and padding >= 0:
-        there = there & (padded != padding)
-    rows = _lookup(it, torch.embedding, table, padded, -1, given.get("scale_grad_by_freq", False))
-    mode, shown = given.get("mode", 0), there.unsqueeze(-1)
-    if mode == 2:
-        if not places.numel():
-            return NotImplemented
-        chosen = rows.masked_fill(~shown, -torch.inf).max(1).values
-        output = torch.where(there.any(1, keepdim=True), chosen, 0.0)
-    else:
-        weighted = rows if weights is None else rows * weights[at].unsqueeze(-1)
-        output = torch.where(shown, weighted, 0.0).sum(1)
-        if mode == 1:
-            output = output / there.sum(1, keepdim=True).clamp(min=1)
-    return (output, *plain[1:])
 
 
 def layer_norm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -407,7 +369,7 @@ RULES: dict[Any, Rule] = {
     torch.embedding: embedding,
     Tensor.__getitem__: getitem,
     **dict.fromkeys(_named("index_select"), index_select),
-    torch.embedding_bag: embedding_bag,
+    torch.embedding_bag: bag_rule(_lookup),
     torch.layer_norm: layer_norm,
     torch.rms_norm: rms_norm,
     **dict.fromkeys(ELEMENTWISE, elementwise),

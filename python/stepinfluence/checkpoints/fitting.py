@@ -71,7 +71,8 @@ def _aliases(own: Mapping[str, Any]) -> dict[str, list[str]]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, value in own.items():
         if isinstance(value, Tensor) and value.numel() and value.device.type != "meta":
-            key = (value.device, value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
+            place = value.device, value.untyped_storage().data_ptr(), value.storage_offset()
+            key = (*place, value.shape, value.stride())
             groups.setdefault(key, []).append(name)
     return {name: names for names in groups.values() if len(names) > 1 for name in names}
 
@@ -121,8 +122,8 @@ def _renamed(
     )
     if len(fitting) > 1:
         raise CheckpointError(
-            f"{path}: holds several models of these names, under the prefixes {', '.join(map(repr, fitting[:3]))}; save "
-            "the one that is meant by itself"
+            f"{path}: holds several models of these names, under the prefixes {', '.join(map(repr, fitting[:3]))}; "
+            "save the one that is meant by itself"
         )
     if fitting:
         (stem,) = fitting

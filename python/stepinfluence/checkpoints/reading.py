@@ -116,7 +116,7 @@ def _no_weights(folder: Path) -> str:
             f"is a folder, in which no file has a usual name ({', '.join(WEIGHT_FILES[:4])}); give the file that is "
             f"meant, such as {files[0]}"
         )
-    return f"is a folder without weights in it (looked for {', '.join(WEIGHT_FILES)})"
+    return f"is a folder with no such file in it as {', '.join(WEIGHT_FILES)}; give the path of a checkpoint"
 
 
 def _optimizer_beside(folder: Path) -> Mapping[str, Any] | None:

@@ -108,9 +108,13 @@ def run_splits(
         for split, settings in config.splits.items()
     }
     config = replace(config, splits=splits, checkpoints=tuple(str(path) for path in prepared.paths))
-    begun = {} if earlier is None else {s: c for s, c in earlier.splits.items() if not is_unwritten(out / s)}
-    if earlier is not None and begun:
+    alone = worker is None or worker.world_size == 1
+    begun = {} if earlier is None else earlier.splits
+    if alone:
         # A call that failed before its first shard binds nobody: the next one may have the settings it asked for.
+        # (Among several workers, another may be about to write one.)
+        begun = {split: settings for split, settings in begun.items() if not is_unwritten(out / split)}
+    if earlier is not None and begun:
         config = config.merged(replace(earlier, splits=begun), out)
     prepared.config = config
     config.save(out / CONFIG)
@@ -176,7 +180,8 @@ def featurize_split(
     settings = prepared.config.splits[split]
     with _threads(settings.threads, prepared.device):
         manifest = manifest_of(prepared, split, settings, len(data))
-        if (path / MANIFEST).is_file() and is_unwritten(path) and Manifest.read(path).difference(manifest):
+        alone = worker.world_size == 1
+        if alone and (path / MANIFEST).is_file() and is_unwritten(path) and Manifest.read(path).difference(manifest):
             (path / MANIFEST).unlink(missing_ok=True)  # left by a call that failed before its first shard
         writer = StoreWriter.create(path, manifest)
         written = _write(prepared, writer, data, settings, worker, split, progress=progress, log=log)

@@ -43,7 +43,7 @@ def expand(patterns: Sequence[str], *, any_path: bool = False) -> tuple[Path, ..
         matches = [pattern] if fits(Path(pattern)) else glob.glob(pattern, recursive=True)  # noqa: PTH207  # absolute patterns
         files = sorted((Path(match) for match in matches if fits(Path(match))), key=_natural)
         if not files:
-            raise ConfigError(f"checkpoints: {pattern!r} matches no checkpoint; quote patterns, so that the shell keeps them")
+            raise ConfigError(f"checkpoints: {pattern!r} matches no file; quote patterns, so that the shell keeps them")
         found += files
     return tuple(dict.fromkeys(found))
 

@@ -78,10 +78,12 @@ def exact_blocks(
                 require_repeatable(train, "train", has_ids=ids is not None)
             total = length_of(train)
             first, index = 0, -1
-            bar = tqdm(train, total=total, desc="exact influence", unit="batch", delay=2, disable=not progress)
+            batches = train if total is not None else iter(train)
+            bar = tqdm(batches, total=total, desc="exact influence", unit="batch", delay=2, disable=not progress)
             for index, batch in enumerate(bar):
                 kept = pairs.record(batch, loss_fn, _ids(ids, batch), index, per_step=False, first=first)
-                _check_order(seen, number, index, kept, [] if ids else fingerprints(batch, kept.size, capture.batch_dim))
+                content = [] if ids else fingerprints(batch, kept.size, capture.batch_dim)
+                _check_order(seen, number, index, kept, content)
                 rows = range(first, first + kept.size)
                 for start, queries in group:
                     columns = range(start, start + queries.size)
@@ -89,7 +91,10 @@ def exact_blocks(
                     yield ExactBlock(rows, columns, pairs.influence(kept, queries, mask), kept.ids, queries.ids)
                 first += kept.size
             if number and index + 1 < len(seen):
-                raise FeatureMismatchError(f"train: the loader gave {len(seen)} batches, and {index + 1} the second time")
+                raise FeatureMismatchError(
+                    f"train: the loader gave {len(seen)} batches, and {index + 1} when it was gone through again; pass "
+                    "a list of batches"
+                )
 
 
 def _check_order(
@@ -101,8 +106,8 @@ def _check_order(
         seen.append(found)
     elif index >= len(seen) or seen[index] != found:
         raise FeatureMismatchError(
-            f"train: batch {index} holds other examples when the loader is gone through again for further queries; give "
-            "it a fixed order, or raise query_bytes so that all queries are held at once"
+            f"train: batch {index} holds other examples when the loader is gone through again for further queries; "
+            "give it a fixed order, or raise query_bytes so that all queries are held at once"
         )
 
 
