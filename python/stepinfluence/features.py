@@ -198,7 +198,16 @@ class FeatureBuilder:
         self.fingerprints: list[int] = []
         self._labels: tuple[str, ...] = ()
 
-    def _allocate(self, rows: int, steps: int) -> Tensor:
+    def _allocate(self, rows: int, steps: int, need: int = 0) -> Tensor:
+        """Zeros for ``rows``; for ``need`` where a loader tells a length that no memory holds (streams without end)."""
+        try:
+            return self._zeros(rows, steps)
+        except (MemoryError, RuntimeError, ValueError):
+            if rows <= need:
+                raise
+            return self._zeros(need, steps)
+
+    def _zeros(self, rows: int, steps: int) -> Tensor:
         shape = (rows, steps, self._width) if self._per_step else (rows, self._width)
         if self._device.type != "cpu":
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
@@ -213,7 +222,7 @@ class FeatureBuilder:
         have = self._values
         wide = max(steps, have.shape[1]) if self._per_step else 0
         if need > len(have) or (self._per_step and wide > have.shape[1]):
-            larger = self._allocate(max(need, len(have) if self._count == 0 else int(1.5 * need)), wide)
+            larger = self._allocate(max(need, len(have) if self._count == 0 else int(1.5 * need)), wide, need)
             if self._per_step:
                 larger[: self._count, : have.shape[1]] = have[: self._count]
             else:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.capture.state import running
 from stepinfluence.errors import BodyError, LayoutError, LossError, StepInfluenceError, UnsupportedUseError
 
 UNDERFLOW = "in half precision (fp16); multiply the loss by a constant (its scale is yours), or use bfloat16 or float32"
@@ -46,18 +47,20 @@ def now() -> int:
 
 
 def reaching(losses: Tensor, parameters: Mapping[int, str]) -> Iterator[tuple[str, Any]]:
-    """(name, graph node that uses it) of parameters, given by identity, that the graph behind ``losses`` holds."""
+    """(name, graph node that uses it) of leaves, given by identity: all their uses in the graph behind ``losses``."""
     seen: set[Any] = set()
-    stack: list[tuple[Any, Any]] = [(losses.grad_fn, None)]
+    stack: list[Any] = [losses.grad_fn]
     while stack:
-        node, user = stack.pop()
+        node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        name = parameters.get(id(getattr(node, "variable", None)))
-        if name is not None and user is not None:
-            yield name, user
-        stack.extend((following, node) for following, _ in node.next_functions)
+        for following, _ in node.next_functions:
+            name = parameters.get(id(getattr(following, "variable", None)))
+            if name is not None:
+                yield name, node
+            else:
+                stack.append(following)
 
 
 def refuse_earlier(name: str, user: Any, since: int) -> None:
@@ -83,6 +86,8 @@ def never_entered(model: nn.Module, again: Callable[[], int], *, training: bool)
         again: runs the forward pass once more and counts its steps.
     """
     if not training:
+        if (kept := running(model)) is not None:
+            kept.put_back()  # now, so that it does not undo the change of modes
         modes = {module: module.training for module in model.modules()}
         try:
             model.train(True)

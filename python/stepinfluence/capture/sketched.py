@@ -288,9 +288,12 @@ class Capture(session.LoaderCapture):
         return rows
 
     def _check_uses(self, losses: Tensor) -> None:
-        names = {id(t.parameter): t.name for t in self.targets}
+        anchor = self._interceptor.anchor
+        names = {id(t.parameter): t.name for t in self.targets} | {id(anchor): "model"}
         for name, user in diagnosis.reaching(losses, names):
             diagnosis.refuse_earlier(name, user, self._began)
+            if name == "model":  # a tap of this pass, as they all should be
+                continue
             raise UnsupportedUseError(
                 f"{name}: reaches the loss through {user.name()} in a way that cannot be seen from Python "
                 "(a custom autograd function or a scripted part); rewrite that use with torch functions"

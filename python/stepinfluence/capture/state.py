@@ -23,7 +23,7 @@ from stepinfluence.capture.hooks import Hooks
 from stepinfluence.errors import BodyError
 from stepinfluence.wrappers import canonical_name
 
-_INTERNAL = frozenset(("training", "_parameters", "_buffers", "_modules", "_compiled_call_impl"))
+_INTERNAL = frozenset(("_parameters", "_buffers", "_modules", "_compiled_call_impl"))
 _CONTAINERS = (list, dict, set, deque, OrderedDict)
 _DATA = (Tensor.data.__get__, Tensor.data.__set__, Tensor.detach, Tensor.detach_)  # type: ignore[attr-defined]
 _LOOKUPS = (F.embedding, F.embedding_bag)
@@ -54,67 +54,71 @@ def keeping(model: nn.Module) -> Iterator[ModelState]:
         state.wake()
 
 
-class _Copy:
-    """An object as it was: itself, and what it held if that may change in place."""
+class _Tensor:
+    """A tensor, and what it held."""
 
-    def __init__(self, value: object, before: _Copy | None) -> None:
+    def __init__(self, value: Tensor, before: _Tensor | None) -> None:
         self.value = value
-        self.held: Any = None
-        self.version = -1
-        if isinstance(value, Tensor) and value.grad_fn is None and not value.is_inference():
-            self.version = value._version
-            same = before is not None and before.value is value and before.version == value._version
-            self.held = before.held if same and before is not None else value.detach().clone()
-        elif type(value) in _CONTAINERS:
-            self.held = value.copy()  # type: ignore[attr-defined]
+        self.version = value._version
+        same = before is not None and before.value is value and before.version == value._version
+        self.held = before.held if same and before is not None else value.detach().clone()
 
-    def put_back(self) -> Any:
+    def put_back(self) -> None:
         value, held = self.value, self.held
-        if isinstance(value, Tensor) and held is not None:
-            if value.shape != held.shape:
-                value.data = held.clone()
-            elif not torch.equal(value.detach(), held):
-                value.data.copy_(held)
-            self.version = value._version
-        elif held is not None and not _same_items(value, held):
-            value.clear()  # type: ignore[attr-defined]
-            (value.extend if isinstance(value, list | deque) else value.update)(held)  # type: ignore[attr-defined]
-        return value
+        if value.shape != held.shape:
+            value.data = held.clone()
+        elif not torch.equal(value.detach(), held):
+            value.data.copy_(held)
+        self.version = value._version
 
 
-def _same_items(now: Any, before: Any) -> bool:
-    if len(now) != len(before):
-        return False
-    if isinstance(now, dict):
-        return all(a is b and now[a] is before[b] for a, b in zip(now, before, strict=True))
-    return now == before if isinstance(now, set) else all(a is b for a, b in zip(now, before, strict=True))
+def _fill(value: Any, held: Any) -> None:
+    """A container with the items that it had."""
+    if len(value) == len(held):
+        if isinstance(value, dict):
+            same = all(a is b and value[a] is held[b] for a, b in zip(value, held, strict=True))
+        else:
+            same = value == held if isinstance(value, set) else all(a is b for a, b in zip(value, held, strict=True))
+        if same:
+            return
+    value.clear()
+    (value.extend if isinstance(value, list | deque) else value.update)(held)
 
 
 class _ModuleState:
-    """Buffers and attributes of one module; of the module itself, not of those within."""
+    """Buffers and attributes of one module; of the module itself, not of those within.
+
+    Taken for every module and batch: most of it is a copy of two dictionaries.
+    """
+
+    __slots__ = ("attributes", "buffers", "containers", "module", "tensors")
 
     def __init__(self, module: nn.Module, before: _ModuleState | None) -> None:
         self.module = module
-        buffers: dict[str, _Copy] = before.buffers if before is not None else {}
-        attributes: dict[str, _Copy] = before.attributes if before is not None else {}
-        self.buffers: dict[str, _Copy] = {
-            name: _Copy(value, buffers.get(name)) for name, value in module._buffers.items()
-        }
-        self.attributes: dict[str, _Copy] = {
-            name: _Copy(value, attributes.get(name)) for name, value in vars(module).items() if name not in _INTERNAL
-        }
+        self.buffers, self.attributes = dict(module._buffers), vars(module).copy()
+        self.containers: list[tuple[Any, Any]] = []
+        self.tensors: dict[int, _Tensor] = {}
+        known: dict[int, _Tensor] = before.tensors if before is not None else {}
+        for name, value in self.attributes.items():
+            if type(value) in _CONTAINERS and name not in _INTERNAL:
+                self.containers.append((value, value.copy() if value else ()))
+        for value in (*self.buffers.values(), *self.attributes.values()):
+            if isinstance(value, Tensor) and value.grad_fn is None and not value.is_inference():
+                self.tensors[id(value)] = _Tensor(value, known.get(id(value)))
 
     def put_back(self) -> None:
+        for tensor in self.tensors.values():
+            tensor.put_back()
         if isinstance(self.module, torch.jit.ScriptModule):  # its buffers are not kept in Python
-            for copy in self.buffers.values():
-                copy.put_back()
             return
+        for value, held in self.containers:
+            if value or held:
+                _fill(value, held)
         for held, now in ((self.buffers, self.module._buffers), (self.attributes, vars(self.module))):
-            for name in [n for n in now if n not in held and (now is self.module._buffers or n not in _INTERNAL)]:
+            for name in [n for n in now if n not in held]:
                 del now[name]
-            for name, copy in held.items():
-                value = copy.put_back()
-                if now.get(name) is not value or name not in now:
+            for name, value in held.items():
+                if name not in _INTERNAL and now.get(name, _fill) is not value:
                     now[name] = value
 
 
@@ -132,6 +136,7 @@ class ModelState:
         self._modules: dict[nn.Module, _ModuleState] = {}
         self._last: dict[nn.Module, _ModuleState] = {}
         self._dirty = False
+        self._trained: set[int] = set()
         self._saved: dict[int, Tensor] = {}
         self._passes = 0
         self._asleep: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
@@ -165,9 +170,11 @@ class ModelState:
         """Around all passes of one batch: what the model is at the beginning, it is at the end."""
         outer = self._modules
         # Lazy modules take off hooks and become other classes in their first pass, for good.
-        lazy = {m for m in self._model.modules() if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()}
-        self._modules = {m: _ModuleState(m, self._last.get(m)) for m in self._model.modules() if m not in lazy}
+        modules = list(self._model.modules())
+        lazy = {m for m in modules if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()}
+        self._modules = {m: _ModuleState(m, self._last.get(m)) for m in modules if m not in lazy}
         self._note_weights()
+        self._trained = {key for key, (_, p) in self._parameters.items() if p.requires_grad}
         try:
             yield
         finally:
@@ -188,6 +195,9 @@ class ModelState:
                     parameter.data = value.clone()
                 elif not torch.equal(parameter.detach(), value):
                     parameter.data.copy_(value)
+        for key, (_, parameter) in self._parameters.items():
+            if parameter.requires_grad != (key in self._trained):
+                parameter.requires_grad_(key in self._trained)
         self.hooks.forget_new()
         self._note_weights()
 

@@ -59,6 +59,18 @@ def test_loaders_without_a_length(make: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@CAPTURES
+@pytest.mark.parametrize("per_step", [True, False])
+def test_a_length_that_no_memory_holds(make: Any, per_step: bool) -> None:
+    class Endless(list[Any]):
+        dataset = range(10**15)
+
+    capture = make(zoo.Looped(zoo.LAYERS["mlp"]()), body="core")
+    batches = [zoo.make_batch(3), zoo.make_batch(2)]
+    found = capture.featurize(Endless(batches), zoo.squared_error, per_step=per_step)
+    assert torch.equal(found.values, capture.featurize(batches, zoo.squared_error, per_step=per_step).values)
+
+
 @dataclass
 class Record:
     x: Tensor

@@ -145,6 +145,20 @@ def test_tensors_kept_from_an_earlier_pass(make: Any, where: str) -> None:
         run(make, model, lambda m, b: zoo.squared_error(m, b) * (kept if where == "loss" else 1), batch)
 
 
+def test_activations_kept_from_the_batch_before() -> None:
+    """A state carried over with its graph, by something that is no module."""
+    kept: list[Tensor] = []
+
+    class Carrying(zoo.Looped):
+        def forward(self, x: Tensor) -> Tensor:
+            state = self.core(self.read_in(x)).tanh()
+            kept.append(state if not kept else state + kept[0])
+            return self.read_out(kept[-1])
+
+    with pytest.raises(UnsupportedUseError, match=r"model: reaches the loss through .*an earlier pass"):
+        attach(Carrying(zoo.linear()), body="core", verify=False).featurize([BATCH, BATCH], zoo.squared_error)
+
+
 @CAPTURES
 def test_loop_of_training_mode_only(make: Any) -> None:
     class Conditional(zoo.Looped):

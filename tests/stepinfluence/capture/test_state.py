@@ -137,6 +137,23 @@ def test_tensors_cached_by_a_module_are_computed_in_every_pass() -> None:
     assert model.core.kept is None
 
 
+@CAPTURES
+def test_modes_and_switches_flipped_in_a_pass(make: Any) -> None:
+    class Flipping(zoo.Looped):
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.training
+            self.eval()
+            self.read_in.weight.requires_grad_(False)
+            return super().forward(x) * (2 if first else 1)
+
+    model = Flipping(zoo.linear()).train()
+    batch = zoo.make_batch(3)
+    first, second = make(model, body="core", training=True).featurize([batch] * 2, zoo.squared_error).values.split(3)
+    assert torch.equal(first, second)
+    assert all(module.training for module in model.modules())
+    assert model.read_in.weight.requires_grad
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Weights that the run changes
 
