@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sdi_kernels import HashFamily
+from stepinfluence.alignment import places_of, require_repeatable
 from stepinfluence.capture import Capture, ExactCapture, LossFn
-from stepinfluence.capture.rows import infer_batch_size
+from stepinfluence.capture.batches import infer_batch_size
 from stepinfluence.capture.targets import body_parameters, canonical_name, unwrap
 from stepinfluence.checkpoints import load_checkpoint
 from stepinfluence.errors import BodyError, FeatureMismatchError, LossError
@@ -61,6 +62,8 @@ class FeatureSet:
 
     phi: dict[str, Tensor]
     steps: int
+    content: tuple[int, ...] = ()
+    """A number per example made from what its batch held, to tell another order."""
 
     @property
     def n(self) -> int:
@@ -153,7 +156,7 @@ class _Estimator:
             placed[:, first : first + counts[block.name]] = columns[:, : counts[block.name]]
             exact = features.space.kind == "exact"
             phi[block.name] = placed.unflatten(2, block.shape) if exact and block.shape else placed
-        return FeatureSet(phi, steps)
+        return FeatureSet(phi, steps, features.content)
 
     def _per_example(self, loss_fn: LossFn) -> LossFn:
         def losses(model: Any, batch: Any) -> Tensor:
@@ -221,6 +224,7 @@ class _Estimator:
 
         Raises:
             ValueError: no checkpoint, an unknown mode, or ``with_step_matrix`` without ``mode="sdi"``.
+            FeatureMismatchError: a loader cannot be gone through again, or gives other examples or another order then.
             CheckpointError and the errors of :meth:`featurize_loader`.
         """
         if mode not in ("sdi", "tracin"):
@@ -229,8 +233,12 @@ class _Estimator:
             raise ValueError("with_step_matrix: needs mode='sdi'")
         if not checkpoints:
             raise ValueError("checkpoints: got none; pass at least one CheckpointSpec")
+        if len(checkpoints) > 1:
+            for side, loader in (("train_loader", train_loader), ("query_loader", query_loader)):
+                require_repeatable(loader, side, has_ids=False)
         chunks = (train_chunk_size, query_chunk_size)
         totals: dict[str, Tensor] = {}
+        orders: dict[str, tuple[int, ...]] = {}
         for spec in tqdm(checkpoints, desc=progress_desc, disable=not progress):
             content = load_checkpoint_fn(spec.path)
             load_model_state_dict_fn(self.model, content)
@@ -238,6 +246,9 @@ class _Estimator:
             weight = spec.weight if spec.weight is not None else eta_from_checkpoint_fn(content)
             train = self.featurize_loader(loader=train_loader, loss_fn=loss_fn)
             query = self.featurize_loader(loader=query_loader, loss_fn=loss_fn)
+            for side, found in (("train_loader", train), ("query_loader", query)):
+                first = orders.setdefault(side, found.content)
+                places_of(side, range(found.n), found.content, range(len(first) or found.n), first)
             wanted = {"sdi": "nd,qtd->nqt"} if mode == "sdi" else {"tracin": "nd,qd->nq"}
             if with_step_matrix:
                 wanted["matrix"] = "nsd,qtd->nqst"

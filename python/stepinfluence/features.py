@@ -104,7 +104,8 @@ class FeatureSpace:
             )
         if self.metric != other.metric:
             raise FeatureMismatchError(
-                "query: features under another optimizer metric than train's; featurize both with one preconditioner"
+                "query: features under another metric than train's; featurize both with one preconditioner, and with "
+                "the same gradient hooks on parameters"
             )
 
 
@@ -134,6 +135,8 @@ class Features:
         ids: one hashable per example.
         space: what the columns mean.
         step_labels: name of each step (the body module that was entered), of the batch with the most steps.
+        content: where no ids were given, a number per example made from what its batch held: features of several
+            checkpoints are of the same examples only if these are equal. Empty otherwise.
     """
 
     values: Tensor
@@ -143,6 +146,7 @@ class Features:
     ids: tuple[Hashable, ...]
     space: FeatureSpace
     step_labels: tuple[str, ...] = ()
+    content: tuple[int, ...] = ()
 
     @property
     def per_step(self) -> bool:
@@ -156,6 +160,19 @@ class Features:
         if not self.per_step:
             return self
         return replace(self, values=self.values.sum(1), lengths=None)
+
+    def select(self, places: Sequence[int]) -> Features:
+        """Some of the examples, in the order given."""
+        chosen = torch.tensor(places, dtype=torch.int64)
+        return replace(
+            self,
+            values=self.values[chosen.to(self.values.device)],
+            losses=self.losses[chosen],
+            steps=self.steps[chosen],
+            lengths=self.lengths[chosen] if self.lengths is not None else None,
+            ids=tuple(self.ids[k] for k in places),
+            content=tuple(self.content[k] for k in places) if self.content else (),
+        )
 
     def to(self, device: torch.device | str) -> Features:
         """The same features on another device."""
@@ -178,9 +195,19 @@ class FeatureBuilder:
         self._steps: list[Tensor] = []
         self._lengths: list[Tensor] = []
         self._ids: list[Hashable] = []
+        self.fingerprints: list[int] = []
         self._labels: tuple[str, ...] = ()
 
-    def _allocate(self, rows: int, steps: int) -> Tensor:
+    def _allocate(self, rows: int, steps: int, need: int = 0) -> Tensor:
+        """Zeros for ``rows``; for ``need`` where a loader tells a length that no memory holds (streams without end)."""
+        try:
+            return self._zeros(rows, steps)
+        except (MemoryError, RuntimeError, ValueError):
+            if rows <= need:
+                raise
+            return self._zeros(need, steps)
+
+    def _zeros(self, rows: int, steps: int) -> Tensor:
         shape = (rows, steps, self._width) if self._per_step else (rows, self._width)
         if self._device.type != "cpu":
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
@@ -195,7 +222,7 @@ class FeatureBuilder:
         have = self._values
         wide = max(steps, have.shape[1]) if self._per_step else 0
         if need > len(have) or (self._per_step and wide > have.shape[1]):
-            larger = self._allocate(max(need, len(have) if self._count == 0 else int(1.5 * need)), wide)
+            larger = self._allocate(max(need, len(have) if self._count == 0 else int(1.5 * need)), wide, need)
             if self._per_step:
                 larger[: self._count, : have.shape[1]] = have[: self._count]
             else:
@@ -240,4 +267,5 @@ class FeatureBuilder:
             ids=tuple(self._ids),
             space=space,
             step_labels=self._labels,
+            content=tuple(self.fingerprints),
         )

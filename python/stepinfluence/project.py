@@ -6,7 +6,8 @@
     body(model) -> module, name or list  what the loop applies at every step
 
 and, if wanted, ``collate(examples)``, ``example_id(example, index)``, ``text(example)``, ``metadata(example)``,
-``tokens(example)``, ``from_json(fields)`` and ``attach_options()``; :class:`Project` has the defaults.
+``tokens(example)``, ``from_json(fields)``, ``load_checkpoint(path)`` and ``attach_options()``; :class:`Project` has the
+defaults.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ OPTIONAL = {
     "metadata": "metadata(example) -> dict of str to str or number",
     "tokens": "tokens(example) -> list of str",
     "from_json": "from_json(fields) -> example",
+    "load_checkpoint": "load_checkpoint(path) -> state dict, or dict with 'model' (and 'optimizer')",
     "attach_options": "attach_options() -> dict of keyword arguments of stepinfluence.attach",
 }
 FORBIDDEN_OPTIONS = {
@@ -237,6 +239,11 @@ class Project:
             return fields
         with self._named("from_json"):
             return self._functions["from_json"](fields)
+
+    @property
+    def reader(self) -> Callable[[Path], Any] | None:
+        """The file's own way to read a checkpoint; None if it has none."""
+        return self._functions.get("load_checkpoint")
 
     def attach_options(self) -> dict[str, Any]:
         """Keyword arguments for :func:`stepinfluence.attach` that no command-line option is for (``loop``,

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stepinfluence.alignment import aligned_to, require_repeatable
 from stepinfluence.capture import Capture, ExactCapture
+from stepinfluence.capture.batches import is_one_shot
 from stepinfluence.capture.session import IdsOf, LossFn
-from stepinfluence.checkpoints import Checkpoint, Etas, PathLike, load_checkpoint, resolve_etas
-from stepinfluence.errors import FeatureMismatchError
+from stepinfluence.checkpoints import Checkpoint, Etas, PathLike, Reader, load_checkpoint, resolve_etas
 from stepinfluence.features import Features
 from stepinfluence.preconditioners import KINDS, Kind, Preconditioner, from_optimizer
 
@@ -78,7 +79,7 @@ def _as_list(features: FeatureList) -> list[Features]:
 def _aligned(
     train: FeatureList, query: FeatureList, etas: float | Sequence[float]
 ) -> list[tuple[Features, Features, float]]:
-    """Pairs of features per checkpoint with their weight, checked to be comparable."""
+    """Pairs of features per checkpoint with their weight, checked to be comparable, rows in the first's order."""
     trains, queries = _as_list(train), _as_list(query)
     if not trains or len(trains) != len(queries):
         raise ValueError(
@@ -89,9 +90,7 @@ def _aligned(
     if len(weights) != len(trains):
         raise ValueError(f"etas: got {len(weights)} for {len(trains)} checkpoints; give one per checkpoint")
     for side, group in (("train", trains), ("query", queries)):
-        for other in group[1:]:
-            if other.ids != group[0].ids:
-                raise FeatureMismatchError(f"{side}: the checkpoints' features are of different examples (ids differ)")
+        group[1:] = [aligned_to(group[0], other, side) for other in group[1:]]
     for t, q in zip(trains, queries, strict=True):
         t.space.require_equal(q.space)
         if t.values.device != q.values.device:
@@ -111,8 +110,8 @@ def influence(
     """Step-resolved influence of training examples on queries, summed over checkpoints.
 
     Args:
-        train: features of the training examples, one per checkpoint. Per step where ``decompose`` is ``"train"`` or
-            ``"both"``; otherwise summed features do.
+        train: features of the training examples, one per checkpoint; rows are matched by ids. Per step where
+            ``decompose`` is ``"train"`` or ``"both"``; otherwise summed features do.
         query: features of the queries, one per checkpoint. Per step where ``decompose`` is ``"query"`` or ``"both"``.
         etas: weight of each checkpoint, usually its learning rate (paper, eq. 1).
         decompose: ``"query"``: ``I_t = sum_k eta_k <grad(z), phi_t(z')>`` (default, eqs. 5 and 7); ``"train"``:
@@ -207,6 +206,8 @@ def influence_over_checkpoints(
     decompose: Decompose = "query",
     ids: IdsOf | None = None,
     progress: bool = True,
+    strict: bool = True,
+    reader: Reader | None = None,
 ) -> Influence:
     """Influence summed over saved checkpoints (paper, eqs. 1 and 5), holding the features of one checkpoint at a time.
 
@@ -215,7 +216,8 @@ def influence_over_checkpoints(
     Args:
         capture: from :func:`~stepinfluence.attach`, or an :class:`~stepinfluence.ExactCapture`.
         checkpoints: paths of checkpoints of the capture's model.
-        train, query: loaders that give the same batches each time they are iterated.
+        train, query: loaders, iterated at every checkpoint: they must give the same examples each time, in the same
+            order unless there are ``ids``, by which rows are matched.
         loss_fn: ``loss_fn(model, batch) -> (B,)``.
         etas: ``"optimizer"`` (the learning rate in each checkpoint's optimizer state), one number, or one each.
         metric: under which inner product: ``"sgd"``, or ``"adam"`` or ``"adafactor"`` as each checkpoint's optimizer
@@ -224,23 +226,37 @@ def influence_over_checkpoints(
         decompose: as for :func:`influence`; only the side that is decomposed is featurized per step.
         ids: as for ``Capture.featurize``.
         progress: show progress bars.
+        strict: False for checkpoints with a part of the weights, such as adapters only: all others stay as they are
+            in the model. The body's trainable weights must be there all the same.
+        reader: a function of yours that reads a checkpoint, see :func:`~stepinfluence.load_checkpoint`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, does not fit, or has no (single) learning rate, or no state of the
             metric's optimizer.
-        FeatureMismatchError, ValueError: as for :func:`influence`; no checkpoint; or the checkpoints' features differ
-            in examples or loop steps. Errors of ``featurize`` pass through.
+        FeatureMismatchError, ValueError: as for :func:`influence`; no checkpoint; a loader that cannot be gone through
+            again or draws a new order without ids; or the checkpoints' features differ in examples or loop steps.
+            Errors of ``featurize`` pass through.
     """
     if not checkpoints:
         raise ValueError("checkpoints: got none; pass at least one path")
+    for side, loader in (("train", train), ("query", query)):
+        if len(checkpoints) > 1 or (train is query and is_one_shot(train)):
+            require_repeatable(loader, side, has_ids=ids is not None)
+    rows: list[Features] = []
     total: Influence | None = None
     # Closed at once, also after an error: only then the model has its own weights again.
-    with closing(visit_checkpoints(capture, checkpoints, etas, metric, progress=progress)) as visited:
+    visits = visit_checkpoints(capture, checkpoints, etas, metric, progress=progress, strict=strict, reader=reader)
+    with closing(visits) as visited:
         for eta in visited:
             sides = [
                 capture.featurize(loader, loss_fn, per_step=decompose in (side, "both"), ids=ids, progress=progress)
                 for side, loader in (("train", train), ("query", query))
             ]
+            if rows:
+                pairs = zip(rows, sides, ("train", "query"), strict=True)
+                sides = [aligned_to(first, found, side) for first, found, side in pairs]
+            else:  # what rows are told apart by, without their values
+                rows = [replace(found, values=found.values[:0]) for found in sides]
             total = _add(total, influence(sides[0], sides[1], etas=eta, decompose=decompose))
     assert total is not None
     return total
@@ -253,6 +269,8 @@ def visit_checkpoints(
     metric: Metric | None = None,
     *,
     progress: bool = False,
+    strict: bool = True,
+    reader: Reader | None = None,
 ) -> Generator[float, None, None]:
     """Put each checkpoint's weights (and metric) into a capture in turn and give its weight eta; the model's own
     weights are put back when the generator is closed. Without checkpoints: the model as it is, for which ``etas`` is
@@ -276,9 +294,11 @@ def visit_checkpoints(
     before = capture.preconditioner
     try:
         for index, path in enumerate(tqdm(checkpoints, desc="checkpoints", delay=2, disable=not progress)):
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_checkpoint(path, reader=reader)
             eta = eta_of(index, checkpoint)
-            checkpoint.load_into(capture.model)
+            if not strict:  # nothing of the checkpoint before may be left
+                capture.model.load_state_dict(original)
+            checkpoint.load_into(capture.model, strict=strict, needed=capture._body_parameters())
             if callable(metric):
                 capture.precondition(metric(checkpoint))
             elif metric is not None:
@@ -292,8 +312,6 @@ def visit_checkpoints(
 def _add(total: Influence | None, one: Influence) -> Influence:
     if total is None:
         return one
-    if one.train_ids != total.train_ids or one.query_ids != total.query_ids:
-        raise FeatureMismatchError("train, query: the checkpoints' features are of different examples (ids differ)")
     if one.sdi.shape != total.sdi.shape:
         raise ValueError("query: the checkpoints' features have different numbers of loop steps; featurize them alike")
     return replace(total, sdi=total.sdi + one.sdi, etas=total.etas + one.etas)

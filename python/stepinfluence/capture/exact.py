@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepinfluence.capture import session
-from stepinfluence.capture.rows import infer_batch_size
+from stepinfluence.capture import diagnosis, session
+from stepinfluence.capture.batches import infer_batch_size
+from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.steps import Loop, StepTracker
 from stepinfluence.capture.targets import Body, body_parameters, find_body, single_device, unwrap
-from stepinfluence.errors import BodyError
+from stepinfluence.errors import BodyError, UnsupportedUseError
 from stepinfluence.features import Block, FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.preconditioners import Preconditioner, prepare
 
@@ -83,8 +84,18 @@ class ExactCapture(session.LoaderCapture):
         return self._steps
 
     def space(self) -> FeatureSpace:
-        """What the columns of this capture's features mean, at the model's present weights."""
-        return FeatureSpace("exact", self._blocks, "", weights_digest(list(self.parameters.values())), self._metric)
+        """What the columns of this capture's features mean, at the model's present weights and hooks on them.
+
+        Raises:
+            UnsupportedUseError: as for ``Capture.space``.
+        """
+        factors = read_factors(self.parameters)
+        self._applied = with_factors(self._roots, factors, self._dtype, self.device)
+        metric = weights_digest([t for r in self._applied.values() for t in r.tensors]) if factors else self._metric
+        return FeatureSpace("exact", self._blocks, "", weights_digest(list(self.parameters.values())), metric)
+
+    def _body_parameters(self) -> dict[str, nn.Parameter]:
+        return self.parameters
 
     @property
     def preconditioner(self) -> Preconditioner | None:
@@ -94,6 +105,7 @@ class ExactCapture(session.LoaderCapture):
     def precondition(self, preconditioner: Preconditioner | None) -> None:
         """Featurize under another metric from now on, as for :meth:`stepinfluence.Capture.precondition`."""
         self._roots, self._metric = prepare(preconditioner, self.parameters, self._dtype, self.device)
+        self._applied = self._roots
         self._preconditioner = preconditioner
 
     def featurize(
@@ -110,7 +122,9 @@ class ExactCapture(session.LoaderCapture):
 
         Raises:
             LossError, BodyError: as for ``Capture.featurize``.
+            UnsupportedUseError: a gradient hook that cannot be applied to single examples (names the parameter).
         """
+        self._first = True
         return self._featurize_loader(
             loader,
             loss_fn,
@@ -129,21 +143,23 @@ class ExactCapture(session.LoaderCapture):
         ids: Sequence[Hashable] | None,
         index: int,
     ) -> Tensor:
-        session.seed_batch(self.seed, index)
         leaves: list[dict[str, Tensor]] = []
-        losses = session.check_losses(
-            self._forward(batch, loss_fn, leaves), infer_batch_size(batch, self.batch_dim), ids
-        )
+        losses = self._forward(batch, loss_fn, leaves, index)
         if not leaves:
-            raise BodyError(
-                "body: the loop was never entered; body must be the module(s) whose forward runs at every step"
+            raise diagnosis.never_entered(
+                self.model, lambda: self._count_steps(batch, loss_fn, index), training=self.training
             )
+        session.check_losses(losses, infer_batch_size(batch, self.batch_dim), ids)
+        for name, user in diagnosis.reaching(losses, {id(p): n for n, p in self.parameters.items()}):
+            diagnosis.refuse_earlier(name, user, self._began)
         steps, names = len(leaves), list(self.parameters)
         buffer = builder.reserve(len(losses), steps)
         inputs = [leaf[name] for leaf in leaves for name in names]
         originals = list(self.parameters.values())
+        first: Sequence[Tensor | None] = ()
         for k, loss in enumerate(losses):
             grads = torch.autograd.grad(loss, [*inputs, *originals], retain_graph=True, allow_unused=True)
+            first = first or grads
             outside = [n for n, g in zip(names, grads[len(inputs) :], strict=True) if g is not None]
             if outside and self._outside == "error":
                 raise BodyError(
@@ -155,9 +171,11 @@ class ExactCapture(session.LoaderCapture):
                     if grad is not None:
                         dense = grad.to_dense() if grad.is_sparse else grad  # nn.Embedding(sparse=True)
                         flat = dense.flatten().to(row.dtype)
-                        root = self._roots.get(block.name)
+                        root = self._applied.get(block.name)
                         row[block.start : block.stop] += flat if root is None else flat * root.as_matrix().flatten()
         session.check_features(buffer, ids)
+        if self._first and len(losses) > 1:
+            self._check_repeats(losses[0], inputs, first)
         lengths = None
         if buffer.dim() == 3:
             lengths = (torch.arange(1, steps + 1, device=buffer.device) * (buffer != 0).any(-1)).amax(1).cpu()
@@ -166,7 +184,32 @@ class ExactCapture(session.LoaderCapture):
         builder.commit(given, values, self._steps.labels, lengths)
         return values
 
-    def _forward(self, batch: Any, loss_fn: session.LossFn, leaves: list[dict[str, Tensor]]) -> Tensor:
+    def _check_repeats(self, loss: Tensor, inputs: Sequence[Tensor], before: Sequence[Tensor | None]) -> None:
+        """One graph is differentiated once per example: what acts in the first backward pass only (a hook that takes
+        itself off, a count) would reach the first example alone."""
+        self._first = False
+        names = list(self.parameters)
+        for at, (now, was) in enumerate(
+            zip(torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True), before, strict=False)
+        ):
+            if now is None or was is None:
+                continue
+            now, was = (g.to_dense() if g.is_sparse else g for g in (now, was))
+            if float((now - was).norm()) > 1e-3 * float(was.norm()):
+                raise UnsupportedUseError(
+                    f"{names[at % len(names)]}: its gradient is another one when it is taken again: something in the "
+                    "backward pass acts once or keeps count (a hook that takes itself off); take that out while "
+                    "featurizing"
+                )
+
+    def _count_steps(self, batch: Any, loss_fn: session.LossFn, index: int) -> int:
+        session.begin_pass(self.model, self.seed, index)
+        self._steps.reset()
+        with self._steps.watching(), session.watched(self.model):
+            loss_fn(self.model, batch)
+        return self._steps.count
+
+    def _forward(self, batch: Any, loss_fn: session.LossFn, leaves: list[dict[str, Tensor]], index: int) -> Tensor:
         """The losses, with body parameters replaced by leaves of their own at every step."""
         originals = self.parameters
         depth: list[int] = []
@@ -190,6 +233,8 @@ class ExactCapture(session.LoaderCapture):
                 depth.pop()
                 place(depth[-1] if depth else None)
 
+        session.begin_pass(self.model, self.seed, index)
+        self._began = diagnosis.now()
         self._steps.reset()
         handles = []
         for module in self.body:
@@ -197,7 +242,7 @@ class ExactCapture(session.LoaderCapture):
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
             handles.append(module.register_forward_hook(leave, always_call=True))
         try:
-            with self._steps.watching():
+            with self._steps.watching(), session.watched(self.model):
                 losses: Tensor = loss_fn(self.model, batch)
         finally:
             place(None)

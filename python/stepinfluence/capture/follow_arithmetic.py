@@ -306,8 +306,15 @@ def lookup_rows(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> 
 
 
 def one_hot(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
+    """Each element becomes several, in a last dimension."""
     owners = f.owners(args[0])
     return None if owners is None else lookup(owners, result)
+
+
+def as_complex(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
+    """Pairs of numbers, in the last dimension, are one."""
+    part = _reduced(f.part(args[0]), [-1])
+    return None if part is None else part.owners.squeezed([-1])
 
 
 def classes(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
@@ -443,6 +450,8 @@ ARITHMETIC: dict[Any, Rule] = {
     F.scaled_dot_product_attention: attention,
     torch.embedding: lookup_rows,
     F.one_hot: one_hot,
+    torch.view_as_real: one_hot,
+    torch.view_as_complex: as_complex,
     **dict.fromkeys(_named("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"), classes),
     **dict.fromkeys(
         _named("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",

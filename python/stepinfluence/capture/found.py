@@ -82,6 +82,9 @@ class Scout:
 
     def _scout(self, use: Use, grad: Tensor, trailing: int) -> None:
         lead = grad.dim() - trailing
+        if grad.is_complex():
+            grad = torch.view_as_real(grad.resolve_conj()).flatten(grad.dim() - 1) if trailing else torch.view_as_real(grad.resolve_conj())
+            trailing = max(1, trailing)
         rows = grad.reshape(math.prod(grad.shape[:lead]), math.prod(grad.shape[lead:])).double()
         held = self._rows.get(id(use))
         if held is None:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from sdi_kernels import pairwise_linear_influence
 from stepinfluence.capture import session
-from stepinfluence.capture.recorder import PULL_BACK_BYTES, SketchRecorder
+from stepinfluence.capture.batches import usable
+from stepinfluence.capture.recorder import PULL_BACK_BYTES, SketchRecorder, product_dtype
 from stepinfluence.capture.rows import Use
 from stepinfluence.capture.sketched import Capture
 from stepinfluence.capture.sources import Piece, Source
@@ -111,7 +112,7 @@ class FactorRecorder(SketchRecorder):
 
     def root_of(self, target: Target) -> Root | None:
         """The square root of the metric of a parameter, if there is one."""
-        return self._roots[target.name] if self._roots else None
+        return self._roots.get(target.name)
 
     def _part(self, target: Target, step: int) -> ParameterGradient:
         assert self.kept is not None
@@ -131,7 +132,8 @@ class FactorRecorder(SketchRecorder):
             return
         size = max(1, PULL_BACK_BYTES // max(1, 4 * a.shape[-1] * g.shape[-1]))
         for k in range(0, len(a), size):
-            outer = torch.bmm(g[k : k + size].to(self._dtype).transpose(1, 2), a[k : k + size].to(self._dtype))
+            dtype = product_dtype(g, self._dtype)
+            outer = torch.bmm(g[k : k + size].to(dtype).transpose(1, 2), a[k : k + size].to(dtype))
             self._dense(source, use, outer.reshape(len(outer), *source.tensor.shape), first + k)
 
     def vector(self, source: Source, use: Use, grads: Tensor) -> None:
@@ -139,7 +141,7 @@ class FactorRecorder(SketchRecorder):
 
     def vector_or_dense(self, source: Source, use: Use, grads: Tensor) -> None:
         g, first = use.rows(grads)
-        total = g.sum(1, dtype=self._dtype)
+        total = g.sum(1, dtype=product_dtype(g, self._dtype))
         self._dense(source, use, total.reshape(len(total), *source.tensor.shape), first)
 
     def scaled(
@@ -150,7 +152,7 @@ class FactorRecorder(SketchRecorder):
 
     def embedding(self, source: Source, use: Use, ids: Tensor, grad: Tensor, padding: int | None) -> None:
         g, first = use.rows(grad)
-        g = g.to(self._dtype)
+        g = g.to(product_dtype(g, self._dtype))
         index, _ = use.rows(ids, trailing=0)
         if padding is not None:
             g = g * (index != padding).unsqueeze(-1)
@@ -161,7 +163,7 @@ class FactorRecorder(SketchRecorder):
 
     def dense_rows(self, source: Source, use: Use, grads: Tensor) -> None:
         rows, first = use.rows(grads, trailing=grads.dim() - 1)
-        self._dense(source, use, rows.sum(1, dtype=self._dtype), first)
+        self._dense(source, use, rows.sum(1, dtype=product_dtype(rows, self._dtype)), first)
 
     def _add(self, piece: Piece, step: int, matrices: Tensor, first: int) -> None:
         assert self.kept is not None
@@ -236,6 +238,18 @@ class PairCapture:
         Raises:
             LossError, BodyError, UnsupportedUseError, LayoutError: as ``Capture.featurize`` does.
         """
+        with session.one_batch(self._capture.model):
+            return self._record(usable(batch), loss_fn, ids, index, per_step, first)
+
+    def _record(
+        self,
+        batch: Any,
+        loss_fn: session.LossFn,
+        ids: Sequence[Hashable] | None,
+        index: int,
+        per_step: bool,
+        first: int,
+    ) -> BatchGradients:
         twin, recorder, capture = self._twin, self._recorder, self._capture
         losses = twin._forward(batch, loss_fn, ids, index)
         size, steps = len(losses), twin._steps.count

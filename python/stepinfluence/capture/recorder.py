@@ -28,6 +28,12 @@ PULL_BACK_BYTES = 64 << 20
 """Workspace of one taking-back of per-example gradients through a function of parameters (chunked over examples)."""
 
 
+def product_dtype(grads: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype gradients are added up for features of ``dtype``: complex ones stay complex. They are those of
+    complex functions of real parameters, and become real on the way back to these."""
+    return torch.promote_types(grads.dtype, dtype) if grads.is_complex() else dtype
+
+
 def make_blocks(targets: Sequence[Target], layout: Layout) -> list[Block]:
     """Columns of each parameter, in the model's order.
 
@@ -53,7 +59,7 @@ class SketchRecorder:
         self.precondition({})
 
     def precondition(self, roots: Mapping[str, Root]) -> None:
-        """Multiply the gradients by these from now on: one root per target, or none at all.
+        """Multiply the gradients by these from now on, by name of the target; targets without one stay as they are.
 
         Raises:
             ValueError: an elementwise root of a matrix under ``route="fft"``, which never has single entries.
@@ -61,7 +67,8 @@ class SketchRecorder:
         elementwise = [b.name for b in self.blocks if len(b.shape) > 1 and isinstance(roots.get(b.name), Elementwise)]
         if elementwise and self._route == "fft":
             raise ValueError(
-                f"route: got 'fft', which cannot apply the elementwise preconditioner of {elementwise[0]}; "
+                f"route: got 'fft', which cannot apply the elementwise preconditioner (or gradient hook) of "
+                f"{elementwise[0]}; "
                 "use 'auto' or 'direct'"
             )
         self._roots = roots
@@ -69,10 +76,10 @@ class SketchRecorder:
 
     def _root(self, piece: Piece) -> Root | None:
         """What the gradient of a piece is multiplied by, oriented as the piece is."""
-        if not self._roots:
+        root = self._roots.get(piece.target.name)
+        if root is None:
             return None
         if piece not in self._root_parts:
-            root = self._roots[piece.target.name]
             self._root_parts[piece] = root.part(piece.rows, piece.columns, piece.transposed)
         return self._root_parts[piece]
 
@@ -104,8 +111,8 @@ class SketchRecorder:
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """Kernels take any floating dtype up to the buffer's; only float64 has to be brought in line."""
-        double = torch.float64 in (tensor.dtype, self._buffer.dtype)
-        return tensor.to(self._buffer.dtype) if double else tensor
+        double = self._buffer.dtype == torch.float64 or tensor.dtype in (torch.float64, torch.complex128)
+        return tensor.to(product_dtype(tensor, self._buffer.dtype)) if double else tensor
 
     def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:
         """Use as a linear map: ``(*lead, d_in), (*lead, d_out)``; gradient ``sum_l grad_l (x) activations_l``."""
@@ -121,7 +128,7 @@ class SketchRecorder:
             sketch_linear_grads(a, g, sketch, route=self._route, scale=scale, out=out)
             return
         size = max(1, PULL_BACK_BYTES // max(1, 4 * a.shape[-1] * g.shape[-1]))
-        dtype = self._buffer.dtype
+        dtype = product_dtype(g, self._buffer.dtype)
         for k in range(0, len(a), size):
             outer = torch.bmm(g[k : k + size].to(dtype).transpose(1, 2), a[k : k + size].to(dtype))
             self._dense(source, use, outer.reshape(len(outer), *source.tensor.shape), first + k)
@@ -157,7 +164,7 @@ class SketchRecorder:
             g = self._times_root(source.piece, self._cast(g))
             sketch_vector_grads(g, sketch, out=self._out(source.piece.target, use.step, first, len(g)))
             return
-        total = g.sum(1, dtype=self._buffer.dtype)
+        total = g.sum(1, dtype=product_dtype(g, self._buffer.dtype))
         self._dense(source, use, total.reshape(len(total), *source.tensor.shape), first)
 
     def scaled(
@@ -182,7 +189,7 @@ class SketchRecorder:
             self.vector(source, use, grads)
             return
         g, first = use.rows(grads)
-        total = g.sum(1, dtype=self._buffer.dtype)
+        total = g.sum(1, dtype=product_dtype(g, self._buffer.dtype))
         self._dense(source, use, total.reshape(len(total), *source.tensor.shape), first)
 
     def expanded(self, source: Source, use: Use, grad: Tensor) -> None:
@@ -206,14 +213,14 @@ class SketchRecorder:
         vocabulary = len(source.tensor)
         size = max(1, PULL_BACK_BYTES // max(1, 4 * vocabulary * g.shape[-1]))
         for k in range(0, len(g), size):
-            one_hot = F.one_hot(index[k : k + size], vocabulary).to(self._buffer.dtype)
+            one_hot = F.one_hot(index[k : k + size], vocabulary).to(product_dtype(g, self._buffer.dtype))
             table = torch.bmm(one_hot.transpose(1, 2), g[k : k + size].to(one_hot.dtype))
             self._dense(source, use, table.reshape(len(table), *source.tensor.shape), first + k)
 
     def dense_rows(self, source: Source, use: Use, grads: Tensor) -> None:
         """Gradients by row as they are: ``(rows, *source shape)``."""
         rows, first = use.rows(grads, trailing=grads.dim() - 1)
-        total = rows[:, 0] if rows.shape[1] == 1 else rows.sum(1, dtype=self._buffer.dtype)
+        total = rows[:, 0] if rows.shape[1] == 1 else rows.sum(1, dtype=product_dtype(rows, self._buffer.dtype))
         self._dense(source, use, total, first)
 
     def _dense(self, source: Source, use: Use, grads: Tensor, first: int = 0) -> None:

@@ -5,23 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from stepinfluence.capture.owners import Owners
 from stepinfluence.errors import LayoutError
 
 REDUCED = (torch.bfloat16, torch.float16)
-
-
-def infer_batch_size(batch: Any, batch_dim: int = 0) -> int | None:
-    """Number of examples of a batch: the size that its tensors share at ``batch_dim`` (None if they disagree)."""
-    leaves = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim() > batch_dim]
-    sizes = {t.shape[batch_dim] for t in leaves}
-    return sizes.pop() if len(sizes) == 1 else None
 
 
 def gains_examples(before: Sequence[int], after: Sequence[int], batch_size: int | None, dims: Iterable[int]) -> int | None:

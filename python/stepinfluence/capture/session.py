@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stepinfluence.errors import LossError
-from stepinfluence.features import FeatureBuilder, Features, FeatureSpace
+from stepinfluence.capture import state
+from stepinfluence.capture.batches import expected_rows, fingerprints, length_of, usable
+from stepinfluence.capture.diagnosis import check_parameters
+from stepinfluence.errors import BodyError, LossError
+from stepinfluence.features import FeatureBuilder, Features, FeatureSpace, weights_digest
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss_fn(model, batch) -> (B,)``: one loss per example, not reduced over the batch."""
@@ -24,15 +27,12 @@ OnError: TypeAlias = Callable[[Exception], None]
 
 @contextmanager
 def isolated(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Run the model without leaving a trace in it: modes, buffers, gradients and random state come back as they were.
+    """Run the model without leaving a trace in it: modes, buffers, attributes, weights, gradients, hooks and random
+    state come back as they were (:mod:`stepinfluence.capture.state`).
 
     ``torch.compile``d parts run eagerly within: their parameters' uses could not be seen otherwise.
     """
     modes = {module: module.training for module in model.modules()}
-    # In eval mode, too: a model may count its calls or keep a cache.
-    buffers = [
-        (m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
-    ]
     streams = random.getstate(), np.random.get_state()  # noqa: NPY002  # what models draw loop counts from
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:
@@ -40,6 +40,7 @@ def isolated(model: nn.Module, *, training: bool) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(state.keeping(model))
         model.train(training)
         try:
             yield
@@ -48,9 +49,26 @@ def isolated(model: nn.Module, *, training: bool) -> Iterator[None]:
             np.random.set_state(streams[1])  # noqa: NPY002
             for module, mode in modes.items():
                 module.training = mode
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer.copy_(value)
+
+
+def begin_pass(model: nn.Module, seed: int, index: int) -> None:
+    """Before every forward pass of batch ``index``: the model as it was when the batch began, and the batch's random
+    state."""
+    if (kept := state.running(model)) is not None:
+        kept.put_back()
+    seed_batch(seed, index)
+
+
+def watched(model: nn.Module) -> AbstractContextManager[object]:
+    """Around every forward pass, see :meth:`stepinfluence.capture.state.ModelState.watched`."""
+    kept = state.running(model)
+    return nullcontext() if kept is None else kept.watched()
+
+
+def one_batch(model: nn.Module) -> AbstractContextManager[object]:
+    """Around all passes of one batch, see :meth:`stepinfluence.capture.state.ModelState.batch`."""
+    kept = state.running(model)
+    return nullcontext() if kept is None else kept.batch()
 
 
 def seed_batch(seed: int, index: int) -> None:
@@ -72,6 +90,8 @@ def check_losses(losses: object, batch_size: int | None, ids: Sequence[Hashable]
         raise LossError(
             f"loss_fn: returned {type(losses).__name__}; return a tensor of shape (B,), one loss per example"
         )
+    if losses.is_complex():
+        raise LossError(f"loss_fn: returned {losses.dtype}; return real losses, such as squared absolute values")
     if losses.dim() != 1 or (batch_size is not None and len(losses) != batch_size):
         want = f"({batch_size},)" if batch_size is not None else "(B,)"
         raise LossError(
@@ -109,16 +129,6 @@ def _named(chosen: Tensor, ids: Sequence[Hashable] | None) -> str:
     return shown + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
 
 
-def expected_rows(loader: Any) -> int:
-    """How many examples a loader will give, as far as it tells (0 if it does not)."""
-    for value in (getattr(loader, "dataset", None), loader):
-        try:
-            return len(value)  # type: ignore[arg-type]  # objects without a length are the case handled here
-        except TypeError:
-            continue
-    return 0
-
-
 class _NoBar:
     """Stands in for a progress bar that is not to be shown."""
 
@@ -140,7 +150,10 @@ def _progress_bar(loader: Iterable[Any], total: int | None, description: str, *,
         return
     from tqdm.auto import tqdm
 
-    with tqdm(loader, total=total, desc=description, unit="batch", delay=2) as bar:
+    # tqdm asks a loader itself for its length, and fails at one that raises.
+    with tqdm(
+        loader if total is not None else iter(loader), total=total, desc=description, unit="batch", delay=2
+    ) as bar:
         yield bar
 
 
@@ -150,12 +163,17 @@ class LoaderCapture(ABC):
     model: nn.Module
     device: torch.device
     training: bool
+    batch_dim: int
     _dtype: torch.dtype
 
     @property
     @abstractmethod
     def width(self) -> int:
         """D, the length of a feature row."""
+
+    @abstractmethod
+    def _body_parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that features are of, by name."""
 
     @abstractmethod
     def space(self) -> FeatureSpace:
@@ -187,21 +205,26 @@ class LoaderCapture(ABC):
         """Featurize every batch of a loader; the progress bar shows only on work that takes over two seconds."""
         if first_batch < 0:
             raise ValueError(f"first_batch: got {first_batch}; batches count from 0")
+        check_parameters(self.model, self._body_parameters())
         builder = FeatureBuilder(
             self.width, self._dtype, self.device, per_step=per_step, expected=expected_rows(loader)
         )
         space = self.space()
-        total = len(loader) if isinstance(loader, Sized) else None
+        total = length_of(loader)
         with (
             isolated(self.model, training=self.training),
             _progress_bar(loader, total, description, shown=progress) as bar,
         ):
-            for index, batch in enumerate(bar, first_batch):
+            for index, whatever in enumerate(bar, first_batch):
+                batch = usable(whatever)
                 given = ids(batch) if ids is not None else None
                 # A tensor's elements would be tensors, which are hashed by identity.
                 given = given.tolist() if isinstance(given, Tensor) else given if given is None else list(given)
                 try:
-                    losses = self._featurize_batch(builder, batch, loss_fn, given, index)
+                    with one_batch(self.model):
+                        losses = self._featurize_batch(builder, batch, loss_fn, given, index)
+                    if given is None:
+                        builder.fingerprints += fingerprints(batch, len(losses), self.batch_dim)
                 except Exception as error:
                     if on_error is None:
                         raise
@@ -209,4 +232,9 @@ class LoaderCapture(ABC):
                     builder.discard()
                     continue
                 bar.set_postfix(examples=builder.count, loss=f"{float(losses.mean()):.3g}", refresh=False)
+        if weights_digest(list(self._body_parameters().values())) != space.weights:
+            raise BodyError(
+                "body: its weights are others than before (the forward pass or the loss changes them, through .data or "
+                "another tensor); change weights outside of a run, or load them again"
+            )
         return builder.finish(space)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
-from stepinfluence.capture import session
+from stepinfluence.capture import diagnosis, session
+from stepinfluence.capture.batches import infer_batch_size, leaves
 from stepinfluence.capture.found import owners_of_rows, run_backward
+from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.recorder import SketchRecorder
-from stepinfluence.capture.rows import infer_batch_size
 from stepinfluence.capture.steps import Loop, StepTracker
 from stepinfluence.capture.targets import (
     Body,
@@ -31,7 +32,7 @@ from stepinfluence.capture.targets import (
     unwrap,
 )
 from stepinfluence.capture.uses import RULES
-from stepinfluence.errors import BodyError, LayoutError, LossError, UnsupportedUseError
+from stepinfluence.errors import UnsupportedUseError
 from stepinfluence.features import FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.preconditioners import Preconditioner, prepare
 
@@ -123,9 +124,20 @@ class Capture(session.LoaderCapture):
         return self._steps
 
     def space(self) -> FeatureSpace:
-        """What the columns of this capture's features mean, at the model's present weights."""
+        """What the columns of this capture's features mean, at the model's present weights and hooks on them.
+
+        Raises:
+            UnsupportedUseError: a body parameter has a gradient hook that cannot be applied to single examples.
+        """
+        factors = read_factors(self._body_parameters())
+        roots = with_factors(self._roots, factors, self._dtype, self.device)
+        self._recorder.precondition(roots)
+        metric = weights_digest([t for root in roots.values() for t in root.tensors]) if factors else self._metric
         weights = weights_digest([t.parameter for t in self.targets])
-        return FeatureSpace("sketch", tuple(self._recorder.blocks), self._tables, weights, self._metric)
+        return FeatureSpace("sketch", tuple(self._recorder.blocks), self._tables, weights, metric)
+
+    def _body_parameters(self) -> dict[str, nn.Parameter]:
+        return {t.name: t.parameter for t in self.targets}
 
     @property
     def preconditioner(self) -> Preconditioner | None:
@@ -138,10 +150,9 @@ class Capture(session.LoaderCapture):
         Raises:
             TypeError, ValueError: as for :func:`attach`.
         """
-        parameters = {t.name: t.parameter for t in self.targets}
-        roots, metric = prepare(preconditioner, parameters, self._dtype, self.device)
+        roots, metric = prepare(preconditioner, self._body_parameters(), self._dtype, self.device)
         self._recorder.precondition(roots)
-        self._metric, self._preconditioner = metric, preconditioner
+        self._roots, self._metric, self._preconditioner = roots, metric, preconditioner
 
     def step(self, t: int) -> AbstractContextManager[None]:
         """Mark a part of the model's forward pass as loop step ``t`` (0-based), with ``loop="manual"``."""
@@ -250,11 +261,10 @@ class Capture(session.LoaderCapture):
     def _forward(self, batch: Any, loss_fn: session.LossFn, ids: Sequence[Hashable] | None, index: int) -> Tensor:
         """The losses of a batch, with every use of a parameter tapped and its rows' owners known."""
         expected = infer_batch_size(batch, self.batch_dim)
+        if expected is None:  # nothing in the batch tells, only the losses do
+            expected = len(session.check_losses(self._plain(batch, loss_fn, index), None, ids))
         losses = self._run(batch, loss_fn, ids, index, expected)
         self._check_uses(losses)
-        if expected is None and len(losses) > 1:
-            # Only the losses tell how many examples there are: once more, knowing it.
-            losses = self._run(batch, loss_fn, ids, index, len(losses))
         try:
             self.owners = owners_of_rows(self._interceptor, losses)
         except LayoutError:
@@ -262,20 +272,37 @@ class Capture(session.LoaderCapture):
                 raise
             # Tensors made without data had the batch's size by chance: taken for constants from now on.
             self._doubt = False
-            losses = self._run(batch, loss_fn, ids, index, len(losses))
+            losses = self._run(batch, loss_fn, ids, index, expected)
             self.owners = owners_of_rows(self._interceptor, losses)
         return losses
 
     def _run(
-        self, batch: Any, loss_fn: session.LossFn, ids: Sequence[Hashable] | None, index: int, size: int | None
+        self, batch: Any, loss_fn: session.LossFn, ids: Sequence[Hashable] | None, index: int, size: int
     ) -> Tensor:
         self._steps.reset()
-        inputs = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+        inputs = [t for t in leaves(batch) if isinstance(t, Tensor)]
         self._interceptor.reset(size, inputs, doubt=self._doubt)
-        session.seed_batch(self.seed, index)
-        with self._steps.watching(), self._interceptor:
+        session.begin_pass(self.model, self.seed, index)
+        self._began = diagnosis.now()
+        with self._steps.watching(), self._interceptor, session.watched(self.model):
             losses = loss_fn(self.model, batch)
+        if self._steps.count == 0:
+            raise diagnosis.never_entered(
+                self.model, lambda: self._count_steps(batch, loss_fn, index), training=self.training
+            )
         return session.check_losses(losses, size, ids)
+
+    def _plain(self, batch: Any, loss_fn: session.LossFn, index: int) -> Tensor:
+        """The losses of a batch without capturing anything."""
+        session.begin_pass(self.model, self.seed, index)
+        with session.watched(self.model):
+            return loss_fn(self.model, batch)
+
+    def _count_steps(self, batch: Any, loss_fn: session.LossFn, index: int) -> int:
+        session.begin_pass(self.model, self.seed, index)
+        with self._steps.watching(), session.watched(self.model):
+            loss_fn(self.model, batch)
+        return self._steps.count
 
     def _backward(self, losses: Tensor, buffer: Tensor, weights: Tensor | None = None) -> bool:
         """Hand all gradients of the losses to the recorder; says whether some were of reduced precision."""
@@ -285,35 +312,22 @@ class Capture(session.LoaderCapture):
         return self._interceptor.shared.coarse
 
     def _check_uses(self, losses: Tensor) -> None:
-        if self._steps.count == 0:
-            raise BodyError(
-                "body: the loop was never entered; body must be the module(s) whose forward runs at every step "
-                "(or loop='manual' with capture.step(t))"
-            )
-        wanted = {id(t.parameter): t.name for t in self.targets}
-        seen: set[Any] = set()
-        stack: list[tuple[Any, Any]] = [(losses.grad_fn, None)]
-        while stack:
-            node, user = stack.pop()
-            if node is None or node in seen:
+        anchor = self._interceptor.anchor
+        names = {id(t.parameter): t.name for t in self.targets} | {id(anchor): "model"}
+        for name, user in diagnosis.reaching(losses, names):
+            diagnosis.refuse_earlier(name, user, self._began)
+            if name == "model":  # a tap of this pass, as they all should be
                 continue
-            seen.add(node)
-            name = wanted.get(id(getattr(node, "variable", None)))
-            if name is not None:
-                raise UnsupportedUseError(
-                    f"{name}: reaches the loss through {user.name()} in a way that cannot be seen from Python "
-                    "(a custom autograd function or a scripted part); rewrite that use with torch functions"
-                )
-            stack.extend((following, node) for following, _ in node.next_functions)
+            raise UnsupportedUseError(
+                f"{name}: reaches the loss through {user.name()} in a way that cannot be seen from Python "
+                "(a custom autograd function or a scripted part); rewrite that use with torch functions"
+            )
 
     def _check_all_used(self) -> None:
         unused = [t.name for t in self.targets if t not in self._used]
         if unused and self._verifying:
             shown = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
-            raise BodyError(
-                f"{shown}: never used in the loop with gradients on; set requires_grad=False on what takes no part, "
-                "and use non-reentrant activation checkpointing (use_reentrant=False)"
-            )
+            raise diagnosis.never_used(shown)
 
     def _verify(
         self,
@@ -335,10 +349,7 @@ class Capture(session.LoaderCapture):
         exponents = torch.randperm(size, generator=generator) % 8 * (7 // (min(size, 8) - 1))
         losses = self._forward(batch, loss_fn, None, index)
         if not torch.allclose(losses.detach(), before, rtol=1e-2, atol=1e-3 * float(before.abs().amax())):
-            raise LossError(
-                "loss_fn: gives other losses when it is run again on the same batch and random state; let the model "
-                "draw from torch's, numpy's or Python's global generators, which are fixed per batch, not from its own"
-            )
+            raise diagnosis.other_losses(lambda: self._plain(batch, loss_fn, index))
         weights = (2.0**exponents).to(losses)
         scaled = torch.zeros_like(features)
         # Exact but for the rounding of sums that are not taken in the same order twice.
@@ -350,11 +361,23 @@ class Capture(session.LoaderCapture):
             size_of = expected.flatten(1).norm(dim=1)
             bad = (error > tolerance * size_of + 1e-6 * size_of.max()).nonzero().flatten()
             if len(bad):
-                raise LayoutError(
-                    f"{block.name}: the gradient of example {ids[int(bad[0])]!r} changes with the losses of other "
-                    "examples of its batch; say which dimension holds the examples (batch_dim=), and use no operation "
-                    "that mixes them (batch normalisation in training mode)"
-                )
+                columns = slice(block.start, block.stop)
+
+                def again(factor: float, columns: slice = columns) -> Tensor:
+                    return self._uniformly_scaled(batch, loss_fn, index, features, factor)[..., columns]
+
+                half = any(t.parameter.dtype == torch.float16 for t in self.targets) or losses.dtype == torch.float16
+                one = features[..., columns]
+                raise diagnosis.not_per_example(block.name, repr(ids[int(bad[0])]), again, one, tolerance, half=half)
+
+    def _uniformly_scaled(
+        self, batch: Any, loss_fn: session.LossFn, index: int, features: Tensor, factor: float
+    ) -> Tensor:
+        """The features of a batch once more, with every loss multiplied by the same factor."""
+        losses = self._forward(batch, loss_fn, None, index)
+        scaled = torch.zeros_like(features)
+        self._backward(losses, scaled, torch.full_like(losses, factor))
+        return scaled
 
     def _probe_columns(self) -> Tensor:
         """A few columns of each block that mostly hold something: a cheap first look at whether a step's gradient is

@@ -69,6 +69,8 @@ def find_piece(tensor: Tensor, target: Target) -> Piece | None:
     base = target.parameter
     if tensor is not base and (tensor._base is not base or tensor.dtype != base.dtype):
         return None
+    if tensor.is_neg() or tensor.is_conj():  # a view of the same numbers that stands for others
+        return None
     n_columns = target.matrix_shape[1]
     if tensor is base:
         shape = target.matrix_shape
@@ -108,11 +110,18 @@ def _block(tensor: Tensor, target: Target) -> Piece | None:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A batch-free tensor computed from ``targets``; ``piece`` says which part of a parameter it is, if it is one."""
+    """A batch-free tensor computed from ``targets``; ``strided`` says which part of a parameter it is, if it is one."""
 
     tensor: Tensor
     targets: tuple[Target, ...]
-    piece: Piece | None
+    strided: Piece | None
+
+    @property
+    def piece(self) -> Piece | None:
+        """The part of a parameter that gradients can be handed to directly: none where a hook on the tensor has its say
+        on the way back."""
+        hooked = self.tensor._backward_hooks and not self.tensor.is_leaf
+        return None if hooked else self.strided
 
     @property
     def name(self) -> str:

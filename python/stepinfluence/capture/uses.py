@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from stepinfluence.capture.bags import embedding_bag
 from stepinfluence.capture.interceptor import EXPANSIONS, OUTSIDE, Interceptor, changes_in_place
 from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.rows import gains_examples
@@ -44,7 +45,7 @@ def _linear_tap(
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         if weight is not None:
-            it.sink.linear(weight, use, saved[0], grad)
+            it.sink.linear(weight, use, saved[0].conj(), grad)  # of complex maps; a real tensor is its own
         if bias is not None:
             it.sink.vector(bias, use, grad)
 
@@ -82,7 +83,7 @@ def matmul(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     used = source
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
-        (data,) = saved
+        data = saved[0].conj()
         if on_left is not None:
             it.sink.linear(used, use, data.transpose(-1, -2), grad.transpose(-1, -2))
         elif used.tensor.dim() == 2:  # the parameter's first index runs over the input: roles are swapped
@@ -147,7 +148,7 @@ def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     back = [(*both, *outer, *inner).index(c) for c in of_parameter]
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
-        x, g = saved[0].permute(order), grad.permute(shown)
+        x, g = saved[0].conj().permute(order), grad.permute(shown)
         it.sink.products(source, use, x, g, (len(both), len(outer), len(inner)), back)
 
     return it.tap(output, use, receive, data)
@@ -195,7 +196,7 @@ def addmm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         if on_weight is not None:
-            it.sink.linear(on_weight, use, grad, saved[0].to(grad.dtype))
+            it.sink.linear(on_weight, use, grad, saved[0].conj().to(grad.dtype))
         if on_bias is not None:
             it.sink.vector(on_bias, use, grad)
 
@@ -327,7 +328,7 @@ def elementwise(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
     if kwargs.get("out") is not None or (it.source(args[0]) is not None and changes_in_place(func, kwargs)):
         return NotImplemented
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    others = [t for t in tensors if it.source(t) is None and t.is_floating_point()]
+    others = [t for t in tensors if it.source(t) is None and (t.is_floating_point() or t.is_complex())]
     owners = it.joint_owners([t for t in tensors if it.source(t) is None], shape)
 
     def expand(value: Any) -> Any:
@@ -498,6 +499,8 @@ def per_row(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if changes_in_place(func, kwargs):
         raise it.unsupported(sources, func, "it writes to a tensor in place")
     plain = _without_capture(it, func, args, kwargs)
+    if not isinstance(plain, Tensor):
+        raise it.unsupported(sources, func, "it gives several results, and its rule is not known")
     dims, owners = it.row_dims(func, leaves)
     count = next((leaf.shape[d] for leaf, d in zip(leaves, dims, strict=True) if d is not None), None)
     if count is None:
@@ -591,6 +594,7 @@ RULES: dict[Any, Rule] = {
     Tensor.__getitem__: getitem,
     Tensor.__setitem__: setitem,
     **dict.fromkeys(_named("index_select"), index_select),
+    torch.embedding_bag: embedding_bag,
     torch.layer_norm: layer_norm,
     torch.rms_norm: rms_norm,
     **dict.fromkeys(ELEMENTWISE, elementwise),

@@ -105,7 +105,9 @@ class Pretrained:
 
     def project(self) -> Project:
         """The project, as from a file with these functions."""
-        functions: dict[str, Callable[..., Any]] = {n: getattr(self, n) for n in (*REQUIRED, *OPTIONAL)}
+        functions: dict[str, Callable[..., Any]] = {
+            n: getattr(self, n) for n in (*REQUIRED, *OPTIONAL) if hasattr(self, n)
+        }
         return Project(Path(self.name), functions)
 
     # ------------------------------------------------------------------------------------------------------------

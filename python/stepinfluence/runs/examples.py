@@ -207,17 +207,4 @@ def _joined(parts: Sequence[tuple[Sequence[int], Features]]) -> Features | None:
         lengths=torch.cat(lengths) if lengths else None,
         ids=tuple(i for f in features for i in f.ids),
     )
-    return select(whole, sorted(range(len(numbers)), key=numbers.__getitem__))
-
-
-def select(features: Features, places: Sequence[int]) -> Features:
-    """Some of the examples, in the order given."""
-    chosen = torch.tensor(places, dtype=torch.int64)
-    return replace(
-        features,
-        values=features.values[chosen.to(features.values.device)],
-        losses=features.losses[chosen],
-        steps=features.steps[chosen],
-        lengths=features.lengths[chosen] if features.lengths is not None else None,
-        ids=tuple(features.ids[k] for k in places),
-    )
+    return whole.select(sorted(range(len(numbers)), key=numbers.__getitem__))

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from stepinfluence.errors import ProjectError
 from stepinfluence.project import MapStyle
 from stepinfluence.runs.config import CONFIG, SUMMED_SPLIT, RunConfig, SplitConfig
-from stepinfluence.runs.examples import Part, featurize_part, select
+from stepinfluence.runs.examples import Part, featurize_part
 from stepinfluence.runs.prepared import Prepared
 from stepinfluence.runs.workers import Worker
-from stepinfluence.store import FailedRow, Manifest, Store, StoreWriter, fold, fold_manifest
+from stepinfluence.store import FailedRow, Manifest, Store, StoreWriter, fold, fold_manifest, is_unwritten
+from stepinfluence.store.manifest import MANIFEST
 
 SHARD_BYTES = 128 << 20
 """What a shard's values are to take, about, where the shard's rows are not given."""
@@ -99,6 +100,7 @@ def run_splits(
         ConfigError: the run in ``out`` was begun with other settings.
         StepInfluenceError: as for :func:`featurize_split`.
     """
+    prepared.stored()  # whatever is wrong with a checkpoint shows before anything is written
     config = prepared.config
     data = {split: prepared.project.dataset(split) for split in config.splits}
     splits = {
@@ -106,8 +108,14 @@ def run_splits(
         for split, settings in config.splits.items()
     }
     config = replace(config, splits=splits, checkpoints=tuple(str(path) for path in prepared.paths))
-    if earlier is not None:
-        config = config.merged(earlier, out)
+    alone = worker is None or worker.world_size == 1
+    begun = {} if earlier is None else earlier.splits
+    if alone:
+        # A call that failed before its first shard binds nobody: the next one may have the settings it asked for.
+        # (Among several workers, another may be about to write one.)
+        begun = {split: settings for split, settings in begun.items() if not is_unwritten(out / split)}
+    if earlier is not None and begun:
+        config = config.merged(replace(earlier, splits=begun), out)
     prepared.config = config
     config.save(out / CONFIG)
     for split in splits:
@@ -171,7 +179,11 @@ def featurize_split(
     worker = worker or Worker()
     settings = prepared.config.splits[split]
     with _threads(settings.threads, prepared.device):
-        writer = StoreWriter.create(path, manifest_of(prepared, split, settings, len(data)))
+        manifest = manifest_of(prepared, split, settings, len(data))
+        alone = worker.world_size == 1
+        if alone and (path / MANIFEST).is_file() and is_unwritten(path) and Manifest.read(path).difference(manifest):
+            (path / MANIFEST).unlink(missing_ok=True)  # left by a call that failed before its first shard
+        writer = StoreWriter.create(path, manifest)
         written = _write(prepared, writer, data, settings, worker, split, progress=progress, log=log)
     store = Store.open(path)
     if store.complete:
@@ -266,7 +278,7 @@ def _folded(parts: Sequence[Part], prepared: Prepared) -> Part:
     for part in parts:
         assert part.features is not None
         there = sorted(set(part.numbers) - {failure.row for failure in part.failed})
-        kept.append(select(part.features, [k for k, row in enumerate(there) if row not in reasons]))
+        kept.append(part.features.select([k for k, row in enumerate(there) if row not in reasons]))
     features = fold(kept, [c.eta for c in prepared.stored()], seed=prepared.config.seed) if len(kept[0]) else None
     return replace(parts[0], features=features, failed=tuple(reasons[row] for row in sorted(reasons)))
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from stepinfluence.capture import Capture, attach
-from stepinfluence.checkpoints import Checkpoint, load_checkpoint
+from stepinfluence.checkpoints import Checkpoint, is_checkpoint, load_checkpoint
 from stepinfluence.errors import CheckpointError, ConfigError
 from stepinfluence.preconditioners import from_optimizer
 from stepinfluence.project import Project
@@ -24,16 +24,24 @@ PRESENT = "model()"
 """The name of the only checkpoint of a run without checkpoint files."""
 
 
-def expand(patterns: Sequence[str]) -> tuple[Path, ...]:
-    """Files that paths and glob patterns name, each pattern's in natural order (``step-9`` before ``step-10``).
+def expand(patterns: Sequence[str], *, any_path: bool = False) -> tuple[Path, ...]:
+    """Files and folders of checkpoints that paths and glob patterns name, each pattern's in natural order (``step-9``
+    before ``step-10``).
+
+    Args:
+        any_path: take any folder, too, for a reader of the user's.
 
     Raises:
-        ConfigError: a pattern matches no file.
+        ConfigError: a pattern matches none.
     """
+
+    def fits(path: Path) -> bool:
+        return path.exists() if any_path else is_checkpoint(path)
+
     found: list[Path] = []
     for pattern in patterns:
-        matches = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)  # noqa: PTH207  # absolute patterns
-        files = sorted((Path(match) for match in matches if Path(match).is_file()), key=_natural)
+        matches = [pattern] if fits(Path(pattern)) else glob.glob(pattern, recursive=True)  # noqa: PTH207  # absolute patterns
+        files = sorted((Path(match) for match in matches if fits(Path(match))), key=_natural)
         if not files:
             raise ConfigError(f"checkpoints: {pattern!r} matches no file; quote patterns, so that the shell keeps them")
         found += files
@@ -64,7 +72,7 @@ class Prepared:
 
     def __init__(self, project: Project, config: RunConfig, device: torch.device) -> None:
         self.project, self.config, self.device = project, config, device
-        self.paths = expand(config.checkpoints)
+        self.paths = expand(config.checkpoints, any_path=project.reader is not None)
         if not self.paths and config.metric != "sgd":
             raise ConfigError(
                 f"metric: {config.metric!r} needs optimizer state; name checkpoints that hold it (--checkpoints)"
@@ -99,7 +107,7 @@ class Prepared:
             name = PRESENT
             if self.paths:
                 self._at = None  # should loading fail half-way
-                checkpoint = load_checkpoint(self.paths[index])
+                checkpoint = load_checkpoint(self.paths[index], reader=self.project.reader)
                 checkpoint.load_into(self.capture.model)
                 self.capture.precondition(
                     from_optimizer(checkpoint.optimizer, self.capture.model, self.config.metric)

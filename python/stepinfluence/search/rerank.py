@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stepinfluence.alignment import require_repeatable
 from stepinfluence.capture import Capture
+from stepinfluence.capture.batches import fingerprints, length_of
 from stepinfluence.capture.pairs import BatchGradients, PairCapture, PairRoute
 from stepinfluence.capture.session import IdsOf, LossFn, isolated
+from stepinfluence.errors import FeatureMismatchError
 from stepinfluence.scoring import Influence
 from stepinfluence.search.question import Parameters, chosen_blocks
 
@@ -69,18 +72,43 @@ def exact_blocks(
         names = [block.name for block, chosen in zip(space.blocks, one_each, strict=True) if chosen]
     pairs = PairCapture(capture, route=route, parameters=names)
     with isolated(capture.model, training=capture.training):
-        for group in _groups(pairs, loss_fn, query, query_bytes, ids):
-            total = len(train) if isinstance(train, Sized) else None
-            first = 0
-            bar = tqdm(train, total=total, desc="exact influence", unit="batch", delay=2, disable=not progress)
+        seen: list[tuple[list[Hashable], list[int]]] = []
+        for number, group in enumerate(_groups(pairs, loss_fn, query, query_bytes, ids)):
+            if number:
+                require_repeatable(train, "train", has_ids=ids is not None)
+            total = length_of(train)
+            first, index = 0, -1
+            batches = train if total is not None else iter(train)
+            bar = tqdm(batches, total=total, desc="exact influence", unit="batch", delay=2, disable=not progress)
             for index, batch in enumerate(bar):
                 kept = pairs.record(batch, loss_fn, _ids(ids, batch), index, per_step=False, first=first)
+                content = [] if ids else fingerprints(batch, kept.size, capture.batch_dim)
+                _check_order(seen, number, index, kept, content)
                 rows = range(first, first + kept.size)
                 for start, queries in group:
                     columns = range(start, start + queries.size)
                     mask = None if wanted is None else wanted(rows, columns)
                     yield ExactBlock(rows, columns, pairs.influence(kept, queries, mask), kept.ids, queries.ids)
                 first += kept.size
+            if number and index + 1 < len(seen):
+                raise FeatureMismatchError(
+                    f"train: the loader gave {len(seen)} batches, and {index + 1} when it was gone through again; pass "
+                    "a list of batches"
+                )
+
+
+def _check_order(
+    seen: list[tuple[list[Hashable], list[int]]], number: int, index: int, kept: BatchGradients, content: list[int]
+) -> None:
+    """Training examples are gone through once for every group of queries: each time the same, in the same order."""
+    found = list(kept.ids), content
+    if not number:
+        seen.append(found)
+    elif index >= len(seen) or seen[index] != found:
+        raise FeatureMismatchError(
+            f"train: batch {index} holds other examples when the loader is gone through again for further queries; "
+            "give it a fixed order, or raise query_bytes so that all queries are held at once"
+        )
 
 
 def _ids(ids: IdsOf | None, batch: Any) -> list[Hashable] | None:
@@ -144,6 +172,7 @@ def rerank(
 
     Raises:
         ValueError, TypeError: an argument is none of those above.
+        FeatureMismatchError: the training loader gives other examples when it is gone through again.
         LossError, BodyError, UnsupportedUseError, LayoutError: as for ``Capture.featurize``.
     """
     blocks = list(

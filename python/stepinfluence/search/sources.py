@@ -6,7 +6,6 @@ import hashlib
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepinfluence.alignment import aligned_to
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.features import Features, FeatureSpace, weights_digest
 from stepinfluence.store import Store, bytes_per_row
@@ -96,9 +96,7 @@ class FeatureSource:
     def __init__(self, name: str, features: Sequence[Features]) -> None:
         if not features:
             raise ValueError(f"{name}: got no features; give one per checkpoint")
-        for before, after in pairwise(features):
-            if before.ids != after.ids:
-                raise FeatureMismatchError(f"{name}: the checkpoints' features are of different examples (ids differ)")
+        features = [features[0], *(aligned_to(features[0], other, name) for other in features[1:])]
         if len({f.per_step for f in features}) > 1:
             raise FeatureMismatchError(f"{name}: features per step at some checkpoints and summed at others")
         self._features = list(features)

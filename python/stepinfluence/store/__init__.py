@@ -12,7 +12,7 @@ from stepinfluence.store.manifest import Manifest, SketchSpec, StoredCheckpoint,
 from stepinfluence.store.reader import Store
 from stepinfluence.store.rows import StoredRow
 from stepinfluence.store.shards import FailedRow, RowInfo
-from stepinfluence.store.writer import StoreWriter
+from stepinfluence.store.writer import StoreWriter, is_unwritten
 
 __all__ = [
     "NUMPY_DTYPES",
@@ -33,6 +33,7 @@ __all__ = [
     "fold",
     "fold_manifest",
     "fold_store",
+    "is_unwritten",
     "merge",
     "model_fingerprint",
     "verify",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sdi_kernels.hashing import draw_signs
+from stepinfluence.alignment import aligned_to
 from stepinfluence.errors import FeatureMismatchError
 from stepinfluence.features import Features, FeatureSpace
 from stepinfluence.store.manifest import Manifest, StoredCheckpoint
@@ -72,8 +73,7 @@ def fold(features: Sequence[Features], etas: Sequence[float], *, seed: int = 0) 
     if not features or len(features) != len(etas):
         raise ValueError(f"etas: got {len(etas)} for features of {len(features)} checkpoints; give one each")
     first = features[0]
-    if any(f.ids != first.ids for f in features):
-        raise FeatureMismatchError("features: the checkpoints' features are of different examples (ids differ)")
+    features = [first, *(aligned_to(first, other, "features") for other in features[1:])]
     if any(f.per_step != first.per_step for f in features):
         raise ValueError("features: some are per step and some summed over steps; featurize them alike")
     space = folded_space([f.space for f in features], etas, seed)

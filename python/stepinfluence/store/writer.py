@@ -34,6 +34,13 @@ TIMES = "times.jsonl"
 """Seconds that shards took, one line each: a log beside the store, no part of it."""
 
 
+def is_unwritten(path: Path) -> bool:
+    """Whether there is nothing of a store in a folder, or its manifest alone: no shard has been begun."""
+    return not any(
+        entry.is_file() and entry.name != MANIFEST and not entry.name.startswith(ASIDE) for entry in path.rglob("*")
+    )
+
+
 class StoreWriter:
     """Writes the shards of a store; made by :meth:`create`.
 

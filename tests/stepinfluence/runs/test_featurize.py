@@ -12,10 +12,10 @@ import pytest
 import stepinfluence
 import torch
 from folders import content
-from stepinfluence import ConfigError, LossError, Project, ProjectError, StoreError
+from stepinfluence import CheckpointError, ConfigError, LossError, Project, ProjectError, StoreError
 from stepinfluence.runs import Prepared, RunConfig, SplitConfig, SplitReport, Worker, run_splits
 from stepinfluence.runs.stored import StoredRun
-from stepinfluence.store import Store, verify
+from stepinfluence.store import Manifest, Store, verify
 
 SMALL = SplitConfig(batch_size=4, shard_rows=8, threads=1)  # as all tests have, see conftest
 
@@ -95,6 +95,58 @@ def test_checkpoints_with_their_learning_rates(
     assert RunConfig.load(tmp_path / "run" / "config.yaml").checkpoints[1].endswith("step-10.pt")
     with pytest.raises(ConfigError, match="matches no file; quote"):
         featurize(project_file, tmp_path / "other", checkpoints=("nothing-*.pt",))
+
+
+def test_a_run_that_failed_at_once_is_repeated_with_the_settings_it_asked_for(
+    project_file: Path, write_project: Callable[..., Path], tmp_path: Path, checkpoints: tuple[str, ...]
+) -> None:
+    """Nothing was written: neither the run's config nor an empty store bind the next call."""
+    out = tmp_path / "run"
+    plain = tmp_path / "plain.pt"
+    torch.save(Project.load(project_file).model().state_dict(), plain)
+    with pytest.raises(CheckpointError, match="--eta 1"):
+        featurize(project_file, out, checkpoints=(str(plain),))
+    assert not out.exists()
+    assert featurize(project_file, out, checkpoints=(str(plain),), eta=1.0)[0].complete
+    with pytest.raises(ConfigError, match=r"eta: the run in .* was begun with 1\.0"):
+        featurize(project_file, out, checkpoints=(str(plain),), eta=2.0)
+
+    broken = write_project(('losses * torch.where(batch["bad"] == 1, float("nan"), 1.0)', "1 / 0"))
+    out = tmp_path / "failing"
+    with pytest.raises(ProjectError, match="ZeroDivisionError"):
+        featurize(broken, out, "train", "query")
+    assert Manifest.read(out / "train").shard_rows == 8  # an empty store was left
+    smaller = dataclasses.replace(SMALL, batch_size=2, shard_rows=4)
+    with pytest.raises((ConfigError, StoreError), match="begun with"):  # another worker may be about to write
+        featurize(project_file, out, "train", settings=smaller, worker=Worker(0, 2))
+    assert featurize(project_file, out, "train", settings=smaller)[0].complete
+    featurize(project_file, out, "query", settings=smaller)
+    with pytest.raises(ConfigError, match=r"batch_size: split 'train' .* was begun with 2"):
+        featurize(project_file, out, "train")
+
+
+def test_checkpoint_folders_and_a_reader_of_the_projects(
+    project_file: Path, write_project: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = Project.load(project_file).model()
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        torch.save(torch.optim.SGD(model.parameters(), lr=step / 100).state_dict(), folder / "optimizer.pt")
+        torch.save({"w": model.state_dict(), "rate": step / 10}, tmp_path / f"own-{step}.bin")
+    (tmp_path / "checkpoint-11").mkdir()  # nothing in it: not taken for one
+    featurize(project_file, tmp_path / "run", checkpoints=(str(tmp_path / "checkpoint-*"),))
+    stored = Store.open(tmp_path / "run" / "train").checkpoints
+    assert [(c.name, c.eta) for c in stored] == [("checkpoint-9", 0.09), ("checkpoint-10", 0.1)]
+    reader = """
+def load_checkpoint(path):
+    content = torch.load(path, weights_only=True)
+    return {"model": content["w"], "optimizer": {"param_groups": [{"lr": content["rate"]}]}}
+"""
+    own = write_project(("def text(example):", f"{reader}\ndef text(example):"))
+    featurize(own, tmp_path / "own", checkpoints=(str(tmp_path / "own-*.bin"),))
+    assert [c.eta for c in Store.open(tmp_path / "own" / "train").checkpoints] == [0.9, 1.0]
 
 
 def test_folded_in_one_go_as_afterwards(project_file: Path, tmp_path: Path, checkpoints: tuple[str, ...]) -> None:

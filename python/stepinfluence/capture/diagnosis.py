@@ -1,0 +1,171 @@
+"""Why a check failed: each cause has a test of its own, so that the message does not name another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepinfluence.capture.state import running
+from stepinfluence.errors import BodyError, LayoutError, LossError, StepInfluenceError, UnsupportedUseError
+
+UNDERFLOW = "in half precision (fp16); multiply the loss by a constant (its scale is yours), or use bfloat16 or float32"
+
+
+def check_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Before a run: the body's parameters are still the model's, and can take part in a backward pass.
+
+    Raises:
+        BodyError: names the parameter.
+    """
+    held = {id(p) for p in model.parameters()}
+    for name, parameter in parameters.items():
+        if id(parameter) not in held:
+            raise BodyError(
+                f"{name}: is not in the model any more: it was replaced after the capture was made (by assignment, "
+                "load_state_dict(assign=True) or a conversion); attach again"
+            )
+        if not parameter.requires_grad:
+            raise BodyError(
+                f"{name}: requires_grad was switched off after the capture was made; switch it on, or attach again"
+            )
+        if parameter.is_inference():
+            raise BodyError(
+                f"{name}: was made under torch.inference_mode(), where no gradients are taken of it; build and load "
+                "the model outside of it"
+            )
+
+
+def now() -> int:
+    """The place in autograd's order of what is computed from now on."""
+    with torch.enable_grad():
+        node = torch.zeros((), requires_grad=True).exp().grad_fn
+    assert node is not None
+    return int(node._sequence_nr())
+
+
+def reaching(losses: Tensor, parameters: Mapping[int, str]) -> Iterator[tuple[str, Any]]:
+    """(name, graph node that uses it) of leaves, given by identity: all their uses in the graph behind ``losses``."""
+    seen: set[Any] = set()
+    stack: list[Any] = [losses.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            name = parameters.get(id(getattr(following, "variable", None)))
+            if name is not None:
+                yield name, node
+            else:
+                stack.append(following)
+
+
+def refuse_earlier(name: str, user: Any, since: int) -> None:
+    """Refuse a use of a parameter by a graph node that was made before this pass.
+
+    Args:
+        since: :func:`now`, before the pass.
+
+    Raises:
+        UnsupportedUseError: names the parameter.
+    """
+    if getattr(user, "_sequence_nr", lambda: since)() < since:
+        raise UnsupportedUseError(
+            f"{name}: reaches the loss through a tensor that was computed in an earlier pass ({user.name()}) and "
+            "kept; clear what the model or the loss keeps, so that every forward pass computes it anew"
+        )
+
+
+def never_entered(model: nn.Module, again: Callable[[], int], *, training: bool) -> BodyError:
+    """The error for a forward pass that did not enter the loop.
+
+    Args:
+        again: runs the forward pass once more and counts its steps.
+    """
+    if not training:
+        if (kept := running(model)) is not None:
+            kept.put_back()  # now, so that it does not undo the change of modes
+        modes = {module: module.training for module in model.modules()}
+        try:
+            model.train(True)
+            entered = again() > 0
+        except Exception:  # whatever the model cannot do in training mode is not what went wrong
+            entered = False
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if entered:
+            return BodyError(
+                "body: the loop was never entered: the model runs it in training mode only, and was run in eval mode; "
+                "pass training=True"
+            )
+    return BodyError(
+        "body: the loop was never entered; body must be the module(s) whose forward runs at every step "
+        "(or loop='manual' with capture.step(t))"
+    )
+
+
+def other_losses(plain: Callable[[], Tensor]) -> LossError:
+    """The error for a batch whose losses are others when it is run again.
+
+    Args:
+        plain: runs the batch without the capture, from the same state and random state.
+    """
+    with torch.no_grad():
+        first, second = plain().detach(), plain().detach()
+    if first.shape == second.shape and torch.equal(first, second):
+        return LossError(
+            "loss_fn: gives other losses when it is run a second time, though two plain passes agree; it must not "
+            "depend on how often it was called before (a count or a cache outside of the model's modules)"
+        )
+    return LossError(
+        "loss_fn: gives other losses when it is run again on the same batch and random state; let the model "
+        "draw from torch's, numpy's or Python's global generators, which are fixed per batch, not from its own, and "
+        "keep no state outside of modules (their buffers and attributes are put back)"
+    )
+
+
+def not_per_example(
+    name: str, example: str, again: Callable[[float], Tensor], features: Tensor, tolerance: float, *, half: bool
+) -> StepInfluenceError:
+    """The error for features that do not scale with their own example's loss.
+
+    Args:
+        name: the parameter. example: the first that is concerned.
+        again: the block's features with all losses multiplied by one factor.
+        features: with factor 1.
+        half: whether gradients in fp16 were seen.
+    """
+    for factor in (128.0, 1 / 128):
+        found = again(factor)
+        expected = features * factor
+        if not bool(found.isfinite().all()):
+            return LossError(f"loss_fn: the gradient of {name} overflows when losses are multiplied, {UNDERFLOW}")
+        if float((found - expected).norm()) > tolerance * float(expected.norm()):
+            if half:
+                return LossError(
+                    f"loss_fn: the gradient of {name} is not proportional to the loss: it underflows or overflows "
+                    f"{UNDERFLOW}"
+                )
+            return UnsupportedUseError(
+                f"{name}: its gradient is not proportional to the loss (all losses were multiplied by {factor:g}): "
+                "something in the backward pass clips, rounds or normalises gradients (a hook on an activation, a "
+                "custom autograd function); take that out while featurizing"
+            )
+    return LayoutError(
+        f"{name}: the gradient of example {example} changes with the losses of other "
+        "examples of its batch; say which dimension holds the examples (batch_dim=), and use no operation "
+        "that mixes them (batch normalisation in training mode)"
+    )
+
+
+def never_used(names: str) -> BodyError:
+    """The error for body parameters that no pass used."""
+    return BodyError(
+        f"{names}: never used in the loop with gradients on; set requires_grad=False on what takes no part, use "
+        "non-reentrant activation checkpointing (use_reentrant=False), and where the data picks what is used (an "
+        "expert that no token chose), give it such data or pass verify=False: its columns are then zero"
+    )
