@@ -63,11 +63,17 @@ def run(first: int, models: int | None, seconds: float, *, without: list[str], e
 
 
 def shrink_some(found: list[Wrong], per_kind: int, seconds: float) -> None:
-    """Shrink until each capture has ``per_kind`` minimal specs of every kind that nothing but this kind can explain."""
+    """Shrink until each capture has ``per_kind`` minimal specs of every kind that nothing but this kind can explain.
+
+    Of a combination of kinds no more than ``per_kind`` are tried: most shrink to the same one of them.
+    """
     explained = Counter((w.capture, *w.kinds) for w in found if w.minimal is not None)
+    tried: Counter[tuple[str, ...]] = Counter()
     for wrong in tqdm(sorted(found, key=lambda w: len(w.kinds)), desc="shrinking", disable=not found):
         wanted = [kind for kind in wrong.kinds if explained[wrong.capture, kind] < per_kind]
-        if wrong.minimal is None and wanted:
+        group = (wrong.capture, *wrong.kinds)
+        if wrong.minimal is None and wanted and tried[group] < per_kind:
+            tried[group] += 1
             shrink_one(wrong, seconds)
             explained[(wrong.capture, *wrong.kinds)] += 1
 
