@@ -17,8 +17,9 @@ NAMES = (
 
 
 def embedding_bag(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.embedding_bag``, to which ``F.embedding_bag`` comes down (rows of a matrix of ids have offsets by then): a
-    lookup of bags padded to one length, then reduced. An example has one bag, or several."""
+    """``torch.embedding_bag``, to which ``F.embedding_bag`` comes down (rows of a matrix of ids have offsets by then).
+
+    A lookup of bags padded to one length, then reduced. An example has one bag, or several."""
     given = dict(zip(NAMES, args, strict=False)) | kwargs
     table, ids, offsets, weights = (given.get(n) for n in ("weight", "indices", "offsets", "per_sample_weights"))
     sources = [s for s in map(it.source, (table, weights)) if s is not None]

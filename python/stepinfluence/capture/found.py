@@ -1,9 +1,9 @@
 """Owners found by gradients, for a batch in which they could not be followed.
 
-Gradients know: if example ``b``'s loss is scaled by ``2**e_b``, so is the gradient at each of its rows, exactly (a power
-of two changes no digit of a floating-point number), and nobody else's. So the graph is walked once with all weights one
-and once for each digit of the example's number, written in a base of distinct powers of two; the ratios at each row
-spell its owner. Two numbers and a position are kept of each row in these passes, and nothing is sketched.
+Gradients know: if example ``b``'s loss is scaled by ``2**e_b``, so is the gradient at each of its rows, exactly (a
+power of two changes no digit of a floating-point number), and nobody else's. So the graph is walked once with all
+weights one and once for each digit of the example's number, written in a base of distinct powers of two; the ratios at
+each row spell its owner. Two numbers and a position are kept of each row in these passes, and nothing is sketched.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepinfluence.capture.interceptor import OUTSIDE, Interceptor
+from stepinfluence.capture.calls import OUTSIDE
+from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.rows import REDUCED, Use
 from stepinfluence.capture.sources import Source
 from stepinfluence.errors import LayoutError
@@ -82,9 +83,9 @@ class Scout:
 
     def _scout(self, use: Use, grad: Tensor, trailing: int) -> None:
         lead = grad.dim() - trailing
-        if grad.is_complex():
-            grad = torch.view_as_real(grad.resolve_conj()).flatten(grad.dim() - 1) if trailing else torch.view_as_real(grad.resolve_conj())
-            trailing = max(1, trailing)
+        if grad.is_complex():  # as pairs of numbers
+            grad, trailing = torch.view_as_real(grad.resolve_conj()), trailing + 1
+            lead = grad.dim() - trailing
         rows = grad.reshape(math.prod(grad.shape[:lead]), math.prod(grad.shape[lead:])).double()
         held = self._rows.get(id(use))
         if held is None:

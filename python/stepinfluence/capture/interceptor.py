@@ -13,20 +13,26 @@ computed from them) among its arguments, the first of these that applies decides
 
 from __future__ import annotations
 
-import functools
-import sys
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils import _pytree as pytree
 
-from stepinfluence.capture.follow import Follower
-from stepinfluence.capture.follow_arithmetic import RULES as OWNER_RULES
-
-from stepinfluence.capture.owners import Owners, meet
+from stepinfluence.capture.calls import (
+    EXPANSIONS,
+    GRADIENT_TAKERS,
+    LOOKED_INTO,
+    OUTSIDE,
+    STRUCTURE_FACTORIES,
+    changes_in_place,
+    in_custom_function,
+    undispatched,
+)
+from stepinfluence.capture.owners import RULES as OWNER_RULES
+from stepinfluence.capture.owners import Follower, Owners, meet
 from stepinfluence.capture.recorder import SketchRecorder
 from stepinfluence.capture.rows import Pass, Use, gains_examples
 from stepinfluence.capture.sources import Provenance, Source
@@ -34,61 +40,6 @@ from stepinfluence.capture.steps import StepTracker, in_backward
 from stepinfluence.capture.taps import Receive, has_tap, tap_expanded, tap_output
 from stepinfluence.capture.targets import Target
 from stepinfluence.errors import BodyError, UnsupportedUseError
-
-STRUCTURE_FACTORIES = {
-    torch.arange, torch.linspace, torch.logspace, torch.eye, torch.tril_indices, torch.triu_indices
-}  # fmt: skip
-"""Factories whose result never holds one row per example, whatever its size. Other results of calls without tensors
-(zeros, randn, ...) may be per-example states, and are taken for data where they have the batch's size."""
-
-EXPANSIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to}
-"""Functions that may give a batch-free tensor a row per example."""
-
-GRADIENT_TAKERS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-
-IN_PLACE_OPERATORS = {"__setitem__", "__set__"} | {
-    f"__i{name}__" for name in (
-        "add", "and", "div", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor",
-    )
-}  # fmt: skip
-
-OUTSIDE = -1
-"""In place of a loop step: a use outside the loop body that is left out."""
-
-LOOKED_INTO = ("torch.nn.functional", "torch.functional", "torch._tensor")
-"""Modules whose functions, where they are written in Python, are followed call by call."""
-
-CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-
-
-@functools.cache
-def _undispatched(func: Callable[..., Any]) -> Callable[..., Any] | None:
-    """A Python function of torch without its own override check, so that a mode sees the calls inside it."""
-    if not isinstance(func, types.FunctionType) or not set(CHECKS) & set(func.__code__.co_names):
-        return None
-    scope = {**func.__globals__, **dict.fromkeys(CHECKS, lambda *_: False)}
-    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
-
-
-def changes_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a torch function writes to its first argument (or to ``out``)."""
-    name = getattr(func, "__name__", "")
-    if name.startswith("__"):
-        return name in IN_PLACE_OPERATORS
-    return name.endswith("_") or kwargs.get("out") is not None
-
-
-_FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]  # a classmethod
-
-
-def _in_custom_function() -> bool:
-    """Whether what is running was called by the forward of a custom autograd function."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _FUNCTION_APPLY:
-        frame = frame.f_back
-    return frame is not None
 
 
 class _Operands:
@@ -169,6 +120,15 @@ class Interceptor(TorchFunctionMode):
     # ------------------------------------------------------------------------------------------------------------
     # What rules need
 
+    def detached(self, value: Any) -> Any:
+        """A parameter as autograd does not see it; anything else as it is."""
+        return value.detach() if self.source(value) is not None else value
+
+    def without_capture(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The call with its sources detached."""
+        args, kwargs = pytree.tree_map(self.detached, (args, kwargs))
+        return func(*args, **kwargs)
+
     def source(self, value: object) -> Source | None:
         return self._provenance.source_of(id(value))
 
@@ -196,8 +156,10 @@ class Interceptor(TorchFunctionMode):
         if in_backward():
             return self._alike.get((tuple(data.shape), dim), True)
         owners = self.owners(data)
-        alike = owners is not None and not owners.varies(dim) and not (
-            owners.one_for_all and bool(owners.lo.flatten() < owners.hi.flatten())
+        alike = (
+            owners is not None
+            and not owners.varies(dim)
+            and not (owners.one_for_all and bool(owners.lo.flatten() < owners.hi.flatten()))
         )
         self._alike[tuple(data.shape), dim] = alike
         return alike
@@ -250,7 +212,9 @@ class Interceptor(TorchFunctionMode):
         data = [isinstance(v, Tensor) and self.source(v) is None and not self.is_constant(v) for v in leaves]
         key = (func, tuple(tuple(v.shape) if isinstance(v, Tensor) else None for v in leaves))
         if in_backward():  # as in the first forward pass: owners are not followed again
-            return self._row_dims.get(key, [0 if d and v.dim() else None for v, d in zip(leaves, data, strict=True)]), None
+            return self._row_dims.get(
+                key, [0 if d and v.dim() else None for v, d in zip(leaves, data, strict=True)]
+            ), None
         dims: list[int | None] = []
         owners: list[Owners] = []
         for value, is_data in zip(leaves, data, strict=True):
@@ -321,7 +285,7 @@ class Interceptor(TorchFunctionMode):
 
     def look_inside(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function of torch that is written in Python so that the calls inside it are seen, too."""
-        body = _undispatched(func)
+        body = undispatched(func)
         if body is None:
             return NotImplemented
         with self:
@@ -367,7 +331,7 @@ class Interceptor(TorchFunctionMode):
                 return self.look_inside(func, args, kwargs)
             self._refuse_inner_gradients(func, args)
         if not found.sources or not torch.is_grad_enabled():
-            if found.sources and not in_backward() and _in_custom_function():
+            if found.sources and not in_backward() and in_custom_function():
                 raise self.unsupported(
                     found.sources,
                     func,
@@ -449,9 +413,7 @@ class Interceptor(TorchFunctionMode):
         results = result if isinstance(result, tuple | list) else (result,)
         if all(self.follower.knows(r) for r in results if isinstance(r, Tensor)) and not changes_in_place(func, kwargs):
             return  # its parts have been followed
-        self.follower.follow(
-            func, args, kwargs, result, found.data, in_place=changes_in_place(func, kwargs), use=True
-        )
+        self.follower.follow(func, args, kwargs, result, found.data, in_place=changes_in_place(func, kwargs), use=True)
 
     def _refuse_inner_gradients(self, func: Any, args: Any) -> None:
         outputs = args[0] if args and isinstance(args[0], tuple | list) else args[:1]
@@ -485,8 +447,10 @@ class Interceptor(TorchFunctionMode):
                 continue
             if from_constants:
                 # A table of positions, one row for all examples, becomes data where it gets a row for each.
-                data = self.doubt and func in EXPANSIONS and (
-                    gains_examples(args[0].shape, value.shape, self.batch_size, self.example_dims) is not None
+                data = (
+                    self.doubt
+                    and func in EXPANSIONS
+                    and (gains_examples(args[0].shape, value.shape, self.batch_size, self.example_dims) is not None)
                 )
             else:
                 data = func not in STRUCTURE_FACTORIES and self._is_batch_shaped(value)

@@ -203,8 +203,10 @@ class SketchRecorder:
         if padding is not None:
             g = g * (index != padding).unsqueeze(-1)
         sketch = self._sketch(source.piece) if source.piece is not None else None
-        if source.piece is not None and isinstance(sketch, TensorSketch) and (
-            source.tensor.dim() == 2 or source.piece.whole
+        if (
+            source.piece is not None
+            and isinstance(sketch, TensorSketch)
+            and (source.tensor.dim() == 2 or source.piece.whole)
         ):
             if (root := self._root(source.piece)) is not None:
                 g = g * root.at_rows(index)

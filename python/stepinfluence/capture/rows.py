@@ -15,7 +15,9 @@ from stepinfluence.errors import LayoutError
 REDUCED = (torch.bfloat16, torch.float16)
 
 
-def gains_examples(before: Sequence[int], after: Sequence[int], batch_size: int | None, dims: Iterable[int]) -> int | None:
+def gains_examples(
+    before: Sequence[int], after: Sequence[int], batch_size: int | None, dims: Iterable[int]
+) -> int | None:
     """The dimension, of ``dims``, in which expanding a tensor from shape ``before`` to ``after`` gives it a row per
     example; None if there is none."""
     aligned = (1,) * (len(after) - len(before)) + tuple(before)

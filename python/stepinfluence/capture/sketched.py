@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
 from stepinfluence.capture import diagnosis, session
@@ -32,10 +31,9 @@ from stepinfluence.capture.targets import (
     unwrap,
 )
 from stepinfluence.capture.uses import RULES
-from stepinfluence.errors import UnsupportedUseError
+from stepinfluence.errors import LayoutError, UnsupportedUseError
 from stepinfluence.features import FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.preconditioners import Preconditioner, prepare
-
 
 VERIFIED_SHARE = 1 / 64
 """Share of the batches after the first that are verified again, picked by seed and position."""

@@ -18,10 +18,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
-from stepinfluence.capture.owners import NOBODY, UNKNOWN, Owners, filled, meet
+from stepinfluence.capture.owners.intervals import NOBODY, UNKNOWN, Owners, filled, meet
 from stepinfluence.capture.sources import TensorSet, base_of
 
 
@@ -33,7 +32,7 @@ class Part:
     strong: bool
 
 
-Found: TypeAlias = "Owners | None | Sequence[Owners | None]"
+Found: TypeAlias = "Owners | Sequence[Owners | None] | None"
 Rule: TypeAlias = Callable[["Follower", Any, tuple[Any, ...], dict[str, Any], Any], Found]
 """``(follower, function, args, kwargs, result) -> owners`` of the result, or of each of several; None for nobody."""
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from stepinfluence.capture.follow import Follower, Found, Part, Rule, arguments
-from stepinfluence.capture.follow_structure import STRUCTURE, lookup
-from stepinfluence.capture.owners import Owners
+from stepinfluence.capture.owners.follow import Follower, Found, Part, Rule, arguments
+from stepinfluence.capture.owners.indexing import lookup
+from stepinfluence.capture.owners.intervals import Owners
 
 
 def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
@@ -44,13 +44,13 @@ def everything(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> F
 
 
 def _whole(f: Follower, tensors: Sequence[Tensor], result: Any) -> Found:
-    parts = [_reduced(f.part(t), range(t.dim())) for t in tensors]
+    parts = [reduced(f.part(t), range(t.dim())) for t in tensors]
     flat = [None if p is None else Part(p.owners.squeezed(range(len(p.owners.shape))), p.strong) for p in parts]
     results = [result] if isinstance(result, Tensor) else list(result)
     return [f.combine(flat, r.shape) if isinstance(r, Tensor) else None for r in results]
 
 
-def _reduced(part: Part | None, dims: Sequence[int] | range) -> Part | None:
+def reduced(part: Part | None, dims: Sequence[int] | range) -> Part | None:
     return None if part is None else Part(part.owners.reduced(dims), part.strong)
 
 
@@ -112,7 +112,7 @@ def last_dims(count: Callable[[Any, Any], int]) -> Rule:
 
     def rule(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
         x = args[0] if args else kwargs["input"]
-        part = _reduced(f.part(x), range(-count(args, kwargs), 0))
+        part = reduced(f.part(x), range(-count(args, kwargs), 0))
         if part is None:
             return None
         shape = result.shape
@@ -166,155 +166,8 @@ def batch_norm(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> F
     given = arguments(names, args, kwargs)
     if not given.training:
         return f.owners(given.input)
-    part = _reduced(f.part(given.input), [d for d in range(given.input.dim()) if d != 1])
+    part = reduced(f.part(given.input), [d for d in range(given.input.dim()) if d != 1])
     return None if part is None else Owners(result.shape, part.owners.lo, part.owners.hi, part.owners.along)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Products
-
-
-def linear(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-    """``F.linear(x, W, b)``."""
-    given = arguments(("input", "weight", "bias"), args, kwargs)
-    parts = [_reduced(f.part(given.input), [-1]), f.part(given.bias) if given.bias is not None else None]
-    weight = _reduced(f.part(given.weight), [-1])
-    if weight is not None:
-        parts.append(Part(weight.owners.squeezed([-1]), weight.strong))
-    return f.combine(_remembered(f, given.input, parts, 0), result.shape)
-
-
-def _remembered(f: Follower, x: Tensor, parts: list[Part | None], at: int) -> list[Part | None]:
-    """The part at ``at`` as the same object each time it is asked for ``x`` reduced over its last dimension, so that
-    what is made from it is remembered, too."""
-    part, owners = parts[at], f.owners(x)
-    if part is not None and owners is not None:
-        parts[at] = Part(f.remembered("last of", owners, (), lambda: part.owners), part.strong)
-    return parts
-
-
-def matmul(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-    """``x @ y`` in all its forms: the last dimension of one meets the one before the last of the other."""
-    left, right = (args[1], args[0]) if func.__name__ == "__rmatmul__" else args[:2]
-    return _product(f, left, right, result)
-
-
-def _product(f: Follower, left: Tensor, right: Tensor, result: Tensor, *more: Part | None) -> Owners | None:
-    a, b = f.part(left), f.part(right)
-    parts = list(more)
-    if a is not None:
-        owners = a.owners
-        small = f.remembered("left", owners, right.dim(), lambda: _contracted(owners, -1, right.dim() > 1))
-        parts.append(Part(small, a.strong))
-    if b is not None:
-        their = b.owners
-        at = -2 if right.dim() > 1 else -1
-        small = f.remembered("right", their, left.dim(), lambda: _contracted(their, at, left.dim() > 1))
-        parts.append(Part(small, b.strong))
-    return f.combine(parts, result.shape)
-
-
-def _contracted(owners: Owners, dim: int, stays: bool) -> Owners:
-    """Summed over a dimension, which stays with size 1 where the other operand puts one of its own there."""
-    reduced = owners.reduced([dim])
-    if stays:
-        return reduced
-    return reduced.squeezed([dim])
-
-
-def added_product(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-    """``addmm``, ``baddbmm``, ``addmv``, ``addbmm``: an addend and a product."""
-    if "addbmm" == func.__name__.strip("_") or len(args) < 3:
-        return everything(f, func, args, kwargs, result)
-    return _product(f, args[1], args[2], result, f.part(args[0]))
-
-
-def einsum(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-    """By the letters: those that are not in the result are summed over."""
-    equation, operands = args[0], args[1:]
-    if not isinstance(equation, str):
-        return everything(f, func, args[1:] if isinstance(equation, str) else args, kwargs, result)
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = tuple(operands[0])
-    left, _, out = equation.replace(" ", "").partition("->")
-    letters = left.split(",")
-    if "->" not in equation:
-        counts = {c: left.count(c) for c in left if c.isalpha()}
-        out = ("..." if "..." in left else "") + "".join(sorted(c for c, n in counts.items() if n == 1))
-    named = [_letters(given, t.dim()) for given, t in zip(letters, operands, strict=True)]
-    wanted = _letters(out, result.dim())
-    parts: list[Part | None] = []
-    for names, tensor in zip(named, operands, strict=True):
-        part = f.part(tensor)
-        if part is None:
-            continue
-        if len(set(names)) < len(names):
-            return f.not_known(result)
-        owners = part.owners
-        key = (tuple(names), tuple(wanted))
-        aligned = f.remembered("einsum", owners, key, lambda o=owners, n=names: _aligned(o, n, wanted))
-        parts.append(Part(aligned, part.strong))
-    return f.combine(parts, result.shape)
-
-
-def _letters(given: str, dim: int) -> list[str]:
-    """One name for each dimension; those of an ellipsis are counted from its right end."""
-    head, dots, tail = given.partition("...")
-    extra = dim - len(head) - len(tail)
-    return [*head, *(f".{k}" for k in range(extra, 0, -1)), *tail] if dots else list(head)
-
-
-def _aligned(owners: Owners, names: Sequence[str], wanted: Sequence[str]) -> Owners:
-    """Owners of an operand with its dimensions in the order of the result's, size 1 where it lacks them."""
-    small = owners.reduced([k for k, n in enumerate(names) if n not in wanted])
-    small = small.squeezed([k for k, n in enumerate(names) if n not in wanted])
-    left = [n for n in names if n in wanted]
-    order = [left.index(n) for n in wanted if n in left]
-    shape = [small.shape[left.index(n)] if n in left else 1 for n in wanted]
-
-    def arrange(ends: Tensor, _: bool) -> Tensor:
-        moved = ends.permute(order)
-        sizes = iter(moved.shape)
-        return moved.reshape([next(sizes) if n in left else 1 for n in wanted])
-
-    result = small.map(shape, arrange)
-    if small.along is not None:
-        result.along = list(wanted).index(left[small.along])
-    return result
-
-
-def attention(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-    """Scaled dot products: each query with all keys and values of its head."""
-    given = arguments(("query", "key", "value", "attn_mask"), args, kwargs)
-    heads = given.query.dim() > 2 and given.key.dim() > 2 and given.query.shape[-3] == given.key.shape[-3]
-    parts = [_reduced(f.part(given.query), [-1])]
-    for tensor in (given.key, given.value):
-        part = _reduced(f.part(tensor), [-1, -2] if heads or tensor.dim() < 3 else [-1, -2, -3])
-        parts.append(part)
-    if given.attn_mask is not None:
-        parts.append(_reduced(f.part(given.attn_mask), [-1]))
-    return f.combine(parts, result.shape)
-
-
-def lookup_rows(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-    """``torch.embedding(W, ids)``: rows have the owners of their ids, where the table has none itself."""
-    given = arguments(("weight", "indices"), args, kwargs)
-    if f.part(given.weight) is not None:
-        return everything(f, func, args, kwargs, result)
-    part = f.part(given.indices)
-    return None if part is None else lookup(part.owners, result)
-
-
-def one_hot(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-    """Each element becomes several, in a last dimension."""
-    owners = f.owners(args[0])
-    return None if owners is None else lookup(owners, result)
-
-
-def as_complex(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-    """Pairs of numbers, in the last dimension, are one."""
-    part = _reduced(f.part(args[0]), [-1])
-    return None if part is None else part.owners.squeezed([-1])
 
 
 def classes(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
@@ -323,7 +176,7 @@ def classes(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Foun
     if result.dim() == 0 and given.input.dim() > 1:
         return everything(f, func, args, kwargs, result)
     axis = 1 if given.input.dim() > 1 else 0
-    part = _reduced(f.part(given.input), [axis])
+    part = reduced(f.part(given.input), [axis])
     parts = [None if part is None else Part(part.owners.squeezed([axis]), part.strong)]
     target = f.part(given.target)
     if target is not None and given.target.shape == given.input.shape:  # probabilities
@@ -339,35 +192,33 @@ def element_loss(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) ->
     return everything(f, func, args, kwargs, result)
 
 
-def recurrent(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-    """``torch.gru`` and its like: within an example all times and features meet."""
-    batch_first = bool(args[-1]) and len(args) == 9
-    x = args[0]
-    axis = 0 if batch_first else 1
-    owners = f.owners(x)
-    if owners is None or x.dim() != 3 or len(args) != 9:
-        return everything(f, func, args, kwargs, result)
-    kept = owners.reduced([d for d in range(3) if d != axis])
-    hidden = args[1] if isinstance(args[1], list | tuple) else [args[1]]
-    flat = Part(kept.squeezed([d for d in range(3) if d != axis]), True)
-    parts = [flat]
-    for h in hidden:
-        part = _reduced(f.part(h), [0, 2])
-        if part is not None:
-            parts.append(Part(part.owners.squeezed([0, 2]), part.strong))
-    joined = f.combine(parts, (x.shape[axis],))
-    assert joined is not None
+def as_complex(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
+    """Pairs of numbers, in the last dimension, are one."""
+    part = reduced(f.part(args[0]), [-1])
+    return None if part is None else part.owners.squeezed([-1])
+
+
+def one_hot(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
+    """Each element becomes several, in a last dimension."""
+    owners = f.owners(args[0])
+    return None if owners is None else lookup(owners, result)
+
+
+def functionsfunctions_named(*names: str) -> list[Any]:
+    """The functions of these names wherever torch has them, with their in-place and operator forms."""
+    places = (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg)
+    forms = ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
     found = []
-    for k, r in enumerate(result):
-        at = axis if k == 0 else 1
-        found.append(_aligned(joined, ["b"], ["b" if d == at else f"_{d}" for d in range(r.dim())]).broadcast(r.shape))
+    for name in names:
+        for form in forms:
+            for place in places:
+                function = getattr(place, form.format(name), None)
+                if function is not None and callable(function) and not isinstance(function, type):
+                    found.append(function)
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _named(*names: str) -> list[Any]:
+def functions_named(*names: str) -> list[Any]:
     """The functions of these names wherever torch has them, with their in-place and operator forms."""
     places = (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg)
     forms = ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
@@ -396,7 +247,7 @@ def _tagged() -> list[str]:
 CONVOLUTIONS = {
     getattr(torch, f"conv{t}{n}d"): n for n in (1, 2, 3) for t in ("", "_transpose") if hasattr(torch, f"conv{t}{n}d")
 }  # fmt: skip
-BINARY_TOO = set(_named("max", "min"))
+BINARY_TOO = set(functions_named("max", "min"))
 
 POINTWISE = [
     *_tagged(), "add", "sub", "mul", "div", "truediv", "floordiv", "mod", "and", "or", "xor", "invert",
@@ -409,13 +260,13 @@ POINTWISE = [
 ]  # fmt: skip
 
 ARITHMETIC: dict[Any, Rule] = {
-    **dict.fromkeys(_named(*POINTWISE), pointwise),
+    **dict.fromkeys(functions_named(*POINTWISE), pointwise),
     **{
         function: reduction(position, default)
         for names, position, default in (
             (
-                ("sum", "mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "logsumexp", "std",
-                 "var", "std_mean", "var_mean", "cumsum", "cumprod", "softmax", "log_softmax", "count_nonzero",
+                ("sum", "mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "logsumexp",
+                 "std", "var", "std_mean", "var_mean", "cumsum", "cumprod", "softmax", "log_softmax", "count_nonzero",
                  "nansum", "nanmean", "cummax", "cummin", "logcumsumexp", "median", "nanmedian"), 1, None,
             ),
             (("glu", "argsort", "mode"), 1, -1),
@@ -423,46 +274,34 @@ ARITHMETIC: dict[Any, Rule] = {
             (("vector_norm", "quantile", "nanquantile"), 2, None),
             (("aminmax",), 9, None),
         )
-        for function in _named(*names)
+        for function in functions_named(*names)
     },
-    **dict.fromkeys(_named("topk"), sorting(2)),
-    **dict.fromkeys(_named("sort", "msort"), sorting(1)),
+    **dict.fromkeys(functions_named("topk"), sorting(2)),
+    **dict.fromkeys(functions_named("sort", "msort"), sorting(1)),
     Tensor.copy_: copied,
     torch.layer_norm: last_dims(_normalized),
     torch.rms_norm: last_dims(_normalized),
-    **dict.fromkeys(_named("multinomial"), last_dims(lambda a, k: 1)),
+    **dict.fromkeys(functions_named("multinomial"), last_dims(lambda a, k: 1)),
     **dict.fromkeys([*CONVOLUTIONS, torch.group_norm, torch.instance_norm], per_sample),
     **dict.fromkeys([torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell], everything),
     torch.batch_norm: batch_norm,
     **{
         function: spatial(dims)
         for dims in (1, 2, 3)
-        for function in _named(
+        for function in functions_named(
             f"avg_pool{dims}d", f"max_pool{dims}d", f"adaptive_avg_pool{dims}d", f"adaptive_max_pool{dims}d",
             f"max_pool{dims}d_with_indices",
         )
     },
     F.interpolate: spatial(0),
-    F.linear: linear,
-    **dict.fromkeys(_named("matmul", "bmm", "mm", "mv", "dot", "vdot"), matmul),
-    **dict.fromkeys(_named("addmm", "baddbmm", "addmv", "addbmm"), added_product),
-    torch.einsum: einsum,
-    F.scaled_dot_product_attention: attention,
-    torch.embedding: lookup_rows,
     F.one_hot: one_hot,
     torch.view_as_real: one_hot,
     torch.view_as_complex: as_complex,
-    **dict.fromkeys(_named("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"), classes),
+    **dict.fromkeys(functions_named("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"), classes),
     **dict.fromkeys(
-        _named("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
+        functions_named("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
                "binary_cross_entropy_with_logits", "kl_div", "soft_margin_loss", "poisson_nll_loss"),
         element_loss,
     ),
-    **dict.fromkeys([torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu], recurrent),
-    **dict.fromkeys(_named("outer", "ger", "cdist", "bilinear", "kron", "inner", "trace"), everything),
+    **dict.fromkeys(functions_named("outer", "ger", "cdist", "bilinear", "kron", "inner", "trace"), everything),
 }  # fmt: skip
-
-RULES: dict[Any, Rule] = {**ARITHMETIC, **STRUCTURE}
-"""By torch function; what is not here, and is not written in Python on top of these, is not known."""
-
-RULES.pop(Tensor.__bool__, None)

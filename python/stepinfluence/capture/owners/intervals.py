@@ -36,7 +36,7 @@ class Owners:
     def __init__(self, shape: Sequence[int], lo: Tensor, hi: Tensor, along: int | None = None) -> None:
         self.shape = tuple(shape)
         self.lo, self.hi, self.along = lo, hi, along
-        self._regular: tuple[int, int, int] | None | bool = False
+        self._regular: tuple[int, int, int] | bool | None = False
 
     @classmethod
     def along_dim(cls, shape: Sequence[int], dim: int, device: torch.device) -> Owners:
@@ -105,9 +105,7 @@ class Owners:
         gone = {d % len(self.shape) for d in dims} if self.shape else set()
         keep = [k for k in range(len(self.shape)) if k not in gone]
         along = keep.index(self.along) if self.along is not None and self.along in keep else None
-        result = self.map(
-            [self.shape[k] for k in keep], lambda ends, _: ends.reshape([ends.shape[k] for k in keep])
-        )
+        result = self.map([self.shape[k] for k in keep], lambda ends, _: ends.reshape([ends.shape[k] for k in keep]))
         result.along = along
         return result
 

@@ -1,0 +1,195 @@
+"""Uses of parameters that come down to others: stacks of matrices, einsum, convolutions, recurrent layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stepinfluence.capture.interceptor import Interceptor
+
+
+def batched_product(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Products with a stack of matrices ``(E, k, n)``, as of experts or heads: one product for each matrix."""
+    if kwargs or len(args) != 2:
+        return NotImplemented
+    left, right = (args[1], args[0]) if func.__name__ == "__rmatmul__" else args
+    on_left, on_right = it.source(left), it.source(right)
+    stack, data = (left, right) if on_left is not None else (right, left)
+    if (on_left is None) == (on_right is None) or stack.dim() != 3 or data.dim() < 3 or data.shape[-3] != len(stack):
+        return NotImplemented
+    with it:
+        parts = [
+            torch.matmul(m, d) if on_left is not None else torch.matmul(d, m)
+            for m, d in zip(stack.unbind(0), data.unbind(-3), strict=True)
+        ]
+        return torch.stack(parts, -3)
+
+
+def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``einsum`` of data and one parameter: a linear map, repeated over the letters that both sides keep."""
+    equation, *operands = args
+    if not isinstance(equation, str) or kwargs:
+        return NotImplemented
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    which = [k for k, t in enumerate(operands) if it.source(t) is not None]
+    if len(operands) != 2 or len(which) != 1:
+        return NotImplemented
+    parameter, data = operands[which[0]], operands[1 - which[0]]
+    names = letters_of(equation, [t.dim() for t in operands])
+    if names is None:
+        return NotImplemented
+    of_parameter, of_data, of_result = names[which[0]], names[1 - which[0]], names[2]
+    inner = [c for c in of_parameter if c in of_data and c not in of_result]
+    both = [c for c in of_parameter if c in of_data and c in of_result]
+    outer = [c for c in of_parameter if c not in of_data]
+    lead = [c for c in of_data if c not in of_parameter]
+    plain = set(outer) <= set(of_result) and set(lead) <= set(of_result)
+    if (
+        not plain
+        or any(len(set(n)) < len(n) for n in names)
+        or any(parameter.shape[of_parameter.index(c)] == 1 for c in both)
+    ):
+        return NotImplemented
+    source = it.source(parameter)
+    assert source is not None
+    apart = next((c for c in both if not it.alike_along(data, of_data.index(c))), None)
+    if apart is not None:  # as of experts with rows of their own: one product for each
+        with it:
+            rest = [[n for n in part if n != apart] for part in (of_parameter, of_data, of_result)]
+            pairs = zip(parameter.unbind(of_parameter.index(apart)), data.unbind(of_data.index(apart)), strict=True)
+            return torch.stack([_einsum(rest, *pair) for pair in pairs], of_result.index(apart))
+    output = torch.einsum(equation, *(it.detached(t) for t in operands))
+    use = it.use(func, it.lead_owners(data, [of_data.index(c) for c in lead]), source)
+    order = [of_data.index(c) for c in (*lead, *both, *inner)]
+    shown = [of_result.index(c) for c in (*lead, *both, *outer)]
+    back = [(*both, *outer, *inner).index(c) for c in of_parameter]
+
+    def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
+        x, g = saved[0].conj().permute(order), grad.permute(shown)
+        it.sink.products(source, use, x, g, (len(both), len(outer), len(inner)), back)
+
+    return it.tap(output, use, receive, data)
+
+
+def _einsum(names: Sequence[Sequence[str]], *operands: Tensor) -> Tensor:
+    """``einsum`` of operands whose dimensions, and then the result's, have names of any length."""
+    letter = {name: chr(ord("a") + k) for k, name in enumerate(dict.fromkeys(n for part in names for n in part))}
+    *given, out = ("".join(letter[n] for n in part) for part in names)
+    return torch.einsum(f"{','.join(given)}->{out}", *operands)
+
+
+def letters_of(equation: str, dims: Sequence[int]) -> tuple[list[str], list[str], list[str]] | None:
+    """Names of the dimensions of an einsum's operands and of its result; None where it has more than two operands."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    given = left.split(",")
+    if len(given) != 2 or len(dims) != 2:
+        return None
+    names = [dimension_names(letters, dim) for letters, dim in zip(given, dims, strict=True)]
+    if not arrow:
+        single = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
+        out = ("..." if "..." in left else "") + "".join(single)
+    dotted = max((sum(n.startswith(".") for n in part) for part in names), default=0)
+    head, dots, tail = out.partition("...")
+    result = [*head, *(f".{k}" for k in range(dotted, 0, -1)), *tail] if dots else list(head)
+    return names[0], names[1], result
+
+
+def dimension_names(letters: str, dim: int) -> list[str]:
+    """One name for each dimension; those of an ellipsis are counted from its right end."""
+    head, dots, tail = letters.partition("...")
+    return [*head, *(f".{k}" for k in range(dim - len(head) - len(tail), 0, -1)), *tail] if dots else list(head)
+
+
+def convolution(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``conv1d`` and its like: a linear map of the patches, so that one product serves all examples."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, weight, bias, groups = given["input"], given["weight"], given.get("bias"), given.get("groups", 1)
+    dims = weight.dim() - 2
+    if it.source(weight) is None or it.source(x) is not None or x.dim() != dims + 2:
+        return NotImplemented
+    stride, dilation = (_each(given.get(name, 1), dims) for name in ("stride", "dilation"))
+    padding = given.get("padding", 0)
+    if isinstance(padding, str):
+        spans = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
+        sides = [(s // 2, s - s // 2) if padding == "same" else (0, 0) for s in spans]
+    else:
+        sides = [(p, p) for p in _each(padding, dims)]
+    with it:
+        x = F.pad(x, [n for side in reversed(sides) for n in side]) if any(map(any, sides)) else x
+        for k in range(dims):
+            span = dilation[k] * (weight.shape[2 + k] - 1) + 1
+            x = x.unfold(2 + k, span, stride[k])[..., :: dilation[k]]
+        # (N, C, *places, *kernel) and (O, C / groups, *kernel) -> (N, *places, O)
+        x = x.movedim(1, 1 + dims)
+        if groups == 1:
+            out = F.linear(x.flatten(1 + dims), weight.flatten(1))
+        else:
+            x = x.unflatten(1 + dims, (groups, -1)).flatten(2 + dims)
+            out = torch.einsum("...gk,gok->...go", x, weight.flatten(1).unflatten(0, (groups, -1))).flatten(-2)
+        return (out if bias is None else out + bias).movedim(-1, 1)
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
+def cell(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.gru_cell`` and its like, by their definition."""
+    x, state, w_x, w_h, *biases = args
+    b_x, b_h = biases if biases else (None, None)
+    kind = func.__name__.removesuffix("_cell")
+    with it:
+        given = list(state) if kind == "lstm" else [state]
+        # A state of zeros for all examples is a state of each of them.
+        row = x[..., :1]
+        state = [torch.where(torch.ones_like(row, dtype=torch.bool), s, row) if it.is_constant(s) else s for s in given]
+        hidden = state[0]
+        of_x, of_h = F.linear(x, w_x, b_x), F.linear(hidden, w_h, b_h)
+        if kind == "gru":
+            (r, z, n), (hr, hz, hn) = of_x.chunk(3, -1), of_h.chunk(3, -1)
+            r, z = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
+            n = torch.tanh(n + r * hn)
+            return n + z * (hidden - n)
+        if kind == "lstm":
+            i, f, g, o = (of_x + of_h).chunk(4, -1)
+            c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+            return torch.sigmoid(o) * torch.tanh(c), c
+        return torch.relu(of_x + of_h) if kind == "rnn_relu" else torch.tanh(of_x + of_h)
+
+
+def recurrent(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.gru`` and its like: cell by cell, in each direction of each layer."""
+    if len(args) != 9 or kwargs or isinstance(args[3], list | tuple):  # packed sequences have another form
+        return NotImplemented
+    x, state, weights, has_biases, layers, dropout, training, two_ways, batch_first = args
+    if not has_biases or (dropout and training) or any(w.shape[0] != weights[0].shape[0] for w in weights):
+        return NotImplemented  # no biases, or projections
+    one = {torch.gru: torch.gru_cell, torch.lstm: torch.lstm_cell, torch.rnn_tanh: torch.rnn_tanh_cell,
+           torch.rnn_relu: torch.rnn_relu_cell}[func]  # fmt: skip
+    states = list(state) if func is torch.lstm else [state]
+    with it:
+        tokens = x.transpose(0, 1) if batch_first and x.dim() == 3 else x
+        last: list[Any] = []
+        for layer in range(layers):
+            outputs = []
+            for way in range(2 if two_ways else 1):
+                k = 2 * layer + way if two_ways else layer
+                now = [s[k] for s in states]
+                rows = list(tokens.unbind(0))
+                done = []
+                for row in reversed(rows) if way else rows:
+                    new = one(row, tuple(now) if func is torch.lstm else now[0], *weights[4 * k : 4 * k + 4])
+                    now = list(new) if func is torch.lstm else [new]
+                    done.append(now[0])
+                outputs.append(torch.stack(done[::-1] if way else done))
+                last.append(now)
+            tokens = torch.cat(outputs, -1)
+        out = tokens.transpose(0, 1) if batch_first and x.dim() == 3 else tokens
+        return out, *(torch.stack([now[j] for now in last]) for j in range(len(states)))
