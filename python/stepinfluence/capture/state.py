@@ -61,7 +61,7 @@ class _Tensor:
         self.value = value
         self.version = value._version
         same = before is not None and before.value is value and before.version == value._version
-        self.held = before.held if same and before is not None else value.detach().clone()
+        self.held: Tensor = before.held if same and before is not None else value.detach().clone()
 
     def put_back(self) -> None:
         value, held = self.value, self.held
