@@ -61,15 +61,20 @@ class _Tensor:
         self.value = value
         self.version = value._version
         same = before is not None and before.value is value and before.version == value._version
-        self.held = before.held if same and before is not None else value.detach().clone()
+        self.held: Tensor = before.held if same and before is not None else value.detach().clone()
 
     def put_back(self) -> None:
         value, held = self.value, self.held
         if value.shape != held.shape:
             value.data = held.clone()
-        elif not torch.equal(value.detach(), held):
+        elif value.layout != torch.strided or not torch.equal(value.detach(), held):
             value.data.copy_(held)
         self.version = value._version
+
+
+def _is_state(tensor: Tensor) -> bool:
+    """Whether a tensor may be written to in a pass: not weights, and not what is computed from them."""
+    return tensor.grad_fn is None and not tensor.is_inference() and not isinstance(tensor, nn.Parameter)
 
 
 def _fill(value: Any, held: Any) -> None:
@@ -102,8 +107,9 @@ class _ModuleState:
         for name, value in self.attributes.items():
             if type(value) in _CONTAINERS and name not in _INTERNAL:
                 self.containers.append((value, value.copy() if value else ()))
-        for value in (*self.buffers.values(), *self.attributes.values()):
-            if isinstance(value, Tensor) and value.grad_fn is None and not value.is_inference():
+        inside = (v for c, _ in self.containers for v in (c.values() if isinstance(c, dict) else c))
+        for value in (*self.buffers.values(), *self.attributes.values(), *inside):
+            if isinstance(value, Tensor) and _is_state(value):
                 self.tensors[id(value)] = _Tensor(value, known.get(id(value)))
 
     def put_back(self) -> None:
@@ -120,6 +126,14 @@ class _ModuleState:
             for name, value in held.items():
                 if name not in _INTERNAL and now.get(name, _fill) is not value:
                     now[name] = value
+
+
+def _place(parameter: nn.Parameter) -> tuple[int, int]:
+    """What changes when a parameter is written to, or given other memory."""
+    try:
+        return parameter._version, parameter.data_ptr()
+    except RuntimeError:  # a tensor subclass without memory of its own
+        return parameter._version, 0
 
 
 class ModelState:
@@ -161,9 +175,7 @@ class ModelState:
                 place[name] = original
 
     def _note_weights(self) -> None:
-        self._versions = {
-            key: (p._version, p.data_ptr()) for key, (_, p) in self._parameters.items() if not p.is_inference()
-        }
+        self._versions = {key: _place(p) for key, (_, p) in self._parameters.items() if not p.is_inference()}
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -222,7 +234,7 @@ class ModelState:
         self.hooks.refuse_new()
         for key, known in self._versions.items():
             name, parameter = self._parameters[key]
-            if key not in self._saved and (parameter._version, parameter.data_ptr()) != known:
+            if key not in self._saved and _place(parameter) != known:
                 raise BodyError(
                     f"{name}: the forward pass changes this weight, so that features would be of several models; "
                     "change it outside of forward(), or load the weights again and featurize it without that change"

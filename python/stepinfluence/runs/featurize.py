@@ -19,6 +19,7 @@ from stepinfluence.runs.examples import Part, featurize_part
 from stepinfluence.runs.prepared import Prepared
 from stepinfluence.runs.workers import Worker
 from stepinfluence.store import FailedRow, Manifest, Store, StoreWriter, fold, fold_manifest, is_unwritten
+from stepinfluence.store.files import write_bytes
 from stepinfluence.store.manifest import MANIFEST
 
 SHARD_BYTES = 128 << 20
@@ -182,7 +183,7 @@ def featurize_split(
         manifest = manifest_of(prepared, split, settings, len(data))
         alone = worker.world_size == 1
         if alone and (path / MANIFEST).is_file() and is_unwritten(path) and Manifest.read(path).difference(manifest):
-            (path / MANIFEST).unlink(missing_ok=True)  # left by a call that failed before its first shard
+            write_bytes(path / MANIFEST, manifest.to_bytes())  # a call that failed before its first shard left it
         writer = StoreWriter.create(path, manifest)
         written = _write(prepared, writer, data, settings, worker, split, progress=progress, log=log)
     store = Store.open(path)

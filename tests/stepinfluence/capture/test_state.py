@@ -26,6 +26,7 @@ class Moving(nn.Module):
         self.mix, self.kind = zoo.linear(), kind
         self.register_buffer("mean", torch.zeros(zoo.D))
         self.register_buffer("lazy", None)
+        self.slots = [torch.zeros(())]
         self.count, self.history, self.table, self.last = 0, [], {}, torch.zeros(())
 
     def forward(self, h: Tensor) -> Tensor:
@@ -45,18 +46,20 @@ class Moving(nn.Module):
             self.count += 1
         elif self.kind == "list":
             self.history.append(0.1)
+        elif self.kind == "tensor in a list":
+            self.slots[0].add_(0.1)
         elif self.kind == "dictionary":
             self.table["n"] = self.table.get("n", 0) + 1
         elif self.kind == "attribute tensor":
             self.last.add_(0.1)
-        shift = 0.1 * self.count + sum(self.history) + 0.1 * self.table.get("n", 0) + self.last
+        shift = 0.1 * self.count + sum(self.history) + 0.1 * self.table.get("n", 0) + self.last + self.slots[0]
         extra = (0 if self.lazy is None else self.lazy) + getattr(self, "added", 0)
         return torch.tanh(self.mix(h) - self.mean - shift - extra)
 
 
 KINDS = [
     "buffer replaced", "buffer in place", "buffer by its data", "buffer of None", "buffer added", "count", "list",
-    "dictionary", "attribute tensor",
+    "dictionary", "attribute tensor", "tensor in a list",
 ]  # fmt: skip
 
 
