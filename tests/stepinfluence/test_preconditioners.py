@@ -29,11 +29,6 @@ D, VOCABULARY, STEPS = 6, 9, 3
 Batch = dict[str, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # small models; put back by the fixture of all tests
-
-
 class Core(nn.Module):
     """A layer of each kind: normalisation, linear, slices of a stack, lookup, broadcast scalar."""
 

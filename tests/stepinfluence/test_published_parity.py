@@ -17,11 +17,6 @@ sdi = pytest.importorskip("sdi", reason="the published package (extra: test)")
 SKETCH_SIZE = 128
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # a small model; put back by the fixture of all tests
-
-
 def batches(sizes: list[int], seed: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [{key: torch.randint(31, (size, 7), generator=generator) for key in ("tokens", "targets")} for size in sizes]

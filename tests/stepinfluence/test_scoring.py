@@ -17,11 +17,6 @@ from torch import Tensor
 WIDTH = 11
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # small models; put back by the fixture of all tests
-
-
 def features(rows: int, steps: int | None, seed: int = 0, weights: str = "w", prefix: str = "z") -> Features:
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, WIDTH) if steps is None else (rows, steps, WIDTH)

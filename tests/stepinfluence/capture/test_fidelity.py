@@ -49,7 +49,6 @@ def trained() -> Trained:
     as the gradients of different examples turn away from each other in training (fivefold in 100 more steps here),
     whatever sketches them. The bound on the noise itself is tested below, too.
     """
-    torch.set_num_threads(1)  # before the fixture that sees to it for single tests
     torch.manual_seed(0)
     config = LoopedGPTConfig(
         vocab_size=VOCABULARY, d_model=96, n_heads=4, sequence_len=TOKENS, n_prelude=1, n_core=2, n_coda=0, steps=4
@@ -94,7 +93,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.fixture(scope="module")
 def estimates(trained: Trained) -> dict[tuple[str, int], Tensor]:
     """Sketched SDI by hash family and sketch size, one for each seed: ``(seeds, n_train, n_query, steps)``."""
-    torch.set_num_threads(1)
     found: dict[tuple[str, int], Tensor] = {}
     families: tuple[HashFamily, ...] = ("balanced", "iid")
     for hashing in families:

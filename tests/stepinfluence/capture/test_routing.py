@@ -163,7 +163,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
     torch.manual_seed(9)
     core = Core(lambda s, x: s.route(x) + x, route=Routed())
-    compare(zoo.Looped(core), batches(torch.float32, (3, 4), (5, 4)), loss_fn, tolerance=8 * 2.0**-8)
+    compare(zoo.Looped(core), batches(torch.float32, (3, 4), (5, 4)), loss_fn, precision=dtype)
 
 
 class Routed(nn.Module):
