@@ -26,6 +26,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("dtype") == torch.float64:
+            item.add_marker(pytest.mark.float64)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -56,17 +56,21 @@ def buckets_of(sketch: TensorSketch) -> Tensor:
     return (h_out[:, None] + h_in).remainder(sketch.m).flatten()
 
 
+def signed_sketch(a: Tensor, g: Tensor, s_out: Tensor, s_in: Tensor, *scale: Tensor, buckets: Tensor, m: int) -> Tensor:
+    grads = torch.einsum("...to,...ti->...oi", g * s_out, a * s_in)
+    for factors in scale:
+        grads = grads * factors
+    return in_buckets(grads.flatten(-2), buckets, m)
+
+
 def expected_linear(
     a: Tensor, g: Tensor, sketch: TensorSketch, *, scale: Tensor | None = None, before: float = 0
 ) -> Expected:
     """What is expected of the sketches of ``scale * sum_t g_t a_t'``, added to a buffer full of ``before``."""
     buckets = buckets_of(sketch)
 
-    def plain(a: Tensor, g: Tensor, s_out: Tensor, s_in: Tensor, *scale: Tensor) -> Tensor:
-        grads = torch.einsum("...to,...ti->...oi", g * s_out, a * s_in)
-        for factors in scale:
-            grads = grads * factors
-        return before + in_buckets(grads.flatten(-2), buckets, sketch.m)
+    def plain(*inputs: Tensor) -> Tensor:
+        return before + signed_sketch(*inputs, buckets=buckets, m=sketch.m)
 
     grads = reference.linear_grads(a, g)
     exact = reference.tensor_sketch(grads if scale is None else scale.double() * grads, sketch)

@@ -13,6 +13,8 @@ from torch import Tensor
 from sdi_kernels import CountSketch, HashFamily, TensorSketch, plan, reference, sketch_linear_grads, torch_routes
 from sdi_kernels.cpu import native, routes
 
+pytestmark = pytest.mark.numeric
+
 ROUTES = ["direct", "fft"]
 
 # rows, tokens, d_out, d_in: single token, odd sizes, more tokens than one unit, sides longer than the sketch

@@ -22,6 +22,8 @@ from sdi_kernels import (
 from sdi_kernels.cpu import native
 from sdi_kernels.triton import launch
 
+pytestmark = pytest.mark.numeric
+
 # rows, tokens, d_out, d_in: single numbers, odd sizes, several blocks of tokens and of rows
 SHAPES = [(1, 1, 1, 1), (3, 1, 40, 24), (2, 17, 33, 70), (2, 300, 5, 130), (1, 9, 700, 31), (2, 40, 64, 513)]
 

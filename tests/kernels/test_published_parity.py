@@ -12,6 +12,8 @@ from torch import Tensor
 import sdi_kernels as sk
 from sdi_kernels import CountSketch, TensorSketch
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 shapes = pytest.mark.parametrize(
     ("d_out", "d_in", "m"), [(64, 48, 256), (96, 160, 64), (50, 300, 101), (7, 5, 2048), (3, 3, 1)]

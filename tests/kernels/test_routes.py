@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 import sdi_kernels as sk
 from sdi_kernels import HashFamily, TensorSketch, plan, reference, torch_routes
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 SIZES = [(5, 4, 16), (20, 12, 7), (20, 6, 8), (3, 30, 9), (16, 16, 16), (4, 5, 1), (1, 1, 2)]
 

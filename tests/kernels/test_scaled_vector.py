@@ -13,6 +13,8 @@ import sdi_kernels
 from sdi_kernels import CountSketch, ops, reference
 from sdi_kernels.cpu import native
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(params=["compiled", "torch"])
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sdi_kernels.cpu import scan
 
+pytestmark = pytest.mark.numeric
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 

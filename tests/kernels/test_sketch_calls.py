@@ -22,6 +22,8 @@ from torch import Tensor
 import sdi_kernels as sk
 from sdi_kernels import TensorSketch
 
+pytestmark = pytest.mark.numeric
+
 
 @kinds
 @pytest.mark.parametrize(("lead", "tokens"), [((3,), 0), ((0,), 2), ((2, 0), 2), ((0,), 0), ((), 0)], ids=str)

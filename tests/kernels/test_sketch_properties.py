@@ -14,6 +14,8 @@ from torch import Tensor
 import sdi_kernels as sk
 from sdi_kernels import TensorSketch, reference
 
+pytestmark = pytest.mark.numeric
+
 Layout = Literal["contiguous", "transposed", "strided", "expanded", "offset"]
 property_test = settings(max_examples=35, deadline=None, derandomize=True, database=None)
 

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import sdi_kernels as sk
 from sdi_kernels import CountSketch, HashFamily, TensorSketch, reference
 
+pytestmark = pytest.mark.numeric
+
 B, T, D_IN, D_OUT, M = 3, 5, 4, 6, 8
 SKETCH = TensorSketch(D_OUT, D_IN, M)
 BIAS_SKETCH = CountSketch(D_OUT, 5)

@@ -21,6 +21,8 @@ from sketch_cases import (
 import sdi_kernels as sk
 from sdi_kernels import CountSketch, HashFamily, TensorSketch, reference
 
+pytestmark = pytest.mark.numeric
+
 # (d_out, d_in, m): both sides below m, both above, one of each, equal, and the degenerate ones.
 SIZES = [(5, 4, 16), (20, 12, 7), (20, 6, 8), (3, 30, 9), (16, 16, 16), (4, 5, 1), (1, 1, 1), (1, 1, 12), (2, 1, 2)]
 sizes = pytest.mark.parametrize(("d_out", "d_in", "m"), SIZES)

@@ -15,6 +15,8 @@ import sdi_kernels as sk
 from sdi_kernels import CountSketch, TensorSketch, ops, pairwise, reference, torch_routes, triton
 from sdi_kernels.triton import cost, launch
 
+pytestmark = pytest.mark.numeric
+
 ACCUMULATING = ["linear_sketch_", "matrix_sketch_", "embedding_sketch_", "vector_sketch_", "scaled_vector_sketch_"]
 
 

@@ -56,7 +56,7 @@ class Expected:
         """Largest error in units of what is allowed: up to 1 is accurate. NaN is infinitely wrong."""
         assert found.shape == self.exact.shape, f"shape {tuple(found.shape)}, not {tuple(self.exact.shape)}"
         units = self._units(found.detach())
-        return float(units.nan_to_num(torch.inf).max()) if units.numel() else 0.0
+        return float(units.nan_to_num(torch.inf, torch.inf).max()) if units.numel() else 0.0
 
     def check(self, found: Tensor, what: object = "") -> None:
         """Assert that ``found`` is accurate, and that a wrong result would not have been."""

@@ -24,6 +24,7 @@ from sdi_kernels import CountSketch, TensorSketch
 Gradients = dict[str, Tensor]
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 DRAWS, MOVE = 3, 2.0**-30
+EQUATIONS = {"query": "nsd,qtd->nqt", "both": "nsd,qtd->nqst", "none": "nsd,qtd->nq"}
 
 
 class Wide(TorchFunctionMode):
@@ -75,6 +76,18 @@ class Rounding:
         self.plain, self.exact, self.eps = plain, exact, eps
         self._change = functools.cache(change)
 
+    def weighted(self, metric: Mapping[str, Tensor], power: float) -> Rounding:
+        """The same for gradients times ``metric ** power``."""
+
+        def times(grads: Gradients) -> Gradients:
+            return {n: g.double() * metric[n].double().reshape(g.shape[2:]) ** power for n, g in grads.items()}
+
+        return Rounding(times(self.plain), times(self.exact), self.eps, lambda: [times(c) for c in self._change()])
+
+    def change(self) -> Tensor:
+        """By how much each entry of the gradients side by side moves at most, per unit of relative change."""
+        return torch.stack([flat(c) for c in self._change()]).abs().amax(0)
+
     def check_gradients(self, found: Tensor, what: str) -> None:
         """``found``: the gradients side by side, ``(N, steps, parameters)``."""
         self._check(found, what, flat, lambda g: flat(g).abs())
@@ -108,6 +121,49 @@ class Rounding:
         expected.check(found, what)
 
 
+def check_influence(
+    found: Tensor, parts: Sequence[tuple[float, Rounding, Rounding]], what: str, steps: str = "query"
+) -> None:
+    """Influence against the oracle's: inner products of its gradients, summed over checkpoints.
+
+    Args:
+        parts: step size and both sides of each checkpoint.
+        steps: whose steps are told apart: ``"query"``, ``"both"`` or ``"none"``.
+    """
+    equation = EQUATIONS[steps]
+    kind = torch.float32 if parts[0][1].eps >= torch.finfo(torch.float32).eps else torch.float64
+
+    def total(one: Callable[[Rounding], Tensor], two: Callable[[Rounding], Tensor] | None = None) -> Tensor:
+        return sum(eta * torch.einsum(equation, one(left), (two or one)(right)) for eta, left, right in parts)  # type: ignore[return-value]
+
+    def size(side: Rounding) -> Tensor:
+        return flat(side.exact).abs()
+
+    exact, plain = total(lambda r: flat(r.exact)), total(lambda r: flat(r.plain).to(kind))
+    expected = Expected(exact, plain, total(size), parts[0][1].eps, rows=False)
+    if expected.excess(found) > 1:
+        change = total(Rounding.change, size) + total(size, Rounding.change)
+        expected = Expected(exact, plain, total(size) + change, parts[0][1].eps, rows=False)
+    expected.check(found, what)
+
+
+def influence_of_sketches(
+    left: Rounding, right: Rounding, sketches: Mapping[str, CountSketch | TensorSketch], steps: str = "query"
+) -> Expected:
+    """What is expected of the inner products of two sides' sketches (for ``steps`` see :func:`check_influence`)."""
+    unsigned = {name: _unsigned(sketch) for name, sketch in sketches.items()}
+    exact, plain, terms = (
+        [oracle.sketched(pick(side), tables) for side in (left, right)]
+        for pick, tables in (
+            (lambda side: side.exact, sketches),
+            (lambda side: side.plain, sketches),
+            (lambda side: {n: g.abs() for n, g in side.exact.items()}, unsigned),
+        )
+    )
+    plain = [values.float() for values in plain]
+    return Expected(*(torch.einsum(EQUATIONS[steps], *pair) for pair in (exact, plain, terms)), rows=False)
+
+
 def measure(
     model: nn.Module, batches: Sequence[Any], gradients: Callable[[Any, int], Gradients], precision: torch.dtype
 ) -> Rounding:
@@ -133,6 +189,21 @@ def measure(
     exact = wide(lambda t: t)
     plain = joined([gradients(batch, k) for k, batch in enumerate(batches)])
     return Rounding(plain, exact, torch.finfo(precision).eps, changes)
+
+
+def measure_body(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    body: nn.Module,
+    names: Sequence[str],
+) -> Rounding:
+    """:func:`measure` of a body of one module, in the precision of its parameters."""
+
+    def gradients(batch: Any, _: int) -> Gradients:
+        return oracle.step_gradients(model, batch, loss_fn, body=[body], names=names)
+
+    return measure(model, batches, gradients, next(body.parameters()).dtype)
 
 
 def joined(found: Sequence[Gradients]) -> Gradients:

@@ -12,6 +12,8 @@ from compare import compare
 from stepinfluence import attach
 from torch import Tensor
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # said of the plain model, too
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

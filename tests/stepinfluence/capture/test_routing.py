@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from zoo import Core, D, linear, normal
 
+pytestmark = pytest.mark.numeric
+
 
 class Experts(nn.Module):
     """Each token goes to one of three experts and is weighted by the gate's confidence."""
