@@ -44,14 +44,17 @@ def _low(value: Any) -> bool:
 
 
 @contextmanager
-def in_double(model: nn.Module, change: Callable[[Tensor], Tensor] = lambda t: t) -> Iterator[None]:
-    """The model itself, not a copy (others hold on to its modules), in float64, its parameters changed."""
+def in_double(
+    model: nn.Module, change: Callable[[Tensor], Tensor] = lambda t: t, values: Sequence[Tensor] | None = None
+) -> Iterator[None]:
+    """The model itself, not a copy (others hold on to its modules), in float64, its parameters (``values``) changed."""
     parameters = [(p, p.data) for p in model.parameters()]
+    given = [data for _, data in parameters] if values is None else values
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     default = torch.get_default_dtype()
     model.double()
-    for parameter, _ in parameters:
-        parameter.data = change(parameter.data)
+    for (parameter, _), value in zip(parameters, given, strict=True):
+        parameter.data = change(value.double())
     torch.set_default_dtype(torch.float64)
     try:
         with Wide():
@@ -173,8 +176,10 @@ def measure(
         precision: what the model computes in: its dtype, or that of autocast.
     """
 
+    held = [p.detach().clone() for p in model.parameters()]  # the last runs come later: others may train the model on
+
     def wide(change: Callable[[Tensor], Tensor]) -> Gradients:
-        with in_double(model, change):
+        with in_double(model, change, held):
             return joined([gradients(_changed(batch, change), k) for k, batch in enumerate(batches)])
 
     def changes() -> list[Gradients]:
