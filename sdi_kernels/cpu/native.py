@@ -118,7 +118,7 @@ def instruction_set() -> str | None:
 def set_instruction_set(name: str) -> bool:
     """Go on with another variant of the kernels; False where there is no library, or this machine cannot run it."""
     loaded = library()
-    return loaded is not None and loaded.sdi_set_variant(name.encode()) == 0
+    return loaded is not None and bool(loaded.sdi_set_variant(name.encode()) == 0)
 
 
 def supports_fft(m: int) -> bool:
