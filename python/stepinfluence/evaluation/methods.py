@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import tempfile
@@ -82,8 +83,10 @@ def grad_cosine(problem: Problem, model: nn.Module) -> Scored:
 
 
 def random_scores(problem: Problem, model: nn.Module) -> Scored:
-    """Chance."""
-    draws = np.random.default_rng(0).standard_normal((len(problem.train), len(problem.queries) + 1))
+    """Chance: other draws for other weights, as a method that is fixed would be a method."""
+    weights = hashlib.sha256(next(model.parameters()).detach().cpu().numpy().tobytes()).digest()
+    rng = np.random.default_rng(list(weights))
+    draws = rng.standard_normal((len(problem.train), len(problem.queries) + 1))
     return Scored(draws[:, 1:], draws[:, 0], 0.0, 0)
 
 

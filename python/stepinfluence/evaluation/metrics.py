@@ -20,7 +20,7 @@ Likes = npt.ArrayLike
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its confidence interval, ``low <= value <= high`` as far as the bootstrap can tell."""
+    """A figure with its confidence interval, ``low <= value <= high`` as far as its method can tell."""
 
     value: float
     low: float
@@ -58,6 +58,51 @@ def bootstrap(
     resampled = [statistic(array[rng.integers(0, len(array), len(array))]) for _ in range(draws)]
     low, high = np.nanquantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(statistic(array)), float(low), float(high))
+
+
+def over_seeds(values: Likes, *, confidence: float = 0.95) -> Estimate:
+    """Mean over seeds with Student's interval; a seed whose figure is unknown (NaN) is left out.
+
+    With five seeds the interval is 2.8 standard errors to either side (four degrees of freedom) where a large sample
+    would have 2.0. A bootstrap over five values is no way around that: its intervals are too narrow.
+
+    Args:
+        values: ``(n_seeds,)``: one figure a seed, from runs that share no training.
+        confidence: of the interval.
+
+    Returns:
+        NaN for the interval of a single seed, which says nothing of other seeds, and throughout where there is none.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if len(known) < 2:
+        return Estimate(float(known[0]) if len(known) else np.nan, np.nan, np.nan)
+    mean = float(known.mean())
+    reach = float(stats.t.ppf((1 + confidence) / 2, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known)))
+    return Estimate(mean, mean - reach, mean + reach)
+
+
+def agreement(outcomes: Likes, correlation: Callable[[Array, Array], float] | None = None) -> Array:
+    """How far repeats of a measurement agree: what the best of scores can reach is limited by it.
+
+    Args:
+        outcomes: ``(repeats, n, n_query)``: losses, or changes of the loss, of the same n trainings from other
+            initialisations.
+        correlation: of two rows of n; rank correlation if not given.
+
+    Returns:
+        ``(n_query,)``: mean over pairs of repeats; 1 where repeats agree, 0 where they have nothing in common, NaN
+        where nothing varies.
+
+    Raises:
+        ValueError: fewer than two repeats.
+    """
+    all_ = np.asarray(outcomes, float)
+    if all_.ndim != 3 or len(all_) < 2:
+        raise ValueError(f"outcomes: got shape {all_.shape}; give (repeats, n, n_query) of at least two repeats")
+    rule = correlation or _spearman
+    pairs = [(a, b) for k, a in enumerate(all_) for b in all_[k + 1 :]]
+    return np.array([np.mean([rule(a[:, q], b[:, q]) for a, b in pairs]) for q in range(all_.shape[2])])
 
 
 def linear_datamodeling_score(scores: Likes, losses: Likes, subsets: npt.ArrayLike) -> Array:
@@ -105,10 +150,7 @@ def leave_one_out_correlation(scores: Likes, changes: Likes, removed: npt.ArrayL
     taken = np.asarray(scores, float)[rows]
     if changed.shape != taken.shape:
         raise ValueError(f"changes: got {changed.shape}; give {taken.shape}, a row for each example left out")
-    varied = (taken.std(0) > 0) & (changed.std(0) > 0)
-    return np.array(
-        [stats.pearsonr(taken[:, q], changed[:, q])[0] if varied[q] else np.nan for q in range(taken.shape[1])]
-    )
+    return np.array([pearson(taken[:, q], changed[:, q]) for q in range(taken.shape[1])])
 
 
 def mislabel_auc(suspicion: Likes, mislabelled: npt.ArrayLike, *, seed: int = 0) -> Estimate:
@@ -149,6 +191,11 @@ def randomization_check(scores: Likes, of_random_weights: Likes) -> Array:
     """
     a, b = np.asarray(scores, float), np.asarray(of_random_weights, float)
     return np.array([_spearman(a[:, q], b[:, q]) for q in range(a.shape[1])])
+
+
+def pearson(a: Array, b: Array) -> float:
+    """Pearson's correlation; NaN where nothing varies."""
+    return float(stats.pearsonr(a, b)[0]) if a.std() > 0 and b.std() > 0 else float("nan")
 
 
 def _spearman(a: Array, b: Array) -> float:
