@@ -24,9 +24,9 @@ from bench.provenance import ROOT, Provenance
 
 COUNTS = {
     "seeds": (5, "independent runs"),
-    "subsets": (12, "halves of a seed"),
+    "subsets": (8, "halves of a seed"),
     "left_out": (6, "examples of a seed left out one at a time"),
-    "flips": (2, "queries of a seed for the brittleness"),
+    "flips": (1, "queries of a seed for the brittleness"),
     "repeats": (2, "initialisations of every retraining"),
 }
 

@@ -44,9 +44,9 @@ def run(
         list[str] | None, typer.Option("--method", metavar="NAME", help="Only this one; repeat for several.")
     ] = None,
     seeds: Annotated[int, typer.Option(metavar="N", min=2, help="Independent runs that intervals are over.")] = 5,
-    subsets: Annotated[int, typer.Option(metavar="N", min=3, help="Models of a seed for the datamodeling score.")] = 12,
+    subsets: Annotated[int, typer.Option(metavar="N", min=3, help="Models of a seed for the datamodeling score.")] = 8,
     left_out: Annotated[int, typer.Option(metavar="N", min=2, help="Examples of a seed left out one at a time.")] = 6,
-    flips: Annotated[int, typer.Option(metavar="N", min=0, help="Queries of a seed for the brittleness.")] = 2,
+    flips: Annotated[int, typer.Option(metavar="N", min=0, help="Queries of a seed for the brittleness.")] = 1,
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, help="Initialisations that every retraining is averaged over.")
     ] = 2,

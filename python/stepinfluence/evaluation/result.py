@@ -228,7 +228,9 @@ class Evaluation:
         """
         merits = []
         for m in data["merits"]:
-            values: dict[str, Any] = {f.name: _figure(m[f.name]) if f.name in COLUMNS else m[f.name] for f in fields(Merits)}
+            values: dict[str, Any] = {
+                f.name: _figure(m[f.name]) if f.name in COLUMNS else m[f.name] for f in fields(Merits)
+            }
             merits.append(Merits(**values))
         steps, truth = data["steps"], data["truth"]
         return cls(
