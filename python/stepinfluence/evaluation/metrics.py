@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
-from sklearn.metrics import roc_auc_score
 
 Array = npt.NDArray[np.float64]
 Likes = npt.ArrayLike
@@ -32,7 +31,7 @@ class Estimate:
 
 def bootstrap(
     values: Likes,
-    statistic: Callable[[Array], float] = lambda v: float(np.mean(v)),
+    statistic: Callable[[Array], float] | None = None,
     *,
     confidence: float = 0.95,
     draws: int = 2000,
@@ -42,7 +41,7 @@ def bootstrap(
 
     Args:
         values: ``(n, ...)``.
-        statistic: of resampled rows.
+        statistic: of resampled rows; the mean of everything if not given.
         confidence: of the interval.
         draws: resamples.
         seed: of the resampling.
@@ -55,9 +54,15 @@ def bootstrap(
     if not len(array):
         return Estimate(np.nan, np.nan, np.nan)
     rng = np.random.default_rng(seed)
-    resampled = [statistic(array[rng.integers(0, len(array), len(array))]) for _ in range(draws)]
+    if statistic is None:
+        by_row = array.reshape(len(array), -1).mean(1)
+        resampled = by_row[rng.integers(0, len(array), (draws, len(array)))].mean(1)
+        value = float(by_row.mean())
+    else:
+        resampled = np.array([statistic(array[rng.integers(0, len(array), len(array))]) for _ in range(draws)])
+        value = float(statistic(array))
     low, high = np.nanquantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(float(statistic(array)), float(low), float(high))
+    return Estimate(value, float(low), float(high))
 
 
 def over_seeds(values: Likes, *, confidence: float = 0.95) -> Estimate:
@@ -164,7 +169,12 @@ def mislabel_auc(suspicion: Likes, mislabelled: npt.ArrayLike, *, seed: int = 0)
         raise ValueError("mislabelled: all examples are alike; plant some errors, and not in all examples")
 
     def auc(rows: Array) -> float:
-        return float(roc_auc_score(rows[:, 1], rows[:, 0])) if len(set(rows[:, 1])) == 2 else float("nan")
+        wrong = rows[:, 1] > 0
+        count, others = int(wrong.sum()), int((~wrong).sum())
+        if not count or not others:
+            return float("nan")
+        above = stats.rankdata(rows[:, 0])[wrong].sum() - count * (count + 1) / 2  # Mann and Whitney's U, ties by half
+        return float(above / (count * others))
 
     return bootstrap(pairs, auc, draws=500, seed=seed)
 
