@@ -207,12 +207,13 @@ def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> bool:
 
 
 def _merits(name: str, runs: Sequence[_Figures]) -> Merits:
+    brittle = [run.brittleness for run in runs if run.brittleness is not None]
     return Merits(
         method=name,
         lds=Figure.of([run.lds for run in runs]),
         loo=Figure.of([run.loo for run in runs]),
         mislabel=_where_known([run.mislabel for run in runs]),
-        brittleness=_where_known([run.brittleness for run in runs]),
+        brittleness=Figure.of_shares(brittle) if brittle else None,
         overlap=_where_known([run.overlap for run in runs]),
         randomization=Figure.of([run.randomization for run in runs]),
         seconds=float(np.mean([run.seconds for run in runs])),
@@ -220,7 +221,7 @@ def _merits(name: str, runs: Sequence[_Figures]) -> Merits:
     )
 
 
-def _where_known(values: Sequence[Estimate | float | None]) -> Figure | None:
+def _where_known(values: Sequence[Estimate | None]) -> Figure | None:
     known = [v for v in values if v is not None]
     return Figure.of(known) if known else None  # a figure is missing in every seed or in none
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from stepinfluence.evaluation.metrics import Estimate, over_seeds
+from stepinfluence.evaluation.metrics import Estimate, over_seeds, share_over_seeds
 
 COLUMNS = {
     "lds": "LDS",
@@ -27,7 +27,8 @@ class Figure:
 
     Attributes:
         value: mean over seeds.
-        low, high: its 95 % interval over seeds (Student's t, ``len(by_seed) - 1`` degrees of freedom).
+        low, high: its 95 % interval over seeds: Student's t, ``len(by_seed) - 1`` degrees of freedom; of a share
+            (brittleness) the exact binomial one.
         by_seed: the figure of each seed.
         within: each seed's own estimate, where it has one: 95 % by bootstrap over that run's queries (AUC: training
             examples). Narrower than the truth, as it knows a single run.
@@ -47,6 +48,12 @@ class Figure:
         found = over_seeds(values)
         return cls(found.value, found.low, found.high, values, within)
 
+    @classmethod
+    def of_shares(cls, runs: Sequence[float]) -> Figure:
+        """From one share, 0 to 1, a seed."""
+        found = share_over_seeds(runs)
+        return cls(found.value, found.low, found.high, tuple(runs))
+
     def says_other_than(self, value: float) -> bool:
         """Whether the interval leaves ``value`` out; False where there is no interval."""
         return self.low > value or self.high < value
@@ -55,7 +62,7 @@ class Figure:
         if math.isnan(self.value):
             return "–"
         known = {v for v in self.by_seed if not math.isnan(v)}
-        if len(known) == 1 and len(self.by_seed) > 1:  # an interval of no width would claim certainty
+        if len(known) == 1 and self.low == self.high:  # an interval of no width would claim certainty
             return f"{self.value:.2f} (every seed)"
         if math.isnan(self.low):
             return f"{self.value:.2f}"
@@ -221,16 +228,15 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
-        """From what :meth:`to_dict` gave; keys that it does not give are ignored.
+        """From what :meth:`to_dict` gave: the figures of each seed; means and intervals are made from them again.
 
         Raises:
             KeyError: something is missing.
         """
         merits = []
         for m in data["merits"]:
-            values: dict[str, Any] = {
-                f.name: _figure(m[f.name]) if f.name in COLUMNS else m[f.name] for f in fields(Merits)
-            }
+            values: dict[str, Any] = {f.name: m[f.name] for f in fields(Merits)}
+            values |= {name: _figure(m[name], share=name == "brittleness") for name in COLUMNS}
             merits.append(Merits(**values))
         steps, truth = data["steps"], data["truth"]
         return cls(
@@ -253,18 +259,20 @@ class Evaluation:
         if name == "brittleness":
             known = [(v, n) for v, n in zip(figure.by_seed, self.asked, strict=True) if not math.isnan(v)]
             turned = sum(round(v * n) for v, n in known)
-            return f"{figure} ({turned} of {sum(n for _, n in known)})".replace(" (every seed)", "")
+            return f"{figure} ({turned} of {sum(n for _, n in known)})"
         return str(figure)
 
 
-def _known(data: Mapping[str, Any]) -> Figure:
-    value, low, high, *by_seed = (_number(v) for v in (data["value"], data["low"], data["high"], *data["by_seed"]))
-    within = tuple(Estimate(*(_number(e[k]) for k in ("value", "low", "high"))) for e in data["within"])
-    return Figure(value, low, high, tuple(by_seed), within)
+def _known(data: Mapping[str, Any], *, share: bool = False) -> Figure:
+    by_seed = [_number(v) for v in data["by_seed"]]
+    if share:
+        return Figure.of_shares(by_seed)
+    within = [Estimate(*(_number(e[k]) for k in ("value", "low", "high"))) for e in data["within"]]
+    return Figure.of(within or by_seed)
 
 
-def _figure(data: Mapping[str, Any] | None) -> Figure | None:
-    return None if data is None else _known(data)
+def _figure(data: Mapping[str, Any] | None, *, share: bool = False) -> Figure | None:
+    return None if data is None else _known(data, share=share)
 
 
 def _number(value: float | None) -> float:

@@ -13,6 +13,7 @@ import torch
 from additive import EFFECTS, additive
 from stepinfluence.evaluation import Estimate, Evaluation, Figure, Problem, agreement, bootstrap, evaluate, over_seeds
 from stepinfluence.evaluation.methods import Method, Scored, random_scores
+from stepinfluence.evaluation.metrics import share_over_seeds
 from stepinfluence.evaluation.steps import StepRun
 from torch import nn
 
@@ -36,6 +37,15 @@ def test_interval_over_five_seeds_covers_as_it_says_and_a_bootstrap_does_not() -
     assert 366 <= sum(e.low <= 0 <= e.high for e in found) <= 394
     narrow = [bootstrap(s, draws=200) for s in samples]
     assert sum(e.low <= 0 <= e.high for e in narrow) < 350
+
+
+def test_interval_of_a_share_by_hand() -> None:
+    none, most = share_over_seeds([0.0] * 5), share_over_seeds([1, 1, 0, 1, 1])
+    assert (none.value, none.low, none.high) == pytest.approx((0, 0, 1 - 0.025 ** (1 / 5)))  # (1 - p)^5 = 2.5 %
+    assert (most.value, most.low, most.high) == pytest.approx((0.8, 0.2836, 0.9949), abs=1e-4)  # from the tables
+    assert share_over_seeds([1.0, np.nan]).high == 1
+    assert share_over_seeds([0.5, 0.5]).low > 0
+    assert np.isnan(share_over_seeds([np.nan]).value)
 
 
 def test_agreement_of_repeats() -> None:
@@ -130,6 +140,10 @@ def test_sentences_name_what_is_chance(found: Evaluation) -> None:
         found.difference("mislabel", "right", "wrong")
     with pytest.raises(ValueError, match="figure: got 'seconds'"):
         found.difference("seconds", "right", "wrong")
+
+
+def test_nothing_turned_in_five_seeds_is_no_certainty(found: Evaluation) -> None:
+    assert "| 0.00 [0.00, 0.52] (0 of 5) |" in found.markdown()
 
 
 def test_a_result_survives_json(found: Evaluation) -> None:
