@@ -150,7 +150,7 @@ def _score_all(
         seeds=tuple(run.seed for run in runs),
         merits=tuple(_merits(name, by_seed) for name, by_seed in found.items()),
         steps=_steps(steps),
-        truth=_truth(runs) if repeats > 1 else None,
+        truth=_truth(runs),
         retrainings=trained.used,
         training_seconds=trained.seconds,
         accuracy=Figure.of([float(share) for share in first]) if first else None,
@@ -226,12 +226,19 @@ def _where_known(values: Sequence[Estimate | None]) -> Figure | None:
     return Figure.of(known) if known else None  # a figure is missing in every seed or in none
 
 
-def _truth(runs: Sequence[_Run]) -> Truth:
+def _truth(runs: Sequence[_Run]) -> Truth | None:
+    repeated = len(runs[0].full) > 1
+    if not repeated and len(runs) == 1:
+        return None
+    others = [run.full[1] for run in runs] if repeated else [run.full[0] for run in (*runs[1:], runs[0])]
+    noise = [float(np.abs(run.full[0] - other).mean()) for run, other in zip(runs, others, strict=True)]
+    halves = [bootstrap(agreement(run.halves), seed=run.seed) for run in runs] if repeated else None
+    changes = [bootstrap(agreement(run.changes, pearson), seed=run.seed) for run in runs] if repeated else None
     return Truth(
-        half_agreement=Figure.of([bootstrap(agreement(run.halves), seed=run.seed) for run in runs]),
-        loo_agreement=Figure.of([bootstrap(agreement(run.changes, pearson), seed=run.seed) for run in runs]),
+        half_agreement=None if halves is None else Figure.of(halves),
+        loo_agreement=None if changes is None else Figure.of(changes),
         loo_change=Figure.of([float(np.abs(run.changes).mean()) for run in runs]),
-        noise=Figure.of([float(np.abs(run.full[0] - run.full[1]).mean()) for run in runs]),
+        noise=Figure.of(noise),
     )
 
 

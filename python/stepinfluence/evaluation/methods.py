@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -120,7 +123,10 @@ def trak(problem: Problem, model: nn.Module) -> Scored:
             return torch.ones(len(next(iter(batch))), 1)
 
     began = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
+    # Its progress bars and torch's word on slow batching are no business of the caller, whose bar is on the screen.
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
         tracer = TRAKer(
             model=model,
             task=Loss(),

@@ -106,28 +106,34 @@ class Truth:
     """How far what the scores are held against can be trusted; each a mean over seeds.
 
     Attributes:
-        half_agreement: rank correlation, over the random halves, of a query's losses between two repeats.
-        loo_agreement: correlation, over the examples left out, of what leaving out does, between two repeats.
+        half_agreement: rank correlation, over the random halves, of a query's losses between two repeats; None with a
+            single repeat, which cannot be held against another.
+        loo_agreement: correlation, over the examples left out, of what leaving out does, between two repeats, or None.
         loo_change: mean absolute change of a query's loss when one example is left out, the initialisation the same.
-        noise: mean absolute difference of a query's loss between two initialisations, the examples the same.
+        noise: mean absolute difference of a query's loss between two initialisations, the examples the same: between
+            repeats, or, with a single one, between each seed and another (pairs share models then, and the interval
+            takes them for independent).
     """
 
-    half_agreement: Figure
-    loo_agreement: Figure
+    half_agreement: Figure | None
+    loo_agreement: Figure | None
     loo_change: Figure
     noise: Figure
 
     def markdown(self) -> str:
-        """Two sentences, and what they mean for the LOO column."""
-        loo = (
+        """What leaving out moves, what another initialisation moves, and how far two of them agree."""
+        moves = (
             f"Leaving out one example moves a query's loss by {self.loo_change} on average; "
-            f"training on the same examples from another initialisation moves it by {self.noise}. "
-            f"Between two initialisations, the effects of leaving out agree with a correlation of {self.loo_agreement}"
+            f"training on the same examples from another initialisation moves it by {self.noise}."
         )
-        if not self.loo_agreement.low > 0:
-            loo += ", not distinguishable from 0: what one run shows of an example's effect is noise"
-        halves = f", the losses after training on halves with a rank correlation of {self.half_agreement}."
-        return loo + halves
+        if self.loo_agreement is None or self.half_agreement is None:
+            return f"{moves} With a single repeat it is not known how far two initialisations agree."
+        agree = (
+            f"Between two initialisations, the losses after training on halves agree with a rank correlation of "
+            f"{self.half_agreement}, the effects of leaving out with a correlation of {self.loo_agreement}"
+        )
+        noise = "" if self.loo_agreement.low > 0 else ": not distinguishable from 0, so one run's effects are noise"
+        return f"{moves} {agree}{noise}."
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ class Evaluation:
         seeds: one independent run each.
         merits: of each method.
         steps: of the step-resolved scores.
-        truth: of the retrainings; None with a single repeat, which cannot be held against another.
+        truth: of the retrainings; None with a single seed and repeat, which cannot be held against another.
         retrainings: models, the kept ones counted.
         training_seconds: processor seconds of training them all, when it was done.
         accuracy: share of right answers of the models trained on everything; None where nothing is right or wrong.
@@ -247,7 +253,14 @@ class Evaluation:
             seeds=tuple(data["seeds"]),
             merits=tuple(merits),
             steps=StepMerits(steps["conservation"], _known(steps["counterfactual"]), _known(steps["slope"])),
-            truth=None if truth is None else Truth(**{f.name: _known(truth[f.name]) for f in fields(Truth)}),
+            truth=None
+            if truth is None
+            else Truth(
+                half_agreement=_figure(truth["half_agreement"]),
+                loo_agreement=_figure(truth["loo_agreement"]),
+                loo_change=_known(truth["loo_change"]),
+                noise=_known(truth["noise"]),
+            ),
             accuracy=_figure(data["accuracy"]),
             asked=tuple(data["asked"]),
         )

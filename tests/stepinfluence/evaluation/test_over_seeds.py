@@ -113,20 +113,50 @@ def test_the_noise_of_the_truth_is_measured(found: Evaluation) -> None:
     assert found.truth.loo_change.value == pytest.approx(np.abs(EFFECTS).mean(), rel=0.3)
 
 
+def test_without_repeats_seeds_are_held_against_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "try_steps", no_steps)
+    counts = {"subsets": 3, "left_out": 2, "flips": 0, "repeats": 1}
+    found = evaluate(additive(3.0), {"random": random_scores}, seeds=8, progress=False, **counts)
+    assert found.truth is not None
+    assert found.truth.noise.value == pytest.approx(6 / np.sqrt(np.pi), rel=0.5)
+    assert found.truth.loo_agreement is None
+    assert "it is not known how far two initialisations agree" in found.markdown()
+    assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))).markdown() == found.markdown()
+    alone = evaluate(additive(3.0), {"random": random_scores}, seeds=1, progress=False, **counts)
+    assert alone.truth is None
+    assert alone.merits[0].brittleness is None
+
+
+def chaotic(effect: float) -> Problem:
+    """Every training ends elsewhere, by 2; the examples' effects are scaled by ``effect``."""
+
+    def fit(rows: np.ndarray, seed: int) -> nn.Module:
+        model = additive().untrained(0)
+        noise = 2 * np.random.default_rng([seed, *rows.tolist()]).normal(size=4)
+        model.load_state_dict({"losses": torch.from_numpy(noise - effect * EFFECTS[rows].sum(0))})
+        return model
+
+    return replace(additive(), fit=fit)
+
+
+def test_averaging_over_repeats_takes_noise_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "try_steps", no_steps)
+    right = {"right": lambda problem, model: Scored(EFFECTS, None, 0.0, 0)}
+    counts = {"seeds": 2, "subsets": 10, "left_out": 10, "flips": 0}
+    one = evaluate(chaotic(1.0), right, repeats=1, progress=False, **counts).merits[0]
+    many = evaluate(chaotic(1.0), right, repeats=60, progress=False, **counts).merits[0]
+    assert many.loo.value > 0.9 > one.loo.value + 0.2
+    assert many.lds.value > 0.9 > one.lds.value + 0.1
+
+
 def test_truth_that_is_noise_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "try_steps", no_steps)
 
-    def chaotic(rows: np.ndarray, seed: int) -> nn.Module:
-        model = additive().untrained(0)
-        losses = np.random.default_rng([seed, *rows.tolist()]).normal(size=4)
-        model.load_state_dict({"losses": torch.from_numpy(losses)})
-        return model
-
-    noisy = replace(additive(), fit=chaotic)
+    noisy = chaotic(0.0)
     found = evaluate(noisy, {"random": random_scores}, seeds=5, subsets=6, left_out=6, flips=0, progress=False)
     assert found.truth is not None
     assert not found.truth.loo_agreement.low > 0
-    assert "not distinguishable from 0: what one run shows of an example's effect is noise" in found.markdown()
+    assert "not distinguishable from 0, so one run's effects are noise" in found.markdown()
 
 
 def test_sentences_name_what_is_chance(found: Evaluation) -> None:
