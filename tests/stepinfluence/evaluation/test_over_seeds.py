@@ -128,11 +128,11 @@ def test_without_repeats_seeds_are_held_against_each_other(monkeypatch: pytest.M
 
 
 def chaotic(effect: float) -> Problem:
-    """Every training ends elsewhere, by 2; the examples' effects are scaled by ``effect``."""
+    """Every training ends elsewhere, by 3; the examples' effects are scaled by ``effect``."""
 
     def fit(rows: np.ndarray, seed: int) -> nn.Module:
         model = additive().untrained(0)
-        noise = 2 * np.random.default_rng([seed, *rows.tolist()]).normal(size=4)
+        noise = 3 * np.random.default_rng([seed, *rows.tolist()]).normal(size=4)
         model.load_state_dict({"losses": torch.from_numpy(noise - effect * EFFECTS[rows].sum(0))})
         return model
 
@@ -142,11 +142,11 @@ def chaotic(effect: float) -> Problem:
 def test_averaging_over_repeats_takes_noise_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "try_steps", no_steps)
     right = {"right": lambda problem, model: Scored(EFFECTS, None, 0.0, 0)}
-    counts = {"seeds": 2, "subsets": 10, "left_out": 10, "flips": 0}
+    counts = {"seeds": 1, "subsets": 10, "left_out": 10, "flips": 0}
     one = evaluate(chaotic(1.0), right, repeats=1, progress=False, **counts).merits[0]
-    many = evaluate(chaotic(1.0), right, repeats=60, progress=False, **counts).merits[0]
-    assert many.loo.value > 0.9 > one.loo.value + 0.2
-    assert many.lds.value > 0.9 > one.lds.value + 0.1
+    many = evaluate(chaotic(1.0), right, repeats=24, progress=False, **counts).merits[0]
+    assert many.loo.value > 0.6 > one.loo.value + 0.3
+    assert many.lds.value > 0.9 > one.lds.value + 0.2
 
 
 def test_truth_that_is_noise_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
