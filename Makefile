@@ -45,7 +45,7 @@ bench-search: $(VENV)/.stamp-test ## scan speed, recall and time of every search
 
 bench-evaluate: $(VENV)/.stamp-test ## attribution methods against retraining over five seeds (docs/evaluation.md), resumable
 	$(BIN)/python -m bench.evaluate adder
-	$(BIN)/python -m bench.evaluate majority
+	$(BIN)/python -m bench.evaluate majority --subsets 6 --left-out 4 --repeats 1 --flips 0
 
 bench-scale: $(VENV)/.stamp-bench ## measure rates, and print what a corpus costs (docs/scale.md)
 	$(BIN)/python -m bench.scale --model paper --examples 2

@@ -6,7 +6,7 @@
 
 Every trained model is kept in ``--folder``: a stopped run goes on, and what is there is not trained again. The figures
 are the library's (``sdi evaluate``); this adds where they come from. TRAK is among the methods where its package is
-installed (``pip install --no-deps traker``: without ``fast_jl`` it projects with torch).
+installed (``pip install traker``: without its ``fast`` extra it projects with torch).
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from stepinfluence.evaluation import evaluate
 from stepinfluence.evaluation.builtin import make_problem
+from stepinfluence.evaluation.problem import Problem
+from stepinfluence.evaluation.retraining import Retrainings
 
 from bench.provenance import ROOT, Provenance
 
@@ -29,6 +33,9 @@ COUNTS = {
     "flips": (1, "queries of a seed for the brittleness"),
     "repeats": (2, "initialisations of every retraining"),
 }
+
+ROUNDED = 3
+"""Seeds that :func:`rounding` is measured on."""
 
 
 def main() -> None:
@@ -45,11 +52,24 @@ def main() -> None:
     came_from = Provenance()
     folder = args.folder or Path(f"evaluate-{args.problem}")
     found = evaluate(make_problem(args.problem), folder=folder, **counts)
+    rounded = rounding(make_problem(args.problem), folder, found.seeds[:ROUNDED])
     facts = came_from.finish()
     facts["versions"]["traker"] = _version("traker")
     out = args.out or ROOT / "bench" / "results" / f"evaluate-{args.problem}.json"
-    out.write_text(json.dumps({"settings": counts, **found.to_dict(), "provenance": facts}, indent=1) + "\n", "utf-8")
+    kept = {"settings": counts, **found.to_dict(), "rounding": rounded, "provenance": facts}
+    out.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
     print(found.markdown())
+
+
+def rounding(problem: Problem, folder: Path, seeds: Sequence[int]) -> list[float]:
+    """Mean absolute difference of a query's loss, for each seed, when a full batch is in another order.
+
+    The training is the same but for the order of sums: this is what another CPU, which rounds differently, does to it.
+    """
+    trained = Retrainings(problem, folder)
+    turned = trained.everyone[::-1].copy()
+    pairs = [[trained.outcome(s, rows, what="all").losses for rows in (trained.everyone, turned)] for s in seeds]
+    return [float(np.abs(a - b).mean()) for a, b in pairs]
 
 
 def _version(name: str) -> str:
