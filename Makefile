@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpus lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak gpu-check gpu-calibrate build clean
+.PHONY: help demo test test-cpus lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak gpu-check gpu-calibrate build clean bench-evaluate
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ bench-layouts: $(VENV)/.stamp-bench ## error against bytes per example of every 
 
 bench-search: $(VENV)/.stamp-test ## scan speed, recall and time of every search stage, on 1e5 and 1e6 rows
 	$(BIN)/python -m bench.search --rows 100000 1000000
+
+bench-evaluate: $(VENV)/.stamp-test ## attribution methods against retraining over five seeds (docs/evaluation.md), resumable
+	$(BIN)/python -m bench.evaluate adder
+	$(BIN)/python -m bench.evaluate majority --subsets 6 --left-out 4 --repeats 1 --flips 0
 
 bench-scale: $(VENV)/.stamp-bench ## measure rates, and print what a corpus costs (docs/scale.md)
 	$(BIN)/python -m bench.scale --model paper --examples 2
