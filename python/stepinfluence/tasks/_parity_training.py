@@ -46,6 +46,7 @@ class ParityTrainConfig:
         warmup_steps: steps of linear warm-up.
         checkpoint_digits: make a checkpoint when the curriculum has mastered these lengths; there is always
             one at the very end.
+        final_checkpoints: further checkpoints, evenly spaced between the end of the curriculum and the very end.
         seed: of the initial weights, the training set and the order of the examples.
 
     Raises:
@@ -69,6 +70,7 @@ class ParityTrainConfig:
     clip_norm: float = 1.0
     warmup_steps: int = 50
     checkpoint_digits: tuple[int, ...] = (4, 8, 12, 16, 20)
+    final_checkpoints: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ class ParityTrainConfig:
             "max_steps",
         ):
             positive_int(name, getattr(self, name))
-        for name in ("final_steps", "warmup_steps", "seed"):
+        for name in ("final_steps", "final_checkpoints", "warmup_steps", "seed"):
             non_negative_int(name, getattr(self, name))
         for name in ("learning_rate", "final_learning_rate", "clip_norm"):
             positive_float(name, getattr(self, name))
