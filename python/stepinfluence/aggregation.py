@@ -18,8 +18,9 @@ DOMINATES = 0.8
 """Share of the energy above which a checkpoint is named as dominating the sum."""
 
 FIRST_ORDER = "first order, weighted by learning rate"
-"""Unit of a plain sum over checkpoints: a slope times a learning rate. It is no amount of loss: it can exceed the
-query's whole loss by orders of magnitude."""
+UNWEIGHTED = "first order, per unit of learning rate"
+"""Units of a plain sum over checkpoints: a slope, with or without a learning rate. It is no amount of loss: it can exceed
+the query's whole loss by orders of magnitude."""
 
 SHARE = "% of the query's influence"
 """Unit of :func:`balanced`: of the absolute influence of all scored examples at all steps."""
@@ -47,6 +48,11 @@ class Dominance:
             "that one moment of the training, where gradients were largest (next to a spike of the loss, or before "
             "inputs like the query were learned), not what the others have in common. Look at checkpoints one by one."
         )
+
+
+def first_order_unit(etas: Sequence[float]) -> str:
+    """Unit of a plain sum over checkpoints with these weights."""
+    return UNWEIGHTED if all(eta == 1 for eta in etas) else FIRST_ORDER
 
 
 def energy_shares(energy: ArrayLike) -> NDArray[np.float64]:
