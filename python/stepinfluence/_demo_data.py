@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepinfluence.aggregation import Dominance, dominating, energy_of
 from stepinfluence.doctor import machine_facts, versions
 from stepinfluence.models.parity import ParityConfig
+from stepinfluence.periods import Period, period_of
 from stepinfluence.tasks.parity import ParityExample, ParityTrainConfig
 
 Array = NDArray[np.float32]
@@ -87,7 +89,8 @@ class DemoConfig:
             threshold=None,  # one more bit every min_steps, whatever the accuracy
             min_steps=15,
             final_steps=25,
-            checkpoint_digits=(4, 6),
+            checkpoint_digits=(4, 6, 8),
+            final_checkpoints=1,
         )
         return cls(
             training=training,
@@ -169,11 +172,13 @@ class DemoResult:
         config: what was run.
         train: the training examples that were scored, in the order of the rows of ``sdi``.
         queries: in the order of its columns.
-        sdi: ``(n_train, n_query, steps)`` step-decomposed influence summed over checkpoints, float32; positive =
-            training on the example lowers the loss of the query.
-        energy_by_checkpoint: ``(n_checkpoints, n_query)`` influence regardless of sign, summed over examples and steps:
-            which checkpoint a query's influence comes from.
-        exact: ``(rows, columns, exact values)``: the same quantity from exact gradients on a subset.
+        by_checkpoint: ``(n_checkpoints, n_train, n_query, steps)`` step-decomposed influence at each checkpoint times
+            its learning rate, float32; positive = training on the example lowers the loss of the query. Its sum over
+            checkpoints is the paper's (eq. 5), which one checkpoint can own.
+        trained: which checkpoints are from the end of the curriculum on.
+        sdi: ``(n_train, n_query, steps)``: these checkpoints, balanced, in per cent of the query's influence (see
+            :func:`~stepinfluence.aggregation.balanced`). What is shown first.
+        exact: ``(rows, columns, exact values)``: ``sdi`` from exact gradients on a subset, scaled as ``sdi`` is.
         etas, checkpoints: learning rate and path of each checkpoint.
         accuracy: held-out accuracy by length; lengths of which every string was trained on are measured on those.
         accuracy_beyond: the same for some lengths longer than any in training.
@@ -191,8 +196,9 @@ class DemoResult:
     config: DemoConfig
     train: tuple[ParityExample, ...]
     queries: tuple[Query, ...]
+    by_checkpoint: Array
+    trained: tuple[int, ...]
     sdi: Array
-    energy_by_checkpoint: Array
     exact: tuple[NDArray[np.int64], NDArray[np.int64], Array]
     etas: tuple[float, ...]
     checkpoints: tuple[Path, ...]
@@ -234,16 +240,44 @@ class DemoResult:
 
     @property
     def tracin(self) -> Array:
-        """``(n_train, n_query)``: influence summed over loop steps."""
+        """``(n_train, n_query)``: ``sdi`` summed over loop steps."""
         return np.asarray(self.sdi.sum(2), dtype=np.float32)
+
+    @property
+    def energy_by_checkpoint(self) -> Array:
+        """``(n_checkpoints, n_query)``: absolute influence, summed over examples and steps."""
+        return np.asarray(energy_of(self.by_checkpoint), dtype=np.float32)
+
+    @property
+    def checkpoint_names(self) -> tuple[str, ...]:
+        """``update 500``: the optimizer step of each checkpoint (a step, here, is one of the loop)."""
+        return tuple(f"update {int(path.stem.rpartition('-')[2])}" for path in self.checkpoints)
+
+    def profile_period(self, column: int) -> Period:
+        """Period of a query's summed influence up to its read-out, with its p-value."""
+        return period_of(self.sdi[:, column].sum(0)[: self.queries[column].example.n_digits])
+
+    def margin_period(self, column: int) -> Period:
+        """Period of a query's logit margin up to its read-out, with its p-value."""
+        query = self.queries[column]
+        return period_of(query.margin[: query.example.n_digits])
+
+    def dominance(self, column: int) -> Dominance | None:
+        """The checkpoint that would own the plain sum over all of them, if one would."""
+        return dominating(self.energy_by_checkpoint[:, column], self.checkpoint_names)
 
 
 def save_arrays(result: DemoResult, path: Path) -> None:
-    """Write ``influence.npz``: scores, ids and texts, losses and margins, without pickled objects."""
+    """Write ``influence.npz``: scores, ids and texts, losses and margins, without pickled objects.
+
+    ``sdi`` is what the report shows first, ``by_checkpoint`` what it was made from: see :class:`DemoResult`.
+    """
     rows, columns, exact = result.exact
     np.savez_compressed(
         path,
         sdi=result.sdi,
+        by_checkpoint=result.by_checkpoint,
+        trained=np.array(result.trained),
         train_ids=np.array([e.id for e in result.train]),
         train_texts=np.array([e.text for e in result.train]),
         train_losses=result.train_losses,
@@ -253,7 +287,6 @@ def save_arrays(result: DemoResult, path: Path) -> None:
         query_predictions=np.array([q.prediction for q in result.queries]),
         query_margins=np.stack([q.margin for q in result.queries]),
         etas=np.array(result.etas),
-        energy_by_checkpoint=result.energy_by_checkpoint,
         exact_rows=rows,
         exact_columns=columns,
         exact_sdi=exact,

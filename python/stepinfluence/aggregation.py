@@ -44,9 +44,10 @@ class Dominance:
     def sentence(self) -> str:
         """What it means, for people."""
         return (
-            f"{self.name} holds {_percent(self.share)} of the SDI energy of all checkpoints: a plain sum over them shows "
-            "that one moment of the training, where gradients were largest (next to a spike of the loss, or before "
-            "inputs like the query were learned), not what the others have in common. Look at checkpoints one by one."
+            f"Checkpoint {self.name} holds {_percent(self.share)} of this query's SDI energy: a plain sum over "
+            "checkpoints shows that one moment of the training, where gradients were largest (next to a spike of the "
+            "loss, or before inputs like the query were learned), not what the others have in common. Look at "
+            "checkpoints one by one."
         )
 
 

@@ -28,6 +28,7 @@ from stepinfluence._demo_data import (
     save_arrays,
     save_config,
 )
+from stepinfluence.aggregation import balanced, energy_of, equal_weights
 from stepinfluence.capture import Capture, ExactCapture, attach
 from stepinfluence.doctor import PeakMemory, machine_facts, versions
 from stepinfluence.models.parity import ParityTransformer, parity_loss
@@ -103,36 +104,41 @@ def _run(config: DemoConfig, checkpoint_dir: Path, progress: bool, announce: Cal
     query_batches = _batches(examples, config.batch_size, length=length)
     capture = attach(model, body=model.block, sketch_size=config.sketch_size, seed=config.seed)
 
-    with stage("influence over all checkpoints"):
-        # One by one, to tell which checkpoint a query's influence comes from; their sum is what counts.
+    with stage("influence at each checkpoint"):
+        # One by one, to tell which checkpoint a query's influence comes from.
         parts = [
             influence_over_checkpoints(
                 capture, [path], train_batches, query_batches, parity_loss, ids=_ids, progress=progress
             )
             for path in tqdm(checkpoints, desc="checkpoints", delay=2, disable=not progress)
         ]
-    sdi = torch.stack([part.sdi for part in parts]).sum(0).numpy()
+    by_checkpoint = np.stack([part.sdi.numpy() for part in parts])
+    shown = _trained(trained, config)
+    sdi = balanced(by_checkpoint[shown])
     with stage("check conservation"):
         conservation = _conservation(capture, query_batches, progress=progress)
     rows, columns = _exact_subset(config, len(train), len(examples))
     with stage("compare with exact gradients"):
-        exact = influence_over_checkpoints(
-            ExactCapture(model, body=model.block),
-            checkpoints,
-            _batches([train[r] for r in rows], config.batch_size),
-            _batches([examples[c] for c in columns], config.batch_size, length=length),
-            parity_loss,
-            ids=_ids,
-            progress=progress,
-        ).sdi.numpy()
+        reference = ExactCapture(model, body=model.block)
+        some = _batches([train[r] for r in rows], config.batch_size)
+        asked = _batches([examples[c] for c in columns], config.batch_size, length=length)
+        # Scaled by the energies of the sketched scores: those of all examples, not of the subset.
+        weights = equal_weights(energy_of(by_checkpoint[shown]))[:, columns]
+        exact = np.zeros((len(rows), len(columns), length), dtype=np.float32)
+        for k, weight in zip(shown, weights, strict=True):
+            part = influence_over_checkpoints(
+                reference, [checkpoints[k]], some, asked, parity_loss, ids=_ids, progress=progress
+            )
+            exact += part.sdi.numpy() * weight[:, None].astype(np.float32)
     sketched = sdi[np.ix_(rows, columns)]
 
     return DemoResult(
         config=config,
         train=tuple(train),
         queries=_answers(model, examples, length),
+        by_checkpoint=by_checkpoint,
+        trained=tuple(shown),
         sdi=sdi,
-        energy_by_checkpoint=np.stack([part.energy().sum(1).numpy() for part in parts]),
         exact=(rows, columns, exact),
         etas=tuple(eta for part in parts for eta in part.etas),
         checkpoints=tuple(checkpoints),
@@ -163,6 +169,13 @@ def _train(config: DemoConfig, folder: Path, *, progress: bool) -> tuple[TrainRe
         torch.save(content, paths[-1])
 
     return train_parity(config.training, on_checkpoint=save, progress=progress), paths
+
+
+def _trained(result: TrainResult, config: DemoConfig) -> list[int]:
+    """Checkpoints from the end of the curriculum on; of a run that did not end it, the last one."""
+    top = config.training.max_digits
+    done = [k for k, (_, _, mastered) in enumerate(result.checkpoints) if mastered == top]
+    return done or [len(result.checkpoints) - 1]
 
 
 def _accuracy(

@@ -38,6 +38,20 @@ class Period:
         """Whether the test supports it: a lag, and a p-value of at most :data:`SIGNIFICANT`."""
         return self.lag > 0 and self.p_value <= SIGNIFICANT
 
+    def sentence(self, what: str) -> str:
+        """What the test lets one say of a curve, with its p-value; without a full stop.
+
+        Args:
+            what: the curve, as the first words of a sentence ("The margin").
+        """
+        if self.found:
+            return (
+                f"{what} repeats every {self.lag} loop steps (autocorrelation {self.correlation:.2f}, permutation test "
+                f"p = {self.p_value:.3f})"
+            )
+        tested = f"permutation test p = {self.p_value:.2f}" if self.lag else "autocorrelation has no peak"
+        return f"{what} shows no period in this run ({tested})"
+
 
 NO_PERIOD = Period(0, 0.0, 1.0)
 

@@ -32,7 +32,7 @@ def test_only_more_than_four_fifths_dominates() -> None:
     assert found is not None
     assert (found.name, found.index) == ("update 2", 1)
     assert found.share == pytest.approx(0.9)
-    assert found.sentence.startswith("update 2 holds 90.0 % of the SDI energy of all checkpoints")
+    assert found.sentence.startswith("Checkpoint update 2 holds 90.0 % of this query's SDI energy")
     nearly = dominating([1e-9, 1.0, 0.0], NAMES)
     assert nearly is not None
     assert "holds 99.9 %" in nearly.sentence  # never rounded up to all

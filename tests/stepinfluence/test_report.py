@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepinfluence.report import Accuracy, Check, QueryItem, Report, Stage, TrainItem, render_report, save_pictures
+from stepinfluence.report import Accuracy, Check, QueryItem, Report, Stage, TrainItem, View, render_report, save_pictures
 from stepinfluence.report.payload import (
     embed,
     find_peaks,
-    find_period,
     pack,
     payload,
     signed,
@@ -68,6 +67,10 @@ def report() -> Report:
         train=train,
         queries=queries,
         sdi=sdi,
+        unit="<% of all>",
+        note=HOSTILE[1],
+        view="both <i>alike</i>",
+        others=[View(HOSTILE[1], -2 * sdi, note=HOSTILE[0])],
         checkpoints=["step 1", "<step 2>"],
         energy_by_checkpoint=np.array([[1, 2, 3], [0, 0, 5]], dtype=np.float32),
         checks=[Check("Error <i>", "1e-7", True, "small"), Check("Accuracy", "12 %", False, HOSTILE[1], "≥ 99 %")],
@@ -89,23 +92,27 @@ def test_embedded_numbers_are_those_of_the_arrays(report: Report) -> None:
     data = embedded(render_report(report))
     assert data["steps"] == STEPS
     for column, query in enumerate(data["queries"]):
-        scores = report.sdi[:, column]
-        rows = query["rows"]
-        assert np.array_equal(unpack(query["values"]), scores[rows])
-        assert np.array_equal(unpack(query["totals"]), scores.sum(1)[rows])
-        assert np.array_equal(unpack(query["profile"]), scores.sum(0))
-        assert np.array_equal(unpack(query["energy"]), np.abs(scores).sum(0))
-        assert query["peaks"] == [int(np.abs(scores[r]).argmax()) + 1 for r in rows]
+        for view, shown in zip(query["views"], report.views, strict=True):
+            scores = shown.sdi[:, column]
+            rows = view["rows"]
+            assert np.array_equal(unpack(view["values"]), scores[rows])
+            assert np.array_equal(unpack(view["totals"]), scores.sum(1)[rows])
+            assert np.array_equal(unpack(view["profile"]), scores.sum(0))
+            assert np.array_equal(unpack(view["energy"]), np.abs(scores).sum(0))
+            assert view["peaks"] == [int(np.abs(scores[r]).argmax()) + 1 for r in rows]
+            assert view["counts"] == [int((scores.sum(1) > 0).sum()), int((scores.sum(1) < 0).sum())]
+            by_group = unpack(view["byGroup"])
+            assert by_group.shape == (4, STEPS)
+            np.testing.assert_allclose(by_group[1], scores[1::4].mean(0), rtol=1e-5, atol=1e-6)
+        helpful, harmful = (view["helpful"] for view in query["views"])
+        assert query["views"][0]["rows"][:helpful] == query["views"][1]["rows"][harmful:]  # of opposite sign
         assert report.energy_by_checkpoint is not None
         assert np.array_equal(unpack(query["byCheckpoint"]), report.energy_by_checkpoint[:, column])
-        assert query["counts"] == [int((scores.sum(1) > 0).sum()), int((scores.sum(1) < 0).sum())]
-        by_group = unpack(query["byGroup"])
-        assert by_group.shape == (4, STEPS)
-        np.testing.assert_allclose(by_group[1], scores[1::4].mean(0), rtol=1e-5, atol=1e-6)
         margin = report.queries[column].margin
         assert (query["margin"] is None) if margin is None else np.array_equal(unpack(query["margin"]), margin)
     assert [q["readStep"] for q in data["queries"]] == [9, STEPS, STEPS]
-    assert not unpack(data["queries"][0]["profile"])[9:].any()
+    assert not unpack(data["queries"][0]["views"][0]["profile"])[9:].any()
+    assert [v["unit"] for v in data["views"]] == ["<% of all>", "first order, weighted by learning rate"]
     assert data["accuracy"] == [
         {"name": "1", "value": 1.0, "trained": True},
         {"name": "2", "value": 0.5, "trained": False},
@@ -183,6 +190,8 @@ def test_page_may_load_nothing_and_run_only_its_own_scripts(report: Report) -> N
         ({"sdi": np.full((80, 3, STEPS), np.nan, dtype=np.float32)}, "NaN"),
         ({"checkpoints": ["one"]}, "energy_by_checkpoint: got shape (2, 3)"),
         ({"first_query": 3}, "first_query: got 3"),
+        ({"others": [View("v", np.zeros((80, 3, 1), dtype=np.float32))]}, "others: 'v' has shape (80, 3, 1)"),
+        ({"others": [View("v", np.full((80, 3, STEPS), np.inf, dtype=np.float32))]}, "NaN or infinite"),
     ],
 )
 def test_wrong_reports_are_refused(report: Report, change: dict[str, Any], message: str) -> None:
@@ -202,20 +211,36 @@ def test_smallest_report() -> None:
         "t", "l", [TrainItem("a", "")], [QueryItem("q", "", 0.0, "", "")], np.zeros((1, 1, 1), dtype=np.float32)
     )
     query = payload(one)["queries"][0]
-    assert query["rows"] == []
-    assert query["profilePeaks"] == []
+    assert query["views"][0]["rows"] == []
+    assert query["views"][0]["profilePeaks"] == []
+    assert "no period" in query["views"][0]["period"]["says"]
+    assert query["dominance"] == ""
     assert "<h1>" in render_report(one)
 
 
-def test_period_of_a_curve() -> None:
-    steps = np.arange(1, 41)
-    found = find_period(5 + 0.05 * steps + (steps % 4 == 0))
-    assert found is not None
-    assert found.length == 4
-    assert found.strength > 0.9
-    assert find_period(np.random.default_rng(0).normal(size=40)) is None
-    assert find_period(np.ones(40)) is None
-    assert find_period(np.arange(5)) is None
+def test_a_period_is_stated_with_its_p_value_and_only_where_the_test_supports_it(report: Report) -> None:
+    steps = np.arange(STEPS * 3)
+    regular = np.where(steps % 4 == 3, 1.0, 0.0) * np.ones((80, 3, 1))
+    noise = np.random.default_rng(1).normal(size=(80, 3, len(steps)))
+    queries = [replace(q, margin=None, read_step=None) for q in report.queries]
+    made = replace(
+        report, sdi=regular.astype(np.float32), others=[View("noise", noise.astype(np.float32))], queries=queries
+    )
+    found, none = payload(made)["queries"][0]["views"]
+    assert (found["period"]["found"], found["period"]["lag"]) == (True, 4)
+    assert found["period"]["says"].startswith("Summed influence repeats every 4 loop steps (autocorrelation 0.")
+    assert "permutation test p = 0.001" in found["period"]["says"]
+    assert found["profilePeaks"] == list(range(4, len(steps) + 1, 4))
+    assert not none["period"]["found"]
+    assert none["profilePeaks"] == []  # no bands without a period
+    assert re.search(r"shows no period in this run \(permutation test p = 0\.\d\d\)", none["period"]["says"])
+
+
+def test_a_checkpoint_that_owns_the_sum_is_named(report: Report) -> None:
+    names = [q["dominance"] for q in payload(report)["queries"]]
+    assert names[0].startswith("Checkpoint step 1 holds 100 %")  # all of (1, 0)
+    assert names[2] == ""  # (3, 5)
+    assert payload(replace(report, energy_by_checkpoint=None))["queries"][0]["dominance"] == ""
 
 
 def test_peaks_of_a_profile() -> None:

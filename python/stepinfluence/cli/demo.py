@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 import webbrowser
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,6 +154,8 @@ def _judge(result: DemoResult) -> None:
 
 
 def _json(result: DemoResult, out: Path) -> dict[str, Any]:
+    from stepinfluence.aggregation import SHARE, energy_shares
+    from stepinfluence.report.from_demo import default_note
     from stepinfluence.report.payload import peak_step, top_rows
 
     def example(row: int, column: int) -> dict[str, Any]:
@@ -171,6 +174,10 @@ def _json(result: DemoResult, out: Path) -> dict[str, Any]:
                 "prediction": query.prediction,
                 "helpful": [example(row, column) for row in helpful],
                 "harmful": [example(row, column) for row in harmful],
+                "period": asdict(result.profile_period(column)),
+                "margin_period": asdict(result.margin_period(column)),
+                "checkpoint_shares": energy_shares(result.energy_by_checkpoint[:, column]).tolist(),
+                "dominated_by": None if (owner := result.dominance(column)) is None else owner.name,
             }
         )
     return {
@@ -181,6 +188,9 @@ def _json(result: DemoResult, out: Path) -> dict[str, Any]:
         "sdi_error": result.sdi_error,
         "tracin_error": result.tracin_error,
         "convention": "positive = training on the example lowers the query's loss; peak_step counts from 1",
+        "aggregation": default_note(result),
+        "unit": SHARE,
+        "checkpoints": result.checkpoint_names,
         "queries": queries,
         "etas": result.etas,
         "stages": [

@@ -169,7 +169,7 @@ class Explorer:
             "signed": signed.tolist(),
             "lateMass": late / total if total else 0.0,
             "shares": energy_shares(by_checkpoint).tolist(),
-            "dominance": f"Checkpoint {owner.sentence}" if owner else "",
+            "dominance": owner.sentence if owner else "",
             "helpful": int((scores.sum(1) > 0).sum()),
             "harmful": int((scores.sum(1) < 0).sum()),
         }

@@ -268,6 +268,8 @@ def train_parity(
     history: list[HistoryRow] = []
     checkpoints: list[tuple[int, float, int]] = []
     final_from = config.max_steps + 1  # first step of the final phase; known once the curriculum is complete
+    parts = config.final_checkpoints + 1
+    spread = {round(config.final_steps * part / parts) for part in range(1, parts)} - {0}  # steps of the final phase
 
     def checkpoint(mastered: int) -> None:
         checkpoints.append((history[-1].step, history[-1].learning_rate, mastered))
@@ -298,7 +300,8 @@ def train_parity(
             if curriculum.complete and final_from > config.max_steps:
                 final_from = step + 1
             last = step == config.max_steps or step == final_from + config.final_steps - 1
-            if mastered in config.checkpoint_digits and not last:
+            wanted = mastered in config.checkpoint_digits or step - final_from + 1 in spread
+            if wanted and not last:
                 checkpoint(digits)
     if history:
         checkpoint(config.max_digits if curriculum.complete else curriculum.max_digits - 1)

@@ -180,7 +180,7 @@ def test_query_names_a_checkpoint_that_owns_the_sum(run: Path, tmp_path: Path) -
     project, options = run.parent / "my_project.py", ("--sketch-size", "16", "--checkpoints", tmp_path / "c*.pt")
     invoke("featurize", "-p", project, "-s", "train", "-s", "query", *options, "-o", tmp_path / "run")
     shown = " ".join(invoke("query", tmp_path / "run", "--row", "0", "-k", "1").stdout.split())
-    assert "Checkpoint c1.pt holds 99.9 % of the SDI energy of all checkpoints" in shown
+    assert "Checkpoint c1.pt holds 99.9 % of this query's SDI energy" in shown
     assert "first order, weighted by learning rate" in shown
     (found,) = json.loads(invoke("query", tmp_path / "run", "--row", "0", "-k", "1", "--json").stdout)
     assert found["dominated_by"] == "c1.pt"
