@@ -10,8 +10,9 @@ again: interrupt the command and repeat it as you like. A cell whose settings ar
 
 Columns: accuracy (lowest of the lengths that were asked about: those of the queries, the probe's among them), solved
 (that, and the mean over the lengths of training, reach 99 %), share (the largest of a checkpoint in the plain sum over
-checkpoints of the probe 0101...), period and p (of the probe's summed influence in the view that is shown first, by a
-permutation test; found where p <= 0.01), margin (the same of the logit margin).
+checkpoints of the probe 0101...), period and p (of the probe's influence, regardless of sign, in the view that is shown
+first, by a permutation test; found where p <= 0.01), signed and margin (the same of the signed sum, which is the paper's
+profile, and of the logit margin).
 
 What is kept: bench/results/demo-seeds-<CPU>.json with the cells, how many of them are solved and show period 4, and the
 machine, versions and commit.
@@ -94,6 +95,7 @@ def cell_of(found: Mapping[str, Any]) -> Cell:
         "largest_share": max(probe["checkpoint_shares"]),
         "dominated_by": probe["dominated_by"],
         "period": probe["period"],
+        "signed_period": probe["signed_period"],
         "margin_period": probe["margin_period"],
         "sdi_error": found["sdi_error"],
         "seconds": round(sum(s["seconds"] for s in found["stages"]), 1),
@@ -133,9 +135,9 @@ def settings(seed: int) -> dict[str, Any]:
     return content
 
 
-def shows_period(cell: Cell) -> bool:
+def shows_period(cell: Cell, which: str = "period") -> bool:
     """Whether the test found the paper's period in the view that is shown first."""
-    found = Period(**cell["period"])
+    found = Period(**cell[which])
     return found.found and found.lag == WANTED_PERIOD
 
 
@@ -146,6 +148,7 @@ def summary(cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
             "runs": len(mine),
             "solved": sum(c["solved"] for c in mine),
             "period_of_4": sum(map(shows_period, mine)),
+            "signed_period_of_4": sum(shows_period(c, "signed_period") for c in mine),
             "both": sum(c["solved"] and shows_period(c) for c in mine),
         }
         for capability in dict.fromkeys(c["capability"] for c in cells)
@@ -153,12 +156,12 @@ def summary(cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
     }
 
 
-HEADER = ("seed", "capability", "probe", "accuracy", "solved", "share", "period", "p", "margin", "p")
+HEADER = ("seed", "capability", "probe", "accuracy", "solved", "share", "period", "p", "signed", "p", "margin", "p")
 
 
 def row(cell: Cell) -> list[str]:
     """A line of the table."""
-    profile, margin = Period(**cell["period"]), Period(**cell["margin_period"])
+    periods = [Period(**cell[name]) for name in ("period", "signed_period", "margin_period")]
     return [
         str(cell["seed"]),
         cell["capability"],
@@ -166,10 +169,7 @@ def row(cell: Cell) -> list[str]:
         f"{100 * min(cell['asked'].values()):.1f} %",
         "yes" if cell["solved"] else "NO",
         f"{cell['largest_share']:.2f}",
-        str(profile.lag) if profile.found else "none",
-        f"{profile.p_value:.3f}",
-        str(margin.lag) if margin.found else "none",
-        f"{margin.p_value:.3f}",
+        *(text for p in periods for text in (str(p.lag) if p.found else "none", f"{p.p_value:.3f}")),
     ]
 
 
@@ -182,7 +182,8 @@ def table(cells: Sequence[Cell]) -> str:
     for capability, counts in summary(cells).items():
         lines.append(
             f"{capability}: {counts['solved']} of {counts['runs']} solved, {counts['period_of_4']} of {counts['runs']} "
-            f"show period {WANTED_PERIOD} in the default view, {counts['both']} both"
+            f"show period {WANTED_PERIOD} in the default view ({counts['signed_period_of_4']} in its signed sum), "
+            f"{counts['both']} both"
         )
     return "\n".join(lines)
 

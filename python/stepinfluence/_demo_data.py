@@ -37,6 +37,10 @@ class DemoConfig:
             :func:`~stepinfluence.tasks.parity.influence_subset`).
         accuracy_strings: held-out strings of each length that accuracy is measured on.
         beyond: lengths, greater than any in training, at which accuracy is reported, but required only of queries.
+        validation_strings: strings of each of ``probe_lengths`` by which checkpoints are chosen; others than those that
+            accuracy is reported on.
+        kept_checkpoints: of the checkpoints from the end of the curriculum on, how many of the best are used. The best
+            one is the model that is asked.
         sketch_size: buckets for each parameter tensor.
         exact_train, exact_queries: size of the subset on which sketches are compared with exact gradients.
         batch_size: examples for each forward and backward pass of the attribution.
@@ -48,13 +52,15 @@ class DemoConfig:
     """
 
     training: ParityTrainConfig = field(default_factory=ParityTrainConfig.demo)
-    probe_lengths: tuple[int, ...] = (40, 30, 20)
+    probe_lengths: tuple[int, ...] = (40, 36, 32, 28, 24, 20)
     query_lengths: tuple[int, ...] = (12, 16, 20)
     queries_per_length: int = 8
     per_tercile: int = 96
     longest: int = 96
     accuracy_strings: int = 256
-    beyond: tuple[int, ...] = (25, 30, 35, 40)
+    beyond: tuple[int, ...] = (24, 28, 32, 36, 40)
+    validation_strings: int = 128
+    kept_checkpoints: int = 3
     sketch_size: int = 2048
     exact_train: int = 24
     exact_queries: int = 4
@@ -90,7 +96,7 @@ class DemoConfig:
             min_steps=15,
             final_steps=25,
             checkpoint_digits=(4, 6, 8),
-            final_checkpoints=1,
+            final_checkpoints=2,
         )
         return cls(
             training=training,
@@ -101,6 +107,7 @@ class DemoConfig:
             longest=16,
             accuracy_strings=64,
             beyond=(10,),
+            validation_strings=32,
             sketch_size=512,
             exact_train=6,
             exact_queries=2,
@@ -147,7 +154,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Query:
-    """A query: a held-out string or a probe, with what the final model makes of it.
+    """A query: a held-out string or a probe, with what the model makes of it.
 
     Attributes:
         example: the string; ``example.id`` numbers the queries from 0.
@@ -175,14 +182,15 @@ class DemoResult:
         by_checkpoint: ``(n_checkpoints, n_train, n_query, steps)`` step-decomposed influence at each checkpoint times
             its learning rate, float32; positive = training on the example lowers the loss of the query. Its sum over
             checkpoints is the paper's (eq. 5), which one checkpoint can own.
-        trained: which checkpoints are from the end of the curriculum on.
+        trained: which checkpoints are from the end of the curriculum on; the best of them, see ``kept_checkpoints``.
+        chosen: which of them is the best: the model that was asked.
         sdi: ``(n_train, n_query, steps)``: these checkpoints, balanced, in per cent of the query's influence (see
             :func:`~stepinfluence.aggregation.balanced`). What is shown first.
         exact: ``(rows, columns, exact values)``: ``sdi`` from exact gradients on a subset, scaled as ``sdi`` is.
         etas, checkpoints: learning rate and path of each checkpoint.
         accuracy: held-out accuracy by length; lengths of which every string was trained on are measured on those.
         accuracy_beyond: the same for some lengths longer than any in training.
-        train_losses: ``(n_train,)`` losses of the scored training examples at the final checkpoint, in nats.
+        train_losses: ``(n_train,)`` losses of the scored training examples at the chosen checkpoint, in nats.
         conservation: relative difference between summed step sketches and the sketch of the whole gradient.
         sdi_error, tracin_error: relative Frobenius error of the sketched scores against the exact ones.
         parameters, body_parameters: number of the model's, and of the loop body's.
@@ -198,6 +206,7 @@ class DemoResult:
     queries: tuple[Query, ...]
     by_checkpoint: Array
     trained: tuple[int, ...]
+    chosen: int
     sdi: Array
     exact: tuple[NDArray[np.int64], NDArray[np.int64], Array]
     etas: tuple[float, ...]
@@ -253,8 +262,12 @@ class DemoResult:
         """``update 500``: the optimizer step of each checkpoint (a step, here, is one of the loop)."""
         return tuple(f"update {int(path.stem.rpartition('-')[2])}" for path in self.checkpoints)
 
+    def energy_period(self, column: int) -> Period:
+        """Period of a query's influence regardless of sign, up to its read-out, with its p-value."""
+        return period_of(np.abs(self.sdi[:, column]).sum(0)[: self.queries[column].example.n_digits])
+
     def profile_period(self, column: int) -> Period:
-        """Period of a query's summed influence up to its read-out, with its p-value."""
+        """Period of a query's summed influence (the paper's profile), up to its read-out, with its p-value."""
         return period_of(self.sdi[:, column].sum(0)[: self.queries[column].example.n_digits])
 
     def margin_period(self, column: int) -> Period:
@@ -278,6 +291,7 @@ def save_arrays(result: DemoResult, path: Path) -> None:
         sdi=result.sdi,
         by_checkpoint=result.by_checkpoint,
         trained=np.array(result.trained),
+        chosen=result.chosen,
         train_ids=np.array([e.id for e in result.train]),
         train_texts=np.array([e.text for e in result.train]),
         train_losses=result.train_losses,

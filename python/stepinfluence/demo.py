@@ -30,6 +30,7 @@ from stepinfluence._demo_data import (
 )
 from stepinfluence.aggregation import balanced, energy_of, equal_weights
 from stepinfluence.capture import Capture, ExactCapture, attach
+from stepinfluence.checkpoints import load_checkpoint
 from stepinfluence.doctor import PeakMemory, machine_facts, versions
 from stepinfluence.models.parity import ParityTransformer, parity_loss
 from stepinfluence.scoring import influence_over_checkpoints
@@ -89,8 +90,12 @@ def _run(config: DemoConfig, checkpoint_dir: Path, progress: bool, announce: Cal
         stages.append(Stage(name, time.perf_counter() - began, time.process_time() - cpu, memory.peak_bytes()))
 
     with stage("train the model"):
-        trained, checkpoints = _train(config, checkpoint_dir, progress=progress)
+        trained, saved = _train(config, checkpoint_dir, progress=progress)
+    with stage("choose among its checkpoints"):
+        best = _best(trained, saved, config, progress=progress)
+        checkpoints = _keep(trained, saved, best, config)
     model = trained.model
+    shown = sorted(checkpoints.index(saved[k]) for k in best)
     with stage("measure its accuracy"):
         accuracy, beyond = _accuracy(model, trained.train_set, config, progress=progress)
 
@@ -113,7 +118,6 @@ def _run(config: DemoConfig, checkpoint_dir: Path, progress: bool, announce: Cal
             for path in tqdm(checkpoints, desc="checkpoints", delay=2, disable=not progress)
         ]
     by_checkpoint = np.stack([part.sdi.numpy() for part in parts])
-    shown = _trained(trained, config)
     sdi = balanced(by_checkpoint[shown])
     with stage("check conservation"):
         conservation = _conservation(capture, query_batches, progress=progress)
@@ -138,6 +142,7 @@ def _run(config: DemoConfig, checkpoint_dir: Path, progress: bool, announce: Cal
         queries=_answers(model, examples, length),
         by_checkpoint=by_checkpoint,
         trained=tuple(shown),
+        chosen=checkpoints.index(saved[best[0]]),
         sdi=sdi,
         exact=(rows, columns, exact),
         etas=tuple(eta for part in parts for eta in part.etas),
@@ -171,11 +176,38 @@ def _train(config: DemoConfig, folder: Path, *, progress: bool) -> tuple[TrainRe
     return train_parity(config.training, on_checkpoint=save, progress=progress), paths
 
 
-def _trained(result: TrainResult, config: DemoConfig) -> list[int]:
-    """Checkpoints from the end of the curriculum on; of a run that did not end it, the last one."""
+def _best(result: TrainResult, saved: Sequence[Path], config: DemoConfig, *, progress: bool) -> list[int]:
+    """The best checkpoints from the end of the curriculum on, best first; the model has the first one's weights then.
+
+    Accuracy on strings longer than any in training comes and goes from one checkpoint to the next. They are ranked by
+    accuracy on validation strings, from the shortest probe length up to the first that is not solved. Of a run that did
+    not end its curriculum there is the last one.
+    """
     top = config.training.max_digits
-    done = [k for k, (_, _, mastered) in enumerate(result.checkpoints) if mastered == top]
-    return done or [len(result.checkpoints) - 1]
+    ended = [k for k, (_, _, mastered) in enumerate(result.checkpoints) if mastered == top] or [len(saved) - 1]
+    lengths = sorted(config.probe_lengths)
+    strings = make_heldout_set(lengths, config.validation_strings, exclude=result.train_set, seed=config.seed + 3)
+    scores: dict[int, float] = {}
+    for k in tqdm(ended, desc="checkpoints", delay=2, disable=not progress):
+        load_checkpoint(saved[k]).load_into(result.model)
+        scores[k] = 0.0
+        for n in lengths:
+            found = accuracy_by_length(result.model, [e for e in strings if e.n_digits == n]).get(n, 1.0)
+            scores[k] += found
+            if found < config.required_accuracy:
+                break
+    best = sorted(ended, key=lambda k: (-scores[k], -k))[: config.kept_checkpoints]
+    load_checkpoint(saved[best[0]]).load_into(result.model)
+    return best
+
+
+def _keep(result: TrainResult, saved: Sequence[Path], best: Sequence[int], config: DemoConfig) -> list[Path]:
+    """The checkpoints that are scored, in the order of training; the others' files are removed."""
+    top = config.training.max_digits
+    kept = [k for k, (_, _, mastered) in enumerate(result.checkpoints) if mastered < top or k in best]
+    for k in set(range(len(saved))) - set(kept):
+        saved[k].unlink()
+    return [saved[k] for k in kept]
 
 
 def _accuracy(

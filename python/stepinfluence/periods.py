@@ -82,7 +82,7 @@ def autocorrelation(series: Sequence[float] | Array) -> Array:
     return np.asarray(_curves(rest)[0])
 
 
-def period(series: Sequence[float] | Array, *, orders: int = 999, seed: int = 0) -> Period:
+def period(series: Sequence[float] | Array, *, orders: int = 999, seed: int = 0, rank_changes: bool = False) -> Period:
     """The period of a series: the lag in 2 .. n / 2 at which its autocorrelation has its highest local maximum.
 
     The p-value is that of a permutation test: how often the same values in a random order have a peak as high, at any
@@ -92,6 +92,8 @@ def period(series: Sequence[float] | Array, *, orders: int = 999, seed: int = 0)
         series: ``(n,)``, n >= 8.
         orders: random orders behind the p-value.
         seed: of these.
+        rank_changes: look at the changes, from one value to the next, of the values' ranks. Then one huge value, such
+            as the first step's, does not hide a rhythm, and slow growth or decay neither hides one nor passes for one.
 
     Raises:
         ValueError: as for :func:`autocorrelation`, or fewer than eight values.
@@ -99,17 +101,30 @@ def period(series: Sequence[float] | Array, *, orders: int = 999, seed: int = 0)
     values = np.asarray(series, dtype=np.float64)
     if values.ndim != 1 or len(values) < 8:
         raise ValueError(f"series: got shape {values.shape}; a period needs at least eight values in a row")
-    lag, height = (one[0] for one in _highest_peaks(autocorrelation(values)[None]))
-    _, others = _highest_peaks(_curves(_without_trend(values[_random_orders(len(values), orders, seed)])))
+    autocorrelation(values)  # refuses what has none
+    if rank_changes:
+        values = np.asarray(rankdata(values))
+    rows = np.concatenate([values[None], values[_random_orders(len(values), orders, seed)]])
+    if rank_changes:
+        rows = np.diff(rows, axis=1)
+    lags, heights = _highest_peaks(_curves(_without_trend(rows)))
+    lag, height, others = lags[0], heights[0], heights[1:]
     return Period(int(lag), float(height), (1 + int((others >= height).sum())) / (1 + orders))
 
 
 def period_of(series: ArrayLike) -> Period:
-    """:func:`period` for any curve: one that is too short, straight or constant has none (lag 0, p-value 1)."""
+    """:func:`period` by rank changes, for any curve: a short, straight or constant one has none (lag 0, p-value 1)."""
     try:
-        return period(np.asarray(series, dtype=np.float64))
+        return period(np.asarray(series, dtype=np.float64), rank_changes=True)
     except ValueError:
         return NO_PERIOD
+
+
+def rankdata(values: ArrayLike) -> Array:
+    """Ranks 0 .. n - 1 of a series; equal values share the mean of theirs."""
+    _, which, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts + 1) / 2)[which], dtype=np.float64)
 
 
 @lru_cache(maxsize=8)
@@ -131,7 +146,8 @@ def _curves(rest: Array) -> Array:
     n = rest.shape[1]
     spectrum = np.fft.rfft(rest, 2 * n, axis=1)
     sums = np.fft.irfft(np.abs(spectrum) ** 2, 2 * n, axis=1)[:, :n]
-    return np.asarray(sums / (rest * rest).sum(1, keepdims=True))
+    power = (rest * rest).sum(1, keepdims=True)
+    return np.asarray(sums / np.where(power > 0, power, 1.0))
 
 
 def _highest_peaks(curves: Array) -> tuple[NDArray[np.int64], Array]:

@@ -163,7 +163,9 @@ def test_summary_says_only_what_its_tests_support(again: DemoResult) -> None:
     steps = np.arange(again.sdi.shape[2])
     regular = np.broadcast_to(np.where(steps % 4 == 3, 1.0, 0.0), again.sdi.shape).astype(np.float32)
     longer = [replace(q, example=ParityExample(0, "01" * 20), margin=np.arange(42.0)) for q in again.queries]
-    found = replace(again, sdi=np.tile(regular[..., :8], (1, 1, 6))[..., :42], queries=tuple(longer), accuracy_beyond={40: 1.0})
+    found = replace(
+        again, sdi=np.tile(regular[..., :8], (1, 1, 6))[..., :42], queries=tuple(longer), accuracy_beyond={40: 1.0}
+    )
     assert "influence repeats every" in summary_of(found)
     assert "permutation test p = 0.001" in summary_of(found)
 

@@ -15,7 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepinfluence.report import Accuracy, Check, QueryItem, Report, Stage, TrainItem, View, render_report, save_pictures
+from stepinfluence.report import (
+    Accuracy,
+    Check,
+    QueryItem,
+    Report,
+    Stage,
+    TrainItem,
+    View,
+    render_report,
+    save_pictures,
+)
 from stepinfluence.report.payload import (
     embed,
     find_peaks,

@@ -122,8 +122,9 @@ def _origin(result: DemoResult, column: int) -> str:
 
 def _rhythm(result: DemoResult, column: int) -> str:
     """What the tests let one say of periods."""
-    profile = result.profile_period(column).sentence("Summed over strings, influence")
-    return f"{profile}. {result.margin_period(column).sentence('The logit margin')}."
+    energy = result.energy_period(column).sentence("Influence of all scored strings, regardless of sign,")
+    profile = result.profile_period(column).sentence("Its signed sum")
+    return f"{energy}. {profile}. {result.margin_period(column).sentence('The logit margin')}."
 
 
 def _checks(result: DemoResult) -> Table:

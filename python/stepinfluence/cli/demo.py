@@ -174,7 +174,8 @@ def _json(result: DemoResult, out: Path) -> dict[str, Any]:
                 "prediction": query.prediction,
                 "helpful": [example(row, column) for row in helpful],
                 "harmful": [example(row, column) for row in harmful],
-                "period": asdict(result.profile_period(column)),
+                "period": asdict(result.energy_period(column)),
+                "signed_period": asdict(result.profile_period(column)),
                 "margin_period": asdict(result.margin_period(column)),
                 "checkpoint_shares": energy_shares(result.energy_by_checkpoint[:, column]).tolist(),
                 "dominated_by": None if (owner := result.dominance(column)) is None else owner.name,
@@ -191,6 +192,7 @@ def _json(result: DemoResult, out: Path) -> dict[str, Any]:
         "aggregation": default_note(result),
         "unit": SHARE,
         "checkpoints": result.checkpoint_names,
+        "chosen": result.checkpoint_names[result.chosen],
         "queries": queries,
         "etas": result.etas,
         "stages": [

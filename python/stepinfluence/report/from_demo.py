@@ -74,12 +74,15 @@ def demo_report(result: DemoResult, *, command: str = "sdi demo") -> Report:
         accuracy_note=f"Measured on {result.config.accuracy_strings} strings of each length that were held out from "
         "training; where no string of a length was left to hold out, on those of training.",
         method={
-            "Model": f"looped transformer of the paper’s D.2, width {training.model.d_model}, "
+            "Architecture": f"looped transformer of the paper’s D.2, width {training.model.d_model}, "
             f"{training.model.n_heads} heads, {result.parameters:,} parameters; influence is measured on "
             f"the loop body’s {result.body_parameters:,}",
             "Training": f"AdamW, {result.optimizer_steps:,} steps of {training.batch_size} strings, length curriculum "
             f"{training.start_digits} to {top} bits, seed {training.seed}",
             "Checkpoints": ", ".join(f"{n} (η = {e})" for n, e in zip(result.checkpoint_names, etas, strict=True)),
+            "Model": f"{result.checkpoint_names[result.chosen]}: the best, on {result.config.validation_strings} "
+            f"validation strings of each of {', '.join(map(str, sorted(result.config.probe_lengths)))} bits, of the "
+            "checkpoints from the end of the curriculum on",
             "Sum over checkpoints": default_note(result),
             "Scored": f"{len(result.train)} training strings × {len(result.queries)} queries × {steps} loop steps",
             "Sketch": f"TensorSketch and CountSketch, m = {result.config.sketch_size} for each tensor, balanced "
@@ -102,7 +105,7 @@ def demo_views(result: DemoResult) -> tuple[View, ...]:
             f"{name} alone",
             balanced(result.by_checkpoint[k : k + 1]),
             SHARE,
-            f"One checkpoint, from {'the end of the curriculum on' if k in result.trained else 'within the curriculum'}; "
+            f"One checkpoint, {'one of the best' if k in result.trained else 'made within the curriculum'}; "
             "all influence on the query there, regardless of sign, is 100 %.",
         )
         for k, name in reversed(list(enumerate(names)))
@@ -122,10 +125,10 @@ def demo_views(result: DemoResult) -> tuple[View, ...]:
 def default_note(result: DemoResult) -> str:
     """How the view that is shown first adds up checkpoints."""
     names = [result.checkpoint_names[k] for k in result.trained]
+    which = f"Mean of the best {len(names)} checkpoints" if len(names) > 1 else "The best checkpoint"
     return (
-        f"Mean of the {len(names)} checkpoint{'s' if len(names) > 1 else ''} from the end of the curriculum on "
-        f"({', '.join(names)}), each scaled so that all influence on the query there, regardless of sign, is 100 %: "
-        "no checkpoint can outweigh the others."
+        f"{which} from the end of the curriculum on ({', '.join(names)}), each scaled so that all influence on the query "
+        "there, regardless of sign, is 100 %: no checkpoint can outweigh the others."
     )
 
 

@@ -115,7 +115,8 @@ def _view(scores: Array, read_step: int, members: dict[str, list[int]]) -> dict[
     helpful, harmful = top_rows(totals)
     rows = helpful + harmful
     profile = scores.sum(0)
-    found = _period(profile[:read_step], "Summed influence")
+    energy = np.abs(scores).sum(0)
+    found = _period(energy[:read_step], "Influence, regardless of sign,")
     return {
         "rows": rows,
         "helpful": len(helpful),
@@ -124,10 +125,11 @@ def _view(scores: Array, read_step: int, members: dict[str, list[int]]) -> dict[
         "peaks": [peak_step(scores[r]) for r in rows],
         "counts": [int((totals > 0).sum()), int((totals < 0).sum())],
         "profile": pack(profile),
-        "energy": pack(np.abs(scores).sum(0)),
+        "energy": pack(energy),
         "byGroup": pack(np.stack([scores[m].mean(0) for m in members.values()])) if members else None,
         "period": found,
-        "profilePeaks": find_peaks(profile[:read_step]) if found["found"] else [],
+        "profilePeriod": _period(profile[:read_step], "Its signed sum"),
+        "energyPeaks": find_peaks(energy[:read_step]) if found["found"] else [],
     }
 
 

@@ -130,8 +130,10 @@ function drawProfile(q) {
     hovertemplate: "step %{x}: summed influence <b>%{y:.3g}</b><extra></extra>" };
   const traces = [bars];
   const extra = { height: q.margin ? 440 : 280, bargap: 0.3, xaxis: stepAxis(),
-    yaxis: valueAxis(`all examples<br>${esc(unit())}`, q.profile) };
-  let said = "Influence of all scored training examples added up";
+    yaxis: valueAxis(`all examples<br>${esc(unit())}`, q.energy) };
+  traces.push({ x: steps, y: q.energy, type: "scatter", mode: "lines", line: { color: css("--ink"), width: 1.6, shape: "hvh" },
+    hovertemplate: "step %{x}: regardless of sign <b>%{y:.3g}</b><extra></extra>" });
+  let said = "Influence of all scored training examples: bars, added up; line, regardless of sign";
   if (q.margin) {
     traces.push({ x: steps, y: q.margin, xaxis: "x", yaxis: "y2", type: "scatter", mode: "lines+markers",
       line: { color: css("--accent"), width: 2.2 }, marker: { size: 6, color: css("--accent") },
@@ -141,9 +143,9 @@ function drawProfile(q) {
     extra.xaxis.anchor = "y2";
     said += " (above), and by how much the right answer leads if the loop were stopped after each step (below)";
   }
-  for (const t of q.profilePeaks) mark.shapes.push({ type: "rect", xref: "x", yref: "paper",
+  for (const t of q.energyPeaks) mark.shapes.push({ type: "rect", xref: "x", yref: "paper",
     x0: t - 0.5, x1: t + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: css("--faint"), opacity: 0.75, layer: "below" });
-  said += `. ${q.period.says}` + (q.profilePeaks.length ? "; grey bands: its peaks" : "");
+  said += `. ${q.period.says}${q.energyPeaks.length ? "; grey bands: its peaks" : ""}. ${q.profilePeriod.says}`;
   if (q.marginPeriod) said += `. ${q.marginPeriod.says}`;
   $("profile-sub").textContent = said + ".";
   draw("profile", traces, { ...extra, ...mark });
