@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from bench.provenance import ROOT, Provenance, machine_line
 from stepinfluence.demo import DemoConfig
 from stepinfluence.doctor import cpu_model
 from stepinfluence.periods import Period
+
+from bench.provenance import ROOT, Provenance, machine_line
 
 WANTED_PERIOD = 4
 """The paper's, for strings that alternate (Figure 1A)."""
