@@ -19,8 +19,8 @@ DOMINATES = 0.8
 
 FIRST_ORDER = "first order, weighted by learning rate"
 UNWEIGHTED = "first order, per unit of learning rate"
-"""Units of a plain sum over checkpoints: a slope, with or without a learning rate. It is no amount of loss: it can exceed
-the query's whole loss by orders of magnitude."""
+"""Units of a plain sum over checkpoints: a slope, with or without a learning rate. It is no amount of loss: it can
+exceed the query's whole loss by orders of magnitude."""
 
 SHARE = "% of the query's influence"
 """Unit of :func:`balanced`: of the absolute influence of all scored examples at all steps."""

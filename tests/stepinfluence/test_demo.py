@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from stepinfluence import load_checkpoint
+from stepinfluence import demo, load_checkpoint
 from stepinfluence.aggregation import balanced
 from stepinfluence.cli import app
 from stepinfluence.cli._demo_summary import show
@@ -20,7 +20,8 @@ from stepinfluence.demo import DemoConfig, DemoResult, run_demo
 from stepinfluence.report import render_report
 from stepinfluence.report.from_demo import demo_report, percent
 from stepinfluence.report.payload import unpack
-from stepinfluence.tasks.parity import ParityExample
+from stepinfluence.models.parity import ParityConfig, ParityTransformer
+from stepinfluence.tasks.parity import ParityExample, TrainResult
 from typer.testing import CliRunner
 
 pytest.importorskip("plotly")
@@ -52,6 +53,7 @@ def test_figures(run: tuple[Path, dict[str, object]]) -> None:
     assert isinstance(stages, list)
     assert [s["name"] for s in stages] == [
         "train the model",
+        "choose among its checkpoints",
         "measure its accuracy",
         "influence at each checkpoint",
         "check conservation",
@@ -73,8 +75,9 @@ def test_scores(run: tuple[Path, dict[str, object]]) -> None:
         assert (sdi[:, column, :n] != 0).any(0).all()
     assert not set(arrays["train_texts"]) & set(arrays["query_texts"][2:])  # held out
     parts = arrays["by_checkpoint"]
-    assert parts.shape == (5, *sdi.shape)  # at 4, 6 and 8 bits, one in the final phase, the last
+    assert parts.shape == (5, *sdi.shape)  # at 4 and 6 bits, and the best three from the end of the curriculum on
     assert arrays["trained"].tolist() == [2, 3, 4]
+    assert arrays["chosen"] in (2, 3, 4)
     np.testing.assert_allclose(sdi, balanced(parts[2:]), rtol=1e-5, atol=1e-7)
     assert (np.abs(sdi).sum((0, 2)) <= 100.01).all()  # per cent, less what cancels between checkpoints
     exact = arrays["exact_sdi"]
@@ -91,7 +94,8 @@ def test_scores(run: tuple[Path, dict[str, object]]) -> None:
 
 
 def test_report_holds_these_scores(run: tuple[Path, dict[str, object]]) -> None:
-    out, _ = run
+    out, summary = run
+    assert isinstance(summary["checkpoints"], list)
     arrays = np.load(out / "influence.npz", allow_pickle=False)
     page = (out / "report.html").read_text(encoding="utf-8")
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
@@ -105,7 +109,11 @@ def test_report_holds_these_scores(run: tuple[Path, dict[str, object]]) -> None:
             np.testing.assert_allclose(unpack(view["values"]), scores[view["rows"], column], rtol=1e-6)
     units = ["% of the query's influence"] * 6 + ["first order, weighted by learning rate"]
     assert [view["unit"] for view in data["views"]] == units
-    assert data["views"][1]["name"] == "update 130 alone"
+    assert [v["name"] for v in data["views"]] == [
+        "trained checkpoints, each counting alike",
+        *(f"{name} alone" for name in reversed(summary["checkpoints"])),
+        "plain sum over all, by learning rate",
+    ]
     assert "nats" not in page.partition("<main")[2].partition("<script")[0]
     assert "sdi demo --quick --seed 0" in page
 
@@ -166,8 +174,40 @@ def test_summary_says_only_what_its_tests_support(again: DemoResult) -> None:
     found = replace(
         again, sdi=np.tile(regular[..., :8], (1, 1, 6))[..., :42], queries=tuple(longer), accuracy_beyond={40: 1.0}
     )
-    assert "influence repeats every" in summary_of(found)
+    assert "regardless of sign, repeats every 4 loop steps" in summary_of(found)
     assert "permutation test p = 0.001" in summary_of(found)
+
+
+def test_the_best_checkpoints_are_kept_and_the_best_is_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracy is made up for each checkpoint: by its place in the list."""
+    saved, model = [], ParityTransformer(ParityConfig(d_model=8, n_heads=2))
+    for k in range(6):
+        with torch.no_grad():
+            model.read_out.bias.fill_(k)
+        saved.append(tmp_path / f"step-{k:05d}.pt")
+        torch.save({"model": model.state_dict(), "step": k}, saved[-1])
+    right = {0: (1, 1), 1: (1, 1), 2: (1, 0.5), 3: (1, 1), 4: (0.4, 1), 5: (1, 0.7)}  # at 8 and at 10 bits
+    asked: list[int] = []
+
+    def made_up(model: ParityTransformer, examples: list[ParityExample]) -> dict[int, float]:
+        n = examples[0].n_digits
+        asked.append(n)
+        return {n: right[int(model.read_out.bias[0])][n > 8]}
+
+    monkeypatch.setattr("stepinfluence.demo.accuracy_by_length", made_up)
+    config = replace(DemoConfig.quick(), probe_lengths=(10, 8), required_accuracy=0.99)
+    made = [(k, 0.1, 7 if k < 2 else 8) for k in range(6)]  # the first two within the curriculum
+    result = TrainResult(model, [], [], made, complete=True, seconds=1.0)
+    best = demo._best(result, saved, config, progress=False)
+    assert best == [3, 5, 2]
+    assert asked == [8, 10, 8, 10, 8, 8, 10]  # the longer ones only where the shorter are solved
+    assert float(model.read_out.bias[0]) == 3
+    assert demo._keep(result, saved, best, config) == [saved[k] for k in (0, 1, 2, 3, 5)]
+    assert not saved[4].exists()
+    unfinished = replace(result, checkpoints=[(k, 0.1, 5) for k in range(6)], complete=False)
+    assert demo._best(unfinished, saved, config, progress=False) == [5]
 
 
 def test_settings_that_cannot_work() -> None:

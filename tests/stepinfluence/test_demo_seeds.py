@@ -27,6 +27,7 @@ class Runner:
             "checkpoint_shares": [0.1, 0.9],
             "dominated_by": "update 2",
             "period": {"lag": 4, "correlation": 0.7, "p_value": 0.2 if seed % 3 == 0 else 0.001},
+            "signed_period": {"lag": 4, "correlation": 0.7, "p_value": 0.02},
             "margin_period": {"lag": 3, "correlation": 0.7, "p_value": 0.001},
         }
         found = {
@@ -49,12 +50,24 @@ def test_cells_are_kept_and_counted(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert demo_seeds.main(["--seeds", "0-3", "--capabilities", "default", "avx2", *folders], runner) == 0
     assert len(runner.asked) == 8  # six more
     shown = capsys.readouterr().out
-    assert "| 2    | avx2       | 20 bits | 99.5 %   | yes    | 0.90  | 4      | 0.001 | 3      | 0.001 |" in shown
-    assert "| 0    | default    | 20 bits | 99.5 %   | yes    | 0.90  | none   | 0.200 | 3      | 0.001 |" in shown
-    assert "avx2: 3 of 4 solved, 2 of 4 show period 4 in the default view, 1 both" in shown
+    assert (
+        "| 2    | avx2       | 20 bits | 99.5 %   | yes    | 0.90  | 4      | 0.001 | none   | 0.020 | 3      | 0.001 |"
+        in shown
+    )
+    assert (
+        "| 0    | default    | 20 bits | 99.5 %   | yes    | 0.90  | none   | 0.200 | none   | 0.020 | 3      | 0.001 |"
+        in shown
+    )
+    assert "avx2: 3 of 4 solved, 2 of 4 show period 4 in the default view (0 in its signed sum), 1 both" in shown
     (file,) = (tmp_path / "out").iterdir()
     kept = json.loads(file.read_text())
-    assert kept["summary"]["default"] == {"runs": 4, "solved": 3, "period_of_4": 2, "both": 1}
+    assert kept["summary"]["default"] == {
+        "runs": 4,
+        "solved": 3,
+        "period_of_4": 2,
+        "signed_period_of_4": 0,
+        "both": 1,
+    }
     assert {"commit", "machine", "versions", "torch_cpu_capability"} <= kept["provenance"].keys()
     assert demo_seeds.main(["--table", str(file)], runner) == 0
     assert shown.splitlines()[-12:-2] == capsys.readouterr().out.splitlines()[2:-1]

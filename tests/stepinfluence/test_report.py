@@ -222,7 +222,7 @@ def test_smallest_report() -> None:
     )
     query = payload(one)["queries"][0]
     assert query["views"][0]["rows"] == []
-    assert query["views"][0]["profilePeaks"] == []
+    assert query["views"][0]["energyPeaks"] == []
     assert "no period" in query["views"][0]["period"]["says"]
     assert query["dominance"] == ""
     assert "<h1>" in render_report(one)
@@ -238,11 +238,12 @@ def test_a_period_is_stated_with_its_p_value_and_only_where_the_test_supports_it
     )
     found, none = payload(made)["queries"][0]["views"]
     assert (found["period"]["found"], found["period"]["lag"]) == (True, 4)
-    assert found["period"]["says"].startswith("Summed influence repeats every 4 loop steps (autocorrelation 0.")
+    assert found["period"]["says"].startswith("Influence, regardless of sign, repeats every 4 loop steps (auto")
     assert "permutation test p = 0.001" in found["period"]["says"]
-    assert found["profilePeaks"] == list(range(4, len(steps) + 1, 4))
+    assert found["profilePeriod"]["says"].startswith("Its signed sum repeats every 4 loop steps")
+    assert found["energyPeaks"] == list(range(4, len(steps) + 1, 4))
     assert not none["period"]["found"]
-    assert none["profilePeaks"] == []  # no bands without a period
+    assert none["energyPeaks"] == []  # no bands without a period
     assert re.search(r"shows no period in this run \(permutation test p = 0\.\d\d\)", none["period"]["says"])
 
 

@@ -39,9 +39,9 @@ def show(screen: Console, result: DemoResult, seconds_writing: float) -> None:
         if owner is not None:
             screen.print(Text(owner.sentence, style="yellow"))
     screen.print(
-        f"[dim]Influence: {default_note(result)} Positive: training on the string lowers the query's loss. Bars: its size "
-        f"at each loop step, [{HELPFUL}]blue[/] where it helps, [{HARMFUL}]orange[/] where it harms. Steps count from "
-        "1.[/dim]"
+        f"[dim]Influence: {default_note(result)} Positive: training on the string lowers the query's loss. Bars: its "
+        f"size at each loop step, [{HELPFUL}]blue[/] where it helps, [{HARMFUL}]orange[/] where it harms. Steps count "
+        "from 1.[/dim]"
     )
     screen.print()
     screen.print(_checks(result))

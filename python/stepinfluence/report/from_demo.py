@@ -87,7 +87,8 @@ def demo_report(result: DemoResult, *, command: str = "sdi demo") -> Report:
             "Scored": f"{len(result.train)} training strings × {len(result.queries)} queries × {steps} loop steps",
             "Sketch": f"TensorSketch and CountSketch, m = {result.config.sketch_size} for each tensor, balanced "
             f"hashing, {result.feature_width:,} numbers per example and step, seed {result.config.seed}",
-            "Score": "test-step SDI at a checkpoint: ⟨whole gradient of the training example, step gradient of the query⟩",
+            "Score": "test-step SDI at a checkpoint: ⟨whole gradient of the training example, step gradient of the "
+            "query⟩",
             "Periods": f"stated where a permutation test (999 orders) gives p ≤ {SIGNIFICANT}",
             **{name: value for name, value in result.machine.items() if name != "load"},
             "Load": result.machine.get("load", "unknown"),
@@ -117,7 +118,7 @@ def demo_views(result: DemoResult) -> tuple[View, ...]:
             "plain sum over all, by learning rate",
             result.by_checkpoint.sum(0),
             FIRST_ORDER,
-            "The paper’s sum over checkpoints (eq. 5): Σ η · ⟨gradient, step gradient⟩. A slope, not an amount of loss.",
+            "The paper’s sum over checkpoints (eq. 5), Σ η · ⟨gradient, step gradient⟩: a slope, not an amount of loss.",
         ),
     )
 
@@ -127,8 +128,8 @@ def default_note(result: DemoResult) -> str:
     names = [result.checkpoint_names[k] for k in result.trained]
     which = f"Mean of the best {len(names)} checkpoints" if len(names) > 1 else "The best checkpoint"
     return (
-        f"{which} from the end of the curriculum on ({', '.join(names)}), each scaled so that all influence on the query "
-        "there, regardless of sign, is 100 %: no checkpoint can outweigh the others."
+        f"{which} from the end of the curriculum on ({', '.join(names)}), each scaled so that all influence on the "
+        "query there, regardless of sign, is 100 %: no checkpoint can outweigh the others."
     )
 
 
@@ -157,7 +158,7 @@ def demo_checks(result: DemoResult) -> tuple[Check, ...]:
             "Sketch error",
             percent(result.sdi_error),
             True,
-            f"influence from sketches against that from exact gradients, relative, on {len(rows)} × {len(columns)} pairs",
+            f"influence from sketches against exact gradients, relative, on {len(rows)} × {len(columns)} pairs",
         ),
         Check("Time", f"{sum(s.seconds for s in result.stages):.0f} s", True, "training, attribution and checks"),
     )

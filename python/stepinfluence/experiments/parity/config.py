@@ -95,8 +95,8 @@ CONFIGS = {
         beyond=14,
         other_seeds=(1,),
     ),
-    # The demonstration's training with more strings (the paper draws fresh ones for ever) and a longer final phase: both
-    # help at lengths beyond training's.
+    # The demonstration's training with more strings (the paper draws fresh ones for ever) and a longer final phase:
+    # both help at lengths beyond training's.
     "cpu": Config(training=replace(_DEMO, train_per_length=4096, final_steps=800), other_seeds=(1, 2)),
     "paper": Config(training=ParityTrainConfig.paper(), accuracy_strings=6400, other_seeds=(1, 2), device="cuda"),
 }
