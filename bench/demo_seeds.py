@@ -8,11 +8,14 @@ A cell is one run of `sdi demo --seed N` in a process of its own, with torch lim
 ATEN_CPU_CAPABILITY. It takes a few minutes of one core. Cells are kept in --work as soon as they are done, and not run
 again: interrupt the command and repeat it as you like. A cell whose settings are no longer the demo's is run again.
 
-Columns: accuracy (lowest of the lengths that were asked about: those of the queries, the probe's among them), solved
-(that, and the mean over the lengths of training, reach 99 %), share (the largest of a checkpoint in the plain sum over
-checkpoints of the probe 0101...), period and p (of the probe's influence, regardless of sign, in the view that is shown
-first, by a permutation test; found where p <= 0.01), signed and margin (the same of the signed sum, the paper's profile,
-and of the logit margin).
+Columns:
+  accuracy  lowest of the lengths that were asked about: those of the queries, the probe's among them
+  solved    that, and the mean over the lengths of training, reach 99 %
+  share     the largest of a checkpoint in the plain sum over checkpoints, of the probe 0101...
+  period    of the probe's influence, regardless of sign, in the view that is shown first; p of a permutation test; said
+            to be found where p <= 0.01
+  signed    the same of the signed sum, which is the paper's profile
+  margin    the same of the logit margin
 
 What is kept: bench/results/demo-seeds-<CPU>.json with the cells, how many of them are solved and show period 4, and the
 machine, versions and commit.

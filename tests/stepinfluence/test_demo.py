@@ -17,10 +17,10 @@ from stepinfluence.aggregation import balanced
 from stepinfluence.cli import app
 from stepinfluence.cli._demo_summary import show
 from stepinfluence.demo import DemoConfig, DemoResult, run_demo
+from stepinfluence.models.parity import ParityConfig, ParityTransformer
 from stepinfluence.report import render_report
 from stepinfluence.report.from_demo import demo_report, percent
 from stepinfluence.report.payload import unpack
-from stepinfluence.models.parity import ParityConfig, ParityTransformer
 from stepinfluence.tasks.parity import ParityExample, TrainResult
 from typer.testing import CliRunner
 

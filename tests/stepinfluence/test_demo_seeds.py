@@ -50,14 +50,11 @@ def test_cells_are_kept_and_counted(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert demo_seeds.main(["--seeds", "0-3", "--capabilities", "default", "avx2", *folders], runner) == 0
     assert len(runner.asked) == 8  # six more
     shown = capsys.readouterr().out
-    assert (
-        "| 2    | avx2       | 20 bits | 99.5 %   | yes    | 0.90  | 4      | 0.001 | none   | 0.020 | 3      | 0.001 |"
-        in shown
-    )
-    assert (
-        "| 0    | default    | 20 bits | 99.5 %   | yes    | 0.90  | none   | 0.200 | none   | 0.020 | 3      | 0.001 |"
-        in shown
-    )
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines()]
+    rest = ["none", "0.020", "3", "0.001"]
+    assert ["2", "avx2", "20 bits", "99.5 %", "yes", "0.90", "4", "0.001", *rest] in lines
+    assert ["0", "default", "20 bits", "99.5 %", "yes", "0.90", "none", "0.200", *rest] in lines
+    assert ["1", "default", "20 bits", "99.5 %", "NO", "0.90", "4", "0.001", *rest] in lines
     assert "avx2: 3 of 4 solved, 2 of 4 show period 4 in the default view (0 in its signed sum), 1 both" in shown
     (file,) = (tmp_path / "out").iterdir()
     kept = json.loads(file.read_text())

@@ -118,7 +118,7 @@ def demo_views(result: DemoResult) -> tuple[View, ...]:
             "plain sum over all, by learning rate",
             result.by_checkpoint.sum(0),
             FIRST_ORDER,
-            "The paper’s sum over checkpoints (eq. 5), Σ η · ⟨gradient, step gradient⟩: a slope, not an amount of loss.",
+            "The paper’s sum over checkpoints (eq. 5), Σ η · ⟨gradient, step gradient⟩: slopes, not amounts of loss.",
         ),
     )
 
