@@ -195,7 +195,7 @@ async function choose(e) {
   try { found = await source.pair(state.query, e.row); } catch (error) { say(error); return; }
   if (query !== state.query || state.chosen !== e.row) return;
   $("pair").hidden = false;
-  $("pair-sub").textContent = `Total ${signed(sum(e.sdi))}, acts most at step ${peak(e.sdi)}.` + (found ? "" : " This page holds text in full, parameters and matrix for the first examples only.");
+  $("pair-sub").textContent = `Total ${signed(sum(e.sdi))}, largest at step ${peak(e.sdi)}.` + (found ? "" : " This page holds text in full, parameters and matrix for the first examples only.");
   $("pair-text").textContent = found ? found.train.text || "(no text)" : e.text;
   describe($("pair-meta"), found ? about(found.train) : [["id", e.id]]);
   draw("pair-line", [bars(e.sdi)], { xaxis: stepAxis, height: 280, yaxis: { title: { text: INFLUENCE } } });
