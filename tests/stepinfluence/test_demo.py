@@ -194,7 +194,7 @@ def test_the_best_checkpoints_are_kept_and_the_best_is_the_model(
     def made_up(model: ParityTransformer, examples: list[ParityExample]) -> dict[int, float]:
         n = examples[0].n_digits
         asked.append(n)
-        return {n: right[int(model.read_out.bias[0])][n > 8]}
+        return {n: right[int(model.read_out.bias[0].item())][n > 8]}
 
     monkeypatch.setattr("stepinfluence.demo.accuracy_by_length", made_up)
     config = replace(DemoConfig.quick(), probe_lengths=(10, 8), required_accuracy=0.99)
@@ -203,7 +203,7 @@ def test_the_best_checkpoints_are_kept_and_the_best_is_the_model(
     best = demo._best(result, saved, config, progress=False)
     assert best == [3, 5, 2]
     assert asked == [8, 10, 8, 10, 8, 8, 10]  # the longer ones only where the shorter are solved
-    assert float(model.read_out.bias[0]) == 3
+    assert model.read_out.bias[0].item() == 3
     assert demo._keep(result, saved, best, config) == [saved[k] for k in (0, 1, 2, 3, 5)]
     assert not saved[4].exists()
     unfinished = replace(result, checkpoints=[(k, 0.1, 5) for k in range(6)], complete=False)
