@@ -277,19 +277,48 @@ def test_opens_in_a_browser(report: Report, tmp_path: Path) -> None:
     """Charts are drawn, the console has no errors, the policy holds, and hostile text does nothing."""
     page = tmp_path / "report.html"
     page.write_text(render_report(report), encoding="utf-8")
-    done = subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
-         "--virtual-time-budget=5000", "--window-size=1200,900", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    dom = done.stdout.replace(_plotly(), "")
+    dom = _opened(page.as_uri(), tmp_path)
     assert "<title>Which &lt;examples&gt;?</title>" in dom
     drawn = re.findall(r'<div id="(\w+)" class="chart[^"]*js-plotly-plot', dom)
     assert drawn == ["lines", "profile", "heat", "energy", "checkpoints", "accuracy"]
     assert "<img" not in dom
     assert not re.search(r"<a [^>]*javascript:", dom)
+    first = _totals(dom)
+    assert _said(dom, "view-note").endswith("Unit: &lt;% of all&gt;.")
+    assert _said(dom, "dominance").startswith("Checkpoint step 1 holds 100 % of this query's SDI energy")
+    assert "shows no period in this run" in _said(dom, "profile-sub")
+    other = _opened(page.as_uri() + "#view=1&query=2", tmp_path)  # minus twice the first view
+    assert _said(other, "view-note").endswith("Unit: first order, weighted by learning rate.")
+    assert _said(other, "dominance") == ""
+    assert first != _totals(other)
+    helpful, harmful = (payload(report)["queries"][2]["views"][k] for k in (0, 1))
+    assert len(_totals(other)) == 24  # twelve on either side
+    assert _totals(other)[0] == pytest.approx(float(unpack(harmful["totals"])[0]), rel=0.01)
+    assert _totals(other)[0] == pytest.approx(-2 * float(unpack(helpful["totals"])[helpful["helpful"]]), rel=0.01)
+
+
+def _said(dom: str, element: str) -> str:
+    found = re.search(rf'<p [^>]*id="{element}"[^>]*>(.*?)</p>', dom, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def _totals(dom: str) -> list[float]:
+    """The third column of the tables of training examples."""
+    cells = re.findall(r"</small></td><td>([^<]*)</td>", dom)
+    return [float(cell.replace("\u2212", "-").replace(",", "").replace("+", "")) for cell in cells]
+
+
+def _opened(address: str, folder: Path) -> str:
+    """The document after its scripts have run, without plotly.js; the console has to stay empty."""
+    done = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--no-first-run", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+         "--virtual-time-budget=5000", "--window-size=1200,900", "--dump-dom", address],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout.replace(_plotly(), "")
 
 
 def _plotly() -> str:
