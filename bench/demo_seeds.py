@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None, run: Runner = run_cell) -> int:
     cells = collect(wanted, given.work, run, lambda text: print(text, file=sys.stderr, flush=True))
     slug = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
     path = given.out / f"demo-seeds-{slug}.json"
-    content = {"provenance": provenance.finish(), "summary": summary(cells), "cells": cells}
+    content: dict[str, Any] = {"provenance": provenance.finish(), "summary": summary(cells), "cells": cells}
     given.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(table(cells), machine_line(content["provenance"]), f"kept in {path}", sep="\n")

@@ -42,7 +42,17 @@ def test_writes_what_it_says(run: tuple[Path, dict[str, object]]) -> None:
     assert isinstance(files, dict)
     assert all(Path(path).exists() for path in files.values())
     assert {p.name for p in out.iterdir()} == {"report.html", "influence.npz", "config.json", "checkpoints"}
-    assert {p.name for p in (out.parent / "images").iterdir()} == {"demo-trajectories.png", "demo-profile.png"}
+    images = out.parent / "images"
+    assert {p.name for p in images.iterdir()} == {
+        "demo-trajectories.png",
+        "demo-profile.png",
+        "demo-findings.json",
+    }
+    findings, queries = json.loads((images / "demo-findings.json").read_text()), summary["queries"]
+    assert isinstance(queries, list)
+    assert findings["query"] == queries[0]["text"]
+    assert findings["period"] == queries[0]["period"]
+    assert findings["loop_steps"] == 10
 
 
 def test_figures(run: tuple[Path, dict[str, object]]) -> None:

@@ -52,7 +52,10 @@ def run(
     ] = None,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser at the end.")] = False,
     images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also save two of the report's charts as PNG files there.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also save two of the report's charts as PNG files there, and what its tests found."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")] = False,
 ) -> None:
@@ -86,6 +89,7 @@ def run(
     if images is not None:
         images.mkdir(parents=True, exist_ok=True)
         save_pictures(report, images, prefix="demo-")
+        (images / "demo-findings.json").write_text(json.dumps(_findings(result, chosen), indent=2) + "\n", "utf-8")
     wrote = time.perf_counter() - began
 
     if as_json:
@@ -123,6 +127,25 @@ def _prepare(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for name in ("report.html", "influence.npz"):
         (folder / name).unlink(missing_ok=True)
+
+
+def _findings(result: DemoResult, config: DemoConfig) -> dict[str, Any]:
+    """What may be said beside the pictures: the tests of the query that they show, and where they come from."""
+    from stepinfluence.report.from_demo import default_note
+
+    query = result.queries[0].example
+    return {
+        "command": _command(config),
+        "query": query.text,
+        "bits": query.n_digits,
+        "loop_steps": result.sdi.shape[2],
+        "aggregation": default_note(result),
+        "period": asdict(result.energy_period(0)),
+        "signed_period": asdict(result.profile_period(0)),
+        "margin_period": asdict(result.margin_period(0)),
+        "versions": dict(result.versions),
+        "machine": dict(result.machine),
+    }
 
 
 def _show_files(screen: Console, out: Path) -> None:

@@ -200,4 +200,4 @@ def _show(screen: Console, one: Answer, *, harmful: bool, step: str | None, exac
         note += "The query is summed over steps: no trajectory."
     screen.print(f"[dim]{note}[/dim]")
     if one.dominance is not None:
-        screen.print(Text(printable(one.dominance.sentence), style="yellow"))
+        screen.print(Text(printable(one.dominance.sentence).plain, style="yellow"))

@@ -159,7 +159,7 @@ async function rank(ticket = ++state.ticket) {
 function drawCurve(curve, { first, last }) {
   $("curve-sub").textContent = `Energy: influence of all training examples at each loop step, whatever its sign; bars: its signed sum. ` +
     `${curve.helpful} examples help, ${curve.harmful} harm. The later half of the steps has ${(100 * curve.lateMass).toFixed(0)} % of the energy.` +
-    (curve.shares.length > 1 ? ` By checkpoint: ${curve.shares.map((s, k) => `${overview.checkpoints[k].name} ${(100 * s).toFixed(0)} %`).join(", ")}.` : "");
+    (curve.shares.length > 1 ? ` By checkpoint: ${curve.shares.map((s, k) => `${overview.checkpoints[k].name} ${(s < 1 ? Math.min(100 * s, 99.9) : 100).toFixed(1)} %`).join(", ")}.` : "");
   $("dominance").textContent = curve.dominance; $("dominance").hidden = !curve.dominance;
   draw("curve", [bars(curve.signed), { x: steps, y: curve.energy, mode: "lines+markers", line: { color: css("--accent"), width: 2.2 },
     hovertemplate: "step %{x}: energy <b>%{y:.3g}</b><extra></extra>" }], { xaxis: stepAxis, yaxis: { title: { text: INFLUENCE } }, height: 280,
