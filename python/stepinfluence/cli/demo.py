@@ -53,9 +53,7 @@ def run(
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser at the end.")] = False,
     images: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Also save two of the report's charts as PNG files there, and what its tests found."
-        ),
+        typer.Option(metavar="DIR", help="Also save two charts as PNG files there, and what their tests found."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")] = False,
 ) -> None:
@@ -89,7 +87,7 @@ def run(
     if images is not None:
         images.mkdir(parents=True, exist_ok=True)
         save_pictures(report, images, prefix="demo-")
-        (images / "demo-findings.json").write_text(json.dumps(_findings(result, chosen), indent=2) + "\n", "utf-8")
+        (images / "demo-findings.json").write_text(json.dumps(_findings(result), indent=2) + "\n", "utf-8")
     wrote = time.perf_counter() - began
 
     if as_json:
@@ -129,13 +127,13 @@ def _prepare(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _findings(result: DemoResult, config: DemoConfig) -> dict[str, Any]:
+def _findings(result: DemoResult) -> dict[str, Any]:
     """What may be said beside the pictures: the tests of the query that they show, and where they come from."""
     from stepinfluence.report.from_demo import default_note
 
     query = result.queries[0].example
     return {
-        "command": _command(config),
+        "command": _command(result.config),
         "query": query.text,
         "bits": query.n_digits,
         "loop_steps": result.sdi.shape[2],
