@@ -18,6 +18,7 @@ from stepinfluence.cli import app
 from stepinfluence.cli._demo_summary import show
 from stepinfluence.demo import DemoConfig, DemoResult, run_demo
 from stepinfluence.models.parity import ParityConfig, ParityTransformer
+from stepinfluence.periods import Period
 from stepinfluence.report import render_report
 from stepinfluence.report.from_demo import demo_report, percent
 from stepinfluence.report.payload import unpack
@@ -25,6 +26,8 @@ from stepinfluence.tasks.parity import ParityExample, TrainResult
 from typer.testing import CliRunner
 
 pytest.importorskip("plotly")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +236,18 @@ def test_config_of_something_else(content: str, tmp_path: Path) -> None:
     path.write_text(content)
     with pytest.raises(ValueError, match=r"config: .* is not the config\.json of a demo"):
         DemoConfig.from_json(path)
+
+
+def test_readme_says_what_the_tests_of_its_figure_found() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    found = json.loads((ROOT / "docs" / "images" / "demo-findings.json").read_text(encoding="utf-8"))
+    figure = readme[readme.index("![Influence of training") : readme.index("## Two commands")]
+    assert f"over its {found['loop_steps']} loop steps" in figure
+    assert f"0101… of {found['bits']} bits" in figure
+    tested = Period(**found["period"])
+    said = f"repeats every {tested.lag} loop steps (permutation test on this run, p = {tested.p_value:.3f})"
+    assert (said in figure) == ("repeats every" in figure) == tested.found
+    assert found["command"] == "sdi demo --seed 0"
 
 
 def test_percent_never_flatters() -> None:
