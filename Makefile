@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpus lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak gpu-check gpu-calibrate build clean bench-evaluate
+.PHONY: help demo test test-cpus lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak gpu-check gpu-calibrate build clean bench-evaluate bench-demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench: $(VENV)/.stamp-bench ## run the benchmarks
 
 bench-capture: $(VENV)/.stamp-bench ## time featurizing against a plain training step and the published package
 	$(BIN)/python -m bench.capture
+
+bench-demo: $(VENV)/.stamp-report ## run the demo with ten seeds under each instruction set of this CPU (hours; resumes)
+	$(BIN)/python -m bench.demo_seeds
 
 bench-layouts: $(VENV)/.stamp-bench ## error against bytes per example of every store layout, on trained models
 	$(BIN)/python -m bench.store_layouts

@@ -170,7 +170,26 @@ def test_query_for_people(run: Path) -> None:
     shown = invoke("query", run, "--row", "0", "-k", "2").stdout
     for words in ("Query 0", "loss", "total", "peak", "steps 1–4", "step ", "lowers the query's loss most", "negative"):
         assert words in shown
+    assert "first order, per unit of learning rate" in " ".join(shown.split())  # no checkpoints, so no rates
+    assert "SDI energy" not in shown  # one model as it is owns nothing
     assert "steps 2-3" in invoke("query", run, "--row", "0", "--step", "2-3", "--harmful").stdout
+
+
+def test_query_names_a_checkpoint_that_owns_the_sum(run: Path, tmp_path: Path) -> None:
+    """Two checkpoints of the same weights, one with a far larger learning rate."""
+    model = Project.load(run.parent / "my_project.py").model()
+    for k, rate in enumerate((0.001, 1.0)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / f"c{k}.pt")
+    project, options = run.parent / "my_project.py", ("--sketch-size", "16", "--checkpoints", tmp_path / "c*.pt")
+    invoke("featurize", "-p", project, "-s", "train", "-s", "query", *options, "-o", tmp_path / "run")
+    shown = " ".join(invoke("query", tmp_path / "run", "--row", "0", "-k", "1").stdout.split())
+    assert "Checkpoint c1.pt holds 99.9 % of this query's SDI energy" in shown
+    assert "first order, weighted by learning rate" in shown
+    (found,) = json.loads(invoke("query", tmp_path / "run", "--row", "0", "-k", "1", "--json").stdout)
+    assert found["dominated_by"] == "c1.pt"
+    assert [c["name"] for c in found["checkpoints"]] == ["c0.pt", "c1.pt"]
+    assert found["checkpoints"][1]["share"] == pytest.approx(1 / 1.001, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -149,3 +149,24 @@ def test_the_cache_forgets_the_oldest(explorer: Explorer, monkeypatch: pytest.Mo
     assert len(explorer._scores) == 2
     assert explorer.scores(0) is not first
     np.testing.assert_array_equal(explorer.scores(0), first)
+
+
+def test_a_checkpoint_that_owns_the_energy_is_named(tmp_path: Path, explorer: Explorer) -> None:
+    curve = explorer.curve(3)
+    for k, share in enumerate(curve["shares"]):
+        part = explorer.train.checkpoints[k].eta * torch.einsum(
+            "nsd,td->nt", explorer.train.features(k).values, explorer.query.features(k, [3]).values[0]
+        )
+        part[FAILED] = 0
+        other = curve["shares"][1 - k]
+        assert share + other == pytest.approx(1)
+        if k == 0:
+            first = part.abs().sum()
+        else:
+            assert float(part.abs().sum() / (first + part.abs().sum())) == pytest.approx(share, rel=1e-4)
+    assert curve["dominance"] == ""  # 0.1 against 0.2, of gradients alike
+    write_split(tmp_path / "train", 10, per_step=True, seed=1, etas=(0.1, 90.0))
+    write_split(tmp_path / "test", 3, per_step=True, seed=2, etas=(0.1, 90.0))
+    owned = Explorer.open(tmp_path).curve(1)
+    assert owned["shares"][1] > 0.98
+    assert owned["dominance"].startswith("Checkpoint step-1.pt holds 99.")
