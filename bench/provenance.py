@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from stepinfluence.doctor import machine_facts, versions
 
 ROOT = Path(__file__).resolve().parent.parent
