@@ -5,8 +5,11 @@ Every file in ``bench/results/`` holds what :class:`Provenance` gives under the 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ import torch
 from stepinfluence.doctor import machine_facts, versions
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "SDI_KERNELS_CPU", "OMP_NUM_THREADS")
 """Variables that change which instructions or how many threads are used; named where they are set."""
 
@@ -44,6 +48,32 @@ class Provenance:
             "load_before": self._load,
             "load_after": load_average(),
         }
+
+
+def add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options ``--json FILE`` and ``--keep`` of a command whose kept result is called ``name``."""
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--keep",
+        action="store_const",
+        dest="json",
+        const=RESULTS / f"{name}.json",
+        help=f"also write the figures to bench/results/{name}.json, from which the documentation is made",
+    )
+
+
+def write(path: Path | None, provenance: Provenance, figures: dict[str, Any]) -> None:
+    """Write figures with their provenance; nothing if there is no path."""
+    if path is not None:
+        content = {"provenance": provenance.finish(), **figures}
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def machine_slug() -> str:
+    """This machine's name in names of files: CPU and the widest vectors that torch uses on it."""
+    name = f"{machine_facts()['CPU']} {torch.backends.cpu.get_cpu_capability()}"
+    name = re.sub(r"\(R\)|\(TM\)|\bCPU\b|\bProcessor\b|@.*?GHz", " ", name)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def machine_line(provenance: dict[str, Any]) -> str:
