@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.peers.model import D_MODEL, QUERY, STEPS, TOKENS, TRAIN
+from bench.provenance import Provenance, add_output, machine_line, write
 
 LIBRARIES = ["stepinfluence", "sdi", "captum", "dattri", "dattri_llm", "kronfluence", "bergson", "trak"]
 TIMEOUT = 120
@@ -33,19 +30,6 @@ COLUMNS = [
     "seconds",
     "× plain",
 ]
-
-
-def machine_line() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor() or platform.machine()
-    load = f"{os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else "unknown"
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    return (
-        f"{today}, {cpu} ({os.cpu_count()} cores; 1 thread per library, load {load}), fp32, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )
 
 
 def run(library: str) -> dict[str, Any]:
@@ -122,12 +106,11 @@ def _details(library: str, ask: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    add_output(parser, "peers")
     options = parser.parse_args()
+    provenance = Provenance()
     shape = f"d = {D_MODEL}, applied {STEPS} times to {TOKENS} tokens"
     lines = [
-        machine_line(),
-        "",
         f"Model: one transformer block, {shape}; {TRAIN} training and {QUERY} query examples.",
         "",
         f"| {' | '.join(COLUMNS)} |",
@@ -142,9 +125,8 @@ def main() -> None:
         for ask in result["asks"]:
             lines.append(f"| {' | '.join(_row(library, result['version'], ask))} |")
             details.append(_details(library, ask))
-    print("\n".join([*lines, "", *details]))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print("\n".join([*lines, "", *details, "", machine_line(provenance.finish())]))
+    write(options.json, provenance, {"libraries": results})
 
 
 if __name__ == "__main__":
