@@ -103,12 +103,8 @@ def _details(library: str, ask: dict[str, Any]) -> str:
     return "- " + " ".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
-    add_output(parser, "peers")
-    options = parser.parse_args()
-    provenance = Provenance()
+def markdown(results: dict[str, Any]) -> str:
+    """The table, and what was asked, of results by library."""
     shape = f"d = {D_MODEL}, applied {STEPS} times to {TOKENS} tokens"
     lines = [
         f"Model: one transformer block, {shape}; {TRAIN} training and {QUERY} query examples.",
@@ -116,16 +112,27 @@ def main() -> None:
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
     ]
-    details, results = [], {}
-    for library in options.libraries:
-        print(f"running {library} ...", file=sys.stderr, flush=True)
-        results[library] = result = run(library)
+    details = []
+    for library, result in results.items():
         if "missing" in result:
             lines.append(f"| {library} | {result['missing']} |{' |' * (len(COLUMNS) - 2)}")
         for ask in result["asks"]:
             lines.append(f"| {' | '.join(_row(library, result['version'], ask))} |")
             details.append(_details(library, ask))
-    print("\n".join([*lines, "", *details, "", machine_line(provenance.finish())]))
+    return "\n".join([*lines, "", "What was asked, and what came back:", "", *details])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
+    add_output(parser, "peers")
+    options = parser.parse_args()
+    provenance = Provenance()
+    results = {}
+    for library in options.libraries:
+        print(f"running {library} ...", file=sys.stderr, flush=True)
+        results[library] = run(library)
+    print(f"{markdown(results)}\n\n{machine_line(provenance.finish())}")
     write(options.json, provenance, {"libraries": results})
 
 
