@@ -284,22 +284,19 @@ def _featurizer(case: Case) -> Callable[[], object]:
     return lambda: capture.featurize([batch], loss_fn, progress=False)
 
 
-def costs(models: list[str], rounds: int, clock: Callable[[], float], *, memory: bool) -> dict[str, Any]:
-    """Every contestant on every model."""
-    found = {}
-    for key in models:
-        case = CASES[key]
-        figures = measure(case, rounds, clock)
-        shape = f"d={case.d_model}, {case.blocks} block(s), tau={case.steps}, {case.tokens} tokens, batch {case.batch}"
-        print(f"\n{key}: {shape}")
-        print(f"  {'':<36}{'median s':>10}{'min s':>10}{'ratio':>8}{'peak MiB':>10}")
-        for name, row in figures.items():
-            row["peak_mib"] = _child("--memory-of", case.name, name) if memory else None
-            peak = f"{mib(row['peak_mib']):>10}"
-            print(f"  {name:<36}{row['median_s']:>10.3f}{row['min_s']:>10.3f}{row['ratio']:>8.2f}{peak}", flush=True)
-        print(f"  target for sdi-kernels, later calls: ratio <= {case.target}")
-        found[key] = {"case": asdict(case), "figures": figures}
-    return found
+def costs(key: str, rounds: int, clock: Callable[[], float], *, memory: bool) -> dict[str, Any]:
+    """Every contestant on one model."""
+    case = CASES[key]
+    figures = measure(case, rounds, clock)
+    shape = f"d={case.d_model}, {case.blocks} block(s), tau={case.steps}, {case.tokens} tokens, batch {case.batch}"
+    print(f"\n{key}: {shape}")
+    print(f"  {'':<36}{'median s':>10}{'min s':>10}{'ratio':>8}{'peak MiB':>10}")
+    for name, row in figures.items():
+        row["peak_mib"] = _child("--memory-of", case.name, name) if memory else None
+        peak = f"{mib(row['peak_mib']):>10}"
+        print(f"  {name:<36}{row['median_s']:>10.3f}{row['min_s']:>10.3f}{row['ratio']:>8.2f}{peak}", flush=True)
+    print(f"  target for sdi-kernels, later calls: ratio <= {case.target}")
+    return {"case": asdict(case), "figures": figures}
 
 
 def main() -> None:
@@ -311,7 +308,7 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: CPU seconds, for a machine that others use, too"
     )
-    parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory runs")
+    parser.add_argument("--memory", nargs="*", default=["sudoku"], help="models whose peak memory is measured, too")
     add_output(parser, f"capture-{machine_slug()}")
     parser.add_argument("--checkpointing-of", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
@@ -329,7 +326,10 @@ def main() -> None:
     print(f"m = {SKETCH_SIZE}; medians of {args.rounds} alternating rounds, {args.clock} seconds")
     clock = CLOCKS[args.clock]
     if "costs" in args.parts:
-        report["cases"] = costs(args.models, args.rounds, clock, memory=not args.no_memory)
+        report["cases"] = {}
+        for key in args.models:
+            report["cases"][key] = costs(key, args.rounds, clock, memory=key in args.memory)
+            write(args.json, provenance, report)  # what there is, should the rest be interrupted
     if "scaling" in args.parts:
         report["scaling"] = scaling(args.rounds, clock)
     if "checkpointing" in args.parts:

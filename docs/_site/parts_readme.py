@@ -108,21 +108,27 @@ def reproduction() -> str:
         [
             "relative error of sketched SDI, m = 2048 (135.1M-parameter looped GPT, τ = 32, random weights and tokens)",
             "0.0388 ± 0.0030",
-            (f"{comparison('fidelity', 'relative error of SDI, m = 2048, iid hashing')} with the paper's hashing, "
-            f"{comparison('fidelity', 'relative error of SDI, m = 2048, balanced hashing')} with ours"),
+            (
+                f"{comparison('fidelity', 'relative error of SDI, m = 2048, iid hashing')} with the paper's hashing, "
+                f"{comparison('fidelity', 'relative error of SDI, m = 2048, balanced hashing')} with ours"
+            ),
         ],
         [
             "error against sketch size, log-log slope",
             "-0.489",
-            (f"{comparison('fidelity', 'log-log slope of the SDI error on m, iid')}; "
-            f"{comparison('fidelity', 'log-log slope of the SDI error on m, balanced')}"),
+            (
+                f"{comparison('fidelity', 'log-log slope of the SDI error on m, iid')}; "
+                f"{comparison('fidelity', 'log-log slope of the SDI error on m, balanced')}"
+            ),
         ],
         [
             "parity: period of the influence profile on 0101…, of the logit margin",
             "4; 4",
-            (f"{comparison('parity', 'period of the summed SDI profile, all checkpoints, loop steps')} over all checkpoints, "
-            f"{comparison('parity', 'period of the summed SDI profile, from the end of the curriculum')} over those from the end "
-            f"of the curriculum on; {comparison('parity', 'period of the logit margin, loop steps')}"),
+            (
+                f"{comparison('parity', 'period of the summed SDI profile, all checkpoints, loop steps')} over all checkpoints, "
+                f"{comparison('parity', 'period of the summed SDI profile, from the end of the curriculum')} over those from the end "
+                f"of the curriculum on; {comparison('parity', 'period of the logit margin, loop steps')}"
+            ),
         ],
         [
             "Sudoku (6 × 6 here): self-influence of hard over easy training puzzles, medians",
@@ -137,8 +143,10 @@ def reproduction() -> str:
         [
             "algorithmic tasks (claims of a summary): correlation with planted examples, sketched SDI; TracIn",
             "0.87; 0.62",
-            (f"{comparison('tasks', 'rank-biserial correlation with planted examples: SDI sketched (m = 256), summed')}; "
-            f"{comparison('tasks', 'rank-biserial correlation with planted examples: TracIn, eq. 1')}"),
+            (
+                f"{comparison('tasks', 'rank-biserial correlation with planted examples: SDI sketched (m = 256), summed')}; "
+                f"{comparison('tasks', 'rank-biserial correlation with planted examples: TracIn, eq. 1')}"
+            ),
         ],
     ]
     return table(["", "paper", "here"], rows)
