@@ -32,7 +32,7 @@ COLUMNS = [
 ]
 
 
-def run(library: str) -> dict[str, Any]:
+def run(library: str, timeout: float) -> dict[str, Any]:
     """The worker's result, or what happened to it."""
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder, "result.json"), Path(folder, "log")
@@ -44,13 +44,13 @@ def run(library: str) -> dict[str, Any]:
                     command,
                     stdout=stream,
                     stderr=stream,
-                    timeout=TIMEOUT,
+                    timeout=timeout,
                     cwd=folder,
                     env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
                     check=False,
                 )
             except subprocess.TimeoutExpired:
-                return {"missing": f"no result after {TIMEOUT} s", "asks": []}
+                return {"missing": f"no result after {timeout:g} s", "asks": []}
         if not result.exists():
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             return {"missing": f"exit status {done.returncode}: {' '.join(last)}"[:300], "asks": []}
@@ -125,13 +125,14 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for each library")
     add_output(parser, "peers")
     options = parser.parse_args()
     provenance = Provenance()
     results = {}
     for library in options.libraries:
         print(f"running {library} ...", file=sys.stderr, flush=True)
-        results[library] = run(library)
+        results[library] = run(library, options.timeout)
     print(f"{markdown(results)}\n\n{machine_line(provenance.finish())}")
     write(options.json, provenance, {"libraries": results})
 

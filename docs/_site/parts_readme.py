@@ -48,12 +48,11 @@ def costs() -> str:
             table(head, rows),
             f"{threads} thread(s), {clock}, medians of {result['rounds']} rounds. {source(name, True, result)}",
         ]
-        grown = {r["field"]: r for r in result["scaling"] if r["factor"] == 4}
-        lines = [
-            "Four times the batch, tokens or loop steps took "
-            + ", ".join(f"{grown[f]['ratio']:.1f}" for f in ("batch", "tokens", "steps"))
-            + " times as long."
-        ]
+        lines = []
+        grown = {r["field"]: r["ratio"] for r in result.get("scaling", ()) if r["factor"] == 4}
+        if grown:
+            times = ", ".join(f"{grown[field]:.1f}" for field in ("batch", "tokens", "steps"))
+            lines.append(f"Four times the batch, tokens or loop steps took {times} times as long.")
         first = result["cases"]["sudoku"]["figures"]
         peaks = {k: first[v]["peak_mib"] for k, v in {**ROWS, "plain": "plain forward+backward"}.items()}
         if any(v is not None for v in peaks.values()):
@@ -61,8 +60,8 @@ def costs() -> str:
                 f"On the first model a call added {mib(peaks['later'])} MiB at its peak ({mib(peaks['first'])} the first "
                 f"call), the plain step {mib(peaks['plain'])}, the published package {mib(peaks['published'])}."
             )
-        memory = result["checkpointing"]
-        if all(r["plain_mib"] is not None and r["checkpointed_mib"] is not None for r in memory):
+        memory = result.get("checkpointing", ())
+        if memory and all(r["plain_mib"] is not None and r["checkpointed_mib"] is not None for r in memory):
             small, large = memory[0], memory[-1]
             lines.append(
                 f"From {small['steps']} to {large['steps']} loop steps, peak memory of featurizing a small model grew by "
@@ -70,7 +69,7 @@ def costs() -> str:
                 f"by {large['plain_mib'] - small['plain_mib']:.0f} MiB without."
             )
         texts.append(" ".join(lines))
-    return "\n\n".join(texts)
+    return "\n\n".join(text for text in texts if text)
 
 
 def calls() -> str:
