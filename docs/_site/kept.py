@@ -10,7 +10,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,49 @@ sys.path.insert(0, str(ROOT))
 
 Parts = dict[str, Callable[[], str]]
 
+COMMANDS = {
+    "capture": "bench.capture",
+    "install": "bench.install",
+    "integrations": "bench.integrations",
+    "peers": "bench.peers",
+    "scale": "bench.scale",
+    "search": "bench.search --cpu-seconds --scratch DIR",
+    "sketch": "bench.bench_sketch",
+    "sketch-sizes": "bench.sketch_sizes",
+    "soak": "bench.soak --out bench/results/soak",
+    "store-layouts": "bench.store_layouts",
+    "variance-table": "bench.variance_table",
+}
+"""What makes each kind of result, before ``--keep``."""
+
+
+class NotKeptError(Exception):
+    """There is no kept result of a kind."""
+
 
 def load(name: str) -> dict[str, Any]:
-    """A kept result of the bench commands."""
+    """A kept result of the bench commands.
+
+    Raises:
+        NotKeptError: there is none.
+    """
+    if not (RESULTS / name).is_file():
+        raise NotKeptError(name.removesuffix(".json"))
     result: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return result
 
 
-def machines(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name of the file, result) of every machine that a command was kept for."""
-    for path in sorted(RESULTS.glob(f"{kind}-*.json")):
-        yield path.name, load(path.name)
+def machines(kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name of the file, result) of every machine that a command was kept for.
+
+    Raises:
+        NotKeptError: there is none.
+    """
+    others = {f"{name}.json" for name in COMMANDS}
+    names = sorted(path.name for path in RESULTS.glob(f"{kind}-*.json") if path.name not in others)
+    if not names:
+        raise NotKeptError(kind)
+    return [(name, load(name)) for name in names]
 
 
 def comparison(experiment: str, name: str) -> str:
@@ -77,4 +109,13 @@ def rewritten(text: str, parts: Parts) -> str:
     Raises:
         KeyError: the page has a part that nothing makes.
     """
-    return MARK.sub(lambda m: f"{m[1]}{parts[m[2]]().strip()}\n{m[4]}", text)
+    return MARK.sub(lambda m: f"{m[1]}{_made(parts[m[2]])}\n{m[4]}", text)
+
+
+def _made(part: Callable[[], str]) -> str:
+    try:
+        return part().strip()
+    except NotKeptError as missing:
+        command = COMMANDS[str(missing)]
+        keep = "" if "--out" in command else " --keep"
+        return f"*No run is kept that says so; `python -m {command}{keep}` makes one.*"

@@ -12,8 +12,6 @@ def kernels() -> str:
     """docs/cpu.md: one sketch call."""
     texts = []
     for name, result in machines("sketch"):
-        if name.startswith("sketch-sizes"):
-            continue
         texts.append(source(name, False, result))
         threads = min(r["threads"] for r in result["linear"])
         linear = {(tuple(r["layer"]), r["hashing"], r["threads"]): r for r in result["linear"]}
@@ -69,7 +67,7 @@ def scale() -> str:
     """docs/scale.md: the measured rates and the table."""
     from bench.scale import Rates, tables
 
-    [(name, result)] = machines("scale")
+    name, result = machines("scale")[0]
     rates = Rates(**result["rates"])
     speed, rows = tables(rates).split("\n\n", 1)
     measured = speed.partition("measured: ")[2]
@@ -79,18 +77,6 @@ def scale() -> str:
         f"takes what is cheaper). **Measured**, one thread, in CPU seconds, {rates.tokens} tokens: {measured} (writing: "
         f"encoding and checksums; scanning: for 8 queries). {source(name, False, result)}\n\n{rows}"
     )
-
-
-def planner() -> str:
-    texts = []
-    for name, r in machines("planner"):
-        texts.append(
-            f"Checked on rows {r['rows']} × tokens {r['tokens']} × {r['layers']} layer shapes from 64 to 3072 × m "
-            f"{r['sketches']}: of the {r['shapes']} shapes where the model sees the routes within a factor of "
-            f"{r['sure']:g}, the faster one (or one within 5 %) was picked in {r['right'] / r['shapes']:.1%}, and the worst "
-            f"pick took {r['worst']:.2f} times as long as the better route. {source(name, False, r)}"
-        )
-    return "\n\n".join(texts)
 
 
 def variance() -> str:
@@ -186,7 +172,6 @@ def peers() -> str:
 PARTS: Parts = {
     "kernels": kernels,
     "scale": scale,
-    "planner": planner,
     "variance": variance,
     "search": search,
     "integrations": integrations,
