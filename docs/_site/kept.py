@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,21 @@ def rewritten(text: str, parts: Parts) -> str:
     return MARK.sub(lambda m: f"{m[1]}{_made(parts[m[2]])}\n{m[4]}", text)
 
 
+def _wrapped(block: str) -> str:
+    """Lines of at most 120 characters, but for tables."""
+    if block.startswith("|"):
+        return block
+    lines = block.split("\n") if block.startswith("- ") else [block]
+    options = {"width": 120, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(
+        textwrap.fill(line, subsequent_indent="  " if line.startswith("- ") else "", **options)  # type: ignore[arg-type]
+        for line in lines
+    )
+
+
 def _made(part: Callable[[], str]) -> str:
     try:
-        return part().strip()
+        return "\n\n".join(_wrapped(block) for block in part().strip().split("\n\n"))
     except NotKeptError as missing:
         command = COMMANDS[str(missing)]
         keep = "" if "--out" in command else " --keep"
