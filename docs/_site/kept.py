@@ -24,20 +24,11 @@ sys.path.insert(0, str(ROOT))
 
 Parts = dict[str, Callable[[], str]]
 
-COMMANDS = {
-    "capture": "bench.capture",
-    "install": "bench.install",
-    "integrations": "bench.integrations",
-    "peers": "bench.peers",
-    "scale": "bench.scale",
-    "search": "bench.search --cpu-seconds --scratch DIR",
-    "sketch": "bench.bench_sketch",
-    "sketch-sizes": "bench.sketch_sizes",
-    "soak": "bench.soak --out bench/results/soak",
-    "store-layouts": "bench.store_layouts",
-    "variance-table": "bench.variance_table",
-}
-"""What makes each kind of result, before ``--keep``."""
+KINDS = (
+    "capture", "install", "integrations", "peers", "scale", "search", "sketch", "sketch-sizes", "soak", "store-layouts",
+    "variance-table",
+)  # fmt: skip
+"""The results that ``python -m bench.keep`` makes."""
 
 
 class NotKeptError(Exception):
@@ -62,7 +53,7 @@ def machines(kind: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         NotKeptError: there is none.
     """
-    others = {f"{name}.json" for name in COMMANDS}
+    others = {f"{name}.json" for name in KINDS}
     names = sorted(path.name for path in RESULTS.glob(f"{kind}-*.json") if path.name not in others)
     if not names:
         raise NotKeptError(kind)
@@ -129,6 +120,4 @@ def _made(part: Callable[[], str]) -> str:
     try:
         return "\n\n".join(_wrapped(block) for block in part().strip().split("\n\n"))
     except NotKeptError as missing:
-        command = COMMANDS[str(missing)]
-        keep = "" if "--out" in command else " --keep"
-        return f"*No run is kept that says so; `python -m {command}{keep}` makes one.*"
+        return f"*Not measured since results carry their provenance; `python -m bench.keep {missing}` does it.*"

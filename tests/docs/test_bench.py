@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from stepinfluence import provenance as facts  # noqa: E402
 
-from bench import capture, provenance, soak  # noqa: E402
+from bench import capture, keep, provenance, soak  # noqa: E402
 
 
 def test_memory_that_cannot_be_measured_is_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,3 +95,12 @@ def test_one_helper_says_what_the_machine_is() -> None:
     """Of each kind one: no benchmark looks the CPU up by itself."""
     for path in (ROOT / "bench").rglob("*.py"):
         assert "/proc/cpuinfo" not in path.read_text(encoding="utf-8"), path
+
+
+def test_one_command_makes_every_kind_of_result() -> None:
+    sys.path.insert(0, str(ROOT / "docs" / "_site"))
+    try:
+        kinds = importlib.import_module("kept").KINDS
+    finally:
+        sys.path.remove(str(ROOT / "docs" / "_site"))
+    assert set(keep.COMMANDS) == set(kinds)
