@@ -93,9 +93,9 @@ def install() -> str:
         one, two = result["stages"]
         total = one["seconds"] + two["seconds"]
         texts.append(
-            f"Both begin with an environment of their own in `.venv`: {one['seconds']:.0f} s and {one['megabytes'] / 1000:.1f} GB "
-            f"for the demo, {total:.0f} s and {two['megabytes'] / 1000:.1f} GB with what the tests need, where the package index "
-            f"serves torch's CPU build and is near ({source(name, True, result).rstrip('.')})."
+            f"Both begin with an environment of their own in `.venv`, with torch's CPU build: {one['megabytes'] / 1000:.1f} GB for "
+            f"the demo, {two['megabytes'] / 1000:.1f} GB with what the tests need. Downloading and compiling took {one['seconds']:.0f} s "
+            f"and {total:.0f} s, with the package index near ({source(name, True, result).rstrip('.')})."
         )
     return "\n\n".join(texts)
 

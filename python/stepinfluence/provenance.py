@@ -23,13 +23,14 @@ class Provenance:
 
     def __init__(self) -> None:
         self._load = load_average()
+        self._sources = checkout()  # at the start: the checkout may move on while something is measured
         self._began = time.time()
 
     def finish(self, command: str) -> dict[str, Any]:
         """Facts as JSON values: command, commit, whether files differed from it, machine, CPU flags, versions, load."""
         return {
             "command": command,
-            **checkout(),
+            **self._sources,
             "date": time.strftime("%Y-%m-%d", time.gmtime(self._began)),
             "seconds": round(time.time() - self._began, 1),
             "machine": machine_facts(),
