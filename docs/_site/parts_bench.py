@@ -102,7 +102,7 @@ def search() -> str:
     for name, result in machines("search"):
         sizes = [k for k in result if k.isdigit()]
         clock = {"cpu": "processor seconds", "wall": "wall seconds"}[result["clock"]]
-        texts.append(f"{source(name, False, result)} {clock[0].upper()}{clock[1:]}, best of {result['rounds']}.")
+        texts.append(f"{source(name, False, result)} {clock[0].upper()}{clock[1:]}, the best of the rounds.")
 
         def cell(size: str, queries: int, result: dict[str, Any] = result) -> str:
             r = result[size]["scan"][f"{queries} queries"]
@@ -129,7 +129,7 @@ def search() -> str:
         real = result["real"]
         more = ", ".join(f"{real[f'{c} candidates']:.3f} with {c} candidates" for c in (20, 50, 100, 200))
         texts.append(
-            f"Two stages, against the exact influence of all {real['examples']} real examples: sketches of 1024 columns alone "
+            f"Two stages, against the exact influence of all real examples (`--real`): sketches of 1024 columns alone "
             f"have recall@10 {real['sketches']:.3f}; re-ranking exactly gives {more}."
         )
     return "\n\n".join(texts)
