@@ -183,7 +183,7 @@ def hashing_sentence() -> str:
     for model, name in NAMES.items():
         rows = layouts[model]
         changes = [
-            r["sdi"] / rows["iid", *k[1:]]["sdi"] - 1
+            r["sdi"] / rows[("iid", *k[1:])]["sdi"] - 1
             for k, r in rows.items()
             if k[0] == "balanced" and k[3:] == ("fp32", False)
         ]
