@@ -177,6 +177,7 @@ class LoaderCapture(ABC):
         loader: Iterable[Any],
         loss_fn: LossFn,
         *,
+        space: FeatureSpace,
         per_step: bool,
         ids: IdsOf | None,
         progress: bool,
@@ -190,7 +191,6 @@ class LoaderCapture(ABC):
         builder = FeatureBuilder(
             self.width, self._dtype, self.device, per_step=per_step, expected=expected_rows(loader)
         )
-        space = self.space()
         total = len(loader) if isinstance(loader, Sized) else None
         with (
             isolated(self.model, training=self.training),
