@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-calibrate build clean
+.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-calibrate build clean test-cpus bench-evaluate bench-demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,10 +14,17 @@ help: ## list the targets
 demo: $(VENV)/.stamp-report ## train a looped model, attribute its answers step by step, write a report
 	$(BIN)/sdi demo
 
+# A file's tests stay in one worker, so what they share is made once. The 20 slowest are listed.
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile
+
 # Interpreted Triton kernels need a process of their own: see tests/conftest.py.
-test: $(VENV)/.stamp-test ## run the tests
-	$(BIN)/python -m pytest
-	$(if $(wildcard tests/triton_interpret),TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpret)
+test: $(VENV)/.stamp-test ## run the tests, JOBS=2 at a time
+	$(BIN)/python -m pytest $(PARALLEL) --durations=20
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/triton_interpret
+
+test-cpus: $(VENV)/.stamp-test ## run the tests of numbers as other CPUs would compute them, one kind of CPU after another
+	$(BIN)/python tests/on_cpus.py -- $(PARALLEL)
 
 lint: $(VENV)/.stamp-dev ## check style, formatting and types
 	$(BIN)/ruff check
@@ -37,11 +44,18 @@ bench: $(VENV)/.stamp-bench ## run the benchmarks
 bench-capture: $(VENV)/.stamp-bench ## time featurizing against a plain training step and the published package
 	$(BIN)/python -m bench.capture
 
+bench-demo: $(VENV)/.stamp-report ## run the demo with ten seeds under each instruction set of this CPU (hours; resumes)
+	$(BIN)/python -m bench.demo_seeds
+
 bench-layouts: $(VENV)/.stamp-bench ## error against bytes per example of every store layout, on trained models
 	$(BIN)/python -m bench.store_layouts
 
 bench-search: $(VENV)/.stamp-test ## scan speed, recall and time of every search stage, on 1e5 and 1e6 rows
 	$(BIN)/python -m bench.search --rows 100000 1000000
+
+bench-evaluate: $(VENV)/.stamp-test ## attribution methods against retraining over five seeds (docs/evaluation.md), resumable
+	$(BIN)/python -m bench.evaluate adder
+	$(BIN)/python -m bench.evaluate majority --subsets 6 --left-out 4 --repeats 1 --flips 0
 
 bench-scale: $(VENV)/.stamp-bench ## measure rates, and print what a corpus costs (docs/scale.md)
 	$(BIN)/python -m bench.scale --model paper --examples 2

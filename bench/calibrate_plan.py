@@ -1,8 +1,8 @@
 """Calibrates the planner's cost model on this CPU and checks its choices.
 
-    python bench/calibrate_plan.py           # every shape of the grid: both routes measured, and what the planner picks
-    python bench/calibrate_plan.py --fit     # least-squares constants for sdi_kernels/cpu/cost.py
-    python bench/calibrate_plan.py --torch   # the same for the plain-torch routes (no compiled kernels)
+    python -m bench.calibrate_plan           # every shape of the grid: both routes measured, and what the planner picks
+    python -m bench.calibrate_plan --fit     # least-squares constants for sdi_kernels/cpu/cost.py
+    python -m bench.calibrate_plan --torch   # the same for the plain-torch routes (no compiled kernels)
 
 A shape counts as picked right where the chosen route is within 5 % of the faster one. The routes alternate and the
 fastest of the repeats stands for each, since a shared machine only ever adds time; on one thread (the default) the
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from bench.provenance import Provenance, add_output, machine_line, machine_slug, write
 from sdi_kernels import TensorSketch, plan_linear, torch_routes
 from sdi_kernels.cpu import cost, native, routes
 
@@ -31,13 +31,6 @@ TOKENS = [16, 81, 128, 512]
 SKETCHES = [256, 512, 1024, 2048, 4096, 8192]
 ROUTES = ["direct", "fft"]
 RIGHT, REPEATS = 1.05, 5
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def fastest(calls: Sequence[Callable[[], None]], repeats: int) -> list[float]:
@@ -61,7 +54,7 @@ def route_call(sketch: TensorSketch, rows: int, tokens: int, route: str, *, plai
     return lambda: routes.linear(out, a, g, tables, sketch.m, route)
 
 
-def check(arguments: argparse.Namespace) -> None:
+def check(arguments: argparse.Namespace) -> dict[str, Any]:
     ratios = []
     print(f"{'rows':>4} {'tokens':>6} {'d_out':>5} {'d_in':>5} {'m':>5} | measured (predicted) ms: direct, fft | pick")
     grid = itertools.product(arguments.rows, TOKENS, SIDES, SKETCHES, arguments.hashing)
@@ -80,6 +73,11 @@ def check(arguments: argparse.Namespace) -> None:
         print(f"{rows:4} {tokens:6} {d_out:5} {d_in:5} {m:5} | {times} | {plan.route}{verdict}", flush=True)
     right = sum(ratio <= RIGHT for ratio in ratios)
     print(f"contested shapes: {len(ratios)}, picked right: {right / len(ratios):.1%}, worst: {max(ratios):.2f} x")
+    return {
+        "rows": arguments.rows, "tokens": TOKENS, "layers": len(SIDES), "sketches": SKETCHES,
+        "hashing": arguments.hashing, "sure": arguments.sure, "plain_torch": arguments.torch, "shapes": len(ratios),
+        "right": right, "worst": max(ratios),
+    }  # fmt: skip
 
 
 def fit() -> None:
@@ -118,15 +116,19 @@ def main() -> None:
     parser.add_argument("--hashing", nargs="+", default=["balanced"], choices=["balanced", "iid"])
     parser.add_argument("--sure", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=1)
+    add_output(parser, f"planner-{machine_slug()}")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.torch:
         native.library = lambda: None
-    print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {native.instruction_set()}")
+    provenance = Provenance()
+    print(f"kernels {native.instruction_set()}")
     if arguments.fit:
         fit()
     else:
-        check(arguments)
+        found = check(arguments)
+        write(arguments.json, provenance, found)
+    print(machine_line(provenance.finish()))
 
 
 if __name__ == "__main__":

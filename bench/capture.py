@@ -1,38 +1,45 @@
 """What featurizing costs: this project, the published package and a plain training step, side by side.
 
+    python -m bench.capture --keep                   # all of it, kept for this machine: the README's table
     python -m bench.capture [--models sudoku parity gpt512 gpt768] [--rounds 5] [--json FILE]
-    python -m bench.capture --scaling       # how cost grows with batch, tokens and loop steps
-    python -m bench.capture --checkpointing # peak memory against loop steps, with activation checkpointing and without
+    python -m bench.capture --parts scaling          # how cost grows with batch, tokens and loop steps
+    python -m bench.capture --parts checkpointing    # peak memory against loop steps, with checkpointing and without
 
 One model after the other; within a model the contestants alternate in every round, so that they see the same
-machine. Figures are medians of wall seconds; ratios are medians of the rounds' ratios to the plain step. Before
-anything is timed, the sketches of both packages are checked against exact gradients in miniature. Peak memory is
-that of a fresh process per contestant (resident set, above the model's own).
+machine. Figures are medians of seconds; ratios are medians of the rounds' ratios to the plain step. What is timed is
+a call as a user makes it, on one batch: the first call with a loss function and weights verifies that examples are told
+apart (one more pass), later ones do not. Before anything is timed, the sketches are checked against exact gradients in
+miniature. Peak memory is what the second call of a fresh process adds to its resident set.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import stepinfluence
 import torch
+from stepinfluence.doctor import PeakMemory
 from stepinfluence.models.blocks import Block, BlockConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bench.provenance import Provenance, add_output, machine_line, machine_slug, write
+
 SKETCH_SIZE = 2048
+PLAIN, FLOOR = "plain forward+backward", "floor (forward + input gradients)"
+FIRST, LATER, SUMMED = "sdi-kernels, first call", "sdi-kernels, later calls", "sdi-kernels, later calls, summed"
+PUBLISHED = "published package, per step"
+PARTS = ("costs", "scaling", "checkpointing")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ def make(case: Case) -> tuple[Looped, Tensor]:
 def contestants(case: Case) -> dict[str, Callable[[], object]]:
     """Name -> one unit of work on the same batch."""
     model, batch = make(case)
-    capture = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE, verify=False)
+    capture = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE)
 
     def plain() -> None:
         model.zero_grad()
@@ -130,18 +137,16 @@ def contestants(case: Case) -> dict[str, Callable[[], object]]:
             for parameter in model.core.parameters():
                 parameter.requires_grad_(True)
 
-    def ours() -> object:
+    def first() -> object:
+        return capture.featurize([batch], loss_fn, progress=False, verify=True)
+
+    def later() -> object:
         return capture.featurize([batch], loss_fn, progress=False)
 
-    def ours_summed() -> object:
+    def summed() -> object:
         return capture.featurize([batch], loss_fn, per_step=False, progress=False)
 
-    work: dict[str, Callable[[], object]] = {
-        "plain forward+backward": plain,
-        "floor (forward + input gradients)": floor,
-        "sdi-kernels, per step": ours,
-        "sdi-kernels, summed over steps": ours_summed,
-    }
+    work: dict[str, Callable[[], object]] = {PLAIN: plain, FLOOR: floor, FIRST: first, LATER: later, SUMMED: summed}
     try:
         from sdi import ProjectedTracInSDI
     except ImportError:
@@ -149,7 +154,7 @@ def contestants(case: Case) -> dict[str, Callable[[], object]]:
         return work
     other_model, _ = make(case)
     published = ProjectedTracInSDI(model=other_model, target_modules=other_model.core, projection_size=SKETCH_SIZE)
-    work["published package, per step"] = lambda: published.featurize_loader(loader=[batch], loss_fn=loss_fn)
+    work[PUBLISHED] = lambda: published.featurize_loader(loader=[batch], loss_fn=loss_fn)
     return work
 
 
@@ -171,7 +176,7 @@ def check_correct() -> None:
         raise SystemExit(f"refusing to report: SDI differs from exact gradients by {error:.3g} in relative norm")
 
 
-def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, dict[str, float]]:
+def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, dict[str, Any]]:
     """Seconds per contestant: median, minimum and the median ratio to the plain step."""
     work = contestants(case)
     for run in work.values():
@@ -182,7 +187,7 @@ def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, di
             start = clock()
             run()
             seconds[name].append(clock() - start)
-    plain = seconds["plain forward+backward"]
+    plain = seconds[PLAIN]
     return {
         name: {
             "median_s": statistics.median(times),
@@ -193,130 +198,144 @@ def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, di
     }
 
 
-def peak_memory(case: Case, name: str) -> float:
-    """MiB above the resident set before the first run, in this (fresh) process."""
+def peak_memory(case: Case, name: str) -> float | None:
+    """MiB that a second call adds to the resident set of this (fresh) process; None where the system does not tell."""
     run = contestants(case)[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()  # one-time allocations of the libraries, and verification
+    return growth_mib(run)
+
+
+def growth_mib(run: Callable[[], object]) -> float | None:
+    """MiB by which a call raises the resident set at its peak; None where the system does not tell."""
+    meter = PeakMemory()
+    before = meter.peak_bytes()
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    after = meter.peak_bytes()
+    if before is None or after is None or after <= before:  # a pass needs some: no growth means that none was seen
+        return None
+    return (after - before) / 2**20
 
 
-def peak_memory_in_child(case: Case, name: str) -> float:
-    return float(_child("--memory-of", case.name, name))
+def mib(value: float | None) -> str:
+    """For people; what was not measured is not zero."""
+    return "n/a" if value is None else f"{value:.0f}"
 
 
 CHECKPOINTING = Case("checkpointing", 128, 4, 1, 8, 81, 32, 10, False, 1.0)
 
 
-def checkpointing_memory(steps: int, on: bool) -> float:
+def checkpointing_memory(steps: int, on: bool) -> float | None:
     """MiB that featurizing adds to the resident set of this (fresh) process; features are summed over steps."""
     case = replace(CHECKPOINTING, steps=steps)
     torch.manual_seed(0)
     model = Looped(case, checkpointing=on).eval()
     batch = torch.randint(0, case.vocabulary, (case.batch, case.tokens))
-    capture = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE, verify=False)
-    small = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE, verify=False)
-    small.featurize([batch[:1]], loss_fn, per_step=False, progress=False)  # one-time allocations of the libraries
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    capture.featurize([batch], loss_fn, per_step=False, progress=False)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    capture = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE)
+    capture.featurize([batch[:1]], loss_fn, per_step=False, progress=False)  # one-time allocations of the libraries
+    return growth_mib(lambda: capture.featurize([batch], loss_fn, per_step=False, progress=False))
 
 
-def checkpointing() -> None:
-    """Print peak memory at three loop counts: checkpointed, only a state per step stays."""
-    print(f"{'loop steps':>10}{'plain MiB':>12}{'checkpointed MiB':>18}")
+def checkpointing() -> list[dict[str, Any]]:
+    """Peak memory at three loop counts: checkpointed, only a state per step stays."""
+    rows = []
+    print(f"\n{'loop steps':>10}{'plain MiB':>12}{'checkpointed MiB':>18}")
     for steps in (8, 16, 32):
-        plain, saved = (float(_child("--checkpointing-of", str(steps), str(int(on)))) for on in (False, True))
-        print(f"{steps:>10}{plain:>12.0f}{saved:>18.0f}")
+        plain, saved = (_child("--checkpointing-of", str(steps), str(int(on))) for on in (False, True))
+        rows.append({"steps": steps, "plain_mib": plain, "checkpointed_mib": saved})
+        print(f"{steps:>10}{mib(plain):>12}{mib(saved):>18}", flush=True)
+    return rows
 
 
-def _child(*arguments: str) -> str:
-    command = [sys.executable, "-m", "bench.capture", *arguments]
+def _child(*arguments: str) -> float | None:
+    command = [sys.executable, "-m", "bench.capture", *arguments, "--threads", str(torch.get_num_threads())]
     # Large blocks go back to the system when freed (glibc): the resident set is what is in use, not what fragments.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
+    return None if printed == "None" else float(printed)
 
 
-def scaling(rounds: int) -> None:
-    """Print featurize seconds at three sizes of batch, tokens and loop steps; linear growth is a straight column."""
+def scaling(rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """Featurize seconds at three sizes of batch, tokens and loop steps; linear growth is a straight column."""
     base = Case("scaling", 128, 4, 1, 8, 64, 16, 10, False, 1.0)
-    print(f"{'':<16}{'seconds':>10}{'per unit of the smallest':>28}")
+    rows = []
+    print(f"\n{'':<16}{'seconds':>10}{'per unit of the smallest':>28}")
     for field in ("batch", "tokens", "steps"):
-        first = 0.0
-        for factor in (1, 2, 4):
-            case = replace(base, **{field: factor * getattr(base, field)})
-            model, batch = make(case)
-            capture = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE, verify=False)
-            times = []
-            for _ in range(rounds + 1):
-                start = time.perf_counter()
-                capture.featurize([batch], loss_fn, progress=False)
-                times.append(time.perf_counter() - start)
-            seconds = statistics.median(times[1:])
-            first = first or seconds
-            print(f"{field:>8} = {getattr(case, field):<5}{seconds:>10.4f}{seconds / first / factor:>28.2f}")
+        calls = {factor: _featurizer(replace(base, **{field: factor * getattr(base, field)})) for factor in (1, 2, 4)}
+        times: dict[int, list[float]] = {factor: [] for factor in calls}
+        for call in calls.values():
+            call()
+        for _ in range(rounds):
+            for factor, call in calls.items():
+                start = clock()
+                call()
+                times[factor].append(clock() - start)
+        for factor, taken in times.items():
+            ratio = statistics.median(t / one for t, one in zip(taken, times[1], strict=True))
+            size = factor * getattr(base, field)
+            row = {"field": field, "size": size, "seconds": statistics.median(taken), "ratio": ratio, "factor": factor}
+            rows.append(row)
+            print(f"{field:>8} = {size:<5}{row['seconds']:>10.4f}{ratio / factor:>28.2f}", flush=True)
+    return rows
 
 
-def machine() -> str:
-    """The machine line of a result."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        model = next(
-            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
-        )
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+def _featurizer(case: Case) -> Callable[[], object]:
+    model, batch = make(case)
+    capture = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE)
+    return lambda: capture.featurize([batch], loss_fn, progress=False)
+
+
+def costs(key: str, rounds: int, clock: Callable[[], float], *, memory: bool) -> dict[str, Any]:
+    """Every contestant on one model."""
+    case = CASES[key]
+    figures = measure(case, rounds, clock)
+    shape = f"d={case.d_model}, {case.blocks} block(s), tau={case.steps}, {case.tokens} tokens, batch {case.batch}"
+    print(f"\n{key}: {shape}")
+    print(f"  {'':<36}{'median s':>10}{'min s':>10}{'ratio':>8}{'peak MiB':>10}")
+    for name, row in figures.items():
+        row["peak_mib"] = _child("--memory-of", case.name, name) if memory else None
+        peak = f"{mib(row['peak_mib']):>10}"
+        print(f"  {name:<36}{row['median_s']:>10.3f}{row['min_s']:>10.3f}{row['ratio']:>8.2f}{peak}", flush=True)
+    print(f"  target for sdi-kernels, later calls: ratio <= {case.target}")
+    return {"case": asdict(case), "figures": figures}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds, for a machine that others use, too"
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: CPU seconds, for a machine that others use, too"
     )
-    parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory runs")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--scaling", action="store_true", help="growth with batch, tokens and steps instead")
-    parser.add_argument("--checkpointing", action="store_true", help="memory with activation checkpointing instead")
+    parser.add_argument("--memory", nargs="*", default=["sudoku"], help="models whose peak memory is measured, too")
+    add_output(parser, f"capture-{machine_slug()}")
     parser.add_argument("--checkpointing-of", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     if args.memory_of:
         print(peak_memory(CASES[args.memory_of[0]], args.memory_of[1]))
         return
     if args.checkpointing_of:
         print(checkpointing_memory(args.checkpointing_of[0], bool(args.checkpointing_of[1])))
         return
-    torch.set_num_threads(args.threads)
+    provenance = Provenance()
     check_correct()
-    if args.checkpointing:
-        print(f"machine: {machine()}; m = {SKETCH_SIZE}")
-        checkpointing()
-        return
-    if args.scaling:
-        print(f"machine: {machine()}; m = {SKETCH_SIZE}; medians of {args.rounds}")
-        scaling(args.rounds)
-        return
-    report: dict[str, object] = {"machine": machine(), "sketch_size": SKETCH_SIZE, "rounds": args.rounds, "cases": {}}
-    how = f"medians of {args.rounds} alternating rounds, {args.clock} seconds"
-    print(f"machine: {report['machine']}; m = {SKETCH_SIZE}; {how}; load {os.getloadavg()[0]:.1f}")
-    for key in args.models:
-        case = CASES[key]
-        figures = measure(case, args.rounds, time.process_time if args.clock == "cpu" else time.perf_counter)
-        shape = f"d={case.d_model}, {case.blocks} block(s), tau={case.steps}, {case.tokens} tokens, batch {case.batch}"
-        print(f"\n{key}: {shape}")
-        print(f"  {'':<36}{'median s':>10}{'min s':>10}{'ratio':>8}{'peak MiB':>10}")
-        for name, row in figures.items():
-            if not args.no_memory:
-                row["peak_mib"] = peak_memory_in_child(case, name)
-            peak = f"{row['peak_mib']:>10.0f}" if "peak_mib" in row else ""
-            print(f"  {name:<36}{row['median_s']:>10.3f}{row['min_s']:>10.3f}{row['ratio']:>8.2f}{peak}")
-        print(f"  target for sdi-kernels: ratio <= {case.target}")
-        report["cases"][key] = {"case": asdict(case), "figures": figures}  # type: ignore[index]
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    report: dict[str, Any] = {"sketch_size": SKETCH_SIZE, "rounds": args.rounds, "clock": args.clock}
+    print(f"m = {SKETCH_SIZE}; medians of {args.rounds} alternating rounds, {args.clock} seconds")
+    clock = CLOCKS[args.clock]
+    if "costs" in args.parts:
+        report["cases"] = {}
+        for key in args.models:
+            report["cases"][key] = costs(key, args.rounds, clock, memory=key in args.memory)
+            write(args.json, provenance, report)  # what there is, should the rest be interrupted
+    if "scaling" in args.parts:
+        report["scaling"] = scaling(args.rounds, clock)
+    if "checkpointing" in args.parts:
+        report["checkpointing"] = checkpointing()
+    print(f"\n{machine_line(provenance.finish())}")
+    write(args.json, provenance, report)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the checkpoint callbacks cost: processor time of a training step with and without loop counts, and of a save.
 
-python -m bench.integrations
+python -m bench.integrations --keep
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from stepinfluence.integrations.checkpointing import LoopCounter, Saver
 from transformers import AlbertConfig, AlbertForMaskedLM
 
+from bench.provenance import Provenance, add_output, machine_line, machine_slug, write
+
 BODY = "albert.encoder.albert_layer_groups.0"
 
 
@@ -22,8 +24,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="timed steps of either kind")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
+    add_output(parser, f"integrations-{machine_slug()}")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    provenance = Provenance()
     torch.manual_seed(0)
     config = AlbertConfig(
         vocab_size=8000, embedding_size=128, hidden_size=512, intermediate_size=2048, num_attention_heads=8,
@@ -48,19 +52,27 @@ def main() -> None:
         counted.append(step())
         counter.remove()
     ratios = sorted(b / a for a, b in zip(plain, counted, strict=True))
-    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-    print(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, 12 loop steps, one thread")
-    print(f"training step: {statistics.median(plain):.3f} s of processor time")
-    print(f"with loop counts: {statistics.median(ratios):.3f} of that (quartiles {low:.3f} to {high:.3f})")
+    found: dict[str, object] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loop_steps": config.num_hidden_layers,
+        "batch": options.batch,
+        "length": options.length,
+        "step_s": statistics.median(plain),
+        "with_loop_counts": statistics.median(ratios),
+        "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+    }
     for moments in (True, False):
         with tempfile.TemporaryDirectory() as folder:
             saver = Saver(folder, second_moments=moments)
             began = time.process_time()
             for number in range(1, 6):
                 saver.save(number, model, optimizer)
-            spent = (time.process_time() - began) / 5
-            what = "with second moments" if moments else "weights alone"
-            print(f"a save, {what}: {spent:.3f} s of processor time, {saver.bytes / 5 / 2**20:.1f} MiB")
+            what = "save_with_moments" if moments else "save_weights"
+            found[what] = {"s": (time.process_time() - began) / 5, "mib": saver.bytes / 5 / 2**20}
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    print(machine_line(provenance.finish()))
+    write(options.json, provenance, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a corpus costs: bytes, operations and hours of featurizing and searching, from rates measured here.
 
-    python -m bench.scale [--model paper|gpt512] [--examples 2] [--json FILE]   # measure, then docs/scale.md's tables
+    python -m bench.scale [--model paper|gpt512] [--examples 2] [--keep]        # measure, then docs/scale.md's tables
     python -m bench.scale --rates FILE                                          # the tables again, from kept rates
 
 Rates are taken in CPU seconds of one thread, so that a busy machine does not change them. What is said of GPUs is an
@@ -23,7 +23,7 @@ from stepinfluence.models import LoopedGPT, LoopedGPTConfig
 from stepinfluence.models.gpt import gpt_loss
 from stepinfluence.store import Manifest, RowInfo, Store, StoreWriter, bytes_per_row
 
-from bench.capture import machine
+from bench.provenance import Provenance, add_output, machine_line, machine_slug, write
 
 MODELS = {
     "paper": LoopedGPTConfig.paper(),
@@ -51,7 +51,7 @@ PCIE = 50e9
 
 @dataclass(frozen=True)
 class Rates:
-    """CPU seconds of one thread, on the machine of ``machine``.
+    """CPU seconds of one thread.
 
     Attributes:
         featurize: per token, model and sketches.
@@ -59,7 +59,6 @@ class Rates:
         scan: per byte of an int8 store scanned for 8 queries.
     """
 
-    machine: str
     model: str
     tokens: int
     featurize: float
@@ -74,16 +73,16 @@ def cpu_seconds(call: Callable[[], object]) -> float:
 
 
 def measure(name: str, examples: int) -> Rates:
-    torch.set_num_threads(1)
     config = MODELS[name]
     torch.manual_seed(0)
     model = LoopedGPT(config)
-    capture = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE, verify=False)
+    capture = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE)
     tokens = torch.randint(config.vocab_size, (examples, config.sequence_len + 1))[:, : config.sequence_len]
     batch = {"tokens": tokens, "targets": tokens.roll(-1, 1)}
-    took = cpu_seconds(lambda: capture.featurize([batch], gpt_loss, per_step=False, progress=False))
+    # Of a corpus, verification is one batch: it is left out.
+    took = cpu_seconds(lambda: capture.featurize([batch], gpt_loss, per_step=False, progress=False, verify=False))
     write, scan = _store_rates(capture)
-    return Rates(machine(), name, tokens.numel(), took / tokens.numel(), write, scan)
+    return Rates(name, tokens.numel(), took / tokens.numel(), write, scan)
 
 
 def _store_rates(capture: stepinfluence.Capture, rows: int = 2048) -> tuple[float, float]:
@@ -194,7 +193,7 @@ def tables(rates: Rates) -> str:
     per = ", ".join(f"{name} {value / 1e9:.2f} GFLOP" for name, value in parts.items())
     speed = total / rates.featurize / 1e9
     return (
-        f"{rates.machine}\nmodel {rates.model}: {width:,} columns a row; per token: {per}\n"
+        f"model {rates.model}: {width:,} columns a row; per token: {per}\n"
         f"measured: {1 / rates.featurize:,.1f} tokens a core-second ({speed:.1f} GFLOP/s), store written at "
         f"{1e-6 / rates.write:,.0f} MB and scanned at {1e-9 / rates.scan:.2f} GB a core-second\n\n" + "\n".join(lines)
     )
@@ -204,15 +203,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="paper")
     parser.add_argument("--examples", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--rates", type=Path)
+    add_output(parser, f"scale-{machine_slug()}")
     given = parser.parse_args()
     if given.rates is not None:
-        rates = Rates(**json.loads(given.rates.read_text()))
-    else:
-        rates = measure(given.model, given.examples)
-        if given.json is not None:
-            given.json.write_text(json.dumps(asdict(rates), indent=2) + "\n")
+        print(tables(Rates(**json.loads(given.rates.read_text())["rates"])))
+        return
+    torch.set_num_threads(1)
+    provenance = Provenance()
+    rates = measure(given.model, given.examples)
+    write(given.json, provenance, {"rates": asdict(rates)})
+    print(machine_line(provenance.finish()))
     print(tables(rates))
 
 

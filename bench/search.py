@@ -1,6 +1,6 @@
 """What searching costs and finds: scan speed against a plain read, recall of int8 and of an index, two stages.
 
-    python -m bench.search --scratch DIR [--rows 100000 1000000] [--real 20000] [--json FILE]
+    python -m bench.search --scratch DIR [--rows 100000 1000000] [--real 20000] [--keep]
 
 The features are those of a small looped transformer, trained on the spot on running sums modulo 5: ``--real`` examples
 are featurized (sketches of 1024 columns in all), further rows are copies of them with noise of a tenth of their length
@@ -16,7 +16,6 @@ after opening a store maps its files; it is shown apart. On a machine that other
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import time
@@ -36,6 +35,8 @@ from stepinfluence.search.topk import scanned
 from stepinfluence.store import Manifest, RowInfo, Store, StoredCheckpoint, StoreWriter
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bench.provenance import Provenance, add_output, machine_line, machine_slug, write
 
 COLUMNS, SHARD_ROWS, K, QUERIES = 1024, 32768, 10, 16
 TOKENS, STEPS, WIDTH, SYMBOLS = 12, 6, 32, 5
@@ -257,11 +258,12 @@ def main() -> None:
     parser.add_argument("--real", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--scratch", type=Path, required=True, help="a folder with 2.5 bytes * 1024 for every row")
-    parser.add_argument("--json", type=Path)
+    add_output(parser, f"search-{machine_slug()}")
     parser.add_argument("--cpu-seconds", action="store_true", help="processor seconds, for machines that others use")
     given = parser.parse_args()
     if given.cpu_seconds:
         CLOCK["now"] = time.process_time
+    provenance = Provenance()
     capture = captured(trained())
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, SYMBOLS, (given.real, TOKENS), generator=generator)
@@ -270,11 +272,14 @@ def main() -> None:
     real = capture.featurize(tokens.split(256), loss_fn, per_step=False)
     print(f"featurized {given.real} examples in {now() - began:.0f} s, {torch.get_num_threads()} threads")
     query = capture.featurize([asked], loss_fn)
-    results = {"real": of_real(capture, real, query, tokens, asked)}
+    results: dict[str, Any] = {
+        "clock": "cpu" if given.cpu_seconds else "wall",
+        "real": of_real(capture, real, query, tokens, asked),
+    }
     for rows in given.rows:
         results[str(rows)] = at_size(rows, capture, real, query, tokens, asked, given.scratch, given.rounds)
-    if given.json is not None:
-        given.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(machine_line(provenance.finish()))
+    write(given.json, provenance, results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 import tempfile
@@ -19,45 +18,47 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from stepinfluence import attach
-from stepinfluence.doctor import machine_facts, versions
 from stepinfluence.evaluation.builtin import make_problem
 from stepinfluence.search import top_k
 from stepinfluence.store import Manifest, RowInfo, Store, StoredCheckpoint, StoreWriter
 from torch import nn
+
+from bench.provenance import Provenance, write
 
 ROWS = 96
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a process holds on to; what of it must not grow."""
+    """What a process holds on to; what of it must not grow. None: this system does not tell."""
 
     hooks: int
-    files: int
+    files: int | None
     threads: int
-    children: int
+    children: int | None
 
 
 def held(model: nn.Module) -> Held:
-    """Now. Files and children are known on Linux only (0 elsewhere)."""
+    """Now. Files and children are known on Linux only."""
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
     descriptors, task = Path("/proc/self/fd"), Path(f"/proc/self/task/{os.getpid()}/children")
     return Held(
         hooks=hooks,
-        files=len(list(descriptors.iterdir())) if descriptors.is_dir() else 0,
+        files=len(list(descriptors.iterdir())) if descriptors.is_dir() else None,
         threads=threading.active_count(),
-        children=len(task.read_text().split()) if task.is_file() else 0,
+        children=len(task.read_text().split()) if task.is_file() else None,
     )
 
 
-def resident() -> int:
-    """Resident memory in bytes; 0 where the system does not say."""
+def resident() -> int | None:
+    """Resident memory in bytes; None where the system does not say."""
     status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else 0
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else None
 
 
 def one_round(model: nn.Module, folder: Path) -> None:
@@ -80,10 +81,14 @@ def one_round(model: nn.Module, folder: Path) -> None:
 PROBLEM = make_problem("majority", n_train=ROWS, n_query=16, updates=5)
 
 
-def soak(seconds: float, *, least_rounds: int = 1) -> tuple[list[tuple[float, int]], Held, Held]:
-    """Rounds for some time; returns (seconds, resident bytes) after each, and what was held before and after."""
+Measured: TypeAlias = list[tuple[float, int | None]]
+"""(seconds since the start, resident bytes or None) after each round."""
+
+
+def soak(seconds: float, *, least_rounds: int = 1) -> tuple[Measured, Held, Held]:
+    """Rounds for some time; what was measured after each, and what was held before and after."""
     model = PROBLEM.untrained(0)
-    measured: list[tuple[float, int]] = []
+    measured: Measured = []
     began = time.monotonic()
     before: Held | None = None
     while time.monotonic() - began < seconds or len(measured) < least_rounds:
@@ -96,19 +101,24 @@ def soak(seconds: float, *, least_rounds: int = 1) -> tuple[list[tuple[float, in
     return measured, before, held(model)
 
 
-def growth(measured: list[tuple[float, int]]) -> float:
-    """MiB by which the median of the last quarter exceeds that of the first, after the first tenth."""
-    values = np.array([v for _, v in measured[len(measured) // 10 :]], dtype=float) / 2**20
+def growth(measured: Measured) -> float | None:
+    """MiB by which the median of the last quarter exceeds that of the first, after the first tenth; None if memory
+    could not be read."""
+    known = [v for _, v in measured[len(measured) // 10 :] if v is not None]
+    if not known:
+        return None
+    values = np.array(known, dtype=float) / 2**20
     quarter = max(1, len(values) // 4)
     return float(np.median(values[-quarter:]) - np.median(values[:quarter]))
 
 
-def draw(measured: list[tuple[float, int]], path: Path) -> None:
+def draw(measured: Measured, path: Path) -> None:
     from stepinfluence.experiments.style import figure, styled
 
     with styled():
         made, axes = figure(width=8, height=3)
-        axes.plot([t / 60 for t, _ in measured], [v / 2**20 for _, v in measured])
+        known = [(t / 60, v / 2**20) for t, v in measured if v is not None]
+        axes.plot([t for t, _ in known], [v for _, v in known])
         axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
         made.savefig(path, dpi=120)
 
@@ -120,6 +130,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("soak"), help="path of the files, without suffix")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    provenance = Provenance()
     measured, before, after = soak(60 * options.minutes)
     grown = growth(measured)
     result = {
@@ -128,14 +139,15 @@ def main() -> int:
         "growth_mib": grown,
         "held_before": vars(before),
         "held_after": vars(after),
-        "resident_mib": [round(v / 2**20, 1) for _, v in measured[:: max(1, len(measured) // 500)]],
-        "machine": machine_facts(),
-        "versions": versions(),
+        "resident_mib": [
+            None if v is None else round(v / 2**20, 1) for _, v in measured[:: max(1, len(measured) // 500)]
+        ],
     }
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    write(options.out.with_suffix(".json"), provenance, result)
     draw(measured, options.out.with_suffix(".png"))
-    print(f"{len(measured)} rounds in {options.minutes:g} minutes; memory grew by {grown:+.1f} MiB; held {after}")
-    return int(grown > options.allow or after != before)
+    grew = "n/a" if grown is None else f"{grown:+.1f} MiB"
+    print(f"{len(measured)} rounds in {options.minutes:g} minutes; memory grew by {grew}; held {after}")
+    return int((grown is not None and grown > options.allow) or after != before)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m bench.store_layouts                   # both models, a few minutes on one thread
     python -m bench.store_layouts --models gpt --quick
-    python -m bench.store_layouts --json bench/results/store-layouts.json
+    python -m bench.store_layouts --keep            # kept: docs/store.md is made from it
 
 Exact gradients of a small trained model at three checkpoints are sketched with the kernels' own tables (and checked to
 be what attach() makes of them), stored and read back, and the scores of all pairs of training examples and queries
@@ -15,12 +15,9 @@ queries are different, so there is no self-influence in it, which would make any
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from stepinfluence import ExactCapture, Features, FeatureSpace, allocate_sizes, attach, influence
@@ -30,6 +27,7 @@ from stepinfluence.store import STORE_DTYPES, StoreDtype, bytes_per_row, decode,
 from torch import Tensor
 
 from bench.layout_models import Case, gpt, parity
+from bench.provenance import Provenance, add_output, machine_line, write
 from sdi_kernels import CountSketch, HashFamily
 
 Plan = Literal["concat", "sum", "energy"]
@@ -258,12 +256,18 @@ def report(subject: Subject, rows: Sequence[Row]) -> str:
     )
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    )
+def described(subject: Subject) -> dict[str, Any]:
+    """What the figures of a model are about."""
+    return {
+        "model": subject.case.name,
+        "parameters": len(subject.parameters),
+        "vectors": sum(p.dim() <= 1 for p in subject.parameters.values()),
+        "numbers": sum(p.numel() for p in subject.parameters.values()),
+        "train": len(subject.train[0]),
+        "query": len(subject.query[0]),
+        "steps": subject.exact.shape[2],
+        "checkpoints": len(subject.etas),
+    }
 
 
 def main() -> None:
@@ -273,14 +277,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="draws of the hash tables")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="hardly trained models and few examples, in a minute")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    add_output(parser, "store-layouts")
     args = parser.parse_args()
     if PAPER_M not in args.sizes:
         parser.error(f"--sizes: must have {PAPER_M}, the paper's, which the others are compared with")
     torch.set_num_threads(args.threads)
     n_train, n_query = (32, 8) if args.quick else (96, 16)
-    results: dict[str, object] = {"machine": machine(), "seeds": args.seeds}
-    print(f"{machine()}\n")
+    provenance = Provenance()
+    results: dict[str, Any] = {"seeds": args.seeds}
     for name in args.models:
         if name == "gpt":
             case = gpt(20 if args.quick else 250, n_train, n_query)
@@ -290,9 +294,9 @@ def main() -> None:
         subject.check()
         rows = list(measure(subject, args.sizes, args.seeds))
         print(report(subject, rows), flush=True)
-        results[name] = {"model": case.name, "rows": [asdict(row) for row in rows]}
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        results[name] = {**described(subject), "rows": [asdict(row) for row in rows]}
+    print(machine_line(provenance.finish()))
+    write(args.json, provenance, results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Variance of sketched inner products, measured and exact, for every hash family (docs/design.md).
 
-    python bench/variance_table.py                       # the table of docs/design.md
-    python bench/variance_table.py --trials 200 --seed 1
+    python -m bench.variance_table --keep                # the table of docs/design.md
+    python -m bench.variance_table --trials 200 --seed 1
 
 A row prints m * Var / (|X|^2 |Y|^2) of <TS(X), TS(Y)> over draws of the tables: measured, then what the formula of
 docs/design.md says. Draw t has seed t of the format "sdi-hash-1", and the matrices come from --seed: the same numbers
@@ -153,10 +153,14 @@ def normalised(variance: float, case: Case) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    from bench.provenance import Provenance, add_output, write  # needs torch, which the formulas do not
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trials", type=int, default=1500, help="draws of the tables (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random matrices (default: %(default)s)")
+    add_output(parser, "variance-table")
     options = parser.parse_args(arguments)
+    provenance, rows = Provenance(), []
     print(f"m·Var/(‖X‖²‖Y‖²), {options.trials} draws, matrices of seed {options.seed}")
     print()
     header = [f"{family} {what}" for family in HASH_FAMILIES for what in ("measured", "exact", "bound")]
@@ -169,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             exact = exact_variance(case.x, case.y, case.m, family)
             limit = bound(*case.x.shape, case.m, family)
             cells += [normalised(measured, case), normalised(exact, case), case.m * limit]
+        rows.append({"matrices": case.name, "m": case.m, "cells": cells})
         print(f"| {case.name} | {case.m} |", " | ".join(f"{cell:.2f}" for cell in cells), "|", flush=True)
+    write(options.json, provenance, {"trials": options.trials, "seed": options.seed, "columns": header, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,14 +16,20 @@ from torch import Tensor
 # process of their own: TRITON_INTERPRET=1 python -m pytest tests/triton_interpret
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton_interpret"]
 
+# One, because the tensors are small: a second thread would only be waited for, for very long on a busy machine. The
+# variable is for `make test-cpus`, as reductions are split between threads.
+THREADS = int(os.environ.get("SDI_TEST_THREADS", "1"))
+
 
 def pytest_configure() -> None:
-    # A fixed number splits reductions the same way on every machine; one, because the tensors are small: a second
-    # thread would only be waited for, for very long on a busy machine.
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("dtype") == torch.float64:
+            item.add_marker(pytest.mark.float64)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -71,4 +77,4 @@ def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.set_float32_matmul_precision(matmul_precision)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.peers.model import D_MODEL, QUERY, STEPS, TOKENS, TRAIN
+from bench.provenance import Provenance, add_output, machine_line, write
 
 LIBRARIES = ["stepinfluence", "sdi", "captum", "dattri", "dattri_llm", "kronfluence", "bergson", "trak"]
 TIMEOUT = 120
@@ -35,20 +32,7 @@ COLUMNS = [
 ]
 
 
-def machine_line() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor() or platform.machine()
-    load = f"{os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else "unknown"
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    return (
-        f"{today}, {cpu} ({os.cpu_count()} cores; 1 thread per library, load {load}), fp32, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )
-
-
-def run(library: str) -> dict[str, Any]:
+def run(library: str, timeout: float) -> dict[str, Any]:
     """The worker's result, or what happened to it."""
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder, "result.json"), Path(folder, "log")
@@ -60,13 +44,13 @@ def run(library: str) -> dict[str, Any]:
                     command,
                     stdout=stream,
                     stderr=stream,
-                    timeout=TIMEOUT,
+                    timeout=timeout,
                     cwd=folder,
                     env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
                     check=False,
                 )
             except subprocess.TimeoutExpired:
-                return {"missing": f"no result after {TIMEOUT} s", "asks": []}
+                return {"missing": f"no result after {timeout:g} s", "asks": []}
         if not result.exists():
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             return {"missing": f"exit status {done.returncode}: {' '.join(last)}"[:300], "asks": []}
@@ -119,32 +103,38 @@ def _details(library: str, ask: dict[str, Any]) -> str:
     return "- " + " ".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    options = parser.parse_args()
+def markdown(results: dict[str, Any]) -> str:
+    """The table, and what was asked, of results by library."""
     shape = f"d = {D_MODEL}, applied {STEPS} times to {TOKENS} tokens"
     lines = [
-        machine_line(),
-        "",
         f"Model: one transformer block, {shape}; {TRAIN} training and {QUERY} query examples.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
     ]
-    details, results = [], {}
-    for library in options.libraries:
-        print(f"running {library} ...", file=sys.stderr, flush=True)
-        results[library] = result = run(library)
+    details = []
+    for library, result in results.items():
         if "missing" in result:
             lines.append(f"| {library} | {result['missing']} |{' |' * (len(COLUMNS) - 2)}")
         for ask in result["asks"]:
             lines.append(f"| {' | '.join(_row(library, result['version'], ask))} |")
             details.append(_details(library, ask))
-    print("\n".join([*lines, "", *details]))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return "\n".join([*lines, "", "What was asked, and what came back:", "", *details])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for each library")
+    add_output(parser, "peers")
+    options = parser.parse_args()
+    provenance = Provenance()
+    results = {}
+    for library in options.libraries:
+        print(f"running {library} ...", file=sys.stderr, flush=True)
+        results[library] = run(library, options.timeout)
+    print(f"{markdown(results)}\n\n{machine_line(provenance.finish())}")
+    write(options.json, provenance, {"libraries": results})
 
 
 if __name__ == "__main__":

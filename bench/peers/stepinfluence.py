@@ -38,7 +38,7 @@ ASKS = [
         scores,
         projection=SKETCH_SIZE,
         by_step=lambda *a: _sketched(*a).sdi.double().numpy(),
-        note="its seconds include `verify`, one more pass per `featurize`",
+        note="its seconds include `verify`, one more pass over the first batch",
     ),
     Ask(
         "exact",

@@ -3,6 +3,7 @@
 python docs/_site/reproduction.py
 """
 
+# ruff: noqa: E501  # rows of tables
 from __future__ import annotations
 
 import json
@@ -14,16 +15,20 @@ ORDER = ("fidelity", "parity", "sudoku", "nanochat", "tasks")
 
 HEAD = """# Reproduction
 
-The paper's experiments (Kaissis et al., arXiv 2602.10097), each by one command, and its numbers beside ours. Every
-table below is taken from the `results.json` of a run that is kept under `docs/results` with its command, machine, seed
-and time; each has a report with figures and an analysis of what differs.
+The paper's experiments (Kaissis et al., arXiv 2602.10097), each by one command, and its numbers beside ours. The
+tables below are taken from the `results.json` of runs that are kept under `docs/results`; each has a report with figures
+and an analysis of what differs.
 
-    sdi reproduce {fidelity,parity,sudoku,nanochat,tasks} --scale cpu     # at most 45 minutes on two cores
-    sdi reproduce ... --scale paper                                       # the paper's configuration, for a GPU
+    sdi reproduce {fidelity,parity,sudoku,nanochat,tasks} --scale cpu
+    sdi reproduce ... --scale paper            # the paper's configuration, as far as it states one; not run so far
 
-**What was run**: the `cpu` scale of each experiment below, on two cores of an AMD EPYC that was shared with other work.
-**What was not run**: the `paper` scale of any, for want of a GPU. Models and tasks are smaller: directions and ratios
-can be compared, absolute values cannot.
+**What was run**: the `cpu` scale of each experiment below, once, on two cores of an AMD EPYC that was shared with other
+work (times by the clock are of that). Where something is trained, models and tasks are smaller
+than the paper's: directions and ratios can be compared, absolute values cannot. **What was not run**: the `paper` scale
+of any. [What of the paper is not done](#what-of-the-paper-is-not-done) is listed at the end.
+
+**Where the kept runs come from.** Each `results.json` has command, configuration, seed, versions, CPU, threads, load at
+the end and time of every stage. {missing} New runs write them, each stage with its commit.
 """
 
 TAIL = """
@@ -32,16 +37,60 @@ does not have, without a protocol. We define one and report what comes out.
 """
 
 
+NOT_DONE = """
+## What of the paper is not done
+
+Row by row; "smaller" rows are in the tables above at another size than the paper's.
+
+| of the paper | here |
+|---|---|
+| §4, D.1: largest batch in 48 GB of an RTX A6000, in steps of 4 | smaller: resident memory of a process under 2.1 GB on a CPU, width 256, 8 steps, 64 tokens |
+| §4, D.1: 2.55 s per checkpoint over an inference-only forward pass, batch 40, 10 trials, GPU | smaller: processor seconds of one CPU at batch 4 and 8 steps, 3 rounds |
+| D.1: overhead of featurizing over a plain backward pass on CUDA | not on a GPU; on CPUs in the README's table |
+| §4: "a 1B-parameter model" in FLOPs, 135.1M parameters, 132 effective blocks | errors and conservation at this size; no training (the paper's inputs are random, too) |
+| Fig. 4: errors for six sketch sizes, ten seeds, SDI and TracIn | done at the paper's size, batch 4 (the paper does not state the batch of this figure) |
+| Fig. 1A, D.2: SDI profile of the probe 0101…, 512 training examples, all checkpoints | smaller: width 48 for 256, {parity}; the choice of checkpoints is not stated in the paper and decides the period |
+| D.2: the second probe, 1010… | read by the proxy (table in the report); no profile of it is shown, here or in the paper |
+| Fig. 1B: phase portrait and transition matrix | smaller model; drawn in the report |
+| D.2: 384 test strings of 40 bits, calibration and evaluation of the proxy | done; there are fewer alternating strings than the paper's counts of them |
+| §4: 100 % at 40 bits | not reached (above); three seeds |
+| Fig. 2A, D.3: board accuracy at 4 to 64 loops, SATNet's 9 × 9 puzzles, width 128, mean of 32 loops | smaller: 6 × 6 boards that we generate, width 64, mean of 8 loops |
+| Fig. 2B: energy curves by difficulty | smaller; at most checkpoints the slower decay is not there (report) |
+| Table 1, D.4: 512 + 512 puzzles | smaller: 256 + 256, all rows |
+| D.4: centre of mass and CDF crossings ("auxiliary") | the paper prints no numbers |
+| Fig. 3, D.5: 328.3M-parameter recursive nanochat, three training stages, 82 and 71 checkpoints | smaller: {nanochat}; one stage, text of Python's documentation |
+| §4, D.5: GSM8K, SmolTalk, MMLU, ARC, SpellingBee; 1024 conversations of 2048 tokens; mid-training and fine-tuning | not done: no chat data, no supervised fine-tuning, no assistant-only mask |
+| §4: task accuracy on GSM8K plateaus beyond τ = 4 | not done: held-out loss of the small model instead |
+| Appendices B, C: lemmas on CountSketch and TensorSketch | derived anew with exact variances, tested by enumeration ([design.md](design.md)) |
+| comparison with other attribution methods | the paper has none; ours are in [peers.md](peers.md) and [evaluation.md](evaluation.md) |
+"""
+
+
 def page() -> str:
     """The page as text."""
-    parts = [HEAD]
-    for name in ORDER:
-        path = DOCS / "results" / name / "results.json"
-        if path.is_file():
-            parts.append(_section(name, json.loads(path.read_text(encoding="utf-8"))))
-        else:
-            parts.append(f"\n## {name}\n\nNot run yet.\n")
-    return "".join([*parts, TAIL])
+    kept = {
+        name: json.loads((DOCS / "results" / name / "results.json").read_text(encoding="utf-8"))
+        for name in ORDER
+        if (DOCS / "results" / name / "results.json").is_file()
+    }
+    without = [name for name, results in kept.items() if "provenance" not in results]
+    missing = (
+        f"Commit, CPU flags and load before were not recorded yet when {', '.join(without)} ran, and "
+        "these have not been run again."
+        if without
+        else ""
+    )
+    parts = [HEAD.replace("{missing}", missing)]
+    parts += [_section(name, kept[name]) if name in kept else f"\n## {name}\n\nNot run yet.\n" for name in ORDER]
+    return "".join([*parts, TAIL, _not_done(kept)])
+
+
+def _not_done(kept: dict[str, Any]) -> str:
+    checkpoints = len(kept["parity"]["config"]["training"]["checkpoint_digits"]) + 1
+    parameters = next(c["note"] for c in kept["nanochat"]["comparisons"] if "parameters" in c["note"]).partition(" ")[0]
+    updates = kept["nanochat"]["config"]["pretraining"]["updates"]
+    text = NOT_DONE.replace("{parity}", f"{checkpoints} checkpoints")
+    return text.replace("{nanochat}", f"{parameters} parameters, {updates} updates")
 
 
 def _section(name: str, results: dict[str, Any]) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepinfluence.aggregation import Dominance, dominating, energy_of
 from stepinfluence.doctor import machine_facts, versions
 from stepinfluence.models.parity import ParityConfig
+from stepinfluence.periods import Period, period_of
 from stepinfluence.tasks.parity import ParityExample, ParityTrainConfig
 
 Array = NDArray[np.float32]
@@ -35,6 +37,10 @@ class DemoConfig:
             :func:`~stepinfluence.tasks.parity.influence_subset`).
         accuracy_strings: held-out strings of each length that accuracy is measured on.
         beyond: lengths, greater than any in training, at which accuracy is reported, but required only of queries.
+        validation_strings: strings of each of ``probe_lengths`` by which checkpoints are chosen; others than those that
+            accuracy is reported on.
+        kept_checkpoints: of the checkpoints from the end of the curriculum on, how many of the best are used. The best
+            one is the model that is asked.
         sketch_size: buckets for each parameter tensor.
         exact_train, exact_queries: size of the subset on which sketches are compared with exact gradients.
         batch_size: examples for each forward and backward pass of the attribution.
@@ -46,13 +52,15 @@ class DemoConfig:
     """
 
     training: ParityTrainConfig = field(default_factory=ParityTrainConfig.demo)
-    probe_lengths: tuple[int, ...] = (40, 30, 20)
+    probe_lengths: tuple[int, ...] = (40, 36, 32, 28, 24, 20)
     query_lengths: tuple[int, ...] = (12, 16, 20)
     queries_per_length: int = 8
     per_tercile: int = 96
     longest: int = 96
     accuracy_strings: int = 256
-    beyond: tuple[int, ...] = (25, 30, 35, 40)
+    beyond: tuple[int, ...] = (24, 28, 32, 36, 40)
+    validation_strings: int = 128
+    kept_checkpoints: int = 3
     sketch_size: int = 2048
     exact_train: int = 24
     exact_queries: int = 4
@@ -87,7 +95,8 @@ class DemoConfig:
             threshold=None,  # one more bit every min_steps, whatever the accuracy
             min_steps=15,
             final_steps=25,
-            checkpoint_digits=(4, 6),
+            checkpoint_digits=(4, 6, 8),
+            final_checkpoints=2,
         )
         return cls(
             training=training,
@@ -98,6 +107,7 @@ class DemoConfig:
             longest=16,
             accuracy_strings=64,
             beyond=(10,),
+            validation_strings=32,
             sketch_size=512,
             exact_train=6,
             exact_queries=2,
@@ -144,7 +154,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Query:
-    """A query: a held-out string or a probe, with what the final model makes of it.
+    """A query: a held-out string or a probe, with what the model makes of it.
 
     Attributes:
         example: the string; ``example.id`` numbers the queries from 0.
@@ -169,15 +179,18 @@ class DemoResult:
         config: what was run.
         train: the training examples that were scored, in the order of the rows of ``sdi``.
         queries: in the order of its columns.
-        sdi: ``(n_train, n_query, steps)`` step-decomposed influence summed over checkpoints, float32; positive =
-            training on the example lowers the loss of the query.
-        energy_by_checkpoint: ``(n_checkpoints, n_query)`` influence regardless of sign, summed over examples and steps:
-            which checkpoint a query's influence comes from.
-        exact: ``(rows, columns, exact values)``: the same quantity from exact gradients on a subset.
+        by_checkpoint: ``(n_checkpoints, n_train, n_query, steps)`` step-decomposed influence at each checkpoint times
+            its learning rate, float32; positive = training on the example lowers the loss of the query. Its sum over
+            checkpoints is the paper's (eq. 5), which one checkpoint can own.
+        trained: which checkpoints are from the end of the curriculum on; the best of them, see ``kept_checkpoints``.
+        chosen: which of them is the best: the model that was asked.
+        sdi: ``(n_train, n_query, steps)``: these checkpoints, balanced, in per cent of the query's influence (see
+            :func:`~stepinfluence.aggregation.balanced`). What is shown first.
+        exact: ``(rows, columns, exact values)``: ``sdi`` from exact gradients on a subset, scaled as ``sdi`` is.
         etas, checkpoints: learning rate and path of each checkpoint.
         accuracy: held-out accuracy by length; lengths of which every string was trained on are measured on those.
         accuracy_beyond: the same for some lengths longer than any in training.
-        train_losses: ``(n_train,)`` losses of the scored training examples at the final checkpoint, in nats.
+        train_losses: ``(n_train,)`` losses of the scored training examples at the chosen checkpoint, in nats.
         conservation: relative difference between summed step sketches and the sketch of the whole gradient.
         sdi_error, tracin_error: relative Frobenius error of the sketched scores against the exact ones.
         parameters, body_parameters: number of the model's, and of the loop body's.
@@ -191,8 +204,10 @@ class DemoResult:
     config: DemoConfig
     train: tuple[ParityExample, ...]
     queries: tuple[Query, ...]
+    by_checkpoint: Array
+    trained: tuple[int, ...]
+    chosen: int
     sdi: Array
-    energy_by_checkpoint: Array
     exact: tuple[NDArray[np.int64], NDArray[np.int64], Array]
     etas: tuple[float, ...]
     checkpoints: tuple[Path, ...]
@@ -234,16 +249,49 @@ class DemoResult:
 
     @property
     def tracin(self) -> Array:
-        """``(n_train, n_query)``: influence summed over loop steps."""
+        """``(n_train, n_query)``: ``sdi`` summed over loop steps."""
         return np.asarray(self.sdi.sum(2), dtype=np.float32)
+
+    @property
+    def energy_by_checkpoint(self) -> Array:
+        """``(n_checkpoints, n_query)``: absolute influence, summed over examples and steps."""
+        return np.asarray(energy_of(self.by_checkpoint), dtype=np.float32)
+
+    @property
+    def checkpoint_names(self) -> tuple[str, ...]:
+        """``update 500``: the optimizer step of each checkpoint (a step, here, is one of the loop)."""
+        return tuple(f"update {int(path.stem.rpartition('-')[2])}" for path in self.checkpoints)
+
+    def energy_period(self, column: int) -> Period:
+        """Period of a query's influence regardless of sign, up to its read-out, with its p-value."""
+        return period_of(np.abs(self.sdi[:, column]).sum(0)[: self.queries[column].example.n_digits])
+
+    def profile_period(self, column: int) -> Period:
+        """Period of a query's summed influence (the paper's profile), up to its read-out, with its p-value."""
+        return period_of(self.sdi[:, column].sum(0)[: self.queries[column].example.n_digits])
+
+    def margin_period(self, column: int) -> Period:
+        """Period of a query's logit margin up to its read-out, with its p-value."""
+        query = self.queries[column]
+        return period_of(query.margin[: query.example.n_digits])
+
+    def dominance(self, column: int) -> Dominance | None:
+        """The checkpoint that would own the plain sum over all of them, if one would."""
+        return dominating(self.energy_by_checkpoint[:, column], self.checkpoint_names)
 
 
 def save_arrays(result: DemoResult, path: Path) -> None:
-    """Write ``influence.npz``: scores, ids and texts, losses and margins, without pickled objects."""
+    """Write ``influence.npz``: scores, ids and texts, losses and margins, without pickled objects.
+
+    ``sdi`` is what the report shows first, ``by_checkpoint`` what it was made from: see :class:`DemoResult`.
+    """
     rows, columns, exact = result.exact
     np.savez_compressed(
         path,
         sdi=result.sdi,
+        by_checkpoint=result.by_checkpoint,
+        trained=np.array(result.trained),
+        chosen=result.chosen,
         train_ids=np.array([e.id for e in result.train]),
         train_texts=np.array([e.text for e in result.train]),
         train_losses=result.train_losses,
@@ -253,7 +301,6 @@ def save_arrays(result: DemoResult, path: Path) -> None:
         query_predictions=np.array([q.prediction for q in result.queries]),
         query_margins=np.stack([q.margin for q in result.queries]),
         etas=np.array(result.etas),
-        energy_by_checkpoint=result.energy_by_checkpoint,
         exact_rows=rows,
         exact_columns=columns,
         exact_sdi=exact,

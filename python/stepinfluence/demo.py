@@ -28,7 +28,9 @@ from stepinfluence._demo_data import (
     save_arrays,
     save_config,
 )
+from stepinfluence.aggregation import balanced, energy_of, equal_weights
 from stepinfluence.capture import Capture, ExactCapture, attach
+from stepinfluence.checkpoints import load_checkpoint
 from stepinfluence.doctor import PeakMemory, machine_facts, versions
 from stepinfluence.models.parity import ParityTransformer, parity_loss
 from stepinfluence.scoring import influence_over_checkpoints
@@ -88,8 +90,12 @@ def _run(config: DemoConfig, checkpoint_dir: Path, progress: bool, announce: Cal
         stages.append(Stage(name, time.perf_counter() - began, time.process_time() - cpu, memory.peak_bytes()))
 
     with stage("train the model"):
-        trained, checkpoints = _train(config, checkpoint_dir, progress=progress)
+        trained, saved = _train(config, checkpoint_dir, progress=progress)
+    with stage("choose among its checkpoints"):
+        best = _best(trained, saved, config, progress=progress)
+        checkpoints = _keep(trained, saved, best, config)
     model = trained.model
+    shown = sorted(checkpoints.index(saved[k]) for k in best)
     with stage("measure its accuracy"):
         accuracy, beyond = _accuracy(model, trained.train_set, config, progress=progress)
 
@@ -103,36 +109,41 @@ def _run(config: DemoConfig, checkpoint_dir: Path, progress: bool, announce: Cal
     query_batches = _batches(examples, config.batch_size, length=length)
     capture = attach(model, body=model.block, sketch_size=config.sketch_size, seed=config.seed)
 
-    with stage("influence over all checkpoints"):
-        # One by one, to tell which checkpoint a query's influence comes from; their sum is what counts.
+    with stage("influence at each checkpoint"):
+        # One by one, to tell which checkpoint a query's influence comes from.
         parts = [
             influence_over_checkpoints(
                 capture, [path], train_batches, query_batches, parity_loss, ids=_ids, progress=progress
             )
             for path in tqdm(checkpoints, desc="checkpoints", delay=2, disable=not progress)
         ]
-    sdi = torch.stack([part.sdi for part in parts]).sum(0).numpy()
+    by_checkpoint = np.stack([part.sdi.numpy() for part in parts])
+    sdi = balanced(by_checkpoint[shown])
     with stage("check conservation"):
         conservation = _conservation(capture, query_batches, progress=progress)
     rows, columns = _exact_subset(config, len(train), len(examples))
     with stage("compare with exact gradients"):
-        exact = influence_over_checkpoints(
-            ExactCapture(model, body=model.block),
-            checkpoints,
-            _batches([train[r] for r in rows], config.batch_size),
-            _batches([examples[c] for c in columns], config.batch_size, length=length),
-            parity_loss,
-            ids=_ids,
-            progress=progress,
-        ).sdi.numpy()
+        reference = ExactCapture(model, body=model.block)
+        some = _batches([train[r] for r in rows], config.batch_size)
+        asked = _batches([examples[c] for c in columns], config.batch_size, length=length)
+        # Scaled by the energies of the sketched scores: those of all examples, not of the subset.
+        weights = equal_weights(energy_of(by_checkpoint[shown]))[:, columns]
+        exact = np.zeros((len(rows), len(columns), length), dtype=np.float32)
+        for k, weight in zip(shown, weights, strict=True):
+            part = influence_over_checkpoints(
+                reference, [checkpoints[k]], some, asked, parity_loss, ids=_ids, progress=progress
+            )
+            exact += part.sdi.numpy() * weight[:, None].astype(np.float32)
     sketched = sdi[np.ix_(rows, columns)]
 
     return DemoResult(
         config=config,
         train=tuple(train),
         queries=_answers(model, examples, length),
+        by_checkpoint=by_checkpoint,
+        trained=tuple(shown),
+        chosen=checkpoints.index(saved[best[0]]),
         sdi=sdi,
-        energy_by_checkpoint=np.stack([part.energy().sum(1).numpy() for part in parts]),
         exact=(rows, columns, exact),
         etas=tuple(eta for part in parts for eta in part.etas),
         checkpoints=tuple(checkpoints),
@@ -163,6 +174,40 @@ def _train(config: DemoConfig, folder: Path, *, progress: bool) -> tuple[TrainRe
         torch.save(content, paths[-1])
 
     return train_parity(config.training, on_checkpoint=save, progress=progress), paths
+
+
+def _best(result: TrainResult, saved: Sequence[Path], config: DemoConfig, *, progress: bool) -> list[int]:
+    """The best checkpoints from the end of the curriculum on, best first; the model has the first one's weights then.
+
+    Accuracy on strings longer than any in training comes and goes from one checkpoint to the next. They are ranked by
+    accuracy on validation strings, from the shortest probe length up to the first that is not solved. Of a run that did
+    not end its curriculum there is the last one.
+    """
+    top = config.training.max_digits
+    ended = [k for k, (_, _, mastered) in enumerate(result.checkpoints) if mastered == top] or [len(saved) - 1]
+    lengths = sorted(config.probe_lengths)
+    strings = make_heldout_set(lengths, config.validation_strings, exclude=result.train_set, seed=config.seed + 3)
+    scores: dict[int, float] = {}
+    for k in tqdm(ended, desc="checkpoints", delay=2, disable=not progress):
+        load_checkpoint(saved[k]).load_into(result.model)
+        scores[k] = 0.0
+        for n in lengths:
+            found = accuracy_by_length(result.model, [e for e in strings if e.n_digits == n]).get(n, 1.0)
+            scores[k] += found
+            if found < config.required_accuracy:
+                break
+    best = sorted(ended, key=lambda k: (-scores[k], -k))[: config.kept_checkpoints]
+    load_checkpoint(saved[best[0]]).load_into(result.model)
+    return best
+
+
+def _keep(result: TrainResult, saved: Sequence[Path], best: Sequence[int], config: DemoConfig) -> list[Path]:
+    """The checkpoints that are scored, in the order of training; the others' files are removed."""
+    top = config.training.max_digits
+    kept = [k for k, (_, _, mastered) in enumerate(result.checkpoints) if mastered < top or k in best]
+    for k in set(range(len(saved))) - set(kept):
+        saved[k].unlink()
+    return [saved[k] for k in kept]
 
 
 def _accuracy(

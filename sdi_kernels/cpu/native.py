@@ -2,12 +2,16 @@
 
 The library (``_sketch*.so``, built by setup.py from ``src/``) is plain C: one build serves every Python version. It
 is opened on first use; :func:`library` returns None where it was not built or cannot be loaded.
+
+``SDI_KERNELS_CPU`` in the environment picks the instruction set instead of the best this machine has: ``avx512``,
+``avx2``, ``baseline``, or ``none`` for plain torch. It is read once, when the library is opened.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +20,8 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROUTES = {"direct": 0, "fft": 1}
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+VARIABLE = "SDI_KERNELS_CPU"
 NO_MEMORY = 1
 
 
@@ -59,7 +65,16 @@ class Call(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None."""
+    """The compiled kernels, or None.
+
+    Raises:
+        ValueError: ``SDI_KERNELS_CPU`` names no instruction set, or one that this machine has not.
+    """
+    asked = os.environ.get(VARIABLE) or None
+    if asked not in (None, "none", *INSTRUCTION_SETS):
+        raise ValueError(f"{VARIABLE}: got {asked!r}; use one of {', '.join(INSTRUCTION_SETS)} or none")
+    if asked == "none":
+        return None
     for path in sorted(Path(__file__).parent.glob("_sketch*.so")):
         try:
             loaded = ctypes.CDLL(str(path))
@@ -74,6 +89,8 @@ def library() -> ctypes.CDLL | None:
             getattr(loaded, name).argtypes = (ctypes.POINTER(Call),)
         loaded.sdi_supports.argtypes = (ctypes.c_int64,)
         loaded.sdi_set_variant.argtypes = (ctypes.c_char_p,)
+        if asked is not None and loaded.sdi_set_variant(asked.encode()) != 0:
+            raise ValueError(f"{VARIABLE}: got {asked!r}, which this machine has not; unset it for the best it has")
         return loaded
     return None
 
@@ -96,6 +113,12 @@ def instruction_set() -> str | None:
     """The variant of the kernels in use (``"avx512"``, ``"avx2"``, ``"baseline"``), or None without the library."""
     loaded = library()
     return None if loaded is None else str(loaded.sdi_variant().decode())
+
+
+def set_instruction_set(name: str) -> bool:
+    """Go on with another variant of the kernels; False where there is no library, or this machine cannot run it."""
+    loaded = library()
+    return loaded is not None and bool(loaded.sdi_set_variant(name.encode()) == 0)
 
 
 def supports_fft(m: int) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from accuracy import Expected, multilinear
 from torch import Tensor
 
 import sdi_kernels as sk
-from sdi_kernels import TensorSketch, reference
+from sdi_kernels import CountSketch, TensorSketch, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROUTES = ("auto", "direct", "fft")
@@ -32,6 +34,93 @@ def assert_sketches(got: Tensor, want: Tensor, *, exact: bool = True) -> None:
     else:  # integers through a Fourier transform
         atol = 1e-10 if got.dtype == torch.float64 else 2e-3
         torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
+
+
+# What plain torch makes of a gradient: formed, signed, and its entries added up by bucket. Signs are inputs, so that
+# the terms' absolute values are to be had (accuracy.py).
+
+
+def in_buckets(values: Tensor, buckets: Tensor, m: int) -> Tensor:
+    """(..., n) added up into (..., m); ``buckets`` is (n,)."""
+    return values.new_zeros(*values.shape[:-1], m).index_add(-1, buckets, values)
+
+
+def signs_of(sketch: TensorSketch) -> tuple[Tensor, Tensor]:
+    """Of outputs and inputs; both float32."""
+    return torch.tensor(sketch.out.sign).float(), torch.tensor(sketch.inp.sign).float()
+
+
+def buckets_of(sketch: TensorSketch) -> Tensor:
+    """(d_out * d_in,), row by row."""
+    h_out, h_in = torch.tensor(sketch.out.bucket).long(), torch.tensor(sketch.inp.bucket).long()
+    return (h_out[:, None] + h_in).remainder(sketch.m).flatten()
+
+
+def signed_sketch(a: Tensor, g: Tensor, s_out: Tensor, s_in: Tensor, *scale: Tensor, buckets: Tensor, m: int) -> Tensor:
+    grads = torch.einsum("...to,...ti->...oi", g * s_out, a * s_in)
+    for factors in scale:
+        grads = grads * factors
+    return in_buckets(grads.flatten(-2), buckets, m)
+
+
+def expected_linear(
+    a: Tensor, g: Tensor, sketch: TensorSketch, *, scale: Tensor | None = None, before: float = 0
+) -> Expected:
+    """What is expected of the sketches of ``scale * sum_t g_t a_t'``, added to a buffer full of ``before``."""
+    buckets = buckets_of(sketch)
+
+    def plain(*inputs: Tensor) -> Tensor:
+        return before + signed_sketch(*inputs, buckets=buckets, m=sketch.m)
+
+    grads = reference.linear_grads(a, g)
+    exact = reference.tensor_sketch(grads if scale is None else scale.double() * grads, sketch)
+    scales = () if scale is None else (scale,)
+    return multilinear(plain, a, g, *signs_of(sketch), *scales, exact=before + exact)
+
+
+def expected_matrix(grads: Tensor, sketch: TensorSketch, *, scale: Tensor | None = None) -> Expected:
+    buckets, ones = buckets_of(sketch), torch.ones(())
+    scaled = grads.double() * (ones if scale is None else scale).double()
+
+    def plain(grads: Tensor, s_out: Tensor, s_in: Tensor, scale: Tensor) -> Tensor:
+        return in_buckets((grads * scale * s_out[:, None] * s_in).flatten(-2), buckets, sketch.m)
+
+    return multilinear(
+        plain, grads, *signs_of(sketch), ones if scale is None else scale, exact=reference.tensor_sketch(scaled, sketch)
+    )
+
+
+def expected_embedding(ids: Tensor, g: Tensor, sketch: TensorSketch) -> Expected:
+    one_hot = torch.nn.functional.one_hot(ids.long(), sketch.d_out).float()
+    exact = reference.sketch_embedding_grads(ids, g, sketch)
+    return replace(expected_linear(g, one_hot, sketch), exact=exact)
+
+
+def expected_vector(
+    g: Tensor,
+    sketch: CountSketch,
+    *,
+    factors: Tensor | None = None,
+    center: Tensor | None = None,
+    scale: Tensor | None = None,
+    before: float = 0,
+) -> Expected:
+    """Of ``sum_t g_t * (factors_t - center_t) * scale_t``, each of the three left out where it is None."""
+    buckets, signs = torch.tensor(sketch.bucket).long(), torch.tensor(sketch.sign).float()
+    one, zero = torch.ones(()), torch.zeros(())
+    given = (
+        one if factors is None else factors,
+        zero if center is None else -center.unsqueeze(-1),
+        one if scale is None else scale.unsqueeze(-1),
+    )
+
+    def plain(g: Tensor, factors: Tensor, minus_center: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
+        values = g * (factors + minus_center) * scale * signs
+        return before + in_buckets(values.sum(-2), buckets, sketch.m)
+
+    wide = [x.double() for x in (g, *given)]
+    exact = reference.sketch_vector_grads(wide[0] * (wide[1] + wide[2]) * wide[3], sketch)
+    return multilinear(plain, g, *given, signs, exact=before + exact)
 
 
 Call = Callable[..., Tensor]

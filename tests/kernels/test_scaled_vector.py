@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import Expected
+from sketch_cases import expected_vector
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,14 +13,7 @@ import sdi_kernels
 from sdi_kernels import CountSketch, ops, reference
 from sdi_kernels.cpu import native
 
-
-def definition(grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor | None) -> Tensor:
-    values = factors.double()
-    if center is not None:
-        values = values - center.double().unsqueeze(-1)
-    if scale is not None:
-        values = values * scale.double().unsqueeze(-1)
-    return grads.double() * values
+pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -42,17 +37,16 @@ def test_matches_the_definition(
     center = torch.randn(rows, tokens) if statistics == "both" else None
     scale = torch.rand(rows, tokens) if statistics != "none" else None
     sketch = CountSketch(d, m, seed=3)
-    want = reference.sketch_vector_grads(definition(grads, factors, center, scale), sketch)
+    statistic = {"factors": factors, "center": center, "scale": scale}
     # Into a strided slice that already holds something.
     buffer = torch.ones(rows, 3, m, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     out = buffer[:, 1]
     got = sdi_kernels.sketch_scaled_vector_grads(grads, factors, sketch, center=center, scale=scale, out=out)
     assert got.data_ptr() == out.data_ptr()
-    tolerance = 1e-5 if dtype != torch.float64 else 1e-6  # statistics are float32
-    torch.testing.assert_close(out.double() - 1, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    expected_vector(grads, sketch, before=1, **statistic).check(out)
     assert bool((buffer[:, [0, 2]] == 1).all())
     fresh = sdi_kernels.sketch_scaled_vector_grads(grads, factors, sketch, center=center, scale=scale)
-    torch.testing.assert_close(fresh.double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    expected_vector(grads, sketch, **statistic).check(fresh)
 
 
 def test_strided_inputs_and_no_tokens(route: str) -> None:
@@ -61,24 +55,31 @@ def test_strided_inputs_and_no_tokens(route: str) -> None:
     grads, factors = wide[..., ::4], wide[..., 1::4]
     out = torch.zeros(2, 8)
     sdi_kernels.sketch_scaled_vector_grads(grads, factors, sketch, out=out)
-    torch.testing.assert_close(out.double(), reference.sketch_vector_grads(grads.double() * factors, sketch))
+    expected_vector(grads, sketch, factors=factors).check(out)
     before = out.clone()
     sdi_kernels.sketch_scaled_vector_grads(torch.zeros(2, 0, 6), torch.zeros(2, 0, 6), sketch, out=out)
     assert torch.equal(out, before)
 
 
 def test_is_the_gradient_of_a_layer_norm_gain(route: str) -> None:
-    x, weight = torch.randn(3, 9, 10), torch.randn(10, requires_grad=True)
-    y = F.layer_norm(x, (10,), weight)
-    upstream = torch.randn_like(y)
+    x, weight = torch.randn(3, 9, 10), torch.randn(10)
+    upstream = torch.randn_like(x)
     _, mean, rstd = torch.native_layer_norm(x, (10,), None, None, 1e-5)
     sketch = CountSketch(10, 32)
     out = torch.zeros(3, 32)
     sdi_kernels.sketch_scaled_vector_grads(
         upstream, x, sketch, center=mean.squeeze(-1), scale=rstd.squeeze(-1), out=out
     )
-    rows = [torch.autograd.grad(y[k], weight, upstream[k], retain_graph=True)[0] for k in range(3)]
-    torch.testing.assert_close(out.double(), reference.count_sketch(torch.stack(rows), sketch), rtol=1e-4, atol=1e-5)
+
+    def gains(dtype: torch.dtype) -> Tensor:
+        """By autograd, row by row."""
+        gain = weight.to(dtype).requires_grad_()
+        y = F.layer_norm(x.to(dtype), (10,), gain)
+        rows = [torch.autograd.grad(y[k], gain, upstream[k].to(dtype), retain_graph=True)[0] for k in range(3)]
+        return reference.count_sketch(torch.stack(rows), sketch)
+
+    terms = expected_vector(upstream, sketch, factors=x, center=mean.squeeze(-1), scale=rstd.squeeze(-1)).magnitude
+    Expected(gains(torch.float64), gains(torch.float32), terms).check(out)
 
 
 def test_differentiable_without_out() -> None:

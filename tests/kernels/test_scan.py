@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from accuracy import inner_products
 from torch import Tensor
 
-from sdi_kernels.cpu import native, scan
+from sdi_kernels.cpu import scan
+
+pytestmark = pytest.mark.numeric
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def _variant(request: pytest.FixtureRequest) -> Iterator[None]:
-    library = native.library()
-    if library is None or scan._entry() is None:
-        pytest.skip("the compiled kernels are not built")
-    chosen = native.instruction_set()
-    if library.sdi_set_variant(request.param.encode()) != 0:
-        pytest.skip(f"no {request.param} here")
-    yield
-    assert chosen is not None
-    library.sdi_set_variant(chosen.encode())
 
 
 def codes_of(dtype: torch.dtype, rows: int, d: int) -> Tensor:
@@ -33,31 +21,29 @@ def codes_of(dtype: torch.dtype, rows: int, d: int) -> Tensor:
     return torch.randn(rows, d, generator=generator).to(dtype)
 
 
-@pytest.mark.usefixtures("_variant")
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_products(dtype: torch.dtype, scaled: bool) -> None:
     for rows, d, count in ((1, 1, 1), (3, 15, 2), (9, 16, 3), (300, 129, 7), (70, 5000, 5), (2, 9000, 16), (0, 4, 2)):
         codes, vectors = codes_of(dtype, rows, d), torch.randn(count, d)
         scales = torch.rand(rows) + 0.5 if scaled else None
-        expected = codes.double() @ vectors.double().T
-        expected = expected if scales is None else expected * scales.double().unsqueeze(1)
+        factors = (codes, vectors) if scales is None else (codes, vectors, scales)
         found = scan.row_products(codes, scales, vectors)
         assert found is not None
-        size = codes.double().norm(dim=1, keepdim=True) * vectors.double().norm(dim=1) * (1.5 if scaled else 1)
-        assert ((found - expected).abs() <= 1e-6 * size).all()
+        inner_products("nd,kd->nk" if scales is None else "nd,kd,n->nk", *factors).check(found)
 
 
-@pytest.mark.usefixtures("_variant")
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_columns_of_wider_rows(dtype: torch.dtype) -> None:
     codes, vectors = codes_of(dtype, 33, 100), torch.randn(3, 41)
     found = scan.row_products(codes[:, 30:71], None, vectors)
     assert found is not None
-    torch.testing.assert_close(found, codes[:, 30:71].float() @ vectors.T, rtol=1e-4, atol=1e-3)
+    inner_products("nd,kd->nk", codes[:, 30:71], vectors).check(found)
 
 
-@pytest.mark.usefixtures("_variant")
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_rows_have_equal_products_wherever_they_lie(dtype: torch.dtype) -> None:
     one, vectors = codes_of(dtype, 1, 333), torch.randn(6, 333)
@@ -72,7 +58,7 @@ def test_equal_rows_have_equal_products_wherever_they_lie(dtype: torch.dtype) ->
         torch.set_num_threads(threads)
 
 
-@pytest.mark.usefixtures("_variant")
+@pytest.mark.usefixtures("instruction_set")
 def test_halves_of_every_value() -> None:
     """All 2**16 bit patterns, subnormals, infinities and NaN included."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)

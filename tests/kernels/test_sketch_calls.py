@@ -6,11 +6,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sketch_cases import (
+    SKETCH,
+    assert_sketches,
+    call,
+    expected_embedding,
+    expected_linear,
+    expected_matrix,
+    expected_vector,
+    integers,
+    kinds,
+)
 from torch import Tensor
 
 import sdi_kernels as sk
 from sdi_kernels import TensorSketch
-from tests.kernels.sketch_cases import SKETCH, assert_sketches, call, integers, kinds
+
+pytestmark = pytest.mark.numeric
 
 
 @kinds
@@ -111,17 +123,20 @@ def test_a_bad_example_stays_alone(kind: str, bad: float) -> None:
 def test_autocast_does_not_lower_the_precision(kind: str) -> None:
     x = {d: torch.randn(2, 60, d) for d in (4, 5)}
     ids = torch.randint(5, (2, 60))
-    f: dict[str, Callable[[], Tensor]] = {
-        "matrix": lambda: sk.sketch_matrix_grads(x[4][:, :5], SKETCH),
-        "embedding": lambda: sk.sketch_embedding_grads(ids, x[4], SKETCH),
-        "vector": lambda: sk.sketch_vector_grads(x[5], SKETCH.out),
-    }
-    run = f.get(kind, lambda: sk.sketch_linear_grads(x[4], x[5], SKETCH, route=kind))  # type: ignore[arg-type]
-    want = run()
+    run: Callable[[], Tensor]
+    if kind == "matrix":
+        run, expected = lambda: sk.sketch_matrix_grads(x[4][:, :5], SKETCH), expected_matrix(x[4][:, :5], SKETCH)
+    elif kind == "embedding":
+        run, expected = lambda: sk.sketch_embedding_grads(ids, x[4], SKETCH), expected_embedding(ids, x[4], SKETCH)
+    elif kind == "vector":
+        run, expected = lambda: sk.sketch_vector_grads(x[5], SKETCH.out), expected_vector(x[5], SKETCH.out)
+    else:
+        run = lambda: sk.sketch_linear_grads(x[4], x[5], SKETCH, route=kind)  # type: ignore[arg-type]  # noqa: E731
+        expected = expected_linear(x[4], x[5], SKETCH)
     with torch.autocast("cpu", torch.bfloat16):
         got = run()
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    expected.check(got, kind)
 
 
 def test_sketch_first_used_in_inference_mode_serves_training() -> None:

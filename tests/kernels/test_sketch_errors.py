@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from sketch_cases import SKETCH
 
 import sdi_kernels as sk
 from sdi_kernels import CountSketch, TensorSketch
 from sdi_kernels.hashing import MAX_SKETCH_SIZE
-from tests.kernels.sketch_cases import SKETCH
 
 A, G, IDS = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
 linear, matrix, embedding, vector = (

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from sketch_cases import SKETCH, families, integers
 
 import sdi_kernels as sk
 from sdi_kernels import CountSketch, HashFamily, TensorSketch
 from sdi_kernels.hashing import inverse_table
-from tests.kernels.sketch_cases import SKETCH, families, integers
 
 
 @families

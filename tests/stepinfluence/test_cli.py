@@ -137,5 +137,5 @@ def test_unsolved_task_fails_loudly(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert done.exit_code == 1
     assert "NOT SOLVED" in done.stderr
     assert (tmp_path / "a" / "report.html").exists()
-    for words in ("Task", "Accuracy", "helpful", "acts most at", "Conservation error", "peak MiB", "Open"):
+    for words in ("Task", "Accuracy", "helpful", "largest at", "Conservation error", "peak MiB", "Open"):
         assert words in done.stdout

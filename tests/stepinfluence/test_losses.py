@@ -18,6 +18,8 @@ from stepinfluence.losses import (
 )
 from stepinfluence.models import LoopedGPT, LoopedGPTConfig
 
+pytestmark = pytest.mark.numeric
+
 
 def test_token_losses_are_shifted_and_masked() -> None:
     logits = torch.zeros(1, 3, 4)

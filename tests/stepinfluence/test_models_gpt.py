@@ -12,6 +12,8 @@ from stepinfluence.models import Block, BlockConfig, LoopedGPT, LoopedGPTConfig,
 from stepinfluence.models.blocks import rotary_table
 from torch import Tensor
 
+pytestmark = pytest.mark.numeric
+
 TINY = LoopedGPTConfig.tiny()
 
 

@@ -8,6 +8,8 @@ from stepinfluence.models import ParityConfig, ParityTransformer, parity_loss
 from stepinfluence.tasks.parity import ParityExample, collate
 from torch import Tensor
 
+pytestmark = pytest.mark.numeric
+
 SMALL = ParityConfig(d_model=16, n_heads=4)
 EXAMPLES = [
     ParityExample(0, "1"),

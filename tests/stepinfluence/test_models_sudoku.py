@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from stepinfluence import ExactCapture, attach
 from stepinfluence.models.sudoku import SudokuConfig, SudokuTransformer, blank_loss, sudoku_loss
 
+pytestmark = pytest.mark.numeric
+
 TINY = SudokuConfig(2, 2, d_model=16, n_heads=2, steps=3)
 
 

@@ -6,20 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import influence_of_sketches, measure_body
 from stepinfluence import Capture, attach, influence
 from stepinfluence.models import LoopedGPT, LoopedGPTConfig, gpt_loss
 from torch import Tensor
 
 from sdi_kernels import CountSketch, TensorSketch
 
+pytestmark = pytest.mark.numeric
+
 sdi = pytest.importorskip("sdi", reason="the published package (extra: test)")
 
 SKETCH_SIZE = 128
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # a small model; put back by the fixture of all tests
 
 
 def batches(sizes: list[int], seed: int) -> list[dict[str, Tensor]]:
@@ -40,10 +38,6 @@ def adopt_tables(capture: Capture, published: Any) -> None:
         object.__setattr__(target, "sketch", sketch)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("route", ["auto", "direct", "fft"])
 def test_sketches_and_influence(route: Any) -> None:
@@ -59,12 +53,20 @@ def test_sketches_and_influence(route: Any) -> None:
     adopt_tables(capture, published)
     published.close()
     ours = [capture.featurize(side, gpt_loss) for side in (train, query)]
-    for found, expected in zip(ours, theirs, strict=True):
+    tables = {t.name: t.sketch for t in capture.targets}
+    rounding = [measure_body(model, side, gpt_loss, model.core, list(tables)) for side in (train, query)]
+    for found, expected, of in zip(ours, theirs, rounding, strict=True):
         assert {b.name for b in found.space.blocks} == set(expected.phi)
-        for block in found.space.blocks:
-            assert relative(found.values[..., block.start : block.stop], expected.phi[block.name]) <= 1e-5
-    scores = influence(*ours)
-    assert relative(scores.sdi, sdi.estimators.compute_query_sdi(train=theirs[0], query=theirs[1])) <= 1e-5
-    matrix = sdi.estimators.compute_step_matrix(train=theirs[0], query=theirs[1])
-    assert relative(influence(*ours, decompose="both").sdi, matrix) <= 1e-5
-    assert relative(scores.tracin, sdi.estimators.compute_tracin(train=theirs[0], query=theirs[1])) <= 1e-5
+        of.check_sketches(found.values, "ours:", tables, per_step=True)
+        published_values = torch.cat([expected.phi[b.name] for b in found.space.blocks], -1)
+        of.check_sketches(published_values, "the package's:", tables, per_step=True)
+    scores, package = influence(*ours), sdi.estimators
+    sides = {"train": theirs[0], "query": theirs[1]}
+    for what, found, published_found in (
+        ("query", scores.sdi, package.compute_query_sdi(**sides)),
+        ("both", influence(*ours, decompose="both").sdi, package.compute_step_matrix(**sides)),
+        ("none", scores.tracin, package.compute_tracin(**sides)),
+    ):
+        expected = influence_of_sketches(*rounding, tables, steps=what)
+        expected.check(found, f"ours, {what}:")
+        expected.check(published_found, f"the package's, {what}:")

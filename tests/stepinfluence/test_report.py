@@ -15,11 +15,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepinfluence.report import Accuracy, Check, QueryItem, Report, Stage, TrainItem, render_report, save_pictures
+from stepinfluence.report import (
+    Accuracy,
+    Check,
+    QueryItem,
+    Report,
+    Stage,
+    TrainItem,
+    View,
+    render_report,
+    save_pictures,
+)
 from stepinfluence.report.payload import (
     embed,
     find_peaks,
-    find_period,
     pack,
     payload,
     signed,
@@ -68,6 +77,10 @@ def report() -> Report:
         train=train,
         queries=queries,
         sdi=sdi,
+        unit="<% of all>",
+        note=HOSTILE[1],
+        view="both <i>alike</i>",
+        others=[View(HOSTILE[1], -2 * sdi, note=HOSTILE[0])],
         checkpoints=["step 1", "<step 2>"],
         energy_by_checkpoint=np.array([[1, 2, 3], [0, 0, 5]], dtype=np.float32),
         checks=[Check("Error <i>", "1e-7", True, "small"), Check("Accuracy", "12 %", False, HOSTILE[1], "≥ 99 %")],
@@ -89,23 +102,27 @@ def test_embedded_numbers_are_those_of_the_arrays(report: Report) -> None:
     data = embedded(render_report(report))
     assert data["steps"] == STEPS
     for column, query in enumerate(data["queries"]):
-        scores = report.sdi[:, column]
-        rows = query["rows"]
-        assert np.array_equal(unpack(query["values"]), scores[rows])
-        assert np.array_equal(unpack(query["totals"]), scores.sum(1)[rows])
-        assert np.array_equal(unpack(query["profile"]), scores.sum(0))
-        assert np.array_equal(unpack(query["energy"]), np.abs(scores).sum(0))
-        assert query["peaks"] == [int(np.abs(scores[r]).argmax()) + 1 for r in rows]
+        for view, shown in zip(query["views"], report.views, strict=True):
+            scores = shown.sdi[:, column]
+            rows = view["rows"]
+            assert np.array_equal(unpack(view["values"]), scores[rows])
+            assert np.array_equal(unpack(view["totals"]), scores.sum(1)[rows])
+            assert np.array_equal(unpack(view["profile"]), scores.sum(0))
+            assert np.array_equal(unpack(view["energy"]), np.abs(scores).sum(0))
+            assert view["peaks"] == [int(np.abs(scores[r]).argmax()) + 1 for r in rows]
+            assert view["counts"] == [int((scores.sum(1) > 0).sum()), int((scores.sum(1) < 0).sum())]
+            by_group = unpack(view["byGroup"])
+            assert by_group.shape == (4, STEPS)
+            np.testing.assert_allclose(by_group[1], scores[1::4].mean(0), rtol=1e-5, atol=1e-6)
+        helpful, harmful = (view["helpful"] for view in query["views"])
+        assert query["views"][0]["rows"][:helpful] == query["views"][1]["rows"][harmful:]  # of opposite sign
         assert report.energy_by_checkpoint is not None
         assert np.array_equal(unpack(query["byCheckpoint"]), report.energy_by_checkpoint[:, column])
-        assert query["counts"] == [int((scores.sum(1) > 0).sum()), int((scores.sum(1) < 0).sum())]
-        by_group = unpack(query["byGroup"])
-        assert by_group.shape == (4, STEPS)
-        np.testing.assert_allclose(by_group[1], scores[1::4].mean(0), rtol=1e-5, atol=1e-6)
         margin = report.queries[column].margin
         assert (query["margin"] is None) if margin is None else np.array_equal(unpack(query["margin"]), margin)
     assert [q["readStep"] for q in data["queries"]] == [9, STEPS, STEPS]
-    assert not unpack(data["queries"][0]["profile"])[9:].any()
+    assert not unpack(data["queries"][0]["views"][0]["profile"])[9:].any()
+    assert [v["unit"] for v in data["views"]] == ["<% of all>", "first order, weighted by learning rate"]
     assert data["accuracy"] == [
         {"name": "1", "value": 1.0, "trained": True},
         {"name": "2", "value": 0.5, "trained": False},
@@ -183,6 +200,8 @@ def test_page_may_load_nothing_and_run_only_its_own_scripts(report: Report) -> N
         ({"sdi": np.full((80, 3, STEPS), np.nan, dtype=np.float32)}, "NaN"),
         ({"checkpoints": ["one"]}, "energy_by_checkpoint: got shape (2, 3)"),
         ({"first_query": 3}, "first_query: got 3"),
+        ({"others": [View("v", np.zeros((80, 3, 1), dtype=np.float32))]}, "others: 'v' has shape (80, 3, 1)"),
+        ({"others": [View("v", np.full((80, 3, STEPS), np.inf, dtype=np.float32))]}, "NaN or infinite"),
     ],
 )
 def test_wrong_reports_are_refused(report: Report, change: dict[str, Any], message: str) -> None:
@@ -202,20 +221,37 @@ def test_smallest_report() -> None:
         "t", "l", [TrainItem("a", "")], [QueryItem("q", "", 0.0, "", "")], np.zeros((1, 1, 1), dtype=np.float32)
     )
     query = payload(one)["queries"][0]
-    assert query["rows"] == []
-    assert query["profilePeaks"] == []
+    assert query["views"][0]["rows"] == []
+    assert query["views"][0]["energyPeaks"] == []
+    assert "no period" in query["views"][0]["period"]["says"]
+    assert query["dominance"] == ""
     assert "<h1>" in render_report(one)
 
 
-def test_period_of_a_curve() -> None:
-    steps = np.arange(1, 41)
-    found = find_period(5 + 0.05 * steps + (steps % 4 == 0))
-    assert found is not None
-    assert found.length == 4
-    assert found.strength > 0.9
-    assert find_period(np.random.default_rng(0).normal(size=40)) is None
-    assert find_period(np.ones(40)) is None
-    assert find_period(np.arange(5)) is None
+def test_a_period_is_stated_with_its_p_value_and_only_where_the_test_supports_it(report: Report) -> None:
+    steps = np.arange(STEPS * 3)
+    regular = np.where(steps % 4 == 3, 1.0, 0.0) * np.ones((80, 3, 1))
+    noise = np.random.default_rng(1).normal(size=(80, 3, len(steps)))
+    queries = [replace(q, margin=None, read_step=None) for q in report.queries]
+    made = replace(
+        report, sdi=regular.astype(np.float32), others=[View("noise", noise.astype(np.float32))], queries=queries
+    )
+    found, none = payload(made)["queries"][0]["views"]
+    assert (found["period"]["found"], found["period"]["lag"]) == (True, 4)
+    assert found["period"]["says"].startswith("Influence, regardless of sign, repeats every 4 loop steps (auto")
+    assert "permutation test p = 0.001" in found["period"]["says"]
+    assert found["profilePeriod"]["says"].startswith("Its signed sum repeats every 4 loop steps")
+    assert found["energyPeaks"] == list(range(4, len(steps) + 1, 4))
+    assert not none["period"]["found"]
+    assert none["energyPeaks"] == []  # no bands without a period
+    assert re.search(r"shows no period in this run \(permutation test p = 0\.\d\d\)", none["period"]["says"])
+
+
+def test_a_checkpoint_that_owns_the_sum_is_named(report: Report) -> None:
+    names = [q["dominance"] for q in payload(report)["queries"]]
+    assert names[0].startswith("Checkpoint step 1 holds 100 %")  # all of (1, 0)
+    assert names[2] == ""  # (3, 5)
+    assert payload(replace(report, energy_by_checkpoint=None))["queries"][0]["dominance"] == ""
 
 
 def test_peaks_of_a_profile() -> None:
@@ -241,19 +277,48 @@ def test_opens_in_a_browser(report: Report, tmp_path: Path) -> None:
     """Charts are drawn, the console has no errors, the policy holds, and hostile text does nothing."""
     page = tmp_path / "report.html"
     page.write_text(render_report(report), encoding="utf-8")
-    done = subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
-         "--virtual-time-budget=5000", "--window-size=1200,900", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    dom = done.stdout.replace(_plotly(), "")
+    dom = _opened(page.as_uri(), tmp_path)
     assert "<title>Which &lt;examples&gt;?</title>" in dom
     drawn = re.findall(r'<div id="(\w+)" class="chart[^"]*js-plotly-plot', dom)
     assert drawn == ["lines", "profile", "heat", "energy", "checkpoints", "accuracy"]
     assert "<img" not in dom
     assert not re.search(r"<a [^>]*javascript:", dom)
+    first = _totals(dom)
+    assert _said(dom, "view-note").endswith("Unit: &lt;% of all&gt;.")
+    assert _said(dom, "dominance").startswith("Checkpoint step 1 holds 100 % of this query's SDI energy")
+    assert "shows no period in this run" in _said(dom, "profile-sub")
+    other = _opened(page.as_uri() + "#view=1&query=2", tmp_path)  # minus twice the first view
+    assert _said(other, "view-note").endswith("Unit: first order, weighted by learning rate.")
+    assert _said(other, "dominance") == ""
+    assert first != _totals(other)
+    helpful, harmful = (payload(report)["queries"][2]["views"][k] for k in (0, 1))
+    assert len(_totals(other)) == 24  # twelve on either side
+    assert _totals(other)[0] == pytest.approx(float(unpack(harmful["totals"])[0]), rel=0.01)
+    assert _totals(other)[0] == pytest.approx(-2 * float(unpack(helpful["totals"])[helpful["helpful"]]), rel=0.01)
+
+
+def _said(dom: str, element: str) -> str:
+    found = re.search(rf'<p [^>]*id="{element}"[^>]*>(.*?)</p>', dom, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def _totals(dom: str) -> list[float]:
+    """The third column of the tables of training examples."""
+    cells = re.findall(r"</small></td><td>([^<]*)</td>", dom)
+    return [float(cell.replace("\u2212", "-").replace(",", "").replace("+", "")) for cell in cells]
+
+
+def _opened(address: str, folder: Path) -> str:
+    """The document after its scripts have run, without plotly.js; the console has to stay empty."""
+    done = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--no-first-run", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+         "--virtual-time-budget=5000", "--window-size=1200,900", "--dump-dom", address],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout.replace(_plotly(), "")
 
 
 def _plotly() -> str:

@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import multilinear
 from stepinfluence import ExactCapture, Features, attach, influence, influence_over_checkpoints, self_influence
 from stepinfluence.errors import CheckpointError, FeatureMismatchError
 from stepinfluence.features import Block, FeatureSpace
 from stepinfluence.models import LoopedGPT, LoopedGPTConfig, gpt_loss
 from torch import Tensor
 
+pytestmark = pytest.mark.numeric
+
 WIDTH = 11
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # small models; put back by the fixture of all tests
 
 
 def features(rows: int, steps: int | None, seed: int = 0, weights: str = "w", prefix: str = "z") -> Features:
@@ -183,7 +181,16 @@ def test_over_checkpoints(run: tuple[LoopedGPT, list[Path]], etas: Any, decompos
         model.load_state_dict(before)
         given = [1e-2, 5e-3, 2e-3] if etas == "optimizer" else etas
         expected = influence(*sides, etas=given, decompose=decompose)
-        torch.testing.assert_close(found.sdi, expected.sdi, rtol=1e-4, atol=1e-6)
+        values = [f.values for side in sides for f in side]
+
+        def plain(*v: Tensor, given: Any = given) -> Tensor:
+            equation = {"query": "nsd,qtd->nqt", "train": "nsd,qtd->nqs", "both": "nsd,qtd->nqst"}[decompose]
+            scale = given if isinstance(given, list) else [given] * len(paths)
+            return sum(eta * torch.einsum(equation, v[k], v[k + len(paths)]) for k, eta in enumerate(scale))  # type: ignore[return-value]
+
+        held_against = multilinear(plain, *values, rows=False)
+        held_against.check(found.sdi, "over checkpoints:")
+        held_against.check(expected.sdi, "features kept:")
         assert found.etas == expected.etas
         assert found.train_ids == expected.train_ids
 

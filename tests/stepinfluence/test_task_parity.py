@@ -173,6 +173,16 @@ def test_training_follows_its_config() -> None:
     assert not result.model.training
 
 
+@pytest.mark.parametrize(("count", "steps"), [(0, []), (1, [15]), (2, [14, 16]), (7, [13, 14, 15, 16, 17])])
+def test_checkpoints_are_spread_over_the_final_phase(count: int, steps: list[int]) -> None:
+    """Of six updates, 13 to 18; the last has its checkpoint anyway, and none comes twice."""
+    seen: list[int] = []
+    config = replace(SHORT, final_checkpoints=count)
+    result = train_parity(config, on_checkpoint=lambda step, *_: seen.append(step), progress=False)
+    assert seen == [4, 8, *steps, 18]
+    assert [mastered for _, _, mastered in result.checkpoints] == [2, 3, *(4 for _ in steps), 4]
+
+
 def test_training_is_deterministic_and_leaves_the_random_state() -> None:
     before = torch.get_rng_state()
     first = train_parity(SHORT, progress=False)
@@ -246,6 +256,7 @@ def test_presets() -> None:
         ({"learning_rate": -1.0}, r"^learning_rate: got -1.0"),
         ({"final_learning_rate": 0.0}, r"^final_learning_rate: got 0.0"),
         ({"checkpoint_digits": (2, 9)}, r"^checkpoint_digits: got \[9\]; pass lengths in 1 .. max_digits=4"),
+        ({"final_checkpoints": -1}, r"^final_checkpoints: got -1; pass a non-negative int"),
         ({"seed": -1}, r"^seed: got -1; pass a non-negative int"),
     ],
 )

@@ -128,6 +128,7 @@ class ExactCapture(session.LoaderCapture):
         return self._featurize_loader(
             loader,
             loss_fn,
+            space=self.space(),
             per_step=per_step,
             ids=ids,
             progress=progress,

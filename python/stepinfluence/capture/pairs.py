@@ -215,7 +215,7 @@ class PairCapture:
         self._recorder = FactorRecorder(capture._recorder, capture.targets, capture._dtype)
         self._twin = capture.recording_to(self._recorder)
         self._targets = [t for t in capture.targets if parameters is None or t.name in parameters]
-        capture._verified.clear()  # another loss may mix examples where the last one did not
+        self._begun: tuple[object, object] | None = None
 
     def record(
         self,
@@ -251,17 +251,19 @@ class PairCapture:
         first: int,
     ) -> BatchGradients:
         twin, recorder, capture = self._twin, self._recorder, self._capture
+        if self._begun is None or self._begun[0] is not loss_fn or self._begun[1] is not capture._checked:
+            capture._begin(loss_fn, capture.space())  # at first, and when the capture was used otherwise meanwhile
+            self._begun = loss_fn, capture._checked
         losses = twin._forward(batch, loss_fn, ids, index)
         size, steps = len(losses), twin._steps.count
         given = tuple(ids) if ids is not None else tuple(range(first, first + size))
         kept = recorder.kept = BatchGradients(size, steps, per_step, given)
         twin._backward(losses, losses.new_zeros(size, 0))
         recorder.kept = None
-        if capture.verify and size > 1 and not capture._verified:
+        if capture.verify and size > 1 and not capture._checked.covers(twin.owners):
             # Whether examples are told apart is seen on sketches, as when featurizing.
             builder = FeatureBuilder(capture.width, capture._dtype, capture.device, per_step=True, expected=size)
             capture._featurize_batch(builder, batch, loss_fn, ids, index)
-        twin._verified.add("once")
         wanted = {id(t) for t in self._targets}
         kept.parts = {key: part for key, part in kept.parts.items() if id(key[0]) in wanted}
         for part in kept.parts.values():

@@ -195,6 +195,7 @@ class LoaderCapture(ABC):
         loader: Iterable[Any],
         loss_fn: LossFn,
         *,
+        space: FeatureSpace,
         per_step: bool,
         ids: IdsOf | None,
         progress: bool,
@@ -209,7 +210,6 @@ class LoaderCapture(ABC):
         builder = FeatureBuilder(
             self.width, self._dtype, self.device, per_step=per_step, expected=expected_rows(loader)
         )
-        space = self.space()
         total = length_of(loader)
         with (
             isolated(self.model, training=self.training),

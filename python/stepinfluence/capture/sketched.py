@@ -31,6 +31,7 @@ from stepinfluence.capture.targets import (
     unwrap,
 )
 from stepinfluence.capture.uses import RULES
+from stepinfluence.capture.verified import Checked, Memory
 from stepinfluence.errors import LayoutError, UnsupportedUseError
 from stepinfluence.features import FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.preconditioners import Preconditioner, prepare
@@ -83,7 +84,8 @@ class Capture(session.LoaderCapture):
         self._dtype = torch.float64 if double else torch.float32
         self.precondition(preconditioner)
         self._probe = self._probe_columns()
-        self._verified: set[Any] = set()
+        self._memory = Memory()
+        self._checked = Checked(None)
         self._verifying = verify
         self._used: set[Target] = set()
         self._doubt = True
@@ -108,7 +110,6 @@ class Capture(session.LoaderCapture):
         twin = copy.copy(self)
         twin._recorder = recorder
         twin._interceptor = twin._make_interceptor()
-        twin._verified = set()
         return twin
 
     @property
@@ -194,7 +195,10 @@ class Capture(session.LoaderCapture):
             progress: show a progress bar on work of over two seconds.
             first_batch: number of the loader's first batch, where the loader is a part of a larger one: the random
                 state that a batch starts from goes by it, so that a part is featurized as it would be in the whole.
-            verify: whether to verify in this call; as given to :func:`attach` if None.
+            verify: False: not in this call. True: in this call, whatever was verified before. None: as given to
+                :func:`attach`, and what was verified in an earlier call is not verified again, as long as the loss
+                function is the same object and weights, metric and mode are the same. What a loss function closes over
+                is not looked at.
             on_error: called with the error of a batch that failed; unless it raises, the batch is left out. If not
                 given, the error is raised.
 
@@ -207,12 +211,12 @@ class Capture(session.LoaderCapture):
             UnsupportedUseError: a use whose gradient cannot be captured (names parameter and operation).
             LayoutError: the examples of a batch cannot be told apart or influence one another.
         """
-        self._verified.clear()  # another loss may mix examples where the last one did not
-        self._used.clear()
-        self._verifying = self.verify if verify is None else verify
+        space = self.space()
+        self._begin(loss_fn, space, verify)
         features = self._featurize_loader(
             loader,
             loss_fn,
+            space=space,
             per_step=per_step,
             ids=ids,
             progress=progress,
@@ -225,6 +229,16 @@ class Capture(session.LoaderCapture):
         return features
 
     # ------------------------------------------------------------------------------------------------------------
+
+    def _begin(self, loss_fn: session.LossFn, space: FeatureSpace, verify: bool | None = None) -> None:
+        """Batches with this loss at these weights follow. Another loss, or other weights, may mix examples where the
+        last did not; the weights outside the body are known by where they lie and how often they were written."""
+        owned = {id(t.parameter) for t in self.targets}
+        others = tuple((p.data_ptr(), p._version) for p in self.model.parameters() if id(p) not in owned)
+        state = (space, others, self.training, self.batch_dim)
+        self._checked = self._memory.recall(loss_fn, state, anew=verify is True)
+        self._verifying = self.verify if verify is None else verify
+        self._used.clear()
 
     def _featurize_batch(
         self,
@@ -244,10 +258,10 @@ class Capture(session.LoaderCapture):
         buffer = builder.reserve(size, steps)
         self._backward(losses, buffer)
         session.check_features(buffer, ids)
-        # Always once, and then a batch now and then.
-        if self._verifying and size > 1 and (not self._verified or self._is_picked(index)):
+        # Once for each way in which owners became known, and then a batch now and then.
+        if self._verifying and size > 1 and (not self._checked.covers(self.owners) or self._is_picked(index)):
             self._verify(batch, loss_fn, index, buffer, given, losses.detach())
-            self._verified.add("once")
+            self._checked.add(self.owners)
         values = losses.detach().to("cpu", torch.float32)
         builder.commit(list(given), values, self._steps.labels, self._lengths(buffer) if buffer.dim() == 3 else None)
         return values
@@ -429,8 +443,9 @@ def attach(
             out (then the steps add up to the gradient through the loop only).
         batch_dim: the dimension that holds the examples in the batch's tensors and in the model's activations.
         training: run the model in training mode (dropout on, with a random state fixed per batch) instead of eval mode.
-        verify: check on real gradients that examples are told apart (one more pass on the first batch), and that every
-            body parameter is used.
+        verify: check on real gradients that examples are told apart (one more pass on the first batch; again with
+            another loss function, other weights, or examples told apart in a new way), and that every body parameter is
+            used.
         route: kernel route, see :func:`sdi_kernels.sketch_linear_grads`.
         preconditioner: an optimizer's metric, as a root by parameter name: features are those of ``sqrt(P) * gradient``
             (:func:`stepinfluence.preconditioners.from_optimizer`, docs/optimizers.md).

@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stepinfluence.aggregation import energy_shares
 from stepinfluence.cli._bars import HARMFUL, HELPFUL, bars
 from stepinfluence.demo import DemoResult
-from stepinfluence.report.from_demo import WORDS, answer, bits, checkpoint_names, demo_checks, percent
+from stepinfluence.report.from_demo import WORDS, answer, bits, default_note, demo_checks, percent
 from stepinfluence.report.payload import peak_step, signed, top_rows
 
 TOP = 5
@@ -32,10 +33,15 @@ def show(screen: Console, result: DemoResult, seconds_writing: float) -> None:
     for column in dict.fromkeys([0, heldout if heldout is not None else 0]):
         screen.print()
         screen.print(_examples(result, column, screen.width))
-        screen.print(_origin(result, column), style="dim")
+        screen.print(Text(_rhythm(result, column)))
+        screen.print(Text(_origin(result, column), style="dim"))
+        owner = result.dominance(column)
+        if owner is not None:
+            screen.print(Text(owner.sentence, style="yellow"))
     screen.print(
-        "[dim]Positive: training on the string lowers the query's loss. Bars: size of the influence at each loop step, "
-        f"[{HELPFUL}]blue[/] where it helps, [{HARMFUL}]orange[/] where it harms. Steps count from 1.[/dim]"
+        f"[dim]Influence: {default_note(result)} Positive: training on the string lowers the query's loss. Bars: its "
+        f"size at each loop step, [{HELPFUL}]blue[/] where it helps, [{HARMFUL}]orange[/] where it harms. Steps count "
+        "from 1.[/dim]"
     )
     screen.print()
     screen.print(_checks(result))
@@ -86,8 +92,8 @@ def _examples(result: DemoResult, column: int, width: int) -> Table:
     table.add_column("")
     table.add_column("training string", min_width=texts)
     table.add_column("parity")
-    table.add_column("influence", justify="right")
-    table.add_column("acts most at", justify="right")
+    table.add_column("influence, %", justify="right")
+    table.add_column("largest at", justify="right")
     table.add_column(f"steps 1–{steps}" + (f"\n{per_bar} per bar" if per_bar > 1 else ""))
     for what, rows in (("helpful", helpful), ("harmful", harmful)):
         for place, row in enumerate(rows):
@@ -107,12 +113,18 @@ def _examples(result: DemoResult, column: int, width: int) -> Table:
 
 
 def _origin(result: DemoResult, column: int) -> str:
-    """Where in the training a query's influence comes from."""
-    energy = result.energy_by_checkpoint[:, column]
-    shares = energy / max(float(energy.sum()), 1e-30)
-    return "Share of the influence by checkpoint: " + ", ".join(
-        f"{name} {share:.0%}" for name, share in zip(checkpoint_names(result), shares, strict=True)
+    """Which checkpoints a query's influence would come from in a plain sum."""
+    shares = energy_shares(result.energy_by_checkpoint[:, column])
+    return "Shares of the checkpoints in a plain sum by learning rate: " + ", ".join(
+        f"{name} {share:.0%}" for name, share in zip(result.checkpoint_names, shares, strict=True)
     )
+
+
+def _rhythm(result: DemoResult, column: int) -> str:
+    """What the tests let one say of periods."""
+    energy = result.energy_period(column).sentence("Influence of all scored strings, regardless of sign,")
+    profile = result.profile_period(column).sentence("Its signed sum")
+    return f"{energy}. {profile}. {result.margin_period(column).sentence('The logit margin')}."
 
 
 def _checks(result: DemoResult) -> Table:

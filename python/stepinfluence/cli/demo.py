@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 import webbrowser
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +52,8 @@ def run(
     ] = None,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser at the end.")] = False,
     images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also save two of the report's charts as PNG files there.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Also save two charts as PNG files there, and what their tests found."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")] = False,
 ) -> None:
@@ -85,6 +87,7 @@ def run(
     if images is not None:
         images.mkdir(parents=True, exist_ok=True)
         save_pictures(report, images, prefix="demo-")
+        (images / "demo-findings.json").write_text(json.dumps(_findings(result), indent=2) + "\n", "utf-8")
     wrote = time.perf_counter() - began
 
     if as_json:
@@ -124,6 +127,25 @@ def _prepare(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def _findings(result: DemoResult) -> dict[str, Any]:
+    """What may be said beside the pictures: the tests of the query that they show, and where they come from."""
+    from stepinfluence.report.from_demo import default_note
+
+    query = result.queries[0].example
+    return {
+        "command": _command(result.config),
+        "query": query.text,
+        "bits": query.n_digits,
+        "loop_steps": result.sdi.shape[2],
+        "aggregation": default_note(result),
+        "period": asdict(result.energy_period(0)),
+        "signed_period": asdict(result.profile_period(0)),
+        "margin_period": asdict(result.margin_period(0)),
+        "versions": dict(result.versions),
+        "machine": dict(result.machine),
+    }
+
+
 def _show_files(screen: Console, out: Path) -> None:
     from rich.text import Text
 
@@ -153,6 +175,8 @@ def _judge(result: DemoResult) -> None:
 
 
 def _json(result: DemoResult, out: Path) -> dict[str, Any]:
+    from stepinfluence.aggregation import SHARE, energy_shares
+    from stepinfluence.report.from_demo import default_note
     from stepinfluence.report.payload import peak_step, top_rows
 
     def example(row: int, column: int) -> dict[str, Any]:
@@ -171,6 +195,11 @@ def _json(result: DemoResult, out: Path) -> dict[str, Any]:
                 "prediction": query.prediction,
                 "helpful": [example(row, column) for row in helpful],
                 "harmful": [example(row, column) for row in harmful],
+                "period": asdict(result.energy_period(column)),
+                "signed_period": asdict(result.profile_period(column)),
+                "margin_period": asdict(result.margin_period(column)),
+                "checkpoint_shares": energy_shares(result.energy_by_checkpoint[:, column]).tolist(),
+                "dominated_by": None if (owner := result.dominance(column)) is None else owner.name,
             }
         )
     return {
@@ -181,6 +210,10 @@ def _json(result: DemoResult, out: Path) -> dict[str, Any]:
         "sdi_error": result.sdi_error,
         "tracin_error": result.tracin_error,
         "convention": "positive = training on the example lowers the query's loss; peak_step counts from 1",
+        "aggregation": default_note(result),
+        "unit": SHARE,
+        "checkpoints": result.checkpoint_names,
+        "chosen": result.checkpoint_names[result.chosen],
         "queries": queries,
         "etas": result.etas,
         "stages": [

@@ -16,7 +16,14 @@ HELP = """Compare attribution methods with what retraining says: which scores de
 
 Linear datamodeling score, leave-one-out correlation, planted label errors, brittleness, overlap with exact TracIn,
 a randomisation check, and two step-resolved ones: conservation, and the loss change that a training step at one loop
-step alone makes. With confidence intervals. Models are retrained about a hundred times.
+step alone makes.
+
+One training run says little: another initialisation, or another machine's rounding, gives other figures. So everything
+is repeated over [cyan]--seeds[/cyan], each with models, random halves and left-out examples of its own, and the table
+shows the mean over seeds with its 95 % interval over seeds. What cannot be told from chance is named below it.
+
+Some hundred small models are trained, which takes minutes to an hour. Each is kept in [cyan]--folder[/cyan]: the same
+command goes on where it was stopped, and another method is scored without training again.
 
 [bold]Problems[/bold]
   [cyan]adder[/cyan]      sum of four digits modulo 3, by a looped transformer that trains in seconds
@@ -26,7 +33,8 @@ For a problem of your own call [cyan]stepinfluence.evaluation.evaluate(Problem(.
 
 [bold]Examples[/bold]
   [cyan]sdi evaluate adder[/cyan]
-  [cyan]sdi evaluate majority --subsets 64 --out majority.json[/cyan]
+  [cyan]sdi evaluate adder --method TRAK[/cyan]   with the models that are there
+  [cyan]sdi evaluate majority --seeds 10 --subsets 32 --out majority.json[/cyan]
 """
 
 
@@ -35,10 +43,16 @@ def run(
     methods: Annotated[
         list[str] | None, typer.Option("--method", metavar="NAME", help="Only this one; repeat for several.")
     ] = None,
-    subsets: Annotated[int, typer.Option(metavar="N", min=3, help="Models for the datamodeling score.")] = 32,
-    left_out: Annotated[int, typer.Option(metavar="N", min=2, help="Examples left out one at a time.")] = 12,
-    flips: Annotated[int, typer.Option(metavar="N", min=0, help="Queries for the brittleness.")] = 6,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of data, draws and training.")] = 0,
+    seeds: Annotated[int, typer.Option(metavar="N", min=2, help="Independent runs that intervals are over.")] = 5,
+    subsets: Annotated[int, typer.Option(metavar="N", min=3, help="Models of a seed for the datamodeling score.")] = 8,
+    left_out: Annotated[int, typer.Option(metavar="N", min=2, help="Examples of a seed left out one at a time.")] = 6,
+    flips: Annotated[int, typer.Option(metavar="N", min=0, help="Queries of a seed for the brittleness.")] = 1,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Initialisations that every retraining is averaged over.")
+    ] = 2,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where trained models are kept; evaluate-PROBLEM if not given.")
+    ] = None,
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="torch threads.")] = 1,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Also write all figures.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
@@ -61,23 +75,26 @@ def run(
     if unknown:
         fail(f"method: got {unknown[0]!r}; use one of {', '.join(known)}")
     chosen = {name: known[name] for name in methods} if methods else known
+    kept = folder or Path(f"evaluate-{problem}")
+    counts = {"seeds": seeds, "subsets": subsets, "left_out": left_out, "flips": flips, "repeats": repeats}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        made = make_problem(problem, seed=seed)
-        found = evaluate(made, chosen, subsets=subsets, left_out=left_out, flips=flips, seed=seed)
+        made = make_problem(problem)
+        found = evaluate(
+            made, chosen, seeds=seeds, subsets=subsets, left_out=left_out, flips=flips, repeats=repeats, folder=kept
+        )
     finally:
         torch.set_num_threads(before)
-    settings = {"problem": problem, "subsets": subsets, "left_out": left_out, "flips": flips, "seed": seed}
-    text = json.dumps(
-        {"settings": settings, **found.to_dict(), "machine": machine_facts(), "versions": versions()}, indent=1
-    )
+    facts = {"settings": counts, **found.to_dict(), "machine": machine_facts(), "versions": versions()}
+    text = json.dumps(facts, indent=1)
     if out is not None:
         out.write_text(text + "\n", encoding="utf-8")
     if as_json:
         typer.echo(text)
         return
     screen.print(
-        f"{problem}: {len(made.train)} training examples, {len(made.queries)} queries, {found.retrainings} models"
+        f"{problem}: {len(made.train)} training examples, {len(made.queries)} queries, {seeds} seeds, "
+        f"{found.retrainings} models, kept in {kept}"
     )
     screen.print(Markdown(found.markdown()))

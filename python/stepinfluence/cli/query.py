@@ -136,6 +136,11 @@ def _number(value: float) -> float | None:
 def _json(one: Answer) -> dict[str, Any]:
     return {
         "query": {"id": one.id, "text": one.text, "loss": _number(one.loss)},
+        "unit": one.unit,
+        "checkpoints": [
+            {"name": name, "share": share} for name, share in zip(one.checkpoints, one.shares, strict=True)
+        ],
+        "dominated_by": None if one.dominance is None else one.dominance.name,
         "hits": [
             {
                 "row": hit.row,
@@ -188,9 +193,11 @@ def _show(screen: Console, one: Answer, *, harmful: bool, step: str | None, exac
         table.add_row(*cells)
     screen.print(table)
     how = "exact, recomputed from the model" if exact else "estimated from sketches"
-    note = f"Training on these {'raises' if harmful else 'lowers'} the query's loss most; {how}. "
+    note = f"Training on these {'raises' if harmful else 'lowers'} the query's loss most; {how}; {one.unit}. "
     if steps > 1:
         note += f"Bars: [{HELPFUL}]helps[/], [{HARMFUL}]harms[/]."
     else:
         note += "The query is summed over steps: no trajectory."
     screen.print(f"[dim]{note}[/dim]")
+    if one.dominance is not None:
+        screen.print(Text(printable(one.dominance.sentence).plain, style="yellow"))

@@ -1,259 +1,250 @@
-"""``evaluate``: several attribution methods on one problem, against retraining."""
+"""``evaluate``: several attribution methods on one problem, against retraining, over several seeds."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from stepinfluence.capture import ExactCapture, attach
 from stepinfluence.evaluation.methods import Method, Scored, available
 from stepinfluence.evaluation.metrics import (
     Estimate,
+    agreement,
     bootstrap,
     leave_one_out_correlation,
     linear_datamodeling_score,
     mislabel_auc,
+    pearson,
     randomization_check,
     top_k_overlap,
 )
 from stepinfluence.evaluation.problem import Problem
-from stepinfluence.evaluation.steps import step_counterfactual
-from stepinfluence.scoring import influence
+from stepinfluence.evaluation.result import Evaluation, Figure, Merits, StepMerits, Truth
+from stepinfluence.evaluation.retraining import Draws, Retrainings, draws, training_seed
+from stepinfluence.evaluation.steps import StepRun, try_steps
 
 Array = npt.NDArray[np.float64]
+EXACT = "TracIn, exact"
 
 
 @dataclass(frozen=True)
-class Merits:
-    """Figures of one method; intervals of 95 % by bootstrap over queries (AUC: over training examples).
+class _Run:
+    """One seed: what was drawn, and the outcomes of every repeat: ``(repeats, halves or left out, n_query)``."""
 
-    Attributes:
-        method: its name.
-        lds: linear datamodeling score.
-        loo: leave-one-out correlation.
-        mislabel: AUC of planted errors by self-influence; None where the method has none, or none was planted.
-        brittleness: share of right answers that turn wrong when the most helpful tenth is left out of training.
-        overlap: with exact TracIn: share of the most helpful tenth in common.
-        randomization: rank correlation with the method's scores of untrained weights; 0 is best.
-        seconds: processor seconds of scoring.
-        bytes_per_example: kept of each training example.
-    """
+    seed: int
+    drawn: Draws
+    full: Array  # (repeats, n_query)
+    halves: Array
+    changes: Array
+    right: npt.NDArray[np.bool_] | None
 
-    method: str
+    @property
+    def asked(self) -> npt.NDArray[np.int64]:
+        """Queries that the first model answers rightly, in the order drawn."""
+        return self.drawn.queries[self.right[self.drawn.queries]] if self.right is not None else np.zeros(0, int)
+
+
+class _Figures(NamedTuple):
+    """One method in one seed."""
+
     lds: Estimate
     loo: Estimate
     mislabel: Estimate | None
-    brittleness: Estimate | None
+    brittleness: float | None
     overlap: Estimate | None
     randomization: Estimate
     seconds: float
     bytes_per_example: int
 
 
-@dataclass(frozen=True)
-class StepMerits:
-    """Figures of the step-resolved scores.
-
-    Attributes:
-        conservation: relative difference between the summed step sketches and the sketch of the whole gradient.
-        counterfactual: correlation, for each query over training examples and steps, of SDI with the loss change that a
-            small training step at one use of the weights alone really makes.
-        slope: least-squares slope of the same; 1 where SDI predicts the size, too.
-    """
-
-    conservation: float
-    counterfactual: Estimate
-    slope: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything :func:`evaluate` found."""
-
-    problem: str
-    merits: tuple[Merits, ...]
-    steps: StepMerits
-    retrainings: int
-    seconds: float
-    accuracy: float | None
-
-    def markdown(self) -> str:
-        """A table of the methods, and a line on the steps."""
-        names = ("method", "LDS", "LOO corr.", "mislabel AUC", "brittleness", "top-10% overlap", "randomisation", "s")
-        lines = ["| " + " | ".join((*names, "B/example")) + " |", "|" + "---|" * 9]
-        for m in self.merits:
-            cells = [m.method, *map(_cell, (m.lds, m.loo, m.mislabel, m.brittleness, m.overlap, m.randomization))]
-            lines.append("| " + " | ".join([*cells, f"{m.seconds:.2f}", str(m.bytes_per_example)]) + " |")
-        s = self.steps
-        by_step = (
-            f"By step: conservation error {s.conservation:.1e}; correlation of SDI with what a training step at one "
-            f"loop step alone does to the loss: {s.counterfactual}, slope {s.slope:.2f}."
-        )
-        lines += ["", by_step]
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-
-def _cell(estimate: Estimate | None) -> str:
-    return "–" if estimate is None or np.isnan(estimate.value) else str(estimate)
-
-
 def evaluate(
     problem: Problem,
     methods: Mapping[str, Method] | None = None,
     *,
-    subsets: int = 32,
-    left_out: int = 12,
-    flips: int = 6,
-    seed: int = 0,
+    seeds: int | Sequence[int] = 5,
+    subsets: int = 8,
+    left_out: int = 6,
+    flips: int = 1,
+    repeats: int = 2,
+    folder: Path | str | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Compare methods on a problem.
 
-    The model is trained ``1 + subsets + left_out + flips * methods`` times.
+    Every seed is a run of its own: new initialisations (and whatever else the problem's training draws), new random
+    halves, other examples left out, other queries asked. The data are the problem's and the same in every run, so that
+    intervals over seeds hold for these data. For each seed ``repeats * (1 + subsets + left_out)`` models are trained
+    once for all methods, and ``flips`` for each method.
 
     Args:
         problem: what to learn.
         methods: by name; all that this machine can run if not given.
-        subsets: models for the LDS, each trained on a random half of the examples.
-        left_out: examples that are left out one at a time; half of them those of the largest influence by exact
-            TracIn (or the first method), the others at random.
+        seeds: how many, or which.
+        subsets: models of the LDS, each trained on a random half of the examples.
+        left_out: examples that are left out one at a time (:class:`~stepinfluence.evaluation.retraining.Draws`).
         flips: rightly answered queries for the brittleness; 0 to leave it out.
-        seed: of all random draws and of every training run.
-        progress: show a progress bar.
+        repeats: initialisations of every retraining. Scores, of the first one's model, are held against the mean over
+            all; how far they agree says how much of the truth is noise.
+        folder: where retrained models are kept, so that stopped work goes on and methods can be added without training
+            again; not kept if not given.
+        progress: show progress bars.
 
     Raises:
-        ValueError: fewer than three subsets or two examples left out.
+        ValueError: no seed, one that is given twice, fewer than three subsets, two examples left out or one repeat; or
+            ``folder`` holds models of something else.
     """
-    if subsets < 3 or left_out < 2:
-        raise ValueError(f"subsets, left_out: got {subsets} and {left_out}; use at least 3 and 2")
+    which = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not which or len(set(which)) < len(which):
+        raise ValueError(f"seeds: got {seeds}; use at least 1, each once")
+    if subsets < 3 or left_out < 2 or repeats < 1:
+        raise ValueError(f"subsets, left_out, repeats: got {subsets}, {left_out}, {repeats}; use at least 3, 2 and 1")
     chosen = dict(available() if methods is None else methods)
-    began = time.perf_counter()
-    rng = np.random.default_rng(seed)
-    n = len(problem.train)
-    everyone = np.arange(n)
-    model = problem.fit(everyone, seed)
-    before = problem.query_losses(model)
-    right = np.flatnonzero(problem.query_correct(model)) if problem.correct else np.zeros(0, int)
-    asked = rng.permutation(right)[:flips]
-    total = subsets + left_out + len(asked) * len(chosen)
-    with tqdm(total=total, desc=f"{problem.name}: retraining", unit="model", delay=2, disable=not progress) as bar:
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as kept:
+        trained = Retrainings(problem, Path(kept))
+        runs = _retrain_all(trained, which, subsets, left_out, repeats, progress=progress)
+        return _score_all(trained, runs, chosen, flips, progress=progress)
 
-        def retrained(rows: npt.NDArray[np.int64]) -> nn.Module:
-            bar.update()
-            return problem.fit(rows, seed)
 
-        scored = {name: method(problem, model) for name, method in chosen.items()}
-        fresh = problem.untrained(seed + 1)
-        fresh.eval()
-        halves = np.zeros((subsets, n), dtype=bool)
-        for half in halves:
-            half[rng.permutation(n)[: n // 2]] = True
-        losses = np.stack([problem.query_losses(retrained(np.flatnonzero(half))) for half in halves])
-        reference = chosen.get("TracIn, exact")
-        exact = scored["TracIn, exact"].scores if reference else next(iter(scored.values())).scores
-        removed = _to_leave_out(exact, left_out, rng)
-        changes = np.stack([problem.query_losses(retrained(np.delete(everyone, r))) - before for r in removed])
-        merits = []
-        for name, found in scored.items():
-            flipped = [_flips(problem, retrained, found, int(q)) for q in asked]
-            again = chosen[name](problem, fresh).scores
-            same = (
-                top_k_overlap(found.scores, exact, max(1, n // 10)) if reference and name != "TracIn, exact" else None
-            )
-            spotted = found.suspicion is not None and problem.mislabelled is not None
-            merits.append(
-                Merits(
-                    method=name,
-                    lds=bootstrap(linear_datamodeling_score(found.scores, losses, halves), seed=seed),
-                    loo=bootstrap(leave_one_out_correlation(found.scores, changes, removed), seed=seed),
-                    mislabel=mislabel_auc(found.suspicion, problem.mislabelled, seed=seed)  # type: ignore[arg-type]
-                    if spotted
-                    else None,
-                    brittleness=bootstrap(flipped, seed=seed) if len(asked) else None,
-                    overlap=bootstrap(same, seed=seed) if same is not None else None,
-                    randomization=bootstrap(randomization_check(found.scores, again), seed=seed),
-                    seconds=found.seconds,
-                    bytes_per_example=found.bytes_per_example,
+def _retrain_all(
+    trained: Retrainings, seeds: Sequence[int], subsets: int, left_out: int, repeats: int, *, progress: bool
+) -> list[_Run]:
+    total, name = len(seeds) * repeats * (1 + subsets + left_out), trained.problem.name
+    with tqdm(total=total, desc=f"{name}: retraining", unit="model", delay=2, disable=not progress) as bar:
+        return [
+            _retrain(trained, draws(trained.problem, seed, subsets=subsets, left_out=left_out), seed, repeats, bar)
+            for seed in seeds
+        ]
+
+
+def _score_all(
+    trained: Retrainings, runs: Sequence[_Run], chosen: Mapping[str, Method], flips: int, *, progress: bool
+) -> Evaluation:
+    problem, repeats = trained.problem, len(runs[0].full)
+    found: dict[str, list[_Figures]] = {name: [] for name in chosen}
+    steps = []
+    total = len(runs) * (len(chosen) + 1)
+    with tqdm(total=total, desc=f"{problem.name}: scoring", unit="method", delay=2, disable=not progress) as bar:
+        for run in runs:
+            model = trained.model(run.seed)
+            exact = None
+            for name in sorted(chosen, key=lambda name: name != EXACT):  # the others are compared with it
+                scored = chosen[name](problem, model)
+                exact = scored.scores if name == EXACT else exact
+                found[name].append(
+                    _figures(trained, run, chosen[name], scored, exact if name != EXACT else None, flips)
                 )
-            )
+                bar.update()
+            steps.append(try_steps(problem, model, seed=run.seed))
+            bar.update()
+    first = [run.right.mean() for run in runs if run.right is not None]
     return Evaluation(
         problem=problem.name,
-        merits=tuple(merits),
-        steps=step_merits(problem, model, seed=seed),
-        retrainings=1 + total,
-        seconds=time.perf_counter() - began,
-        accuracy=len(right) / len(problem.queries) if problem.correct else None,
+        seeds=tuple(run.seed for run in runs),
+        merits=tuple(_merits(name, by_seed) for name, by_seed in found.items()),
+        steps=_steps(steps),
+        truth=_truth(runs),
+        retrainings=trained.used,
+        training_seconds=trained.seconds,
+        accuracy=Figure.of([float(share) for share in first]) if first else None,
+        asked=tuple(len(run.asked[:flips]) for run in runs),
+        repeats=repeats,
     )
 
 
-def step_merits(
-    problem: Problem, model: nn.Module, *, examples: int = 8, size: float = 1e-3, seed: int = 0
-) -> StepMerits:
-    """Are the step-resolved scores what they claim to be? By trying each out (:func:`step_counterfactual`).
+def _retrain(trained: Retrainings, drawn: Draws, seed: int, repeats: int, bar: tqdm[None]) -> _Run:
+    everyone = trained.everyone
 
-    Args:
-        problem: its data.
-        model: trained.
-        examples: training examples whose gradient is tried as a training step.
-        size: of the step relative to the norm of the body's weights: small, as influence is of first order.
-        seed: of the choice.
-    """
-    body = problem.body(model)
-    capture = attach(model, body=body, sketch_size=2048)
-    exact = ExactCapture(model, body=body)
-    query_batch = problem.collate(problem.queries)
-    query = capture.featurize([query_batch], problem.loss, progress=False)
-    whole = capture.featurize([query_batch], problem.loss, per_step=False, progress=False)
-    difference = (query.values.sum(1) - whole.values).norm() / whole.values.norm()
-    chosen = np.random.default_rng(seed).permutation(len(problem.train))[:examples]
-    batch = problem.collate([problem.train[int(r)] for r in chosen])
-    sdi = influence(capture.featurize([batch], problem.loss, per_step=False, progress=False), query).sdi.double()
-    gradients = exact.featurize([batch], problem.loss, per_step=False, progress=False)
-    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).norm()
-    predicted, found = [], []
-    for row in range(len(chosen)):
-        gradient = gradients.values[row]
-        eta = float(size * weights / gradient.norm().clamp_min(1e-12))
-        change = {b.name: (-eta * gradient[b.start : b.stop]).view(b.shape) for b in gradients.space.blocks}
-        moved = step_counterfactual(model, body, query_batch, problem.loss, change, steps=query.values.shape[1])
-        # Per unit of eta: examples with large and small gradients count alike.
-        found.append(-moved.numpy() / eta)
-        predicted.append(sdi[row].numpy())
-    a, b = np.stack(predicted), np.stack(found)  # (examples, queries, steps)
-    by_query = [
-        np.corrcoef(a[:, q].ravel(), b[:, q].ravel())[0, 1]
-        for q in range(a.shape[1])
-        if a[:, q].std() and b[:, q].std()
-    ]
-    return StepMerits(
-        conservation=float(difference),
-        counterfactual=bootstrap(by_query, seed=seed),
-        slope=float((a * b).sum() / (a * a).sum()),
+    def losses(rows: npt.NDArray[np.int64], repeat: int, what: str) -> Array:
+        found = trained.outcome(seed, rows, repeat=repeat, what=what).losses
+        bar.update()
+        return found
+
+    every = range(repeats)
+    full = np.stack([losses(everyone, r, "all") for r in every])
+    halves = np.stack([[losses(np.flatnonzero(half), r, "half") for half in drawn.halves] for r in every])
+    without = np.stack([[losses(np.delete(everyone, k), r, "left out") for k in drawn.left_out] for r in every])
+    right = trained.outcome(seed, everyone, what="all").correct
+    return _Run(seed, drawn, full, halves, without - full[:, None], right)
+
+
+def _figures(
+    trained: Retrainings, run: _Run, method: Method, found: Scored, exact: Array | None, flips: int
+) -> _Figures:
+    problem, n, seed = trained.problem, len(trained.everyone), run.seed
+    fresh: nn.Module = problem.untrained(training_seed(seed, 1))
+    again = method(problem, fresh.eval()).scores
+    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips]]
+    brittle = float(np.mean(flipped)) if flipped else float("nan")
+    lds = linear_datamodeling_score(found.scores, run.halves.mean(0), run.drawn.halves)
+    loo = leave_one_out_correlation(found.scores, run.changes.mean(0), run.drawn.left_out)
+    planted = problem.mislabelled
+    none = found.suspicion is None or planted is None
+    return _Figures(
+        lds=bootstrap(lds, seed=seed),
+        loo=bootstrap(loo, seed=seed),
+        mislabel=None if none else mislabel_auc(found.suspicion, planted, seed=seed),  # type: ignore[arg-type]
+        brittleness=brittle if flips and problem.correct else None,
+        overlap=None if exact is None else bootstrap(top_k_overlap(found.scores, exact, max(1, n // 10)), seed=seed),
+        randomization=bootstrap(randomization_check(found.scores, again), seed=seed),
+        seconds=found.seconds,
+        bytes_per_example=found.bytes_per_example,
     )
 
 
-def _to_leave_out(scores: Array, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Half of them the examples with the largest influence, as most others change nothing that could be measured."""
-    order = np.argsort(-np.abs(scores).sum(1), kind="stable")
-    first = order[: (count + 1) // 2]
-    rest = rng.permutation(order[(count + 1) // 2 :])[: count // 2]
-    return np.concatenate([first, rest])
-
-
-def _flips(problem: Problem, retrained: Any, found: Scored, query: int) -> float:
-    n = len(problem.train)
+def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> bool:
+    n = len(trained.everyone)
     helpful = np.argsort(-found.scores[:, query], kind="stable")[: max(1, n // 10)]
-    model = retrained(np.delete(np.arange(n), helpful))
-    return float(not problem.query_correct(model)[query])
+    right = trained.outcome(seed, np.delete(trained.everyone, helpful), what="most helpful left out").correct
+    return right is not None and not right[query]
+
+
+def _merits(name: str, runs: Sequence[_Figures]) -> Merits:
+    brittle = [run.brittleness for run in runs if run.brittleness is not None]
+    return Merits(
+        method=name,
+        lds=Figure.of([run.lds for run in runs]),
+        loo=Figure.of([run.loo for run in runs]),
+        mislabel=_where_known([run.mislabel for run in runs]),
+        brittleness=Figure.of_shares(brittle) if brittle else None,
+        overlap=_where_known([run.overlap for run in runs]),
+        randomization=Figure.of([run.randomization for run in runs]),
+        seconds=float(np.mean([run.seconds for run in runs])),
+        bytes_per_example=runs[0].bytes_per_example,
+    )
+
+
+def _where_known(values: Sequence[Estimate | None]) -> Figure | None:
+    known = [v for v in values if v is not None]
+    return Figure.of(known) if known else None  # a figure is missing in every seed or in none
+
+
+def _truth(runs: Sequence[_Run]) -> Truth | None:
+    repeated = len(runs[0].full) > 1
+    if not repeated and len(runs) == 1:
+        return None
+    others = [run.full[1] for run in runs] if repeated else [run.full[0] for run in (*runs[1:], runs[0])]
+    noise = [float(np.abs(run.full[0] - other).mean()) for run, other in zip(runs, others, strict=True)]
+    halves = [bootstrap(agreement(run.halves), seed=run.seed) for run in runs] if repeated else None
+    changes = [bootstrap(agreement(run.changes, pearson), seed=run.seed) for run in runs] if repeated else None
+    return Truth(
+        half_agreement=None if halves is None else Figure.of(halves),
+        loo_agreement=None if changes is None else Figure.of(changes),
+        loo_change=Figure.of([float(np.abs(run.changes).mean()) for run in runs]),
+        noise=Figure.of(noise),
+    )
+
+
+def _steps(runs: Sequence[StepRun]) -> StepMerits:
+    return StepMerits(
+        conservation=max(run.conservation for run in runs),
+        counterfactual=Figure.of([run.counterfactual for run in runs]),
+        slope=Figure.of([run.slope for run in runs]),
+    )

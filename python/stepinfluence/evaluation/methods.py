@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
+import io
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -82,8 +86,10 @@ def grad_cosine(problem: Problem, model: nn.Module) -> Scored:
 
 
 def random_scores(problem: Problem, model: nn.Module) -> Scored:
-    """Chance."""
-    draws = np.random.default_rng(0).standard_normal((len(problem.train), len(problem.queries) + 1))
+    """Chance: other draws for other weights, as a method that is fixed would be a method."""
+    weights = hashlib.sha256(next(model.parameters()).detach().cpu().numpy().tobytes()).digest()
+    rng = np.random.default_rng(list(weights))
+    draws = rng.standard_normal((len(problem.train), len(problem.queries) + 1))
     return Scored(draws[:, 1:], draws[:, 0], 0.0, 0)
 
 
@@ -117,7 +123,10 @@ def trak(problem: Problem, model: nn.Module) -> Scored:
             return torch.ones(len(next(iter(batch))), 1)
 
     began = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
+    # Its progress bars and torch's word on slow batching are no business of the caller, whose bar is on the screen.
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
         tracer = TRAKer(
             model=model,
             task=Loss(),

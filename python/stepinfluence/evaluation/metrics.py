@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
-from sklearn.metrics import roc_auc_score
 
 Array = npt.NDArray[np.float64]
 Likes = npt.ArrayLike
@@ -20,7 +19,7 @@ Likes = npt.ArrayLike
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its confidence interval, ``low <= value <= high`` as far as the bootstrap can tell."""
+    """A figure with its confidence interval, ``low <= value <= high`` as far as its method can tell."""
 
     value: float
     low: float
@@ -32,7 +31,7 @@ class Estimate:
 
 def bootstrap(
     values: Likes,
-    statistic: Callable[[Array], float] = lambda v: float(np.mean(v)),
+    statistic: Callable[[Array], float] | None = None,
     *,
     confidence: float = 0.95,
     draws: int = 2000,
@@ -42,7 +41,7 @@ def bootstrap(
 
     Args:
         values: ``(n, ...)``.
-        statistic: of resampled rows.
+        statistic: of resampled rows; the mean of everything if not given.
         confidence: of the interval.
         draws: resamples.
         seed: of the resampling.
@@ -55,9 +54,80 @@ def bootstrap(
     if not len(array):
         return Estimate(np.nan, np.nan, np.nan)
     rng = np.random.default_rng(seed)
-    resampled = [statistic(array[rng.integers(0, len(array), len(array))]) for _ in range(draws)]
+    if statistic is None:
+        by_row = array.reshape(len(array), -1).mean(1)
+        resampled = by_row[rng.integers(0, len(array), (draws, len(array)))].mean(1)
+        value = float(by_row.mean())
+    else:
+        resampled = np.array([statistic(array[rng.integers(0, len(array), len(array))]) for _ in range(draws)])
+        value = float(statistic(array))
     low, high = np.nanquantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(float(statistic(array)), float(low), float(high))
+    return Estimate(value, float(low), float(high))
+
+
+def over_seeds(values: Likes, *, confidence: float = 0.95) -> Estimate:
+    """Mean over seeds with Student's interval; a seed whose figure is unknown (NaN) is left out.
+
+    With five seeds the interval is 2.8 standard errors to either side (four degrees of freedom) where a large sample
+    would have 2.0. A bootstrap over five values is no way around that: its intervals are too narrow.
+
+    Args:
+        values: ``(n_seeds,)``: one figure a seed, from runs that share no training.
+        confidence: of the interval.
+
+    Returns:
+        NaN for the interval of a single seed, which says nothing of other seeds, and throughout where there is none.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if len(known) < 2:
+        return Estimate(float(known[0]) if len(known) else np.nan, np.nan, np.nan)
+    mean = float(known.mean())
+    reach = float(stats.t.ppf((1 + confidence) / 2, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known)))
+    return Estimate(mean, mean - reach, mean + reach)
+
+
+def share_over_seeds(values: Likes, *, confidence: float = 0.95) -> Estimate:
+    """Mean over seeds of shares, with the exact binomial interval (Clopper and Pearson) of one trial a seed.
+
+    Student's interval would leave 0 to 1, and have no width where no seed has a case, which is not certainty. What is
+    counted several times in a seed counts once here, as it shares that seed's model.
+
+    Args:
+        values: ``(n_seeds,)``, from 0 to 1; NaN is left out.
+        confidence: of the interval.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    n, cases, tail = len(known), float(known.sum()), (1 - confidence) / 2
+    if not n:
+        return Estimate(np.nan, np.nan, np.nan)
+    low = float(stats.beta.ppf(tail, cases, n - cases + 1)) if cases > 0 else 0.0
+    high = float(stats.beta.ppf(1 - tail, cases + 1, n - cases)) if cases < n else 1.0
+    return Estimate(cases / n, low, high)
+
+
+def agreement(outcomes: Likes, correlation: Callable[[Array, Array], float] | None = None) -> Array:
+    """How far repeats of a measurement agree: what the best of scores can reach is limited by it.
+
+    Args:
+        outcomes: ``(repeats, n, n_query)``: losses, or changes of the loss, of the same n trainings from other
+            initialisations.
+        correlation: of two rows of n; rank correlation if not given.
+
+    Returns:
+        ``(n_query,)``: mean over pairs of repeats; 1 where repeats agree, 0 where they have nothing in common, NaN
+        where nothing varies.
+
+    Raises:
+        ValueError: fewer than two repeats.
+    """
+    all_ = np.asarray(outcomes, float)
+    if all_.ndim != 3 or len(all_) < 2:
+        raise ValueError(f"outcomes: got shape {all_.shape}; give (repeats, n, n_query) of at least two repeats")
+    rule = correlation or _spearman
+    pairs = [(a, b) for k, a in enumerate(all_) for b in all_[k + 1 :]]
+    return np.array([np.mean([rule(a[:, q], b[:, q]) for a, b in pairs]) for q in range(all_.shape[2])])
 
 
 def linear_datamodeling_score(scores: Likes, losses: Likes, subsets: npt.ArrayLike) -> Array:
@@ -105,10 +175,7 @@ def leave_one_out_correlation(scores: Likes, changes: Likes, removed: npt.ArrayL
     taken = np.asarray(scores, float)[rows]
     if changed.shape != taken.shape:
         raise ValueError(f"changes: got {changed.shape}; give {taken.shape}, a row for each example left out")
-    varied = (taken.std(0) > 0) & (changed.std(0) > 0)
-    return np.array(
-        [stats.pearsonr(taken[:, q], changed[:, q])[0] if varied[q] else np.nan for q in range(taken.shape[1])]
-    )
+    return np.array([pearson(taken[:, q], changed[:, q]) for q in range(taken.shape[1])])
 
 
 def mislabel_auc(suspicion: Likes, mislabelled: npt.ArrayLike, *, seed: int = 0) -> Estimate:
@@ -122,7 +189,12 @@ def mislabel_auc(suspicion: Likes, mislabelled: npt.ArrayLike, *, seed: int = 0)
         raise ValueError("mislabelled: all examples are alike; plant some errors, and not in all examples")
 
     def auc(rows: Array) -> float:
-        return float(roc_auc_score(rows[:, 1], rows[:, 0])) if len(set(rows[:, 1])) == 2 else float("nan")
+        wrong = rows[:, 1] > 0
+        count, others = int(wrong.sum()), int((~wrong).sum())
+        if not count or not others:
+            return float("nan")
+        above = stats.rankdata(rows[:, 0])[wrong].sum() - count * (count + 1) / 2  # Mann and Whitney's U, ties by half
+        return float(above / (count * others))
 
     return bootstrap(pairs, auc, draws=500, seed=seed)
 
@@ -149,6 +221,11 @@ def randomization_check(scores: Likes, of_random_weights: Likes) -> Array:
     """
     a, b = np.asarray(scores, float), np.asarray(of_random_weights, float)
     return np.array([_spearman(a[:, q], b[:, q]) for q in range(a.shape[1])])
+
+
+def pearson(a: Array, b: Array) -> float:
+    """Pearson's correlation; NaN where nothing varies."""
+    return float(stats.pearsonr(a, b)[0]) if a.std() > 0 and b.std() > 0 else float("nan")
 
 
 def _spearman(a: Array, b: Array) -> float:

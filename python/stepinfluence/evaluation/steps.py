@@ -4,13 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.capture import ExactCapture, attach
 from stepinfluence.capture.session import LossFn
 from stepinfluence.capture.targets import Body, body_parameters, find_body
+from stepinfluence.evaluation.metrics import Estimate, bootstrap
+from stepinfluence.evaluation.problem import Problem
+from stepinfluence.scoring import influence
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """What :func:`try_steps` found of one model; :class:`~stepinfluence.evaluation.result.StepMerits` says what."""
+
+    conservation: float
+    counterfactual: Estimate
+    slope: float
+
+
+def try_steps(problem: Problem, model: nn.Module, *, examples: int = 8, size: float = 1e-3, seed: int = 0) -> StepRun:
+    """Are the step-resolved scores what they claim to be? By trying each out (:func:`step_counterfactual`).
+
+    Args:
+        problem: its data.
+        model: trained.
+        examples: training examples whose gradient is tried as a training step.
+        size: of the step relative to the norm of the weights: small, as influence is of first order.
+        seed: of the choice.
+    """
+    body = problem.body(model)
+    capture = attach(model, body=body, sketch_size=2048)
+    exact = ExactCapture(model, body=body)
+    query_batch = problem.collate(problem.queries)
+    query = capture.featurize([query_batch], problem.loss, progress=False)
+    whole = capture.featurize([query_batch], problem.loss, per_step=False, progress=False)
+    difference = (query.values.sum(1) - whole.values).norm() / whole.values.norm()
+    chosen = np.random.default_rng(seed).permutation(len(problem.train))[:examples]
+    batch = problem.collate([problem.train[int(r)] for r in chosen])
+    sdi = influence(capture.featurize([batch], problem.loss, per_step=False, progress=False), query).sdi.double()
+    gradients = exact.featurize([batch], problem.loss, per_step=False, progress=False)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).norm()
+    predicted, found = [], []
+    for row in range(len(chosen)):
+        gradient = gradients.values[row]
+        eta = float(size * weights / gradient.norm().clamp_min(1e-12))
+        change = {b.name: (-eta * gradient[b.start : b.stop]).view(b.shape) for b in gradients.space.blocks}
+        moved = step_counterfactual(model, body, query_batch, problem.loss, change, steps=query.values.shape[1])
+        # Per unit of eta: examples with large and small gradients count alike.
+        found.append(-moved.numpy() / eta)
+        predicted.append(sdi[row].numpy())
+    a, b = np.stack(predicted), np.stack(found)  # (examples, queries, steps)
+    by_query = [
+        np.corrcoef(a[:, q].ravel(), b[:, q].ravel())[0, 1]
+        for q in range(a.shape[1])
+        if a[:, q].std() and b[:, q].std()
+    ]
+    return StepRun(
+        conservation=float(difference),
+        counterfactual=bootstrap(by_query, seed=seed),
+        slope=float((a * b).sum() / (a * a).sum()),
+    )
 
 
 def step_counterfactual(

@@ -42,6 +42,6 @@ EXPERIMENTS = {
 
 SCALES = {
     "minute": "a smoke test in seconds to a minute; the numbers mean nothing",
-    "cpu": "smaller model, same protocol; at most 45 minutes on two cores",
-    "paper": "the paper's configuration; needs a GPU",
+    "cpu": "smaller than the paper (the report says in what); up to 20 minutes of one core's processor time",
+    "paper": "the paper's configuration, or what its text leaves of it; meant for a GPU, not run so far",
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from stepinfluence.doctor import machine_facts, versions
+from stepinfluence.provenance import Provenance, checkout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,6 +76,7 @@ class Run(Generic[ConfigT]):
         config: the experiment's dataclass.
         scale: name of its profile.
         folder: holds ``config.json``, ``stages/``, ``checkpoints/``, ``figures/`` and the report.
+        provenance: of this process; a stage that an earlier one computed has its own in :attr:`sources`.
     """
 
     def __init__(
@@ -94,6 +96,8 @@ class Run(Generic[ConfigT]):
         self.folder, self.experiment, self.scale, self.config = folder, experiment, scale, config
         self._announce = announce
         self._timings: dict[str, dict[str, float]] = {}
+        self._sources: dict[str, Any] = {}
+        self.provenance = Provenance()
         record = {"experiment": experiment, "scale": scale, "config": _plain(asdict(config))}  # type: ignore[call-overload]
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "config.json"
@@ -138,25 +142,33 @@ class Run(Generic[ConfigT]):
         if plain.exists():  # written last
             content = json.loads(plain.read_text(encoding="utf-8"))
             self._timings[name] = content["timing"]
+            self._sources[name] = content.get("sources", {"commit": "n/a", "dirty": "n/a"})
             with np.load(arrays, allow_pickle=False) as file:
                 return {**content["values"], **{key: file[key] for key in file.files}}
         self.announce(name)
         wall, cpu = time.perf_counter(), time.process_time()
         values = compute()
         timing = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        self._timings[name] = timing
+        self._timings[name], self._sources[name] = timing, checkout()
         kept = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}
         rest = _plain({k: v for k, v in values.items() if not isinstance(v, np.ndarray)})
         temporary = arrays.with_suffix(".tmp.npz")
         np.savez_compressed(temporary, **kept)  # type: ignore[arg-type]  # numpy's stub has the flag in mind
         os.replace(temporary, arrays)  # noqa: PTH105  # replaces on every system
-        _write_text(plain, json.dumps({"values": rest, "timing": timing}, indent=1) + "\n")
+        _write_text(
+            plain, json.dumps({"values": rest, "timing": timing, "sources": self._sources[name]}, indent=1) + "\n"
+        )
         return {**rest, **kept}
 
     @property
     def timings(self) -> Mapping[str, Mapping[str, float]]:
         """Wall and processor seconds of each stage, of the run that computed it."""
         return self._timings
+
+    @property
+    def sources(self) -> Mapping[str, Any]:
+        """Commit that each stage was computed at, and whether files differed from it."""
+        return self._sources
 
     def figure(self, name: str, figure: Figure) -> str:
         """Save a matplotlib figure as ``figures/<name>.png`` and ``.svg``; returns ``name``, for :class:`Section`."""

@@ -82,6 +82,7 @@ def _results(run: Run[Any], outcome: Outcome, command: str) -> dict[str, Any]:
         "comparisons": [vars(c) for c in outcome.comparisons],
         "numbers": dict(outcome.numbers),
         "timings": {name: dict(t) for name, t in run.timings.items()},
+        "provenance": {**run.provenance.finish(command), "stages": dict(run.sources)},
     }
 
 

@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from stepinfluence.aggregation import dominating, energy_shares, first_order_unit
 from stepinfluence.errors import StoreError
 from stepinfluence.features import Features
 from stepinfluence.report.payload import visible
+from stepinfluence.search.energy import checkpoint_energy
 from stepinfluence.search.question import ask
 from stepinfluence.search.scan import score_blocks
 from stepinfluence.store import Store, StoredRow
@@ -65,6 +67,7 @@ class Explorer:
         self.title = title or train.path.resolve().parent.name
         self._lock = threading.Lock()
         self._scores: OrderedDict[tuple[int, str], Array] = OrderedDict()
+        self._energies: dict[tuple[int, str], npt.NDArray[np.float64]] = {}
 
     @classmethod
     def open(cls, run: str | Path, *, train: str = "train", query: str = "") -> Explorer:
@@ -110,6 +113,7 @@ class Explorer:
             "trainSteps": self.train.steps if self.train.per_step else 0,
             "labels": [visible(label) for label in self.query.step_labels],
             "checkpoints": [{"name": visible(c.name), "eta": c.eta} for c in self.train.checkpoints],
+            "unit": first_order_unit([c.eta for c in self.train.checkpoints]),
             "parameters": [visible(b.name) for b in space.blocks] if space.layout == "concat" else [],
             "sketched": space.kind == "sketch",
         }
@@ -150,15 +154,22 @@ class Explorer:
         }
 
     def curve(self, row: int, *, parameters: str = "") -> dict[str, Any]:
-        """Energy ``sum_z |I_t|`` and signed sum by step (paper, D.3), and the energy's share in the later half."""
+        """Energy ``sum_z |I_t|`` and signed sum by step (paper, D.3), and the energy's share in the later half.
+
+        Also each checkpoint's share of the energy, and a sentence where one holds most of it.
+        """
         scores = self.scores(row, parameters)
         energy, signed = np.nansum(np.abs(scores), 0), np.nansum(scores, 0)
         total = float(energy.sum())
+        by_checkpoint = self._energy(row, parameters)
+        owner = dominating(by_checkpoint, [visible(c.name) for c in self.train.checkpoints])
         late = float(energy[len(energy) // 2 :].sum())
         return {
             "energy": energy.tolist(),
             "signed": signed.tolist(),
             "lateMass": late / total if total else 0.0,
+            "shares": energy_shares(by_checkpoint).tolist(),
+            "dominance": owner.sentence if owner else "",
             "helpful": int((scores.sum(1) > 0).sum()),
             "harmful": int((scores.sum(1) < 0).sum()),
         }
@@ -238,8 +249,7 @@ class Explorer:
             if (row, parameters) in self._scores:
                 self._scores.move_to_end((row, parameters))
                 return self._scores[row, parameters]
-            features: Sequence[Features] = [self.query.features(k, [row]) for k in range(len(self.query.checkpoints))]
-            question = ask(self.train, features, per_step=True, parameters=parameters or None)
+            question = ask(self.train, self._features(row), per_step=True, parameters=parameters or None)
             scores = np.empty((len(self.train), question.steps), dtype=np.float32)
             with torch.no_grad():
                 for first, block in score_blocks(question, question.heads()):
@@ -248,6 +258,17 @@ class Explorer:
             while len(self._scores) > 1 and sum(s.nbytes for s in self._scores.values()) > CACHE_BYTES:
                 self._scores.popitem(last=False)
             return scores
+
+    def _features(self, row: int) -> Sequence[Features]:
+        return [self.query.features(k, [row]) for k in range(len(self.query.checkpoints))]
+
+    def _energy(self, row: int, parameters: str) -> npt.NDArray[np.float64]:
+        """``(K,)`` SDI energy of one query by checkpoint."""
+        with self._lock:
+            if (row, parameters) not in self._energies:
+                found = checkpoint_energy(self.train, self._features(row), parameters=parameters or None)[:, 0]
+                self._energies[row, parameters] = found
+            return self._energies[row, parameters]
 
     def _steps(self, first: int, last: int | None) -> slice:
         count = self.query.steps

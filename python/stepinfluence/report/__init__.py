@@ -3,7 +3,7 @@
 The page needs no network and no server: plotly.js, data, style and script are all in the one file.
 """
 
-from stepinfluence.report.data import Accuracy, Check, QueryItem, Report, Stage, TrainItem
+from stepinfluence.report.data import Accuracy, Check, QueryItem, Report, Stage, TrainItem, View
 from stepinfluence.report.page import render_report, write_report
 from stepinfluence.report.pictures import save_pictures
 
@@ -14,6 +14,7 @@ __all__ = [
     "Report",
     "Stage",
     "TrainItem",
+    "View",
     "render_report",
     "save_pictures",
     "write_report",

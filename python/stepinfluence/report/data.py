@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from stepinfluence.aggregation import FIRST_ORDER
+
 Array = NDArray[np.float32]
 
 
@@ -79,6 +81,24 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class View:
+    """One way of adding up influence over checkpoints, or one checkpoint alone.
+
+    Attributes:
+        name: for the picker ("update 500 alone").
+        sdi, unit, note: the view that is shown first, see :class:`View`.
+        view: its name.
+        others: further views that a reader can switch to.
+        note: a sentence on how it was made.
+    """
+
+    name: str
+    sdi: Array
+    unit: str = FIRST_ORDER
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """All that the page shows.
 
@@ -86,11 +106,13 @@ class Report:
         title: the question that was asked, in plain words.
         lede: two or three sentences: the task, the model, what was scored.
         train, queries: rows and columns of ``sdi``.
-        sdi: ``(n_train, n_query, steps)``; positive = training on the example lowers the query's loss.
-        unit: of the influence.
+        sdi, unit, note: the view that is shown first, see :class:`View`.
+        view: its name.
+        others: further views that a reader can switch to.
         grouped_by: what the training examples' groups are ("length").
         checkpoints: name of each checkpoint ("update 500").
-        energy_by_checkpoint: ``(n_checkpoints, n_query)`` influence regardless of sign, summed over examples and steps.
+        energy_by_checkpoint: ``(n_checkpoints, n_query)`` influence regardless of sign, summed over examples and steps:
+            a checkpoint that holds most of a query's is named.
         checks, stages, accuracy: figures of the run.
         accuracy_of: what the kinds of input are ("bits in the string"), the x axis of the accuracy chart.
         accuracy_note: a sentence on what it was measured on.
@@ -104,7 +126,10 @@ class Report:
     train: Sequence[TrainItem]
     queries: Sequence[QueryItem]
     sdi: Array
-    unit: str = "nats"
+    unit: str = FIRST_ORDER
+    note: str = ""
+    view: str = "all checkpoints"
+    others: Sequence[View] = ()
     grouped_by: str = "group"
     checkpoints: Sequence[str] = ()
     energy_by_checkpoint: Array | None = None
@@ -117,6 +142,11 @@ class Report:
     first_query: int = 0
     command: str = ""
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """All views, the first one first."""
+        return (View(self.view, self.sdi, self.unit, self.note), *self.others)
+
     def __post_init__(self) -> None:
         shape = (len(self.train), len(self.queries))
         if self.sdi.ndim != 3 or self.sdi.shape[:2] != shape or 0 in self.sdi.shape:
@@ -124,7 +154,10 @@ class Report:
                 f"sdi: got shape {self.sdi.shape}; pass (n_train, n_query, steps) with {shape[0]} training examples "
                 f"and {shape[1]} queries, none of them zero"
             )
-        if not np.isfinite(self.sdi).all():
+        for view in self.others:
+            if view.sdi.shape != self.sdi.shape:
+                raise ValueError(f"others: {view.name!r} has shape {view.sdi.shape}; pass {self.sdi.shape} as in sdi")
+        if not all(np.isfinite(view.sdi).all() for view in self.views):
             raise ValueError("sdi: holds NaN or infinite values; nothing can be plotted from those")
         energy = self.energy_by_checkpoint
         if energy is not None and energy.shape != (len(self.checkpoints), len(self.queries)):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from stepinfluence.aggregation import FIRST_ORDER, SHARE, balanced
 from stepinfluence.demo import CONSERVED, DemoResult
-from stepinfluence.report.data import Accuracy, Check, QueryItem, Report, Stage, TrainItem
+from stepinfluence.periods import SIGNIFICANT
+from stepinfluence.report.data import Accuracy, Check, QueryItem, Report, Stage, TrainItem, View
 from stepinfluence.tasks.parity import ParityExample
 
 WORDS = ("even", "odd")
+DEFAULT_VIEW = "trained checkpoints, each counting alike"
 
 
 def percent(share: float) -> str:
@@ -30,6 +33,7 @@ def demo_report(result: DemoResult, *, command: str = "sdi demo") -> Report:
     top = training.max_digits
     steps = result.sdi.shape[2]
     etas = [f"{eta:.3g}" for eta in result.etas]
+    first, *others = demo_views(result)
     return Report(
         title="Which training strings shaped the answer, and at which loop step?",
         lede=(
@@ -54,9 +58,13 @@ def demo_report(result: DemoResult, *, command: str = "sdi demo") -> Report:
             )
             for q in result.queries
         ],
-        sdi=result.sdi,
+        sdi=first.sdi,
+        unit=first.unit,
+        note=first.note,
+        view=first.name,
+        others=others,
         grouped_by="length",
-        checkpoints=checkpoint_names(result),
+        checkpoints=result.checkpoint_names,
         energy_by_checkpoint=result.energy_by_checkpoint,
         checks=demo_checks(result),
         stages=[Stage(s.name, s.seconds, s.cpu_seconds, s.peak_bytes) for s in result.stages],
@@ -66,17 +74,22 @@ def demo_report(result: DemoResult, *, command: str = "sdi demo") -> Report:
         accuracy_note=f"Measured on {result.config.accuracy_strings} strings of each length that were held out from "
         "training; where no string of a length was left to hold out, on those of training.",
         method={
-            "Model": f"looped transformer of the paper’s D.2, width {training.model.d_model}, "
+            "Architecture": f"looped transformer of the paper’s D.2, width {training.model.d_model}, "
             f"{training.model.n_heads} heads, {result.parameters:,} parameters; influence is measured on "
             f"the loop body’s {result.body_parameters:,}",
             "Training": f"AdamW, {result.optimizer_steps:,} steps of {training.batch_size} strings, length curriculum "
             f"{training.start_digits} to {top} bits, seed {training.seed}",
-            "Checkpoints": f"{len(etas)}, weighted by their learning rates η = {', '.join(etas)}",
+            "Checkpoints": ", ".join(f"{n} (η = {e})" for n, e in zip(result.checkpoint_names, etas, strict=True)),
+            "Model": f"{result.checkpoint_names[result.chosen]}: the best, on {result.config.validation_strings} "
+            f"validation strings of each of {', '.join(map(str, sorted(result.config.probe_lengths)))} bits, of the "
+            "checkpoints from the end of the curriculum on",
+            "Sum over checkpoints": default_note(result),
             "Scored": f"{len(result.train)} training strings × {len(result.queries)} queries × {steps} loop steps",
             "Sketch": f"TensorSketch and CountSketch, m = {result.config.sketch_size} for each tensor, balanced "
             f"hashing, {result.feature_width:,} numbers per example and step, seed {result.config.seed}",
-            "Score": "test-step SDI: Σ over checkpoints of η · ⟨whole gradient of the training example, step gradient "
-            "of the query⟩",
+            "Score": "test-step SDI at a checkpoint: ⟨whole gradient of the training example, step gradient of the "
+            "query⟩",
+            "Periods": f"stated where a permutation test (999 orders) gives p ≤ {SIGNIFICANT}",
             **{name: value for name, value in result.machine.items() if name != "load"},
             "Load": result.machine.get("load", "unknown"),
             "Versions": ", ".join(f"{n} {v}" for n, v in result.versions.items() if v != "not installed"),
@@ -85,9 +98,39 @@ def demo_report(result: DemoResult, *, command: str = "sdi demo") -> Report:
     )
 
 
-def checkpoint_names(result: DemoResult) -> list[str]:
-    """``update 500``: the optimizer step at which each checkpoint was made (a step, here, is one of the loop)."""
-    return [f"update {int(path.stem.rpartition('-')[2])}" for path in result.checkpoints]
+def demo_views(result: DemoResult) -> tuple[View, ...]:
+    """What the picker offers: the default, each checkpoint alone, and the plain sum of them all."""
+    names = result.checkpoint_names
+    alone = tuple(
+        View(
+            f"{name} alone",
+            balanced(result.by_checkpoint[k : k + 1]),
+            SHARE,
+            f"One checkpoint, {'one of the best' if k in result.trained else 'made within the curriculum'}; "
+            "all influence on the query there, regardless of sign, is 100 %.",
+        )
+        for k, name in reversed(list(enumerate(names)))
+    )
+    return (
+        View(DEFAULT_VIEW, result.sdi, SHARE, default_note(result)),
+        *alone,
+        View(
+            "plain sum over all, by learning rate",
+            result.by_checkpoint.sum(0),
+            FIRST_ORDER,
+            "The paper’s sum over checkpoints (eq. 5), Σ η · ⟨gradient, step gradient⟩: slopes, not amounts of loss.",
+        ),
+    )
+
+
+def default_note(result: DemoResult) -> str:
+    """How the view that is shown first adds up checkpoints."""
+    names = [result.checkpoint_names[k] for k in result.trained]
+    which = f"Mean of the best {len(names)} checkpoints" if len(names) > 1 else "The best checkpoint"
+    return (
+        f"{which} from the end of the curriculum on ({', '.join(names)}), each scaled so that all influence on the "
+        "query there, regardless of sign, is 100 %: no checkpoint can outweigh the others."
+    )
 
 
 def demo_checks(result: DemoResult) -> tuple[Check, ...]:
@@ -115,7 +158,7 @@ def demo_checks(result: DemoResult) -> tuple[Check, ...]:
             "Sketch error",
             percent(result.sdi_error),
             True,
-            f"SDI from sketches against SDI from exact gradients, relative, on {len(rows)} × {len(columns)} pairs",
+            f"influence from sketches against exact gradients, relative, on {len(rows)} × {len(columns)} pairs",
         ),
         Check("Time", f"{sum(s.seconds for s in result.stages):.0f} s", True, "training, attribution and checks"),
     )

@@ -5,24 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import unicodedata
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stepinfluence.aggregation import dominating
+from stepinfluence.periods import period_of
 from stepinfluence.report.data import Array, QueryItem, Report
 
 ROWS_PER_SIDE = 24
 """Training examples kept for each query on either side: the most helpful and the most harmful ones."""
-
-
-@dataclass(frozen=True)
-class Period:
-    """A rhythm: values repeat every ``length`` steps; ``strength`` is the autocorrelation at that lag, at most 1."""
-
-    length: int
-    strength: float
 
 
 def find_peaks(values: ArrayLike) -> list[int]:
@@ -36,33 +29,6 @@ def find_peaks(values: ArrayLike) -> list[int]:
     return [
         t + 1 for t in range(len(x)) if higher[t] and x[t] > x[max(0, t - 2) : t + 3].mean() + 1e-3 * np.abs(x).max()
     ]
-
-
-def find_period(values: ArrayLike, *, least_strength: float = 0.3) -> Period | None:
-    """The lag at which a curve resembles itself most, if it clearly does.
-
-    Args:
-        values: ``(steps,)`` up to the read-out step.
-        least_strength: autocorrelation under which there is no rhythm to speak of.
-
-    Returns:
-        None for short or aperiodic curves.
-    """
-    x = np.asarray(values, dtype=np.float64)
-    if len(x) < 8 or not np.any(x - x.mean()):
-        return None
-    x = x - np.polyval(np.polyfit(np.arange(len(x)), x, 1), np.arange(len(x)))  # a trend is not a rhythm
-    strengths = {}
-    for lag in range(2, len(x) // 3 + 1):
-        a, b = x[lag:], x[:-lag]
-        scale = float(np.sqrt((a @ a) * (b @ b)))
-        strengths[lag] = float(a @ b) / scale if scale > 0 else 0.0
-    best = max(strengths, key=lambda lag: strengths[lag])
-    if strengths[best] < least_strength:
-        return None
-    # Multiples of a period are periods too: take the shortest lag that does nearly as well.
-    length = next(lag for lag, s in strengths.items() if s >= 0.9 * strengths[best])
-    return Period(length, strengths[length])
 
 
 def top_rows(totals: NDArray[Any], per_side: int = ROWS_PER_SIDE) -> tuple[list[int], list[int]]:
@@ -90,14 +56,16 @@ def peak_step(trajectory: Array) -> int:
 
 def payload(report: Report) -> dict[str, Any]:
     """Everything the page's script needs, as JSON-able values; arrays are packed by :func:`pack`."""
-    totals = report.sdi.sum(2)
     groups = list(dict.fromkeys(item.group for item in report.train if item.group))
     members = {g: [i for i, item in enumerate(report.train) if item.group == g] for g in groups}
-    queries = [_query(report, q, totals[:, q], members) for q in range(len(report.queries))]
-    used = sorted({row for query in queries for row in query["rows"]})
+    queries = [_query(report, q, members) for q in range(len(report.queries))]
+    used = sorted({row for query in queries for view in query["views"] for row in view["rows"]})
     return {
         "steps": report.sdi.shape[2],
-        "unit": report.unit,
+        "views": [
+            {"name": visible(view.name), "unit": visible(view.unit), "note": visible(view.note)}
+            for view in report.views
+        ],
         "first": report.first_query,
         "checkpoints": [visible(c) for c in report.checkpoints] if report.energy_by_checkpoint is not None else [],
         "groupedBy": visible(report.grouped_by),
@@ -117,14 +85,11 @@ def payload(report: Report) -> dict[str, Any]:
     }
 
 
-def _query(report: Report, column: int, totals: Array, members: dict[str, list[int]]) -> dict[str, Any]:
+def _query(report: Report, column: int, members: dict[str, list[int]]) -> dict[str, Any]:
     item: QueryItem = report.queries[column]
-    scores = report.sdi[:, column]
-    helpful, harmful = top_rows(totals)
-    rows = helpful + harmful
-    profile = scores.sum(0)
-    read_step = item.read_step if item.read_step is not None else scores.shape[1]
-    period = find_period(item.margin[:read_step]) if item.margin is not None else None
+    read_step = item.read_step if item.read_step is not None else report.sdi.shape[2]
+    energy = None if report.energy_by_checkpoint is None else report.energy_by_checkpoint[:, column]
+    owner = None if energy is None else dominating(energy, [visible(c) for c in report.checkpoints])
     return {
         "id": visible(item.id),
         "text": visible(item.text),
@@ -136,6 +101,23 @@ def _query(report: Report, column: int, totals: Array, members: dict[str, list[i
         "group": visible(item.group),
         "note": visible(item.note),
         "readStep": read_step,
+        "margin": pack(item.margin) if item.margin is not None else None,
+        "marginPeriod": None if item.margin is None else _period(item.margin[:read_step], "The margin"),
+        "byCheckpoint": None if energy is None else pack(energy),
+        "dominance": "" if owner is None else owner.sentence,
+        "views": [_view(view.sdi[:, column], read_step, members) for view in report.views],
+    }
+
+
+def _view(scores: Array, read_step: int, members: dict[str, list[int]]) -> dict[str, Any]:
+    """One query's influence ``(n_train, steps)`` as one view has it."""
+    totals = scores.sum(1)
+    helpful, harmful = top_rows(totals)
+    rows = helpful + harmful
+    profile = scores.sum(0)
+    energy = np.abs(scores).sum(0)
+    found = _period(energy[:read_step], "Influence, regardless of sign,")
+    return {
         "rows": rows,
         "helpful": len(helpful),
         "values": pack(scores[rows]),
@@ -143,14 +125,22 @@ def _query(report: Report, column: int, totals: Array, members: dict[str, list[i
         "peaks": [peak_step(scores[r]) for r in rows],
         "counts": [int((totals > 0).sum()), int((totals < 0).sum())],
         "profile": pack(profile),
-        "energy": pack(np.abs(scores).sum(0)),
-        "margin": pack(item.margin) if item.margin is not None else None,
+        "energy": pack(energy),
         "byGroup": pack(np.stack([scores[m].mean(0) for m in members.values()])) if members else None,
-        "byCheckpoint": pack(report.energy_by_checkpoint[:, column])
-        if report.energy_by_checkpoint is not None
-        else None,
-        "profilePeaks": find_peaks(profile[:read_step]),
-        "marginPeriod": vars(period) if period else None,
+        "period": found,
+        "profilePeriod": _period(profile[:read_step], "Its signed sum"),
+        "energyPeaks": find_peaks(energy[:read_step]) if found["found"] else [],
+    }
+
+
+def _period(curve: Array, what: str) -> dict[str, Any]:
+    tested = period_of(curve)
+    return {
+        "found": tested.found,
+        "lag": tested.lag,
+        "correlation": tested.correlation,
+        "p": tested.p_value,
+        "says": tested.sentence(what),
     }
 
 

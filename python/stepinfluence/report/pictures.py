@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stepinfluence.periods import period_of
 from stepinfluence.report.data import Report
 from stepinfluence.report.payload import find_peaks, signed, top_rows, visible
 
@@ -81,7 +82,7 @@ def _trajectories(report: Report, column: int, axes: Axes) -> None:
             )
             axes.plot(steps[peak], y[peak], "o", color=color, ms=6, zorder=4)
     _step_axis(axes, report, column)
-    axes.set_ylabel("influence at this step")
+    axes.set_ylabel(f"influence at this step\n({report.unit})")
     axes.yaxis.set_major_formatter("{x:,.6g}")
     title = f"Training examples that shaped the answer to {_short(report.queries[column].text, 13)}"
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=18)
@@ -100,25 +101,27 @@ def _trajectories(report: Report, column: int, axes: Axes) -> None:
 
 def _profile(report: Report, column: int, figure: Any) -> None:
     query = report.queries[column]
-    profile = report.sdi[:, column].sum(0)
+    profile, energy = report.sdi[:, column].sum(0), np.abs(report.sdi[:, column]).sum(0)
     steps = np.arange(1, len(profile) + 1)
     count = 1 if query.margin is None else 2
     panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     panels[0].bar(steps, profile, width=0.7, color=[HELPFUL if v >= 0 else HARMFUL for v in profile])
-    panels[0].set_ylabel("SDI, all examples")
+    panels[0].step(steps, energy, where="mid", color=INK, lw=1.2)
+    panels[0].set_ylabel(f"SDI, all examples\n({report.unit})")
     panels[0].yaxis.set_major_formatter("{x:,.6g}")
     if query.margin is not None:
         panels[1].axhline(0, color=FAINT, lw=1.2, zorder=0)
         panels[1].plot(steps, query.margin, "o-", color=ACCENT, lw=2, ms=4)
         panels[1].set_ylabel("logit margin")
-    peaks = find_peaks(profile[: query.read_step])
+    rhythm = period_of(energy[: query.read_step])
+    peaks = find_peaks(energy[: query.read_step]) if rhythm.found else []
     for number, axes in enumerate(panels):
-        if len(peaks) > 2:
-            for step in peaks:
-                axes.axvspan(step - 0.5, step + 0.5, color=FAINT, alpha=0.8, lw=0, zorder=-1)
+        for step in peaks:
+            axes.axvspan(step - 0.5, step + 0.5, color=FAINT, alpha=0.8, lw=0, zorder=-1)
         _step_axis(axes, report, column, note=number == 0, label=axes is panels[-1])
-    title = f"Summed influence and logit margin, step by step, on {_short(query.text, 13)}"
+    title = f"Influence (bars: sum, line: regardless of sign) and logit margin on {_short(query.text, 13)}"
     panels[0].set_title(title, loc="left", fontsize=13, fontweight="bold", pad=18)
+    figure.supxlabel(f"{rhythm.sentence('Influence, regardless of sign,')}.", fontsize=9, color=SOFT, x=0.02, ha="left")
 
 
 def _step_axis(axes: Axes, report: Report, column: int, *, note: bool = True, label: bool = True) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stepinfluence.aggregation import Dominance, dominating, energy_shares, first_order_unit
 from stepinfluence.errors import StoreError
 from stepinfluence.features import Features
 from stepinfluence.project import RowId
 from stepinfluence.runs.stored import StoredRun
-from stepinfluence.search import top_k
+from stepinfluence.search import checkpoint_energy, top_k
 from stepinfluence.store import Store
 
 CANDIDATES = 4
@@ -70,12 +71,26 @@ class Hit:
 
 @dataclass(frozen=True)
 class Answer:
-    """The leading training rows of one query, best first; ``loss`` is the query's at the last checkpoint."""
+    """The leading training rows of one query.
+
+    Attributes:
+        id, text: of the query.
+        loss: the query's at the last checkpoint.
+        hits: best first.
+        checkpoints: names of the run's checkpoints.
+        shares: of each, in the query's SDI energy (from the sketches, also where the hits are exact).
+        dominance: the checkpoint that holds most of it, if one does.
+        unit: of the influence.
+    """
 
     id: RowId
     text: str | None
     loss: float
     hits: tuple[Hit, ...]
+    checkpoints: tuple[str, ...]
+    shares: tuple[float, ...]
+    dominance: Dominance | None
+    unit: str
 
 
 def ask_rows(store: Store, rows: Sequence[int]) -> Asked:
@@ -138,6 +153,9 @@ def answer(
     found = top_k(
         train, asked.features, wanted, steps=steps, harmful=harmful, parameters=parameters, progress=progress
     )  # fmt: skip
+    energy = np.nan_to_num(checkpoint_energy(train, asked.features, parameters=parameters))
+    names = tuple(checkpoint.name for checkpoint in train.checkpoints)
+    unit = first_order_unit([checkpoint.eta for checkpoint in train.checkpoints])
     answers = []
     for q, query_id in enumerate(asked.ids):
         rows = [int(row) for row in found.rows[q] if row >= 0]
@@ -153,7 +171,9 @@ def answer(
         else:
             hits = [_hit(train, row, estimates[n], trajectories[n]) for n, row in enumerate(rows)]
         loss = float(asked.features[-1].losses[q])
-        answers.append(Answer(query_id, asked.texts[q], loss, tuple(hits)))
+        shares = tuple(energy_shares(energy[:, q]).tolist())
+        owner = dominating(energy[:, q], names)
+        answers.append(Answer(query_id, asked.texts[q], loss, tuple(hits), names, shares, owner, unit))
     return answers
 
 

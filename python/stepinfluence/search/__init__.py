@@ -1,9 +1,10 @@
 """Searching features: which training rows shaped an answer, and at which loop step (docs/search.md)."""
 
+from stepinfluence.search.energy import checkpoint_energy
 from stepinfluence.search.index import Index
 from stepinfluence.search.rerank import rerank
 from stepinfluence.search.table import scores
 from stepinfluence.search.topk import TopK, top_k
 from stepinfluence.search.two_stage import TwoStage, two_stage
 
-__all__ = ["Index", "TopK", "TwoStage", "rerank", "scores", "top_k", "two_stage"]
+__all__ = ["Index", "TopK", "TwoStage", "checkpoint_energy", "rerank", "scores", "top_k", "two_stage"]

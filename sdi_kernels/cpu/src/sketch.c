@@ -288,7 +288,7 @@ EXPORT int sdi_supports(int64_t m) {
 
 EXPORT const char *sdi_variant(void) { return variant()->name; }
 
-/* For tests: another instruction set, if this machine has it; NULL: the best. */
+/* Another instruction set, if this machine has it (SDI_KERNELS_CPU, tests); NULL: the best. */
 EXPORT int sdi_set_variant(const char *name) {
   const struct variant *v = find(name);
   if (v) atomic_store(&chosen, v);

@@ -10,11 +10,13 @@ from typing import Any
 import oracle
 import torch
 import zoo
+from rounding import Rounding, flat, joined, measure
 from stepinfluence import Capture, ExactCapture, Features, attach
 from torch import Tensor, nn
 
 LossFn = Callable[[Any, Any], Tensor]
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+FLOAT64 = 1e-10
+"""Relative tolerance in float64: a hundred thousand times its rounding, for whatever cancels."""
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Result:
     gradients: Tensor
     sketch_of_gradients: Tensor
     lengths: list[int] = field(default_factory=list)
+    rounding: Rounding | None = None
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -34,10 +37,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
     error = (found.double() - expected.double()).flatten(1).norm(dim=1)
     size = expected.double().flatten(1).norm(dim=1)
     return float((error / size.clamp(min=1e-6 * float(size.max()) + 1e-30)).max())
-
-
-def flat(grads: dict[str, Tensor]) -> Tensor:
-    return torch.cat([g.reshape(*g.shape[:2], -1).double() for g in grads.values()], -1)
 
 
 def modules_of(model: nn.Module, body: Sequence[str]) -> list[nn.Module]:
@@ -56,17 +55,20 @@ def compare(
     plain: nn.Module | None = None,
     around: Callable[[oracle.Leaves], AbstractContextManager[None]] | None = None,
     whole_batch: Callable[[int], object] | None = None,
-    tolerance: float | None = None,
+    precision: torch.dtype | None = None,
     exact: bool = True,
     sketch_size: int = 64,
     **options: Any,
 ) -> Result:
     """Run the oracle, ExactCapture and the sketching capture, and hold them against each other.
 
+    In float64 to :data:`FLOAT64`; in less, as accuracy.py has it, with the oracle's rounding (rounding.py).
+
     Args:
         model: what the body's names refer to; the oracle runs ``plain`` if given, else this one.
         wrapped: what the captures are given instead of ``model``.
         whole_batch: fixes the random state of batch k, see :func:`oracle.step_gradients`.
+        precision: what the model computes in, where that is not the dtype of its first body parameter.
     """
     model.eval()
     given = model if wrapped is None else wrapped
@@ -74,45 +76,54 @@ def compare(
     parts = modules_of(model, body)
     capture = attach(given, body=parts, sketch_size=sketch_size, loop=loop, **options)
     names = [t.name for t in capture.targets]
-    dtype = capture.targets[0].parameter.dtype
-    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+    precision = precision or capture.targets[0].parameter.dtype
     if loop == "manual":
         model.mark = capture.step  # type: ignore[assignment]
     sketches = capture.featurize(batches, loss_fn)
     summed = capture.featurize(batches, loss_fn, per_step=False)
     if options.get("training"):
         honest.train()
-    found = []
-    for index, batch in enumerate(batches):
-        found.append(
-            oracle.step_gradients(
-                honest,
-                batch,
-                loss_fn,
-                body=modules_of(honest, body),
-                names=names,
-                loop=loop,
-                batch_dim=options.get("batch_dim", 0),
-                around=around,
-                whole_batch=None if whole_batch is None else (lambda index=index: whole_batch(index)),
-            )
+
+    def gradients(batch: Any, index: int) -> dict[str, Tensor]:
+        return oracle.step_gradients(
+            honest,
+            batch,
+            loss_fn,
+            body=modules_of(honest, body),
+            names=names,
+            loop=loop,
+            batch_dim=options.get("batch_dim", 0),
+            around=around,
+            whole_batch=None if whole_batch is None else (lambda: whole_batch(index)),
         )
-    steps = max(next(iter(f.values())).shape[1] for f in found)
-    grads = {n: torch.cat([oracle.pad_steps(f[n], steps) for f in found]) for n in names}
-    expected = oracle.sketched(grads, {t.name: t.sketch for t in capture.targets})
-    assert sketches.values.shape == expected.shape
-    assert relative(sketches.values, expected) <= tolerance
-    assert relative(summed.values, expected.sum(1)) <= tolerance
-    columns = flat(grads)
+
+    rounding = None
+    if precision == torch.float64:
+        grads = joined([gradients(batch, k) for k, batch in enumerate(batches)])
+    else:
+        rounding = measure(honest, batches, gradients, precision)
+        grads = rounding.plain
+    tables = {t.name: t.sketch for t in capture.targets}
+    expected, columns = oracle.sketched(grads, tables), flat(grads)
+    if rounding is None:
+        assert sketches.values.shape == expected.shape
+        assert relative(sketches.values, expected) <= FLOAT64
+        assert relative(summed.values, expected.sum(1)) <= FLOAT64
+    else:
+        rounding.check_sketches(sketches.values, "sketches by step:", tables, per_step=True)
+        rounding.check_sketches(summed.values, "summed sketches:", tables, per_step=False)
     assert sketches.lengths is not None
-    active = (columns != 0).any(-1)
+    steps, active = columns.shape[1], (columns != 0).any(-1)
     lengths = (torch.arange(1, steps + 1) * active).amax(1).tolist()
     assert sketches.lengths.tolist() == lengths
     full = None
     if exact:
         kept = {k: v for k, v in options.items() if k in ("outside", "batch_dim", "training", "seed")}
         full = ExactCapture(given, body=parts, loop=loop, **kept).featurize(batches, loss_fn)
-        assert relative(full.values, columns) <= tolerance
+        if rounding is None:
+            assert relative(full.values, columns) <= FLOAT64
+        else:
+            rounding.check_gradients(full.values, "exact features:")
         assert full.lengths is not None
         assert full.lengths.tolist() == lengths
-    return Result(capture, sketches, full, columns, expected, lengths)
+    return Result(capture, sketches, full, columns, expected, lengths, rounding)

@@ -8,6 +8,8 @@ import zoo
 from compare import compare
 from stepinfluence import LayoutError, attach
 
+pytestmark = pytest.mark.numeric
+
 # Which dimension holds the examples is not to be told by the size where there are as many tokens; these models
 # move it, or have a table made without data, so they are refused then.
 AMBIGUOUS = {"linear, sequence first", "transformer layer, sequence first", "positions by list"}

@@ -13,6 +13,8 @@ from stepinfluence.compat import ProjectedTracInSDI
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.numeric
+
 BATCHES = [zoo.make_batch(4, seed=k) for k in range(3)]
 
 

@@ -12,8 +12,7 @@ from compare import compare
 from stepinfluence import attach
 from torch import Tensor
 
-# Rounding of one bfloat16 (float16) operation; errors of a step are a few of them, in random directions.
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+pytestmark = pytest.mark.numeric
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # said of the plain model, too
@@ -29,7 +28,7 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
 
     torch.manual_seed(1)
     model = zoo.Looped(zoo.LAYERS[name]())
-    compare(model, [zoo.make_batch(3), zoo.make_batch(2)], loss_fn, tolerance=8 * ROUNDING[dtype])
+    compare(model, [zoo.make_batch(3), zoo.make_batch(2)], loss_fn, precision=dtype)
 
 
 @pytest.mark.parametrize("name", ["mlp", "layer norm", "rms norm", "functional rms norm", "hand-written layer norm",
@@ -38,15 +37,13 @@ def test_bfloat16_model(name: str) -> None:
     torch.manual_seed(1)
     model = zoo.Looped(zoo.LAYERS[name]()).bfloat16()
     batches = [zoo.make_batch(b, dtype=torch.bfloat16) for b in (3, 2)]
-    result = compare(
-        model, batches, lambda m, b: zoo.squared_error(m, b).float(), tolerance=16 * ROUNDING[torch.bfloat16]
-    )
+    result = compare(model, batches, lambda m, b: zoo.squared_error(m, b).float())
     assert result.sketches.values.dtype == torch.float32
 
 
 def test_float64_model_gives_float64_features() -> None:
     model = zoo.Looped(zoo.LAYERS["mlp"]()).double()
-    result = compare(model, [zoo.make_batch(3, dtype=torch.float64)], tolerance=1e-12)
+    result = compare(model, [zoo.make_batch(3, dtype=torch.float64)])
     assert result.sketches.values.dtype == torch.float64
     assert result.exact is not None
     assert result.exact.values.dtype == torch.float64
@@ -56,7 +53,7 @@ def test_some_parameters_in_double_precision() -> None:
     torch.manual_seed(1)
     core = zoo.Core(lambda s, x: s.mix((x * s.scale).float()).tanh(), scale=zoo.normal(zoo.D), mix=zoo.linear())
     core.scale.data = core.scale.data.double()
-    result = compare(zoo.Looped(core), [zoo.make_batch(3)], tolerance=1e-5)
+    result = compare(zoo.Looped(core), [zoo.make_batch(3)], precision=torch.float32)
     assert result.sketches.values.dtype == torch.float64
 
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from zoo import Core, D, linear, normal
 
+pytestmark = pytest.mark.numeric
+
 
 class Experts(nn.Module):
     """Each token goes to one of three experts and is weighted by the gate's confidence."""
@@ -163,7 +165,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
     torch.manual_seed(9)
     core = Core(lambda s, x: s.route(x) + x, route=Routed())
-    compare(zoo.Looped(core), batches(torch.float32, (3, 4), (5, 4)), loss_fn, tolerance=8 * 2.0**-8)
+    compare(zoo.Looped(core), batches(torch.float32, (3, 4), (5, 4)), loss_fn, precision=dtype)
 
 
 class Routed(nn.Module):

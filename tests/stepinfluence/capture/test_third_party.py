@@ -10,6 +10,8 @@ from compare import compare
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.numeric
+
 transformers = pytest.importorskip("transformers")
 
 TOKENS, VOCABULARY = 5, 23

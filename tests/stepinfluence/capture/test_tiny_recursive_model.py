@@ -10,6 +10,8 @@ from compare import compare
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.numeric
+
 trm = pytest.importorskip("tiny_recursive_model")
 
 TOKENS, VOCABULARY, ROUNDS, LATENT_STEPS = 6, 11, 2, 3

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accuracy import inner_products
 from stepinfluence import Project
 from stepinfluence.cli import app
 from stepinfluence.store import Store
 from stepinfluence.templates import TEMPLATES
 from typer.testing import CliRunner, Result
+
+pytestmark = pytest.mark.numeric
 
 
 def invoke(*arguments: str | Path, input: str | None = None, code: int = 0) -> Result:  # noqa: A002  # CliRunner's word
@@ -124,8 +127,9 @@ def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     best = sdi.sum(1).topk(10)
     hits = by_row["hits"]
     assert [hit["row"] for hit in hits] == best.indices.tolist()
-    np.testing.assert_allclose([hit["score"] for hit in hits], best.values, rtol=1e-4)
-    np.testing.assert_allclose([hit["trajectory"] for hit in hits], sdi[best.indices], rtol=1e-3, atol=1e-6)
+    left, right = train.values[best.indices], query.values[3]
+    inner_products("nd,sd->n", left, right).check(torch.tensor([hit["score"] for hit in hits]))
+    inner_products("nd,sd->ns", left, right).check(torch.tensor([hit["trajectory"] for hit in hits]))
     assert hits[0]["peak_step"] == 1 + int(sdi[best.indices[0]].abs().argmax())
 
     late = first("--row", "3", "--step", "3-4", "--harmful", "-k", "2")["hits"]
@@ -166,7 +170,26 @@ def test_query_for_people(run: Path) -> None:
     shown = invoke("query", run, "--row", "0", "-k", "2").stdout
     for words in ("Query 0", "loss", "total", "peak", "steps 1–4", "step ", "lowers the query's loss most", "negative"):
         assert words in shown
+    assert "first order, per unit of learning rate" in " ".join(shown.split())  # no checkpoints, so no rates
+    assert "SDI energy" not in shown  # one model as it is owns nothing
     assert "steps 2-3" in invoke("query", run, "--row", "0", "--step", "2-3", "--harmful").stdout
+
+
+def test_query_names_a_checkpoint_that_owns_the_sum(run: Path, tmp_path: Path) -> None:
+    """Two checkpoints of the same weights, one with a far larger learning rate."""
+    model = Project.load(run.parent / "my_project.py").model()
+    for k, rate in enumerate((0.001, 1.0)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / f"c{k}.pt")
+    project, options = run.parent / "my_project.py", ("--sketch-size", "16", "--checkpoints", tmp_path / "c*.pt")
+    invoke("featurize", "-p", project, "-s", "train", "-s", "query", *options, "-o", tmp_path / "run")
+    shown = " ".join(invoke("query", tmp_path / "run", "--row", "0", "-k", "1").stdout.split())
+    assert "Checkpoint c1.pt holds 99.9 % of this query's SDI energy" in shown
+    assert "first order, weighted by learning rate" in shown
+    (found,) = json.loads(invoke("query", tmp_path / "run", "--row", "0", "-k", "1", "--json").stdout)
+    assert found["dominated_by"] == "c1.pt"
+    assert [c["name"] for c in found["checkpoints"]] == ["c0.pt", "c1.pt"]
+    assert found["checkpoints"][1]["share"] == pytest.approx(1 / 1.001, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +227,7 @@ def test_influence_full_and_leading(run: Path, tmp_path: Path) -> None:
     expected = torch.einsum("nd,qsd->nqs", train.values, query.values).numpy()
     done = invoke("influence", run, "--out", tmp_path / "scores.npy", "--json")
     assert json.loads(done.stdout)["shape"] == [64, 8, 4]
-    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, rtol=1e-3, atol=1e-5)
+    inner_products("nd,qsd->nqs", train.values, query.values).check(torch.from_numpy(np.load(tmp_path / "scores.npy")))
     ids = json.loads((tmp_path / "scores.json").read_text())
     assert ids["train"]["ids"] == list(range(64))
     assert ids["query"]["ids"] == list(range(8))

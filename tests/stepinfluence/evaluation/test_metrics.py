@@ -7,6 +7,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from stepinfluence.evaluation import (
     bootstrap,
     leave_one_out_correlation,
@@ -67,6 +68,12 @@ def test_mislabel_auc() -> None:
     assert mislabel_auc([3, 1, 2, 0], [1, 1, 0, 0]).value == 0.75
     with pytest.raises(ValueError, match="mislabelled: all examples are alike"):
         mislabel_auc([1, 2], [0, 0])
+
+
+def test_mislabel_auc_is_scikit_learns(rng: np.random.Generator) -> None:
+    for _ in range(5):
+        suspicion, wrong = rng.integers(0, 6, 30), rng.permutation(30) < 5  # with ties
+        assert mislabel_auc(suspicion, wrong).value == pytest.approx(roc_auc_score(wrong, suspicion), abs=1e-12)
 
 
 def test_top_k_overlap() -> None:

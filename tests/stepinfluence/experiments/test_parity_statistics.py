@@ -7,53 +7,15 @@ import pytest
 from stepinfluence.experiments.parity.clock import clock
 from stepinfluence.experiments.parity.proxy import UNSEEN, ProxyCircuit, score
 from stepinfluence.experiments.parity.statistics import (
-    autocorrelation,
     delay,
     determinism,
     dominant_cycle,
     dominant_frequency,
     lagged_cosine,
-    period,
     transition_matrix,
 )
 
 SAWTOOTH = np.tile([0.0, 1.0, 2.0, 3.0], 10)
-
-
-def test_autocorrelation_by_its_definition() -> None:
-    values = np.random.default_rng(0).normal(size=30) + np.linspace(0, 9, 30)
-    rest = values - np.polyval(np.polyfit(np.arange(30), values, 1), np.arange(30))
-    want = [np.dot(rest[: 30 - lag], rest[lag:]) / np.dot(rest, rest) for lag in range(30)]
-    np.testing.assert_allclose(autocorrelation(values), want, atol=1e-12)
-
-
-@pytest.mark.parametrize("length", [3, 4, 5, 7])
-def test_period_of_a_repeated_pattern_on_a_trend(length: int) -> None:
-    pattern = np.arange(float(length)) ** 2
-    found = period(np.tile(pattern, 8) + 0.3 * np.arange(8 * length), orders=99)
-    assert found.lag == length
-    assert found.correlation > 0.7
-    assert found.p_value == pytest.approx(0.01)
-
-
-def test_noise_has_no_significant_period() -> None:
-    values = [period(np.random.default_rng(seed).normal(size=40), orders=99).p_value for seed in range(20)]
-    assert 0.2 < np.mean(values) < 0.8  # uniform if nothing is there
-
-
-def test_a_bump_has_no_period() -> None:
-    found = period(np.exp(-((np.arange(40) - 20) ** 2) / 200.0), orders=9)
-    assert found.lag == 0
-    assert found.correlation == 0
-    assert found.p_value == 1
-
-
-@pytest.mark.parametrize(
-    "bad", [[1.0, 2.0], [1.0, np.nan, 3.0, 4.0, 5.0, 1.0, 2.0, 3.0], np.arange(10.0), np.zeros(10)]
-)
-def test_series_without_autocorrelation_are_refused(bad: list[float]) -> None:
-    with pytest.raises(ValueError, match="series"):
-        period(bad)
 
 
 def test_frequency_of_a_wave() -> None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-# Test folders are no packages: helpers are imported by their plain name.
-sys.path.insert(0, str(Path(__file__).parent))
-
 from explored import write_run
 from serving import Served, serving
 from stepinfluence.explore import Explorer

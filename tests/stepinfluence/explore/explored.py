@@ -27,9 +27,16 @@ def space(checkpoint: int) -> FeatureSpace:
 
 
 def write_split(
-    path: Path, n: int, *, per_step: bool, seed: int, failed: int | None = None, checkpoints: int = 2
+    path: Path,
+    n: int,
+    *,
+    per_step: bool,
+    seed: int,
+    failed: int | None = None,
+    checkpoints: int = 2,
+    etas: tuple[float, ...] = (0.1, 0.2),
 ) -> None:
-    stored = tuple(StoredCheckpoint(f"step-{k}.pt", 0.1 * (k + 1), space(k)) for k in range(checkpoints))
+    stored = tuple(StoredCheckpoint(f"step-{k}.pt", etas[k], space(k)) for k in range(checkpoints))
     manifest = Manifest(stored, n, 16, per_step=per_step, steps=STEPS if per_step else None)
     writer = StoreWriter.create(path, manifest)
     for k in range(checkpoints):

@@ -7,31 +7,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accuracy import Expected, multilinear
 from explored import FAILED, HOSTILE, STEPS, write_split
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.explore import Explorer
+from torch import Tensor
+
+pytestmark = pytest.mark.numeric
+
+KEPT = np.arange(40) != FAILED
+
+
+def held_against(explorer: Explorer, query: int, equation: str = "nsd,td->nst", rows: object = KEPT) -> Expected:
+    """What is expected of sums over checkpoints, straight from equation 9."""
+    etas = [c.eta for c in explorer.train.checkpoints]
+    left = [explorer.train.features(k).values[rows] for k in range(len(etas))]
+    right = [explorer.query.features(k, [query]).values[0] for k in range(len(etas))]
+
+    def plain(*v: Tensor) -> Tensor:
+        return sum(eta * torch.einsum(equation, v[k], v[k + len(etas)]) for k, eta in enumerate(etas))  # type: ignore[return-value]
+
+    return multilinear(plain, *left, *right, rows=False)
 
 
 def expected(explorer: Explorer, query: int) -> np.ndarray:
-    """``(n_train, train steps, query steps)`` in float64, straight from equation 9."""
-    total = 0
-    for k, checkpoint in enumerate(explorer.train.checkpoints):
-        left = explorer.train.features(k).values.double()
-        right = explorer.query.features(k, [query]).values[0].double()
-        total = total + checkpoint.eta * torch.einsum("nsd,td->nst", left, right)
-    return np.asarray(total)
+    """``(n_train, train steps, query steps)`` in float64."""
+    return np.asarray(held_against(explorer, query, rows=slice(None)).exact)
 
 
 def test_scores_are_sdi_summed_over_checkpoints(explorer: Explorer) -> None:
-    scores, want = explorer.scores(3), expected(explorer, 3).sum(1)
+    scores = explorer.scores(3)
     assert np.isnan(scores[FAILED]).all()
-    keep = np.arange(40) != FAILED
-    np.testing.assert_allclose(scores[keep], want[keep], rtol=1e-4, atol=1e-5)
+    held_against(explorer, 3, "nsd,td->nt").check(torch.as_tensor(scores[KEPT]))
 
 
 def test_scores_of_one_parameter_and_the_rest_add_up(explorer: Explorer) -> None:
     parts = [explorer.scores(3, name) for name in explorer.overview()["parameters"]]
-    np.testing.assert_allclose(sum(parts), explorer.scores(3), rtol=1e-4, atol=1e-5)
+    held_against(explorer, 3, "nsd,td->nt").check(torch.as_tensor(sum(parts)[KEPT]))
 
 
 @pytest.mark.parametrize(("first", "last"), [(1, None), (2, 4), (6, 6)])
@@ -49,17 +61,18 @@ def test_curve_is_energy_and_signed_sum(explorer: Explorer) -> None:
     want = np.delete(expected(explorer, 3).sum(1), FAILED, 0)
     curve = explorer.curve(3)
     np.testing.assert_allclose(curve["energy"], np.abs(want).sum(0), rtol=1e-4)
-    np.testing.assert_allclose(curve["signed"], want.sum(0), rtol=1e-3, atol=1e-3)
+    held_against(explorer, 3, "nsd,td->t").check(torch.as_tensor(curve["signed"]))
     np.testing.assert_allclose(curve["lateMass"], np.abs(want)[:, 3:].sum() / np.abs(want).sum(), rtol=1e-4)
     assert curve["helpful"] + curve["harmful"] == 39
 
 
 def test_pair_has_the_step_matrix_and_parameters(explorer: Explorer) -> None:
     pair = explorer.pair(3, 5)
-    np.testing.assert_allclose(pair["matrix"], expected(explorer, 3)[5], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.sum(pair["matrix"], 0), pair["sdi"], rtol=1e-3, atol=1e-4)
+    held_against(explorer, 3, rows=[5]).check(torch.as_tensor(pair["matrix"])[None])
+    by_step = held_against(explorer, 3, "nsd,td->t", rows=[5])
     by_parameter = np.sum([p["sdi"] for p in pair["parameters"]], 0)
-    np.testing.assert_allclose(by_parameter, pair["sdi"], rtol=1e-3, atol=1e-4)
+    for found in (pair["sdi"], np.sum(pair["matrix"], 0), by_parameter):
+        by_step.check(torch.as_tensor(found))
 
 
 def test_compare_correlates_all_rows(explorer: Explorer) -> None:
@@ -136,3 +149,24 @@ def test_the_cache_forgets_the_oldest(explorer: Explorer, monkeypatch: pytest.Mo
     assert len(explorer._scores) == 2
     assert explorer.scores(0) is not first
     np.testing.assert_array_equal(explorer.scores(0), first)
+
+
+def test_a_checkpoint_that_owns_the_energy_is_named(tmp_path: Path, explorer: Explorer) -> None:
+    curve = explorer.curve(3)
+    for k, share in enumerate(curve["shares"]):
+        part = explorer.train.checkpoints[k].eta * torch.einsum(
+            "nsd,td->nt", explorer.train.features(k).values, explorer.query.features(k, [3]).values[0]
+        )
+        part[FAILED] = 0
+        other = curve["shares"][1 - k]
+        assert share + other == pytest.approx(1)
+        if k == 0:
+            first = part.abs().sum()
+        else:
+            assert float(part.abs().sum() / (first + part.abs().sum())) == pytest.approx(share, rel=1e-4)
+    assert curve["dominance"] == ""  # 0.1 against 0.2, of gradients alike
+    write_split(tmp_path / "train", 10, per_step=True, seed=1, etas=(0.1, 90.0))
+    write_split(tmp_path / "test", 3, per_step=True, seed=2, etas=(0.1, 90.0))
+    owned = Explorer.open(tmp_path).curve(1)
+    assert owned["shares"][1] > 0.98
+    assert owned["dominance"].startswith("Checkpoint step-1.pt holds 99.")

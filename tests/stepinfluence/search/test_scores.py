@@ -9,8 +9,12 @@ import made
 import numpy as np
 import pytest
 import torch
+from accuracy import Expected, multilinear
 from stepinfluence import StoreError, influence
 from stepinfluence.search import scan, scores
+from torch import Tensor
+
+pytestmark = pytest.mark.numeric
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8"])
@@ -24,16 +28,27 @@ def test_equals_influence(tmp_path: Path, dtype: str, train_steps: int | None) -
     etas = (0.3, 0.7)
     train, query = (made.store(tmp_path / str(k), side, etas=etas, dtype=dtype) for k, side in enumerate(sides))
     decoded = [[s.features(k) for k in range(2)] for s in (train, query)]
-    expected = influence(*decoded, etas=etas)
+    whole = influence(*decoded, etas=etas)
+    values = [f.values for side in decoded for f in side]  # of the train side, then of the query side
+
+    def plain(*v: Tensor) -> Tensor:
+        equation = "nd,qtd->nqt" if train_steps is None else "nsd,qtd->nqt"
+        return sum(eta * torch.einsum(equation, v[k], v[k + 2]) for k, eta in enumerate(etas))  # type: ignore[return-value]
+
+    expected = multilinear(plain, *values, rows=False)
+    expected.check(whole.sdi, "influence:")
     for out in (None, tmp_path / "scores.npy"):
         found = scores(train, query, out=out)
-        torch.testing.assert_close(found.sdi, expected.sdi, rtol=1e-5, atol=1e-5)
-        assert (found.train_ids, found.query_ids, found.etas) == (expected.train_ids, expected.query_ids, etas)
+        expected.check(found.sdi, "scores:")
+        assert (found.train_ids, found.query_ids, found.etas) == (whole.train_ids, whole.query_ids, etas)
     file = np.load(tmp_path / "scores.npy")
     assert file.shape == (45, 4, 3)
     assert file.dtype == np.float32
     some = scores(train, query, steps=slice(1, 3))
-    torch.testing.assert_close(some.sdi, expected.sdi[..., 1:], rtol=1e-5, atol=1e-5)
+    kept = slice(1, None)
+    Expected(expected.exact[..., kept], expected.plain[..., kept], expected.magnitude[..., kept], rows=False).check(
+        some.sdi, "some steps:"
+    )
 
 
 def test_examples_that_failed_are_nan(tmp_path: Path) -> None:

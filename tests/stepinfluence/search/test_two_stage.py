@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from accuracy import inner_products, multilinear
 from stepinfluence import Capture, ExactCapture, FeatureMismatchError, Features, StoreError, attach, influence
 from stepinfluence.search import Index, TwoStage, top_k, two_stage
 from stepinfluence.search.question import ask
@@ -24,7 +25,7 @@ class Examples:
     """Examples of ``zoo.make_batch`` one by one."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self.batch = zoo.make_batch(size, seed=seed)
+        self.batch = zoo.make_batch(size, seed=seed, dtype=torch.float64)
 
     def __len__(self) -> int:
         return len(self.batch["x"])
@@ -34,9 +35,9 @@ class Examples:
 
 
 def setting(seed: int = 0, sketch_size: int = 8) -> tuple[Capture, Examples, Examples, Tensor]:
-    """A capture with sketches that are far too small, and the exact influence."""
+    """A capture with sketches that are far too small, and the exact influence, in float64."""
     torch.manual_seed(seed)
-    model = zoo.Looped(zoo.LAYERS["mlp"]()).eval()
+    model = zoo.Looped(zoo.LAYERS["mlp"]()).double().eval()
     train, query = Examples(N, 1), Examples(Q, 2)
     exact = ExactCapture(model, body="core")
     full = influence(
@@ -75,7 +76,7 @@ def test_with_all_rows_as_candidates_it_is_exact(per_step: bool, harmful: bool, 
     expected = expected if per_step else expected[:, 0]
     assert torch.equal(found.rows, expected)
     for place in np.ndindex(*expected.shape):
-        torch.testing.assert_close(found.sdi[place], full[expected[place], place[0]], rtol=1e-4, atol=1e-6)
+        inner_products("t->t", full[expected[place], place[0]]).check(found.sdi[place])
     assert found.train_ids.tolist() == expected.tolist()
 
 
@@ -88,7 +89,7 @@ def test_the_short_list_is_recomputed_exactly() -> None:
     for q in range(Q):
         best = sorted(found.candidates[q].tolist(), key=lambda r, q=q: -float(full[r, q].sum()))[:4]
         assert found.top.rows[q].tolist() == best
-        torch.testing.assert_close(found.top.scores[q], full[best, q].sum(1), rtol=1e-4, atol=1e-6)
+        inner_products("kt->k", full[best, q]).check(found.top.scores[q])
     assert set(found.seconds) == {"candidates", "exact"}
     sketched = top_k(featurized(capture, train, per_step=False), featurized(capture, query, per_step=True), 4)
     assert found.top.rows.tolist() != sketched.rows.tolist(), "sketches of this size are wrong about the order"
@@ -113,7 +114,9 @@ def test_checkpoints(tmp_path: Path) -> None:
     }  # fmt: skip
     found = two_stage(*sides, 5, checkpoints=paths, **options)
     assert found.top.rows.tolist() == made.by_sorting(expected.sum(2), 5)
-    torch.testing.assert_close(found.top.sdi[0], expected[found.top.rows[0], 0], rtol=1e-4, atol=1e-6)
+    rows = found.top.rows[0]
+    added = multilinear(lambda *p: etas[0] * p[0] + etas[1] * p[1], *(part[rows, 0] for part in parts), rows=False)
+    added.check(found.top.sdi[0])
     stores = [made.store(tmp_path / f"{k}", side, etas=etas) for k, side in enumerate(sides)]
     folded = [fold_store(s.path, tmp_path / f"folded{k}") for k, s in enumerate(stores)]
     again = two_stage(*folded, 5, checkpoints=paths, **{**options, "etas": None})

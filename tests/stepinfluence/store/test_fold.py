@@ -11,6 +11,8 @@ import torch
 from stepinfluence import FeatureMismatchError, StoreError, influence
 from stepinfluence.store import fold, fold_store
 
+pytestmark = pytest.mark.numeric
+
 MADE = stores.manifest(n_rows=8, shard_rows=8, checkpoints=3)
 ETAS = [0.3, 0.0, 0.2]
 

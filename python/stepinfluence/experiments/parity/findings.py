@@ -14,7 +14,7 @@ from stepinfluence.experiments.parity.config import CONFIGS, Config
 from stepinfluence.experiments.parity.profiles import Profiles, summarise
 from stepinfluence.experiments.parity.readings import Readings, read
 from stepinfluence.experiments.parity.sections import lag_text, percent
-from stepinfluence.experiments.parity.statistics import Period
+from stepinfluence.periods import Period
 from stepinfluence.tasks.parity import ParityExample
 
 

@@ -64,7 +64,7 @@ class Attribution:
         summed, done = [], 0
         announce(f"{checkpoint.stem}: training subset")
         for batch in self._batches(self.train, None):
-            features = self._features(batch, first=done == 0)
+            features = self._features(batch)
             per_step = self_influence(features, etas=eta).cpu().numpy()
             own[done : done + len(features), : per_step.shape[1]] = per_step
             summed.append(features.summed())
@@ -72,8 +72,8 @@ class Attribution:
         announce(f"{checkpoint.stem}: queries")
         columns = []
         length = max(e.n_digits for e in self.queries) + 2
-        for number, batch in enumerate(self._batches(self.queries, length)):
-            features = self._features(batch, first=number == 0)
+        for batch in self._batches(self.queries, length):
+            features = self._features(batch)
             rows = [influence(block, features, etas=eta).sdi.cpu().numpy() for block in summed]
             columns.append(np.concatenate(rows))
         sdi = np.concatenate(columns, axis=1)
@@ -93,7 +93,5 @@ class Attribution:
             batch = collate(examples[start : start + size], length=length)
             yield {name: value.to(self.config.device) for name, value in batch.items()}
 
-    def _features(self, batch: Batch, *, first: bool) -> Features:
-        # Each call would verify anew; the batches of a side differ in nothing that matters to it.
-        verify = None if first else False
-        return self.capture.featurize([batch], parity_loss, per_step=True, progress=False, verify=verify)
+    def _features(self, batch: Batch) -> Features:
+        return self.capture.featurize([batch], parity_loss, per_step=True, progress=False)

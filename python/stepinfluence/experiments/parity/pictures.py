@@ -10,8 +10,8 @@ import numpy as np
 from stepinfluence.experiments.parity.clock import Clock
 from stepinfluence.experiments.parity.proxy import Array, Integers
 from stepinfluence.experiments.parity.readings import Readings
-from stepinfluence.experiments.parity.statistics import autocorrelation
 from stepinfluence.experiments.style import ACCENT, FAINT, INK, SERIES, SOFT, figure
+from stepinfluence.periods import autocorrelation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

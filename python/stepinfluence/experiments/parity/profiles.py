@@ -14,7 +14,8 @@ from scipy.stats import spearmanr
 from stepinfluence.experiments.parity.clock import Clock, clock
 from stepinfluence.experiments.parity.config import Config
 from stepinfluence.experiments.parity.proxy import Array, Integers
-from stepinfluence.experiments.parity.statistics import Period, autocorrelation, delay, period
+from stepinfluence.experiments.parity.statistics import delay
+from stepinfluence.periods import Period, autocorrelation, period
 from stepinfluence.tasks.parity import ParityExample
 
 

@@ -14,13 +14,12 @@ from sklearn.metrics import silhouette_score
 from stepinfluence.experiments.parity.config import Config
 from stepinfluence.experiments.parity.proxy import Array, Integers, ProxyCircuit, Scored, score
 from stepinfluence.experiments.parity.statistics import (
-    Period,
     determinism,
     dominant_cycle,
     lagged_cosine,
-    period,
     transition_matrix,
 )
+from stepinfluence.periods import Period, period
 
 
 @dataclass(frozen=True)

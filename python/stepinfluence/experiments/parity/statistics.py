@@ -1,87 +1,16 @@
-"""Periods, transitions and cycles of short trajectories (paper D.2, mechanistic readouts)."""
+"""Frequencies, transitions and cycles of short trajectories (paper D.2, mechanistic readouts)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import correlate, detrend, find_peaks, periodogram
+from scipy.signal import detrend, periodogram
 
 Array: TypeAlias = NDArray[np.float64]
 States: TypeAlias = NDArray[np.int64]
-
-
-def autocorrelation(series: Sequence[float] | Array) -> Array:
-    """Autocorrelation of a series without its linear trend, at lags 0 .. n - 1.
-
-    The biased estimate (every lag is divided by the variance of all n values), which shrinks with the lag: of a period
-    and its multiples, the period itself stands highest.
-
-    Args:
-        series: ``(n,)``, n >= 4.
-
-    Returns:
-        ``(n,)``; 1 at lag 0.
-
-    Raises:
-        ValueError: too short, not finite, or nothing is left without the trend.
-    """
-    values = np.asarray(series, dtype=np.float64)
-    if values.ndim != 1 or len(values) < 4:
-        raise ValueError(f"series: got shape {values.shape}; pass at least four values in a row")
-    if not np.isfinite(values).all():
-        raise ValueError("series: some values are not finite")
-    rest = detrend(values)
-    power = float(rest @ rest)
-    if power <= 1e-20 * max(float(values @ values), np.finfo(float).tiny):
-        raise ValueError("series: a straight line has no autocorrelation")
-    return np.asarray(correlate(rest, rest, method="direct")[len(values) - 1 :] / power)
-
-
-@dataclass(frozen=True)
-class Period:
-    """A period found in a series.
-
-    Attributes:
-        lag: where the autocorrelation has its highest peak; 0 where it has no positive peak.
-        correlation: the autocorrelation there.
-        p_value: share of random orders of the same values whose highest peak is at least as high.
-    """
-
-    lag: int
-    correlation: float
-    p_value: float
-
-
-def period(series: Sequence[float] | Array, *, orders: int = 999, seed: int = 0) -> Period:
-    """The period of a series: the lag in 2 .. n / 2 at which its autocorrelation has its highest local maximum.
-
-    Args:
-        series: ``(n,)``, n >= 8.
-        orders: random orders behind the p-value.
-        seed: of these.
-
-    Raises:
-        ValueError: as for :func:`autocorrelation`, or fewer than eight values.
-    """
-    values = np.asarray(series, dtype=np.float64)
-    if values.ndim != 1 or len(values) < 8:
-        raise ValueError(f"series: got shape {values.shape}; a period needs at least eight values in a row")
-    lag, height = _highest_peak(autocorrelation(values))
-    draw = np.random.default_rng(seed)
-    others = [_highest_peak(autocorrelation(draw.permutation(values)))[1] for _ in range(orders)]
-    return Period(lag, height, (1 + sum(other >= height for other in others)) / (1 + orders))
-
-
-def _highest_peak(curve: Array) -> tuple[int, float]:
-    # One lag more than is looked at on both sides, for the neighbours of the first and the last.
-    peaks = find_peaks(curve[: len(curve) // 2 + 2])[0]
-    peaks = [int(p) for p in peaks if 2 <= p <= len(curve) // 2 and curve[p] > 0]
-    best = max(peaks, key=lambda p: curve[p], default=0)
-    return best, float(curve[best]) if best else 0.0
 
 
 def lagged_cosine(hidden: Array, lag: int) -> Array:

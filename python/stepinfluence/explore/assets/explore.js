@@ -6,6 +6,7 @@ const root = document.documentElement;
 const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 const esc = (text) => String(text).replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
 const steps = Array.from({ length: overview.steps }, (_, t) => t + 1);
+const INFLUENCE = "influence, first order";
 const state = { query: null, items: [], total: 0, rows: [], chosen: null, ticket: 0 };
 
 /* ---- Where answers come from: the server, or this page itself --------------------------------------------------- */
@@ -142,7 +143,7 @@ async function show(row) {
     if (ticket === state.ticket) $("main").classList.remove("busy");
   }
 }
-function clear() { for (const id of ["helpful", "harmful"]) $(id).replaceChildren(); for (const id of ["curve", "heat"]) Plotly.purge($(id)); $("curve-sub").textContent = ""; }
+function clear() { for (const id of ["helpful", "harmful"]) $(id).replaceChildren(); for (const id of ["curve", "heat"]) Plotly.purge($(id)); $("curve-sub").textContent = ""; $("dominance").hidden = true; }
 async function rank(ticket = ++state.ticket) {
   const wanted = filters();
   if (!(wanted.first >= 1 && wanted.first <= wanted.last && wanted.last <= overview.steps)) throw new Error(`steps: give two numbers from 1 to ${overview.steps}, the smaller one first`);
@@ -157,9 +158,11 @@ async function rank(ticket = ++state.ticket) {
 }
 function drawCurve(curve, { first, last }) {
   $("curve-sub").textContent = `Energy: influence of all training examples at each loop step, whatever its sign; bars: its signed sum. ` +
-    `${curve.helpful} examples help, ${curve.harmful} harm. The later half of the steps has ${(100 * curve.lateMass).toFixed(0)} % of the energy.`;
+    `${curve.helpful} examples help, ${curve.harmful} harm. The later half of the steps has ${(100 * curve.lateMass).toFixed(0)} % of the energy.` +
+    (curve.shares.length > 1 ? ` By checkpoint: ${curve.shares.map((s, k) => `${overview.checkpoints[k].name} ${(s < 1 ? Math.min(100 * s, 99.9) : 100).toFixed(1)} %`).join(", ")}.` : "");
+  $("dominance").textContent = curve.dominance; $("dominance").hidden = !curve.dominance;
   draw("curve", [bars(curve.signed), { x: steps, y: curve.energy, mode: "lines+markers", line: { color: css("--accent"), width: 2.2 },
-    hovertemplate: "step %{x}: energy <b>%{y:.3g}</b><extra></extra>" }], { xaxis: stepAxis, yaxis: { title: { text: "influence" } }, height: 280,
+    hovertemplate: "step %{x}: energy <b>%{y:.3g}</b><extra></extra>" }], { xaxis: stepAxis, yaxis: { title: { text: INFLUENCE } }, height: 280,
     shapes: first > 1 || last < overview.steps ? [{ type: "rect", xref: "x", yref: "paper", x0: first - 0.5, x1: last + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: css("--faint"), opacity: 0.7, layer: "below" }] : [] });
 }
 function table(id, rows, { first, last }) {
@@ -192,10 +195,10 @@ async function choose(e) {
   try { found = await source.pair(state.query, e.row); } catch (error) { say(error); return; }
   if (query !== state.query || state.chosen !== e.row) return;
   $("pair").hidden = false;
-  $("pair-sub").textContent = `Total ${signed(sum(e.sdi))}, acts most at step ${peak(e.sdi)}.` + (found ? "" : " This page holds text in full, parameters and matrix for the first examples only.");
+  $("pair-sub").textContent = `Total ${signed(sum(e.sdi))}, largest at step ${peak(e.sdi)}.` + (found ? "" : " This page holds text in full, parameters and matrix for the first examples only.");
   $("pair-text").textContent = found ? found.train.text || "(no text)" : e.text;
   describe($("pair-meta"), found ? about(found.train) : [["id", e.id]]);
-  draw("pair-line", [bars(e.sdi)], { xaxis: stepAxis, height: 280, yaxis: { title: { text: "influence" } } });
+  draw("pair-line", [bars(e.sdi)], { xaxis: stepAxis, height: 280, yaxis: { title: { text: INFLUENCE } } });
   const groups = found ? [...found.parameters].map((g) => ({ ...g, total: sum(g.sdi) })).sort((a, b) => Math.abs(b.total) - Math.abs(a.total)).slice(0, 12).reverse() : [];
   $("groups-box").hidden = !groups.length;
   if (groups.length) draw("pair-groups", [{ type: "bar", orientation: "h", x: groups.map((g) => g.total), y: groups.map((g) => esc(short(g.name, 34))),
@@ -274,6 +277,7 @@ for (const button of document.querySelectorAll("[data-export]")) button.addEvent
 $("theme").addEventListener("click", () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; recolour().catch(say); });
 root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 $("facts").textContent = facts();
+$("unit").textContent = overview.unit;
 $("last").value = overview.steps; $("first").max = overview.steps; $("last").max = overview.steps;
 for (const name of overview.parameters) $("parameters").append(el("option", { value: name }, name));
 $("by-parameters").hidden = Boolean(answers) || !overview.parameters.length;

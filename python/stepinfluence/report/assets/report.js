@@ -5,7 +5,7 @@ const $ = (id) => document.getElementById(id);
 const root = document.documentElement;
 const steps = Array.from({ length: data.steps }, (_, t) => t + 1);
 const LINES_PER_SIDE = 5;
-const state = { query: data.first, heat: "top", drawn: new Set() };
+const state = { query: data.first, view: 0, heat: "top", drawn: new Set() };
 
 /* ---- values ---- */
 function unpack(packed) {
@@ -16,14 +16,18 @@ function unpack(packed) {
   return Array.from({ length: packed.shape[0] }, (_, r) => flat.subarray(r * width, (r + 1) * width));
 }
 const opened = new Map();
+/* A query with its numbers in the view that is chosen. */
 function open(index) {
-  if (!opened.has(index)) {
-    const q = { ...data.queries[index] };
-    for (const key of ["values", "totals", "profile", "energy", "margin", "byGroup", "byCheckpoint"]) if (q[key]) q[key] = unpack(q[key]);
-    opened.set(index, q);
+  const key = `${index} ${state.view}`;
+  if (!opened.has(key)) {
+    const { views, ...q } = data.queries[index];
+    Object.assign(q, views[state.view]);
+    for (const name of ["values", "totals", "profile", "energy", "margin", "byGroup", "byCheckpoint"]) if (q[name]) q[name] = unpack(q[name]);
+    opened.set(key, q);
   }
-  return opened.get(index);
+  return opened.get(key);
 }
+const unit = () => data.views[state.view].unit;
 const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 const minus = (text) => text.replaceAll("-", "−");
 function round(x, digits = 3) {
@@ -115,9 +119,9 @@ function drawLines(q) {
     ...mark, height: narrow ? 560 : 430, showlegend: true,
     legend: narrow ? { orientation: "h", y: -0.2, font: { family: css("--mono"), size: 11 } }
       : { font: { family: css("--mono"), size: 11.5 }, tracegroupgap: 14, itemclick: false, itemdoubleclick: false },
-    xaxis: stepAxis(), yaxis: valueAxis("influence at this step", ...shown.map((r) => q.values[r])),
+    xaxis: stepAxis(), yaxis: valueAxis(`influence at this step<br>${esc(unit())}`, ...shown.map((r) => q.values[r])),
   });
-  $("lines-alt").textContent = shown.map((r) => `${name(q, r)}: total ${signed(q.totals[r])}, acts most at step ${q.peaks[r]}.`).join(" ");
+  $("lines-alt").textContent = shown.map((r) => `${name(q, r)}: total ${signed(q.totals[r])}, largest at step ${q.peaks[r]}.`).join(" ");
 }
 
 function drawProfile(q) {
@@ -126,8 +130,10 @@ function drawProfile(q) {
     hovertemplate: "step %{x}: summed influence <b>%{y:.3g}</b><extra></extra>" };
   const traces = [bars];
   const extra = { height: q.margin ? 440 : 280, bargap: 0.3, xaxis: stepAxis(),
-    yaxis: valueAxis("SDI, all examples", q.profile) };
-  let said = "Influence of all scored training examples added up";
+    yaxis: valueAxis(`all examples<br>${esc(unit())}`, q.energy) };
+  traces.push({ x: steps, y: q.energy, type: "scatter", mode: "lines", line: { color: css("--ink"), width: 1.6, shape: "hvh" },
+    hovertemplate: "step %{x}: regardless of sign <b>%{y:.3g}</b><extra></extra>" });
+  let said = "Influence of all scored training examples: bars, added up; line, regardless of sign";
   if (q.margin) {
     traces.push({ x: steps, y: q.margin, xaxis: "x", yaxis: "y2", type: "scatter", mode: "lines+markers",
       line: { color: css("--accent"), width: 2.2 }, marker: { size: 6, color: css("--accent") },
@@ -137,15 +143,10 @@ function drawProfile(q) {
     extra.xaxis.anchor = "y2";
     said += " (above), and by how much the right answer leads if the loop were stopped after each step (below)";
   }
-  if (q.profilePeaks.length > 2) {
-    for (const t of q.profilePeaks) mark.shapes.push({ type: "rect", xref: "x", yref: "paper",
-      x0: t - 0.5, x1: t + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: css("--faint"), opacity: 0.75, layer: "below" });
-    const first = q.profilePeaks[0], last = q.profilePeaks.at(-1);
-    said += `. Grey bands: its peaks, ${round((last - first) / (q.profilePeaks.length - 1), 2)} steps apart on average`;
-  }
-  if (q.marginPeriod) {
-    said += `. The margin repeats every ${q.marginPeriod.length} steps (autocorrelation ${q.marginPeriod.strength.toFixed(2)})`;
-  }
+  for (const t of q.energyPeaks) mark.shapes.push({ type: "rect", xref: "x", yref: "paper",
+    x0: t - 0.5, x1: t + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: css("--faint"), opacity: 0.75, layer: "below" });
+  said += `. ${q.period.says}${q.energyPeaks.length ? "; grey bands: its peaks" : ""}. ${q.profilePeriod.says}`;
+  if (q.marginPeriod) said += `. ${q.marginPeriod.says}`;
   $("profile-sub").textContent = said + ".";
   draw("profile", traces, { ...extra, ...mark });
 }
@@ -171,7 +172,7 @@ function drawHeat(q) {
   draw("heat", [{
     type: "heatmap", x: steps, y: labels.map((_, r) => r), z, zmid: 0, zmin: -limit, zmax: limit, colorscale: scale(), xgap: 1, ygap: 1,
     text: labels.map((label) => steps.map(() => esc(short(label, 60)))), hovertemplate: "step %{x}: <b>%{z:.3g}</b><br>%{text}<extra></extra>",
-    colorbar: { thickness: 12, outlinewidth: 0, len: 0.6, title: { text: "influence", side: "right" }, tickformat: valueAxis("", [limit]).tickformat,
+    colorbar: { thickness: 12, outlinewidth: 0, len: 0.6, title: { text: esc(unit()), side: "right" }, tickformat: valueAxis("", [limit]).tickformat,
       tickfont: { color: css("--soft"), size: 11 } },
   }], {
     ...mark, height: 110 + Math.max(220, labels.length * (groups ? 19 : 14)), xaxis: stepAxis(),
@@ -199,7 +200,7 @@ function drawEnergy(q) {
   }
   traces.push({ x: steps, y: q.energy, type: "scatter", mode: "lines+markers", line: { color: css("--accent"), width: 2.2 },
     marker: { size: 6, color: css("--accent") }, hovertemplate: "step %{x}: <b>%{y:.3g}</b><extra></extra>" });
-  draw("energy", traces, { ...readout(q), height: 300, xaxis: stepAxis(), yaxis: { title: { text: "SDI energy" }, type: "log", exponentformat: "power", dtick: 1 } });
+  draw("energy", traces, { ...readout(q), height: 300, xaxis: stepAxis(), yaxis: { title: { text: `SDI energy<br>${esc(unit())}` }, type: "log", exponentformat: "power", dtick: 1 } });
 }
 
 function drawCheckpoints(q) {
@@ -228,7 +229,7 @@ function fillTable(q, id, from, to) {
   const table = $(id);
   table.querySelectorAll("thead, tbody").forEach((part) => part.remove());
   const head = table.createTHead().insertRow();
-  for (const title of ["plot", "example", "total", "peak step"]) head.append(element("th", title, { scope: "col" }));
+  for (const title of ["plot", "example", `total, ${unit()}`, "largest at step"]) head.append(element("th", title, { scope: "col" }));
   const body = table.createTBody();
   for (let r = from; r < Math.min(to, from + 12); r++) {
     const item = data.train[q.rows[r]];
@@ -251,6 +252,10 @@ function describe(q) {
     element("span", q.right ? "✓ right" : "✗ wrong", { class: q.right ? "right" : "wrong" }),
     `, loss ${round(q.loss)}`);
   $("tokens").replaceChildren(...(q.tokens.length ? q.tokens : [q.text]).map((token) => element("bdi", token)));
+  const view = data.views[state.view];
+  $("view-note").textContent = `${view.note}${view.note ? " " : ""}Unit: ${view.unit}.`;
+  $("dominance").textContent = q.dominance;
+  $("dominance").hidden = !q.dominance;
   $("counts").textContent = `${q.counts[0]} of the scored examples help this query and ${q.counts[1]} harm it. The strongest of each, by influence added up over all loop steps; tick the ones to draw above.`;
 }
 
@@ -283,6 +288,9 @@ data.queries.forEach((q, index) => {
   }
   sections.get(q.group).append(element("option", (q.note ? `${q.note}: ` : "") + short(q.text, 44) + (q.right ? "" : "  ✗"), { value: index }));
 });
+data.views.forEach((view, index) => $("view").append(element("option", view.name, { value: index })));
+$("view").parentElement.hidden = data.views.length < 2;
+$("view").addEventListener("change", () => { state.view = Number($("view").value); show(state.query); });
 $("pick").addEventListener("change", () => show(Number($("pick").value)));
 $("prev").addEventListener("click", () => show(state.query - 1));
 $("next").addEventListener("click", () => show(state.query + 1));
@@ -291,12 +299,14 @@ $("heat-groups").addEventListener("click", () => setHeat("groups"));
 if (!data.groups.length) $("heat-groups").parentElement.hidden = true;
 
 const system = matchMedia("(prefers-color-scheme: dark)");
-const asked = new URLSearchParams(location.hash.slice(1)); // #theme=dark&query=3&rows=groups: to link to a view
+const asked = new URLSearchParams(location.hash.slice(1)); // #theme=dark&query=3&view=1&rows=groups: to link to a view
 let chosen = asked.get("theme");
 function setTheme() { root.dataset.theme = chosen ?? (system.matches ? "dark" : "light"); }
 system.addEventListener("change", () => { setTheme(); redraw(); });
 $("theme").addEventListener("click", () => { chosen = root.dataset.theme === "dark" ? "light" : "dark"; setTheme(); redraw(); });
 setTheme();
 if (asked.get("rows") === "groups" && data.groups.length) state.heat = "groups";
+state.view = Math.min(Math.max(0, Number(asked.get("view")) || 0), data.views.length - 1);
+$("view").value = state.view;
 show(Number(asked.get("query") ?? data.first) || 0);
 addEventListener("resize", () => { clearTimeout(state.resizing); state.resizing = setTimeout(redraw, 200); });

@@ -1,0 +1,65 @@
+"""Measure again what the documentation states, keep it, and rewrite the pages: one command for a quiet machine.
+
+    python -m bench.keep                        # everything, about half an hour of one core
+    python -m bench.keep capture store-layouts  # some
+    python -m bench.keep --list
+
+Needs the extras ``bench``, ``hf`` and ``index``. Each command runs in a process of its own; one that fails is named at
+the end and does not take the others along. ``peers`` needs an environment of its own (``make bench-peers``) and is run
+only if asked for, with ``--python .venv-peers/bin/python``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.provenance import RESULTS, ROOT
+
+COMMANDS: dict[str, list[str]] = {
+    "capture": ["-m", "bench.capture", "--keep"],
+    "sketch": ["-m", "bench.bench_sketch", "--keep"],
+    "scale": ["-m", "bench.scale", "--keep"],
+    "sketch-sizes": ["-m", "bench.sketch_sizes", "--keep"],
+    "store-layouts": ["-m", "bench.store_layouts", "--keep"],
+    "variance-table": ["-m", "bench.variance_table", "--keep"],
+    "integrations": ["-m", "bench.integrations", "--keep"],
+    "search": ["-m", "bench.search", "--cpu-seconds", "--scratch", "SCRATCH", "--keep"],
+    "install": ["-m", "bench.install", "--keep"],
+    "soak": ["-m", "bench.soak", "--minutes", "8", "--out", str(RESULTS / "soak")],
+    "peers": ["-m", "bench.peers", "--keep"],
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of --list; all but peers if none is given")
+    parser.add_argument("--list", action="store_true", help="print names and commands")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the measurements")
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(f"{name:<16} python {' '.join(command)}" for name, command in COMMANDS.items()))
+        return 0
+    if unknown := sorted(set(options.names) - set(COMMANDS)):
+        parser.error(f"NAME: got {', '.join(unknown)}; use some of {', '.join(COMMANDS)}")
+    failed = []
+    for name in options.names or [n for n in COMMANDS if n != "peers"]:
+        print(f"--- {name}", flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [scratch if part == "SCRATCH" else part for part in COMMANDS[name]]
+            if subprocess.run([options.python, *command], cwd=ROOT, check=False).returncode:
+                failed.append(name)
+    picture = RESULTS / "soak.png"
+    if picture.exists():
+        picture.replace(Path(ROOT, "docs", "images", "soak.png"))
+    subprocess.run([sys.executable, Path("docs", "_site", "figures.py")], cwd=ROOT, check=True)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Figures of speed and memory in the pages of docs, and of the tables that do not depend on the machine."""
+
+# ruff: noqa: E501  # sentences of the pages
+from __future__ import annotations
+
+from typing import Any
+
+from kept import Parts, load, machines, source, table
+
+
+def kernels() -> str:
+    """docs/cpu.md: one sketch call."""
+    texts = []
+    for name, result in machines("sketch"):
+        texts.append(source(name, False, result))
+        threads = min(r["threads"] for r in result["linear"])
+        linear = {(tuple(r["layer"]), r["hashing"], r["threads"]): r for r in result["linear"]}
+        layers = list(dict.fromkeys(tuple(r["layer"]) for r in result["linear"]))
+        rows = []
+        for layer in layers:
+            r = linear[layer, "balanced", threads]
+            d_out, d_in, batch, tokens = layer
+            ms = r["ms"]
+            rows.append([
+                f"{d_out} × {d_in}, {batch} × {tokens}", f"{ms['published']:.1f}", f"{ms['ours']:.2f} (`{r['route']}`)",
+                f"{ms['dW GEMM']:.2f}", f"{r['published_over_ours']:.1f}", f"{r['ours_over_gemm']:.2f}",
+            ])  # fmt: skip
+        head = [
+            "d_out × d_in, rows × tokens",
+            "published package",
+            "this",
+            "dW GEMM",
+            "published / this",
+            "this / dW GEMM",
+        ]
+        texts.append(table(head, rows))
+        iid = [linear[layer, "iid", threads] for layer in layers]
+        gemms = ", ".join(f"{r['ours_over_gemm']:.2f}" for r in iid)
+        timed = (
+            f"{threads} thread(s), kernels `{result['kernels']}`, milliseconds, medians of {result['rounds']} rounds"
+        )
+        lines = [f"- The table is of {timed}.", f'- With `hashing="iid"` the rows are {gemms} dW GEMMs.']
+        direct = [linear[layer, "balanced", threads] for layer in layers]
+        speeds = [(_gflops(r, "ours"), _gflops(r, "dW GEMM")) for r in direct if r["route"] == "direct"]
+        if speeds:
+            ours, gemm = zip(*speeds, strict=True)
+            lines.append(
+                f"- `direct` reaches {min(ours):.0f} to {max(ours):.0f} GFLOP/s where the dW GEMM reaches {min(gemm):.0f} "
+                f"to {max(gemm):.0f}."
+            )
+        lines += [
+            f"- A bias (512, 32 × 81) takes {r['ms']['ours']:.3f} ms, of which the token sum alone is "
+            f"{r['ms']['token sum']:.3f} in torch; the published package {r['ms']['published']:.3f}."
+            for r in result["bias"]
+            if r["threads"] == threads
+        ]
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts)
+
+
+def _gflops(row: dict[str, Any], who: str) -> float:
+    d_out, d_in, rows, tokens = row["layer"]
+    return float(2 * d_out * d_in * rows * tokens / row["ms"][who] / 1e6)
+
+
+def scale() -> str:
+    """docs/scale.md: the measured rates and the table."""
+    from bench.scale import Rates, tables
+
+    name, result = machines("scale")[0]
+    rates = Rates(**result["rates"])
+    speed, rows = tables(rates).split("\n\n", 1)
+    measured = speed.partition("measured: ")[2]
+    operations = speed.splitlines()[0].partition("per token: ")[2]
+    return (
+        f"Operations per token, matrix products only: {operations} (the weight-gradient product that is not run; the planner "
+        f"takes what is cheaper). **Measured**, one thread, in CPU seconds, {rates.tokens} tokens: {measured} (writing: "
+        f"encoding and checksums; scanning: for 8 queries). {source(name, False, result)}\n\n{rows}"
+    )
+
+
+def variance() -> str:
+    """docs/design.md: variance of the families."""
+    result = load("variance-table.json")
+    families = list(dict.fromkeys(c.split()[0] for c in result["columns"]))
+    order = [f for f in ("balanced", "iid", "block") if f in families]
+    kinds = ("measured", "exact", "bound")
+    columns = [f"{family} {kind}" for family in order for kind in kinds]
+    rows = [
+        [r["matrices"], str(r["m"]), *(f"{r['cells'][result['columns'].index(c)]:.2f}" for c in columns)]
+        for r in result["rows"]
+    ]
+    return (
+        f"{result['trials']} draws of the tables, matrices of seed {result['seed']}. "
+        f"{source('variance-table.json', False, result)}\n\n" + table(["matrices", "m", *columns], rows)
+    )
+
+
+def search() -> str:
+    """docs/search.md: speed and recall."""
+    texts = []
+    for name, result in machines("search"):
+        sizes = [k for k in result if k.isdigit()]
+        clock = {"cpu": "processor seconds", "wall": "wall seconds"}[result["clock"]]
+        texts.append(f"{source(name, False, result)} {clock[0].upper()}{clock[1:]}, the best of the rounds.")
+
+        def cell(size: str, queries: int, result: dict[str, Any] = result) -> str:
+            r = result[size]["scan"][f"{queries} queries"]
+            return f"{r['scan GB/s']:.1f} of {r['read GB/s']:.1f} ({r['scan GB/s'] / r['read GB/s']:.0%})"
+
+        rows = [[f"scan, {q} queries, GB/s of a plain read's", *(cell(s, q) for s in sizes)] for q in (1, 4, 16)]
+        rows.append([
+            "first scan after opening, 1 query, GB/s",
+            *(f"{result[s]['scan']['first scan after opening GB/s']:.1f}" for s in sizes)])  # fmt: skip
+        rows.append([
+            "whole `top_k` with trajectories and ids, 1 / 16 queries, ms",
+            *(" / ".join(f"{1e3 * result[s]['scan'][f'{q} queries']['top_k s']:.0f}" for q in (1, 16)) for s in sizes)])  # fmt: skip
+        rows.append(
+            ["recall@10 of the int8 scan, against float32", *(f"{result[s]['recall int8']:.3f}" for s in sizes)]
+        )
+        rows.append([
+            "index (sqrt(N) lists), recall@10 with 32 / 128 lists looked at",
+            *(" / ".join(f"{result[s][f'index, {n} lists']['recall@10']:.3f}" for n in (32, 128)) for s in sizes)])  # fmt: skip
+        rows.append([
+            "index, ms a query with 32 / 128 lists",
+            *(" / ".join(f"{1e3 * result[s][f'index, {n} lists']['s/query']:.1f}" for n in (32, 128)) for s in sizes)])  # fmt: skip
+        rows.append(["index, seconds to build", *(f"{result[s]['index build s']:.0f}" for s in sizes)])
+        texts.append(table(["", *(f"{int(s):,} rows ({result[s]['scan']['gigabytes']:.1f} GB)" for s in sizes)], rows))
+        real = result["real"]
+        more = ", ".join(f"{real[f'{c} candidates']:.3f} with {c} candidates" for c in (20, 50, 100, 200))
+        texts.append(
+            f"Two stages, against the exact influence of all real examples (`--real`): sketches of 1024 columns alone "
+            f"have recall@10 {real['sketches']:.3f}; re-ranking exactly gives {more}."
+        )
+    return "\n\n".join(texts)
+
+
+def integrations() -> str:
+    texts = []
+    for name, r in machines("integrations"):
+        low, high = r["quartiles"]
+        full, weights = r["save_with_moments"], r["save_weights"]
+        texts.append(
+            f"What it costs, on an ALBERT of {r['parameters'] / 1e6:.1f}M parameters and {r['loop_steps']} loop steps, batch "
+            f"{r['batch']} × {r['length']}, processor time of one thread: a training step {r['step_s']:.2f} s; with loop counts "
+            f"{r['with_loop_counts']:.2f} of that (quartiles {low:.2f} to {high:.2f}); a save {full['s']:.2f} s and "
+            f"{full['mib']:.1f} MiB, without second moments {weights['s']:.2f} s and {weights['mib']:.1f} MiB. "
+            f"{source(name, False, r)}"
+        )
+    return "\n\n".join(texts)
+
+
+def soak() -> str:
+    r = load("soak.json")
+    left = "nothing" if r["held_before"] == r["held_after"] else f"{r['held_after']} after {r['held_before']}"
+    grown = "n/a" if r["growth_mib"] is None else f"{r['growth_mib']:.1f} MiB"
+    return (
+        f"The run that is kept: {r['rounds']} rounds in {r['minutes']:g} minutes; memory grew by {grown} between the first and "
+        f"the last quarter; of hooks, files, threads and processes {left} was left. {source('soak.json', False, r)} "
+        "An hour has not been run."
+    )
+
+
+def peers() -> str:
+    """docs/peers.md: the table and what was asked."""
+    from bench.peers.__main__ import markdown
+
+    result = load("peers.json")
+    return f"{source('peers.json', False, result)}\n\n{markdown(result['libraries'])}"
+
+
+PARTS: Parts = {
+    "kernels": kernels,
+    "scale": scale,
+    "variance": variance,
+    "search": search,
+    "integrations": integrations,
+    "soak": soak,
+    "peers": peers,
+}

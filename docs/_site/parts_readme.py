@@ -1,0 +1,190 @@
+"""Figures of the README."""
+
+# ruff: noqa: E501  # sentences of the page
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from kept import EXPERIMENTS, Parts, comparison, load, machines, mean, mib, source, table
+
+MODELS = {
+    "sudoku": "Sudoku-like",
+    "parity": "parity-like",
+    "gpt512": "GPT",
+    "gpt768": "GPT",
+}
+ROWS = {
+    "floor": "floor (forward + input gradients)",
+    "first": "sdi-kernels, first call",
+    "later": "sdi-kernels, later calls",
+    "published": "published package, per step",
+}
+
+
+def _case(key: str, case: dict[str, Any]) -> str:
+    blocks = f", {case['blocks']} blocks" if case["blocks"] > 1 else ""
+    heads = f", {case['heads']} heads" if case["heads"] > 16 else ""
+    shape = f"d={case['d_model']}{heads}{blocks}, τ={case['steps']}, {case['tokens']} tokens, batch {case['batch']}"
+    return f"{MODELS[key]}: {shape}"
+
+
+def costs() -> str:
+    """A table for each machine."""
+    texts = []
+    for name, result in machines("capture"):
+        threads = result["provenance"]["machine"]["torch threads"]
+        clock = {"cpu": "processor seconds", "wall": "seconds by the clock"}[result["clock"]]
+        rows = []
+        for key, found in result["cases"].items():
+            f = found["figures"]
+            plain = f["plain forward+backward"]["median_s"]
+            ratios = {k: f"{f[long]['ratio']:.2f}" for k, long in ROWS.items()}
+            rows.append([
+                _case(key, found["case"]), f"{plain:.2f}", ratios["floor"], ratios["first"], f"**{ratios['later']}**",
+                ratios["published"]])  # fmt: skip
+        head = ["looped model", "plain step, s", "floor", "first call", "**later calls**", "published package"]
+        texts += [
+            table(head, rows),
+            f"{threads} thread(s), {clock}, medians of {result['rounds']} rounds. {source(name, True, result)}",
+        ]
+        lines = []
+        grown = {r["field"]: r["ratio"] for r in result.get("scaling", ()) if r["factor"] == 4}
+        if grown:
+            times = ", ".join(f"{grown[field]:.1f}" for field in ("batch", "tokens", "steps"))
+            lines.append(f"Four times the batch, tokens or loop steps took {times} times as long.")
+        first = result["cases"]["sudoku"]["figures"]
+        peaks = {k: first[v]["peak_mib"] for k, v in {**ROWS, "plain": "plain forward+backward"}.items()}
+        if any(v is not None for v in peaks.values()):
+            lines.append(
+                f"On the first model a call added {mib(peaks['later'])} MiB at its peak ({mib(peaks['first'])} the first "
+                f"call), the plain step {mib(peaks['plain'])}, the published package {mib(peaks['published'])}."
+            )
+        memory = result.get("checkpointing", ())
+        if memory and all(r["plain_mib"] is not None and r["checkpointed_mib"] is not None for r in memory):
+            small, large = memory[0], memory[-1]
+            lines.append(
+                f"From {small['steps']} to {large['steps']} loop steps, peak memory of featurizing a small model grew by "
+                f"{large['checkpointed_mib'] - small['checkpointed_mib']:.0f} MiB with activation checkpointing per step and "
+                f"by {large['plain_mib'] - small['plain_mib']:.0f} MiB without."
+            )
+        texts.append(" ".join(lines))
+    return "\n\n".join(text for text in texts if text)
+
+
+def calls() -> str:
+    """One sketch call, of every machine together."""
+    faster, gemms = [], []
+    for _, result in machines("sketch"):
+        for r in result["linear"]:
+            if r["hashing"] == "balanced":
+                faster.append(r["published_over_ours"])
+                gemms.append(r["ours_over_gemm"])
+    return (
+        "Per call, the compiled CPU kernels took between "
+        f"1/{max(faster):.0f} and 1/{min(faster):.1f} of the published function's time, and {min(gemms):.2f} to {max(gemms):.2f} "
+        "of the weight-gradient GEMM's, which plain training runs and featurizing does not ([docs/cpu.md](docs/cpu.md))."
+    )
+
+
+def install() -> str:
+    texts = []
+    for name, result in machines("install"):
+        one, two = result["stages"]
+        total = one["seconds"] + two["seconds"]
+        texts.append(
+            f"Both begin with an environment of their own in `.venv`, with torch's CPU build: {one['megabytes'] / 1000:.1f} GB for "
+            f"the demo, {two['megabytes'] / 1000:.1f} GB with what the tests need. Downloading and compiling took {one['seconds']:.0f} s "
+            f"and {total:.0f} s, with the package index near ({source(name, True, result).rstrip('.')})."
+        )
+    return "\n\n".join(texts)
+
+
+def reproduction() -> str:
+    rows = [
+        [
+            "relative error of sketched SDI, m = 2048 (135.1M-parameter looped GPT, τ = 32, random weights and tokens)",
+            "0.0388 ± 0.0030",
+            (
+                f"{comparison('fidelity', 'relative error of SDI, m = 2048, iid hashing')} with the paper's hashing, "
+                f"{comparison('fidelity', 'relative error of SDI, m = 2048, balanced hashing')} with ours"
+            ),
+        ],
+        [
+            "error against sketch size, log-log slope",
+            "-0.489",
+            (
+                f"{comparison('fidelity', 'log-log slope of the SDI error on m, iid')}; "
+                f"{comparison('fidelity', 'log-log slope of the SDI error on m, balanced')}"
+            ),
+        ],
+        [
+            "parity: period of the influence profile on 0101…, of the logit margin",
+            "4; 4",
+            (
+                f"{comparison('parity', 'period of the summed SDI profile, all checkpoints, loop steps')} over all checkpoints, "
+                f"{comparison('parity', 'period of the summed SDI profile, from the end of the curriculum')} over those from the end "
+                f"of the curriculum on; {comparison('parity', 'period of the logit margin, loop steps')}"
+            ),
+        ],
+        [
+            "Sudoku (6 × 6 here): self-influence of hard over easy training puzzles, medians",
+            "2.00",
+            comparison("sudoku", "self-influence, hard / easy median"),
+        ],
+        [
+            "language model (435k parameters here): share of the last loop step, signed",
+            "usually ≥ 0.50",
+            comparison("nanochat", "share of the last step, signed, by τ"),
+        ],
+        [
+            "algorithmic tasks (claims of a summary): correlation with planted examples, sketched SDI; TracIn",
+            "0.87; 0.62",
+            (
+                f"{comparison('tasks', 'rank-biserial correlation with planted examples: SDI sketched (m = 256), summed')}; "
+                f"{comparison('tasks', 'rank-biserial correlation with planted examples: TracIn, eq. 1')}"
+            ),
+        ],
+    ]
+    return table(["", "paper", "here"], rows)
+
+
+def between() -> str:
+    results = json.loads((EXPERIMENTS / "fidelity" / "results.json").read_text(encoding="utf-8"))["numbers"]
+    errors = results["errors"]["iid"]["sdi_cross"][results["sketch_sizes"].index(2048)]
+    return (
+        "The small errors in the first row are mostly about self-influence. Between its examples, which are random and so have "
+        f"nearly orthogonal gradients, the relative error is {mean(errors):.2f}. On trained models it lies between the two "
+        "([docs/store.md](docs/store.md)). Rank with a larger m, or recompute the short list exactly (`--exact`)."
+    )
+
+
+def peers() -> str:
+    """What other libraries answer, in a sentence."""
+    found = load("peers.json")["libraries"]
+    lists: dict[str, list[str]] = {"right": [], "wrong": [], "raises": [], "missing": []}
+    for library, result in found.items():
+        if library in ("stepinfluence", "sdi"):
+            continue
+        verdicts = [ask["verdict"].partition(",")[0] for ask in result["asks"]]
+        kinds = [kind for kind in ("right", "wrong", "raises") if kind in verdicts] or ["missing"]
+        for kind in kinds:
+            asks = [a["label"] for a in result["asks"] if a["verdict"].partition(",")[0] == kind]
+            lists[kind].append(f"{library} ({', '.join(asks)})" if len(kinds) > 1 else library)
+    words = {
+        "right": "right for the step-summed gradient",
+        "wrong": "wrong for it",
+        "raises": "an error",
+        "missing": "no answer",
+    }
+    return "; ".join(f"{words[kind]}: {', '.join(names)}" for kind, names in lists.items() if names) + "."
+
+
+PARTS: Parts = {
+    "costs": costs,
+    "calls": calls,
+    "install": install,
+    "readme-reproduction": reproduction,
+    "between": between,
+    "readme-peers": peers,
+}

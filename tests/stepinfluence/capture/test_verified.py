@@ -1,0 +1,190 @@
+"""Verification runs once for a loss function, weights and way of telling examples apart, not once per call."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from stepinfluence.capture import Capture, attach
+from stepinfluence.capture.verified import Memory
+from stepinfluence.preconditioners import from_optimizer
+from stepinfluence.search import rerank
+from torch import Tensor, nn
+
+BATCHES = [zoo.make_batch(4, seed=k) for k in range(2)]
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever a capture verifies."""
+    seen: list[int] = []
+    verify = Capture._verify
+
+    def counted(self: Capture, *args: Any) -> None:
+        seen.append(1)
+        verify(self, *args)
+
+    monkeypatch.setattr(Capture, "_verify", counted)
+    return seen
+
+
+def model() -> nn.Module:
+    return zoo.Looped(zoo.Core(lambda s, x: s.mix(x).tanh(), mix=zoo.linear())).eval()
+
+
+def other_loss(net: Any, batch: Any) -> Tensor:
+    return 2 * zoo.squared_error(net, batch)
+
+
+def write_in_place(capture: Capture) -> None:
+    with torch.no_grad():
+        capture.targets[0].parameter.mul_(1.5)
+
+
+def write_behind_the_version(capture: Capture) -> None:
+    capture.targets[0].parameter.data.mul_(1.5)
+
+
+def write_outside_the_body(capture: Capture) -> None:
+    with torch.no_grad():
+        capture.model.read_in.weight.mul_(1.5)  # type: ignore[union-attr, operator]
+
+
+def load(capture: Capture) -> None:
+    capture.model.load_state_dict({k: 2 * v for k, v in capture.model.state_dict().items()})
+
+
+def switch_mode(capture: Capture) -> None:
+    capture.training = True
+
+
+def change_metric(capture: Capture) -> None:
+    optimizer = torch.optim.AdamW(capture.model.parameters())
+    zoo.squared_error(capture.model, BATCHES[0]).mean().backward()
+    before = {n: p.detach().clone() for n, p in capture.model.named_parameters()}
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for name, parameter in capture.model.named_parameters():
+            parameter.copy_(before[name])
+    capture.precondition(from_optimizer(optimizer, capture.model))
+
+
+def test_a_second_call_does_not_verify(runs: list[int]) -> None:
+    capture = attach(model(), body="core", sketch_size=16)
+    first = capture.featurize(BATCHES, zoo.squared_error, per_step=False)
+    assert len(runs) == 1
+    again = capture.featurize(BATCHES, zoo.squared_error, per_step=False)
+    capture.featurize(BATCHES[1:], zoo.squared_error)
+    assert len(runs) == 1
+    assert torch.equal(first.values, again.values)
+    attach(capture.model, body="core", sketch_size=16).featurize(BATCHES, zoo.squared_error)
+    assert len(runs) == 2, "another capture knows nothing"
+
+
+@pytest.mark.parametrize(
+    "change", [write_in_place, write_behind_the_version, write_outside_the_body, load, switch_mode, change_metric]
+)
+def test_what_makes_a_call_verify_again(runs: list[int], change: Callable[[Capture], None]) -> None:
+    capture = attach(model(), body="core", sketch_size=16)
+    capture.featurize(BATCHES, zoo.squared_error)
+    change(capture)
+    for _ in range(2):
+        capture.featurize(BATCHES, zoo.squared_error)
+        assert len(runs) == 2
+
+
+def test_it_can_be_asked_for(runs: list[int]) -> None:
+    capture = attach(model(), body="core", sketch_size=16)
+    for calls, verify in enumerate([True, True, None, None, False]):
+        capture.featurize(BATCHES, zoo.squared_error, verify=verify)
+        assert len(runs) == min(calls + 1, 2)
+
+
+def test_every_loss_function_is_verified_once(runs: list[int]) -> None:
+    capture = attach(model(), body="core", sketch_size=16)
+    for _ in range(2):
+        capture.featurize(BATCHES, zoo.squared_error)
+        capture.featurize(BATCHES, other_loss)
+        assert len(runs) == 2
+
+
+def test_a_batch_in_another_layout_is_verified(runs: list[int]) -> None:
+    """Examples and tokens of one number: which dimension is which is a guess of its own."""
+    capture = attach(model(), body="core", sketch_size=16)
+    square = zoo.make_batch(3, 3)
+    for batch, count in ((zoo.make_batch(4, 5), 1), (square, 2), (square, 2), (zoo.make_batch(5, 4), 2)):
+        capture.featurize([batch], zoo.squared_error)
+        assert len(runs) == count
+
+
+def test_a_loss_that_fails_is_not_remembered(runs: list[int]) -> None:
+    def mixing(net: Any, batch: Any) -> Tensor:
+        losses = zoo.squared_error(net, batch)
+        return losses + losses.mean() * 0.5
+
+    capture = attach(model(), body="core", sketch_size=16)
+    for loss_fn in (zoo.squared_error, mixing, mixing, zoo.squared_error):
+        if loss_fn is mixing:
+            with pytest.raises(ValueError, match="changes with the losses of other examples"):
+                capture.featurize(BATCHES, loss_fn)
+        else:
+            capture.featurize(BATCHES, loss_fn)
+    assert len(runs) == 3
+
+
+def test_reranking_shares_what_featurizing_verified(runs: list[int]) -> None:
+    capture = attach(model(), body="core", sketch_size=16)
+    capture.featurize(BATCHES, zoo.squared_error)
+    rerank(capture, zoo.squared_error, BATCHES, BATCHES[:1], progress=False)
+    assert len(runs) == 1
+    rerank(capture, other_loss, BATCHES, BATCHES[:1], progress=False)
+    capture.featurize(BATCHES, other_loss)
+    assert len(runs) == 2
+
+
+class Owner:
+    def loss(self, net: Any, batch: Any) -> Tensor:
+        return zoo.squared_error(net, batch)
+
+
+class Slotted:
+    """A callable that cannot be held weakly."""
+
+    __slots__ = ()
+
+    def __call__(self, net: Any, batch: Any) -> Tensor:
+        return zoo.squared_error(net, batch)
+
+
+def test_how_loss_functions_are_told_apart(runs: list[int]) -> None:
+    one, two, slotted = Owner(), Owner(), Slotted()
+    partial = functools.partial(zoo.squared_error)
+    capture = attach(model(), body="core", sketch_size=16)
+    wanted = 0
+    for loss_fn, verified in (
+        (one.loss, 1), (one.loss, 0), (two.loss, 1), (one.loss, 0),
+        (partial, 1), (partial, 0), (functools.partial(zoo.squared_error), 1),
+        (slotted, 1), (slotted, 1),
+    ):  # fmt: skip
+        capture.featurize(BATCHES, loss_fn)
+        wanted += verified
+        assert len(runs) == wanted
+
+
+def test_a_loss_function_is_neither_kept_alive_nor_mistaken_for_its_successor() -> None:
+    memory = Memory()
+    for _ in range(50):  # CPython gives the place of one to the next
+        loss_fn = lambda net, batch: zoo.squared_error(net, batch)  # noqa: E731
+        checked = memory.recall(loss_fn, "state")
+        assert not checked.covers(frozenset())
+        checked.add(frozenset())
+        assert memory.recall(loss_fn, "state").covers(frozenset())
+        del loss_fn
+        gc.collect()
+    assert len(memory._known) == 1
