@@ -28,7 +28,9 @@ def block(problem: str) -> str:
     """What the page says of one problem."""
     data = json.loads((ROOT / "bench" / "results" / f"evaluate-{problem}.json").read_text(encoding="utf-8"))
     found = Evaluation.from_dict(data)
-    return "\n".join(["", _head(found, data), "", found.markdown(), "", _rounding(data), "", _differences(found), "", ""])
+    return "\n".join(
+        ["", _head(found, data), "", found.markdown(), "", _rounding(data), "", _differences(found), "", ""]
+    )
 
 
 def _head(found: Evaluation, data: dict[str, Any]) -> str:

@@ -114,13 +114,21 @@ def test_every_loss_function_is_verified_once(runs: list[int]) -> None:
         assert len(runs) == 2
 
 
-def test_a_batch_in_another_layout_is_verified(runs: list[int]) -> None:
-    """Examples and tokens of one number: which dimension is which is a guess of its own."""
+def test_a_batch_of_another_shape_is_not_verified_again(runs: list[int]) -> None:
+    """As many examples as tokens: owners are followed in every batch, the shape decides nothing."""
     capture = attach(model(), body="core", sketch_size=16)
-    square = zoo.make_batch(3, 3)
-    for batch, count in ((zoo.make_batch(4, 5), 1), (square, 2), (square, 2), (zoo.make_batch(5, 4), 2)):
+    for batch in (zoo.make_batch(4, 5), zoo.make_batch(3, 3), zoo.make_batch(5, 4)):
         capture.featurize([batch], zoo.squared_error)
-        assert len(runs) == count
+        assert len(runs) == 1
+
+
+def test_owners_that_had_to_be_found_are_verified_too(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = attach(model(), body="core", sketch_size=16)
+    capture.featurize([zoo.make_batch(4, 5)], zoo.squared_error)
+    monkeypatch.setattr("stepinfluence.capture.found.followed_to", lambda *_: False)
+    for _ in range(2):
+        capture.featurize([zoo.make_batch(4, 5)], zoo.squared_error)
+        assert len(runs) == 2
 
 
 def test_a_loss_that_fails_is_not_remembered(runs: list[int]) -> None:
@@ -182,9 +190,9 @@ def test_a_loss_function_is_neither_kept_alive_nor_mistaken_for_its_successor() 
     for _ in range(50):  # CPython gives the place of one to the next
         loss_fn = lambda net, batch: zoo.squared_error(net, batch)  # noqa: E731
         checked = memory.recall(loss_fn, "state")
-        assert not checked.covers(frozenset())
-        checked.add(frozenset())
-        assert memory.recall(loss_fn, "state").covers(frozenset())
+        assert not checked.covers("followed")
+        checked.add("followed")
+        assert memory.recall(loss_fn, "state").covers("followed")
         del loss_fn
         gc.collect()
     assert len(memory._known) == 1
