@@ -145,20 +145,29 @@ def not_per_example(
         if not bool(found.isfinite().all()):
             return LossError(f"loss_fn: the gradient of {name} overflows when losses are multiplied, {UNDERFLOW}")
         if float((found - expected).norm()) > tolerance * float(expected.norm()):
-            if half:
-                return LossError(
-                    f"loss_fn: the gradient of {name} is not proportional to the loss: it underflows or overflows "
-                    f"{UNDERFLOW}"
-                )
-            return UnsupportedUseError(
-                f"{name}: its gradient is not proportional to the loss (all losses were multiplied by {factor:g}): "
-                "something in the backward pass clips, rounds or normalises gradients (a hook on an activation, a "
-                "custom autograd function); take that out while featurizing"
-            )
+            return not_proportional(name, factor, half=half)
     return LayoutError(
         f"{name}: the gradient of example {example} changes with the losses of other "
         "examples of its batch; say which dimension holds the examples (batch_dim=), and use no operation "
         "that mixes them (batch normalisation in training mode)"
+    )
+
+
+def not_proportional(name: str, factor: float, *, half: bool) -> StepInfluenceError:
+    """The error for a gradient that does not become ``factor`` times as large with all losses.
+
+    Args:
+        name: the parameter.
+        half: whether gradients in fp16 were seen.
+    """
+    if half:
+        return LossError(
+            f"loss_fn: the gradient of {name} is not proportional to the loss: it underflows or overflows {UNDERFLOW}"
+        )
+    return UnsupportedUseError(
+        f"{name}: its gradient is not proportional to the loss (all losses were multiplied by {factor:g}): "
+        "something in the backward pass clips, rounds or normalises gradients (a hook on an activation, a "
+        "custom autograd function); take that out while featurizing"
     )
 
 

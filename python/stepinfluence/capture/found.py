@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stepinfluence.capture.calls import OUTSIDE
+from stepinfluence.capture.diagnosis import not_proportional
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.rows import REDUCED, Use
 from stepinfluence.capture.sources import Source
@@ -40,6 +41,12 @@ class _Rows:
         norm = rows.norm(dim=1)
         return (norm if self.column is None else rows.gather(1, self.column).squeeze(1)), norm
 
+    def check_proportional(self, rows: Tensor, factor: float) -> None:
+        tolerance = 1e-2 if self.dtype in REDUCED else 1e-4
+        norm = self._look(rows)[1]
+        if not bool(((norm - factor * self.norm).abs() <= tolerance * factor * self.norm).all()):
+            raise not_proportional(self.use.name, factor, half=self.dtype == torch.float16)
+
     def read(self, rows: Tensor, base: int, place: int) -> None:
         """Add the digit of weight ``place`` to the owners."""
         value, norm = self._look(rows)
@@ -52,8 +59,9 @@ class _Rows:
         same = ((ratio - scale).abs() <= tolerance * scale) & ((norm - scale * self.norm).abs() <= tolerance * norm)
         if not bool(((same | empty) & (digit >= 0) & (digit < base)).all()):
             raise LayoutError(
-                f"{self.use.name}: a row's gradient is no single example's; examples must not influence one another "
-                "within a batch (batch_dim= says where they lie), and hooks on gradients must be linear"
+                f"{self.use.name}: the gradient of a row changes with the losses of other examples of its batch; "
+                "say which dimension holds the examples (batch_dim=), use no operation that mixes them (batch "
+                "normalisation in training mode), and no hook on a gradient that is not linear"
             )
         self.owners += digit.long() * place
 
@@ -64,6 +72,7 @@ class Scout:
     def __init__(self) -> None:
         self._rows: dict[int, _Rows] = {}
         self._digit: tuple[int, int] | None = None
+        self._factor: float | None = None
         self._passes = 0
 
     def passes(self, losses: Tensor, weights: Tensor) -> Iterator[Tensor]:
@@ -81,6 +90,16 @@ class Scout:
         for rows in self._rows.values():
             rows.use.found = rows.owners
 
+    def proportional(self, weights: Tensor) -> Iterator[Tensor]:
+        """Loss weights of passes that tell whether gradients are proportional to the losses at all.
+
+        Raises:
+            UnsupportedUseError, LossError: they are not (names the parameter).
+        """
+        for self._factor in (128.0, 1 / 128):
+            self._passes += 1
+            yield weights * self._factor
+
     def _scout(self, use: Use, grad: Tensor, trailing: int) -> None:
         lead = grad.dim() - trailing
         if grad.is_complex():  # as pairs of numbers
@@ -91,8 +110,11 @@ class Scout:
         if held is None:
             held = self._rows[id(use)] = _Rows(use, rows)
             held.dtype = grad.dtype
-        elif held.last != self._passes and self._digit is not None:  # once a pass: other sources have the same rows
-            held.read(rows, *self._digit)
+        elif held.last != self._passes:  # once a pass: other sources have the same rows
+            if self._factor is not None:
+                held.check_proportional(rows, self._factor)
+            elif self._digit is not None:
+                held.read(rows, *self._digit)
         held.last = self._passes
 
     def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:
@@ -145,13 +167,23 @@ def owners_of_rows(interceptor: Interceptor, losses: Tensor) -> Literal["followe
         return "followed"
     scout = Scout()
     interceptor.sink = scout
-    for weights in scout.passes(losses, torch.ones_like(losses)):
-        run_backward(interceptor, losses, weights, keep=True)
+    ones = torch.ones_like(losses)
+    try:
+        for weights in scout.passes(losses, ones):
+            run_backward(interceptor, losses, weights, keep=True)
+    except LayoutError:
+        for weights in scout.proportional(ones):  # another reason, which has another remedy
+            run_backward(interceptor, losses, weights, keep=True)
+        raise
     return "found"
 
 
 def followed_to(interceptor: Interceptor, losses: Tensor) -> bool:
-    """Whether what was followed comes out at the losses as it should: each with one owner, none twice."""
+    """Whether what was followed comes out at the losses as it should: each with one owner, none twice.
+
+    Raises:
+        LayoutError: losses are those of the batch's examples in another order.
+    """
     owners = interceptor.follower.owners(losses)
     if owners is None or owners.shape != tuple(losses.shape):
         return False
@@ -167,6 +199,12 @@ def followed_to(interceptor: Interceptor, losses: Tensor) -> bool:
     left = iter(sorted(set(range(len(losses))) - set(places.values())))
     order = [places[a] if a in places else next(left) for a in range(len(losses))]
     if order != sorted(order):
+        if interceptor.labelled:
+            wrong = next(k for k, a in enumerate(order) if k != a)
+            raise LayoutError(
+                f"loss_fn: the loss of example {order[wrong]} comes from the rows of example {wrong} of the batch; "
+                "return losses in the order of the batch, and exchange nothing between its examples"
+            )
         interceptor.shared.relabelled = torch.tensor(order, device=losses.device)
     return True
 

@@ -67,6 +67,7 @@ class Interceptor(TorchFunctionMode):
         doubted: whether there was such a tensor, and a parameter met it.
         used: targets that were used in the loop in this forward pass.
         uses: all uses of this forward pass.
+        labelled: whether some of the batch's tensors say which example is which.
         sink: what gradients are handed to: the recorder, or what finds their owners.
     """
 
@@ -107,6 +108,7 @@ class Interceptor(TorchFunctionMode):
         self.doubt, self.doubted = doubt, False
         self.used: set[Target] = set()
         self.uses: list[Use] = []
+        self.labelled = False
         self.shared = Pass()
         # Decisions that a recomputation has to take as they were taken: it cannot follow owners.
         self._row_dims: dict[Any, list[int | None]] = {}
@@ -116,6 +118,7 @@ class Interceptor(TorchFunctionMode):
             if lies and not self._provenance.has(tensor):
                 owners = Owners.along_dim(tensor.shape, self.batch_dim, tensor.device)
                 self.follower.note(tensor, owners, tapped=False)
+                self.labelled = True
 
     # ------------------------------------------------------------------------------------------------------------
     # What rules need
@@ -142,32 +145,16 @@ class Interceptor(TorchFunctionMode):
 
     def owners(self, data: Tensor, trailing: int = 0) -> Owners | None:
         """Owners of the leading dimensions of an operand, all but the last ``trailing``; None: not known."""
-        if self.batch_size is None or in_backward():
-            return None
-        owners = self._sure(self.follower.owners(data))
-        if owners is None or not trailing:
-            return owners
-        dims = range(-trailing, 0)
-        make = lambda: owners.reduced(dims).squeezed(dims)  # noqa: E731
-        return self.follower.remembered("lead", owners, trailing, make)  # type: ignore[no-any-return]
+        return self.lead_owners(data, range(data.dim() - trailing))
 
-    def alike_along(self, data: Tensor, dim: int) -> bool:
-        """Whether it is known that owners do not depend on the index along a dimension of an operand."""
-        if in_backward():
-            return self._alike.get((tuple(data.shape), dim), True)
-        owners = self.owners(data)
-        alike = (
-            owners is not None
-            and not owners.varies(dim)
-            and not (owners.one_for_all and bool(owners.lo.flatten() < owners.hi.flatten()))
-        )
-        self._alike[tuple(data.shape), dim] = alike
-        return alike
+    def owners_of_columns(self, data: Tensor) -> Owners | None:
+        """Owners of the columns of matrices ``(*lead, k, n)``: of ``(*lead, n)``; None: not known."""
+        return self.lead_owners(data, [*range(data.dim() - 2), data.dim() - 1])
 
     def lead_owners(self, data: Tensor, lead: Sequence[int]) -> Owners | None:
         """Owners of some dimensions of an operand, in that order, where all along the others meets; None: not
         known."""
-        if (owners := self.owners(data)) is None:
+        if self.batch_size is None or in_backward() or (owners := self.follower.owners(data)) is None:
             return None
 
         def make() -> Owners:
@@ -175,18 +162,26 @@ class Interceptor(TorchFunctionMode):
             small = owners.reduced(others).squeezed(others)
             kept = sorted(lead)
             order = [kept.index(d) for d in lead]
+            if order == sorted(order):
+                return small
             found = small.map([small.shape[k] for k in order], lambda ends, _: ends.permute(order))
             found.along = None if small.along is None else order.index(small.along)
             return found
 
-        return self.follower.remembered("lead of", owners, tuple(lead), make)  # type: ignore[no-any-return]
+        return self._sure(self.follower.remembered("lead of", owners, tuple(lead), make))
 
-    def owners_of_columns(self, data: Tensor) -> Owners | None:
-        """Owners of the columns of matrices ``(*lead, k, n)``: of ``(*lead, n)``; None: not known."""
-        if (owners := self.owners(data)) is None:
-            return None
-        make = lambda: owners.reduced([-2]).squeezed([-2])  # noqa: E731
-        return self.follower.remembered("columns", owners, (), make)  # type: ignore[no-any-return]
+    def alike_along(self, data: Tensor, dim: int) -> bool:
+        """Whether it is known that owners do not depend on the index along a dimension of an operand."""
+        if in_backward():
+            return self._alike.get((tuple(data.shape), dim), True)
+        owners = self.follower.owners(data)
+        alike = (
+            owners is not None
+            and not owners.varies(dim)
+            and not (owners.one_for_all and bool(owners.lo.flatten() < owners.hi.flatten()))
+        )
+        self._alike[tuple(data.shape), dim] = alike
+        return alike
 
     def owners_after(self, func: Any, args: tuple[Any, ...], result: Tensor) -> Owners | None:
         """Owners of what a call without parameters would give; None: not known."""

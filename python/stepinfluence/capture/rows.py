@@ -22,7 +22,7 @@ def gains_examples(
     example; None if there is none."""
     aligned = (1,) * (len(after) - len(before)) + tuple(before)
     for k in dims:
-        if k < len(after) and aligned[k] == 1 and after[k] == batch_size and batch_size != 1:
+        if k < len(after) and aligned[k] == 1 and after[k] == batch_size:
             return k
     return None
 

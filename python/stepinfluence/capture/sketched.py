@@ -211,6 +211,7 @@ class Capture(session.LoaderCapture):
             UnsupportedUseError: a use whose gradient cannot be captured (names parameter and operation).
             LayoutError: the examples of a batch cannot be told apart or influence one another.
         """
+        diagnosis.check_parameters(self.model, self._body_parameters())
         space = self.space()
         self._begin(loss_fn, space, verify)
         features = self._featurize_loader(

@@ -273,7 +273,8 @@ def expand_to_batch(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: d
         return NotImplemented
     shape = tuple(func(value.detach(), *args[1:], **kwargs).shape)
     aligned = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
-    dim = gains_examples(value.shape, shape, it.batch_size, it.example_dims)
+    likely = (*it.example_dims, *range(max(1, len(shape) - 1)))
+    dim = gains_examples(value.shape, shape, it.batch_size, likely)
     if dim is None:
         return NotImplemented
     if any(a not in (1, s) for a, s in zip(aligned, shape, strict=True)):  # tiled along other dimensions

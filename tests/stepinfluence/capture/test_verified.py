@@ -143,7 +143,7 @@ def test_a_loss_that_fails_is_not_remembered(runs: list[int]) -> None:
                 capture.featurize(BATCHES, loss_fn)
         else:
             capture.featurize(BATCHES, loss_fn)
-    assert len(runs) == 3
+    assert len(runs) == 1  # what mixes is found before it is verified
 
 
 def test_reranking_shares_what_featurizing_verified(runs: list[int]) -> None:
