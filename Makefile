@@ -55,7 +55,7 @@ bench-search: $(VENV)/.stamp-test ## scan speed, recall and time of every search
 
 bench-evaluate: $(VENV)/.stamp-test ## attribution methods against retraining over five seeds (docs/evaluation.md), resumable
 	$(BIN)/python -m bench.evaluate adder
-	$(BIN)/python -m bench.evaluate majority --subsets 6 --left-out 4 --repeats 1 --flips 0
+	$(BIN)/python -m bench.evaluate majority
 
 bench-scale: $(VENV)/.stamp-bench ## measure rates, and print what a corpus costs (docs/scale.md)
 	$(BIN)/python -m bench.scale --model paper --examples 2

@@ -39,8 +39,8 @@ def _head(found: Evaluation, data: dict[str, Any]) -> str:
     commit = facts["commit"][:12] + (" with changes" if facts["dirty"] else "")
     return (
         f"**{found.problem}**, answers right: {found.accuracy}. `{facts['command']}`: {s['seeds']} seeds, each with "
-        f"{s['subsets']} halves and {s['left_out']} examples left out, all trained from {s['repeats']} "
-        f"initialisations, and {s['flips']} brittleness quer{'y' if s['flips'] == 1 else 'ies'} a method; "
+        f"{s['subsets']} halves and {s['left_out']} examples left out (repeats: {s['repeats']}; brittleness queries: "
+        f"{s['flips']} a method); "
         f"{found.retrainings} models, {found.training_seconds / 60:.0f} minutes of processor time to train. "
         f"{facts['machine']['CPU']} ({facts['torch_cpu_capability']}), shared while measuring (load "
         f"{facts['load_before']} before, {facts['load_after']} after), {facts['machine']['torch threads']} thread; "
@@ -55,10 +55,10 @@ def _differences(found: Evaluation) -> str:
 
 
 def _rounding(data: dict[str, Any]) -> str:
-    moved = data["rounding"]
+    moved = ", ".join(f"{value:.1g}" for value in data["rounding"])
     return (
         "The same training with its full batch in another order, which changes nothing but rounding, moves a query's "
-        f"loss by {sum(moved) / len(moved):.1g} (mean of {len(moved)} seeds)."
+        f"loss by {moved} on average in the first {len(data['rounding'])} seeds."
     )
 
 
