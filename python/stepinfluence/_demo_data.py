@@ -81,7 +81,7 @@ class DemoConfig:
 
     @classmethod
     def full(cls, *, seed: int = 0) -> DemoConfig:
-        """What ``sdi demo`` runs: a few minutes on two CPU cores."""
+        """What ``sdi demo`` runs: about ten minutes on two CPU cores."""
         return cls(training=ParityTrainConfig.demo(seed=seed), seed=seed)
 
     @classmethod

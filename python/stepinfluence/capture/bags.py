@@ -25,6 +25,7 @@ def embedding_bag(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dic
     sources = [s for s in map(it.source, (table, weights)) if s is not None]
     if it.source(table) is None or it.source(weights) is not None:
         raise it.unsupported(sources, func, "per_sample_weights that are parameters; look up and multiply yourself")
+    assert isinstance(table, Tensor)
     assert isinstance(ids, Tensor)
     assert isinstance(offsets, Tensor)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -164,6 +164,14 @@ def cell(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         return torch.relu(of_x + of_h) if kind == "rnn_relu" else torch.tanh(of_x + of_h)
 
 
+CELLS: dict[Any, Callable[..., Any]] = {
+    torch.gru: torch.gru_cell,
+    torch.lstm: torch.lstm_cell,
+    torch.rnn_tanh: torch.rnn_tanh_cell,
+    torch.rnn_relu: torch.rnn_relu_cell,
+}
+
+
 def recurrent(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.gru`` and its like: cell by cell, in each direction of each layer."""
     if len(args) != 9 or kwargs or isinstance(args[3], list | tuple):  # packed sequences have another form
@@ -171,8 +179,7 @@ def recurrent(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[st
     x, state, weights, has_biases, layers, dropout, training, two_ways, batch_first = args
     if not has_biases or (dropout and training) or any(w.shape[0] != weights[0].shape[0] for w in weights):
         return NotImplemented  # no biases, or projections
-    one = {torch.gru: torch.gru_cell, torch.lstm: torch.lstm_cell, torch.rnn_tanh: torch.rnn_tanh_cell,
-           torch.rnn_relu: torch.rnn_relu_cell}[func]  # fmt: skip
+    one = CELLS[func]
     states = list(state) if func is torch.lstm else [state]
     with it:
         tokens = x.transpose(0, 1) if batch_first and x.dim() == 3 else x

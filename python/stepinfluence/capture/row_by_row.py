@@ -80,8 +80,9 @@ def _row_dim(mapped: Any, plain: Any, likely: int) -> int | None:
     ``(n, *shape with 1 there)``; None if there is none."""
     if not isinstance(plain, Tensor) or not isinstance(mapped, Tensor):
         return None
-    one = mapped.shape[1:]
-    for dim in (likely, *range(len(one))):
+    one = tuple(mapped.shape[1:])
+    dims: list[int] = [likely, *range(len(one))]
+    for dim in dims:
         if dim < len(one) and one[dim] == 1 and (*one[:dim], len(mapped), *one[dim + 1 :]) == tuple(plain.shape):
             return dim
     return None

@@ -115,10 +115,11 @@ def embedding(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[st
 def getitem(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``P[ids]`` with an integer tensor: a lookup."""
     table, index = args
-    if it.source(table) is not None and _picks_one(index):
+    source = it.source(table)
+    if source is not None and _picks_one(index):
         # Which part of the parameter it is does not depend on anything that gradients flow through.
         items = tuple(int(i) if isinstance(i, Tensor) else i for i in (index if isinstance(index, tuple) else (index,)))
-        return it.batch_free(func, (table, items), {}, [it.source(table)])
+        return it.batch_free(func, (table, items), {}, [source])
     if isinstance(index, tuple) and len(index) == 1:
         (index,) = index
     if it.source(table) is None or not isinstance(index, Tensor) or index.dtype == torch.bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypeAlias
@@ -40,8 +41,7 @@ class Memory:
     def recall(self, loss_fn: Callable[..., Any], state: Hashable, *, anew: bool = False) -> Checked:
         """What was verified with ``loss_fn`` in ``state``; empty at first, in another state, and if ``anew``."""
         # A bound method is a new object each time it is taken from its owner.
-        bound = hasattr(loss_fn, "__self__") and hasattr(loss_fn, "__func__")
-        parts = (loss_fn.__self__, loss_fn.__func__) if bound else (loss_fn,)
+        parts = (loss_fn.__self__, loss_fn.__func__) if isinstance(loss_fn, types.MethodType) else (loss_fn,)
         kept: list[tuple[tuple[weakref.ref[Any], ...], Checked]] = []
         found = Checked(state)
         for references, checked in self._known:

@@ -22,7 +22,7 @@ REPLAY = "sdi demo"
 HELP = """Train a looped transformer, then ask which training examples shaped its answers, and at which loop step.
 
 The task is parity: is the number of ones in a bit string odd? The model applies one block once per bit.
-A few minutes on two CPU cores.
+About ten minutes on two CPU cores.
 
 [bold]Written to DIR[/bold]
   report.html     the charts; opens in any browser, offline

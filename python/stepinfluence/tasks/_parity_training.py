@@ -99,7 +99,7 @@ class ParityTrainConfig:
 
     @classmethod
     def demo(cls, *, seed: int = 0) -> ParityTrainConfig:
-        """A 29,000-parameter model, trained on one CPU core in about two minutes.
+        """A 29,000-parameter model, trained on one CPU core in about six minutes.
 
         What makes it reliable: heads of width 4, as in the paper (with fewer, wider ones the curriculum can stall);
         gradients clipped near their usual norm, which is about 0.1 once strings are long (clipped at 1, a single

@@ -177,7 +177,8 @@ class Follower:
         if not self.has_rule(func) and tapped and any(isinstance(r, Tensor) and r.requires_grad for r in results):
             self.calls.add(getattr(func, "__name__", str(func)))
         self.in_use = use
-        found = self._rules.get(func, _no_rule)(self, func, args, kwargs, result)
+        rule: Rule = self._rules.get(func, _no_rule)
+        found = rule(self, func, args, kwargs, result)
         if found is None or isinstance(found, Owners):
             found = [found] * len(results)
         for value, owners in zip(results, found, strict=True):
@@ -194,7 +195,8 @@ class Follower:
 
     def after(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> Owners | None:
         """Owners of the result of a call by its rule, without noting them."""
-        found = self._rules.get(func, _no_rule)(self, func, args, kwargs, result)
+        rule: Rule = self._rules.get(func, _no_rule)
+        found = rule(self, func, args, kwargs, result)
         return found if found is None or isinstance(found, Owners) else found[0]
 
     def _written(self, tensor: Tensor, owners: Owners | None, tapped: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def einsum(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found
             return f.not_known(result)
         owners = part.owners
         key = (tuple(names), tuple(wanted))
-        aligned = f.remembered("einsum", owners, key, lambda o=owners, n=names: _aligned(o, n, wanted))
+        aligned = f.remembered("einsum", owners, key, functools.partial(_aligned, owners, names, wanted))
         parts.append(Part(aligned, part.strong))
     return f.combine(parts, result.shape)
 
