@@ -319,6 +319,7 @@ class ProjectedTracInSDI(_Estimator):
             batch_dim=0 if batch_first else 1,
             verify=False,  # a scalar loss cannot be weighted per example
         )
+        self._capture.reduced_loss = True
 
 
 class FullGradientTracInSDI(_Estimator):

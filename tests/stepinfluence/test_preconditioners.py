@@ -184,7 +184,7 @@ def test_other_moments_make_other_spaces() -> None:
     capture.precondition(from_optimizer(optimizer, model))
     second = capture.featurize(batch, loss_fn)
     for other in (plain, second):
-        with pytest.raises(FeatureMismatchError, match="another optimizer metric"):
+        with pytest.raises(FeatureMismatchError, match="another metric than"):
             influence(first, other)
     capture.precondition(None)
     assert torch.equal(capture.featurize(batch, loss_fn).values, plain.values)
@@ -377,5 +377,7 @@ def test_errors_of_preconditioners() -> None:
         use({**roots, "core.up.weight": Factored(torch.ones(6), torch.ones(12))})
     with pytest.raises(ValueError, match=r"'core\.gate' has values that are not finite"):
         use({**roots, "core.gate": Elementwise(torch.tensor(float("inf")))})
-    with pytest.raises(ValueError, match="route: got 'fft', which cannot apply the elementwise preconditioner of core"):
+    with pytest.raises(
+        ValueError, match=r"route: got 'fft', which cannot apply the elementwise preconditioner .* of core"
+    ):
         attach(model, body="core", preconditioner=roots, route="fft")

@@ -149,11 +149,12 @@ class Scout:
         self._scout(use, grads, grads.dim() - 1)
 
 
-def owners_of_rows(interceptor: Interceptor, losses: Tensor) -> Literal["followed", "found"]:
+def owners_of_rows(interceptor: Interceptor, losses: Tensor, *, reduced: bool = False) -> Literal["followed", "found"]:
     """Make the owners of all uses of a forward pass known.
 
     Args:
         interceptor: after the forward pass that gave ``losses`` ``(B,)``.
+        reduced: take one number that is repeated for the loss of the whole batch.
 
     Returns:
         Whether they had been followed to the losses, or were found by gradients in further backward passes.
@@ -164,6 +165,9 @@ def owners_of_rows(interceptor: Interceptor, losses: Tensor) -> Literal["followe
     size = len(losses)
     interceptor.shared.size = size
     if size <= 1 or followed_to(interceptor, losses):
+        return "followed"
+    if reduced and losses.stride(0) == 0:
+        _check_followed(interceptor)
         return "followed"
     scout = Scout()
     interceptor.sink = scout
@@ -176,6 +180,20 @@ def owners_of_rows(interceptor: Interceptor, losses: Tensor) -> Literal["followe
             run_backward(interceptor, losses, weights, keep=True)
         raise
     return "found"
+
+
+def _check_followed(interceptor: Interceptor) -> None:
+    """Every row of every use has one owner.
+
+    Raises:
+        LayoutError: some has none, or more than one.
+    """
+    for use in interceptor.uses:
+        if use.step != OUTSIDE and (use.owners is None or bool((use.owners.lo != use.owners.hi).any())):
+            raise LayoutError(
+                f"{use.name}: cannot be told apart by example where the loss is one number for the batch; return one "
+                "loss per example"
+            )
 
 
 def followed_to(interceptor: Interceptor, losses: Tensor) -> bool:

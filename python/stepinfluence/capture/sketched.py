@@ -89,6 +89,9 @@ class Capture(session.LoaderCapture):
         self._verifying = verify
         self._used: set[Target] = set()
         self._doubt = True
+        self.reduced_loss = False
+        """Whether losses may be one number of the whole batch, repeated (as the published package takes it): rows then
+        belong to whom they were followed from, which nothing can prove."""
         self.owners: Literal["followed", "found"] = "followed"
         """How the owners of the last batch's rows were known: followed through the forward pass, or found by
         gradients."""
@@ -279,14 +282,14 @@ class Capture(session.LoaderCapture):
         losses = self._run(batch, loss_fn, ids, index, expected)
         self._check_uses(losses)
         try:
-            self.owners = owners_of_rows(self._interceptor, losses)
+            self.owners = owners_of_rows(self._interceptor, losses, reduced=self.reduced_loss)
         except LayoutError:
             if not self._interceptor.doubted:
                 raise
             # Tensors made without data had the batch's size by chance: taken for constants from now on.
             self._doubt = False
             losses = self._run(batch, loss_fn, ids, index, expected)
-            self.owners = owners_of_rows(self._interceptor, losses)
+            self.owners = owners_of_rows(self._interceptor, losses, reduced=self.reduced_loss)
         return losses
 
     def _run(

@@ -151,7 +151,7 @@ def test_parameter_without_gradient_counts_as_never_used(how: str) -> None:
 
 
 def test_use_that_cannot_be_sketched_names_parameter_and_operation() -> None:
-    core = zoo.Core(lambda s, x: s.r(x)[0], r=nn.LSTM(zoo.D, zoo.D, batch_first=True))
+    core = zoo.Core(lambda s, x: s.r(x)[0], r=nn.LSTM(zoo.D, zoo.D, batch_first=True, bias=False))
     with refuses(UnsupportedUseError, r"core\.r\.weight_ih_l0, .*torch\.lstm.*requires_grad=False"):
         attach(zoo.Looped(core), body="core").featurize([BATCH], zoo.squared_error)
 

@@ -165,6 +165,8 @@ class Follower:
         if in_place:
             result = kwargs["out"] if isinstance(kwargs.get("out"), Tensor) else args[0]
         results = result if isinstance(result, tuple | list) else (result,)
+        if not any(isinstance(r, Tensor) for r in results):
+            return
         if func.__name__ in ("__get__", "__set__") and not self.has_rule(func) and func.__self__.__name__ != "data":
             return  # an attribute (``_base``, ``grad``, ``_backward_hooks``): no new values
         parts = [p for p in map(self.part, operands) if p is not None]
