@@ -204,20 +204,6 @@ def one_hot(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Foun
     return None if owners is None else lookup(owners, result)
 
 
-def functionsfunctions_named(*names: str) -> list[Any]:
-    """The functions of these names wherever torch has them, with their in-place and operator forms."""
-    places = (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg)
-    forms = ("{}", "{}_", "__{}__", "__r{}__", "__i{}__")
-    found = []
-    for name in names:
-        for form in forms:
-            for place in places:
-                function = getattr(place, form.format(name), None)
-                if function is not None and callable(function) and not isinstance(function, type):
-                    found.append(function)
-    return found
-
-
 def functions_named(*names: str) -> list[Any]:
     """The functions of these names wherever torch has them, with their in-place and operator forms."""
     places = (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg)
