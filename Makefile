@@ -84,7 +84,7 @@ build: $(VENV)/.stamp-test ## build the sdist and the wheel into dist/
 
 clean: ## remove what builds and tools leave behind; .venv stays
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find sdi_kernels python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find sdi_kernels python reproduce tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each extra, all in the same environment; the stem is the extra's name. The C sources are here
 # because an editable install compiles them.

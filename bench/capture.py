@@ -26,7 +26,7 @@ from typing import Any
 
 import stepinfluence
 import torch
-from stepinfluence.doctor import PeakMemory
+from stepinfluence.machine import PeakMemory
 from stepinfluence.models.blocks import Block, BlockConfig
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepinfluence.demo import DemoConfig
-from stepinfluence.doctor import cpu_model
-from stepinfluence.periods import Period
+from stepinfluence.app.demo.run import DemoConfig
+from stepinfluence.attribution.periods import Period
+from stepinfluence.machine import cpu_model
 
 from bench.provenance import ROOT, Provenance, machine_line
 

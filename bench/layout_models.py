@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from stepinfluence.models.gpt import LoopedGPT, LoopedGPTConfig, gpt_loss
 from stepinfluence.models.parity import ParityConfig, ParityTransformer, parity_loss
-from stepinfluence.tasks.parity import ParityTrainConfig, collate, make_heldout_set, train_parity
+from stepinfluence.models.parity_task import ParityTrainConfig, collate, make_heldout_set, train_parity
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]

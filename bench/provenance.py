@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from stepinfluence import provenance
-from stepinfluence.doctor import machine_facts
+from stepinfluence.machine import machine_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

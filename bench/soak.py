@@ -113,7 +113,7 @@ def growth(measured: Measured) -> float | None:
 
 
 def draw(measured: Measured, path: Path) -> None:
-    from stepinfluence.experiments.style import figure, styled
+    from reproduce.style import figure, styled
 
     with styled():
         made, axes = figure(width=8, height=3)

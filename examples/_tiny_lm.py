@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from stepinfluence.losses import token_losses
+from stepinfluence.attribution.losses import token_losses
 from stepinfluence.models import LoopedGPT, LoopedGPTConfig
 
 VOCABULARY, LENGTH = 10, 8

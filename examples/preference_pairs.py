@@ -11,7 +11,7 @@ import copy
 import stepinfluence
 import torch
 from _tiny_lm import counting, make_model, train
-from stepinfluence.losses import dpo_loss, interleave, sequence_log_probs
+from stepinfluence.attribution.losses import dpo_loss, interleave, sequence_log_probs
 
 
 def pairs(n: int, better: int, worse: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stepinfluence
 import torch
 from _tiny_lm import counting, make_model, train
-from stepinfluence.losses import reward_weighted_loss, sequence_log_probs
+from stepinfluence.attribution.losses import reward_weighted_loss, sequence_log_probs
 
 
 def main() -> tuple[float, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import stepinfluence
 import torch
 from _tiny_lm import counting, make_model, train
-from stepinfluence.losses import loss_at, one_example_per_token, token_losses
+from stepinfluence.attribution.losses import loss_at, one_example_per_token, token_losses
 
 
 def main() -> tuple[torch.Tensor, torch.Tensor]:

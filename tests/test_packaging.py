@@ -153,7 +153,7 @@ def test_installed_command_runs(installed: Path, tmp_path: Path) -> None:
     assert "doctor" in printed
 
 
-@pytest.mark.parametrize("module", [*PACKAGES, "stepinfluence.cli"])
+@pytest.mark.parametrize("module", [*PACKAGES, "stepinfluence.app.cli"])
 def test_import_needs_no_triton_no_cuda_and_no_extra(module: str, tmp_path: Path) -> None:
     # None in sys.modules makes an import fail as if the module were not installed.
     code = f"""

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from stepinfluence.attribution.features import Features
 from stepinfluence.capture import ExactCapture, attach
-from stepinfluence.features import Features
 from stepinfluence.models.gpt import LoopedGPT, LoopedGPTConfig, gpt_loss
 from torch import Tensor
 

@@ -141,8 +141,8 @@ def reproduction() -> str:
             "algorithmic tasks (claims of a summary): correlation with planted examples, sketched SDI; TracIn",
             "0.87; 0.62",
             (
-                f"{comparison('tasks', 'rank-biserial correlation with planted examples: SDI sketched (m = 256), summed')}; "
-                f"{comparison('tasks', 'rank-biserial correlation with planted examples: TracIn, eq. 1')}"
+                f"{comparison('planted', 'rank-biserial correlation with planted examples: SDI sketched (m = 256), summed')}; "
+                f"{comparison('planted', 'rank-biserial correlation with planted examples: TracIn, eq. 1')}"
             ),
         ],
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1]
-ORDER = ("fidelity", "parity", "sudoku", "nanochat", "tasks")
+ORDER = ("fidelity", "parity", "sudoku", "nanochat", "planted")
 
 HEAD = """# Reproduction
 
@@ -19,8 +19,8 @@ The paper's experiments (Kaissis et al., arXiv 2602.10097), each by one command,
 tables below are taken from the `results.json` of runs that are kept under `docs/results`; each has a report with figures
 and an analysis of what differs.
 
-    sdi reproduce {fidelity,parity,sudoku,nanochat,tasks} --scale cpu
-    sdi reproduce ... --scale paper            # the paper's configuration, as far as it states one; not run so far
+    python -m reproduce {fidelity,parity,sudoku,nanochat,planted} --scale cpu
+    python -m reproduce ... --scale paper            # the paper's configuration, as far as it states one; not run so far
 
 **What was run**: the `cpu` scale of each experiment below, once, on two cores of an AMD EPYC that was shared with other
 work (times by the clock are of that). Where something is trained, models and tasks are smaller

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdi_kernels import __version__
-    from stepinfluence.allocation import allocate_sizes, gradient_energies
+    from stepinfluence.app.project import Project
+    from stepinfluence.attribution.allocation import allocate_sizes, gradient_energies
+    from stepinfluence.attribution.checkpoints import Checkpoint, load_checkpoint
+    from stepinfluence.attribution.features import Features, FeatureSpace
+    from stepinfluence.attribution.scoring import Influence, influence, influence_over_checkpoints, self_influence
     from stepinfluence.capture import Capture, ExactCapture, attach
-    from stepinfluence.checkpoints import Checkpoint, load_checkpoint
     from stepinfluence.errors import (
         BodyError,
         CheckpointError,
@@ -30,16 +33,13 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedUseError,
     )
-    from stepinfluence.features import Features, FeatureSpace
-    from stepinfluence.project import Project
-    from stepinfluence.scoring import Influence, influence, influence_over_checkpoints, self_influence
 
 # Where each public name lives. Imported at first use, so that `sdi --help` does not wait for torch.
 _HOMES = {
     "sdi_kernels": ("__version__",),
-    "stepinfluence.allocation": ("allocate_sizes", "gradient_energies"),
+    "stepinfluence.attribution.allocation": ("allocate_sizes", "gradient_energies"),
     "stepinfluence.capture": ("Capture", "ExactCapture", "attach"),
-    "stepinfluence.checkpoints": ("Checkpoint", "load_checkpoint"),
+    "stepinfluence.attribution.checkpoints": ("Checkpoint", "load_checkpoint"),
     "stepinfluence.errors": (
         "BodyError",
         "CheckpointError",
@@ -52,9 +52,9 @@ _HOMES = {
         "StoreError",
         "UnsupportedUseError",
     ),
-    "stepinfluence.features": ("FeatureSpace", "Features"),
-    "stepinfluence.project": ("Project",),
-    "stepinfluence.scoring": ("Influence", "influence", "influence_over_checkpoints", "self_influence"),
+    "stepinfluence.attribution.features": ("FeatureSpace", "Features"),
+    "stepinfluence.app.project": ("Project",),
+    "stepinfluence.attribution.scoring": ("Influence", "influence", "influence_over_checkpoints", "self_influence"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,6 +1,6 @@
 """``python -m stepinfluence``: the same as the ``sdi`` command."""
 
-from stepinfluence.cli import main
+from stepinfluence.app.cli import main
 
 if __name__ == "__main__":
     main()

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sdi_kernels import HashFamily
-from stepinfluence.alignment import places_of, require_repeatable
+from stepinfluence.attribution.alignment import places_of, require_repeatable
+from stepinfluence.attribution.checkpoints import load_checkpoint
 from stepinfluence.capture import Capture, ExactCapture, LossFn
 from stepinfluence.capture.batches import infer_batch_size
 from stepinfluence.capture.targets import body_parameters, canonical_name, unwrap
-from stepinfluence.checkpoints import load_checkpoint
 from stepinfluence.errors import BodyError, FeatureMismatchError, LossError
 
 Modules: TypeAlias = nn.Module | Sequence[nn.Module]

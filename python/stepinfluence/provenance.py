@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stepinfluence.doctor import machine_facts, versions
+from stepinfluence.machine import machine_facts, versions
 
 SOURCES = Path(__file__).resolve().parent
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "SDI_KERNELS_CPU", "OMP_NUM_THREADS")

@@ -25,7 +25,7 @@ def test_memory_that_cannot_be_measured_is_not_zero(monkeypatch: pytest.MonkeyPa
     def blind(self: Any) -> None:
         return None
 
-    monkeypatch.setattr("stepinfluence.doctor.PeakMemory.peak_bytes", blind)
+    monkeypatch.setattr("stepinfluence.machine.PeakMemory.peak_bytes", blind)
     assert capture.growth_mib(lambda: None) is None
     assert capture.mib(None) == "n/a"
     monkeypatch.setattr(soak, "resident", lambda: None)
@@ -36,7 +36,7 @@ def test_memory_that_cannot_be_measured_is_not_zero(monkeypatch: pytest.MonkeyPa
 
 
 def test_memory_that_does_not_move_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepinfluence.doctor.PeakMemory.peak_bytes", lambda self: 5 * 2**20)
+    monkeypatch.setattr("stepinfluence.machine.PeakMemory.peak_bytes", lambda self: 5 * 2**20)
     assert capture.growth_mib(lambda: None) is None
 
 

@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from stepinfluence.experiments import SCALES
+
+from reproduce import SCALES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.attribution.features import Block, FeatureBuilder, Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.preconditioners import Preconditioner, prepare
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.batches import infer_batch_size
 from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.steps import Loop, StepTracker
 from stepinfluence.capture.targets import Body, body_parameters, find_body, single_device, unwrap
 from stepinfluence.errors import BodyError, UnsupportedUseError
-from stepinfluence.features import Block, FeatureBuilder, Features, FeatureSpace, weights_digest
-from stepinfluence.preconditioners import Preconditioner, prepare
 
 
 class ExactCapture(session.LoaderCapture):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.attribution.preconditioners import Elementwise, Factored, Root
 from stepinfluence.errors import UnsupportedUseError
-from stepinfluence.preconditioners import Elementwise, Factored, Root
 
 SCALES = {torch.float16: (1.0, 1e-2, 1e2)}
 """Sizes of made-up gradients, so that what clips is found; 1, 1e-6 and 1e6 in dtypes of a wide range."""

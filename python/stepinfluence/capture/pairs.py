@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import pairwise_linear_influence
+from stepinfluence.attribution.features import FeatureBuilder
+from stepinfluence.attribution.preconditioners import Elementwise, Factored, Root
 from stepinfluence.capture import session
 from stepinfluence.capture.batches import usable
 from stepinfluence.capture.recorder import PULL_BACK_BYTES, SketchRecorder, product_dtype
@@ -29,8 +31,6 @@ from stepinfluence.capture.rows import Use
 from stepinfluence.capture.sketched import Capture
 from stepinfluence.capture.sources import Piece, Source
 from stepinfluence.capture.targets import Target
-from stepinfluence.features import FeatureBuilder
-from stepinfluence.preconditioners import Elementwise, Factored, Root
 
 PairRoute: TypeAlias = Literal["auto", "tokens", "gradients"]
 ROUTES: tuple[str, ...] = get_args(PairRoute)

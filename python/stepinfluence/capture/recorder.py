@@ -18,11 +18,11 @@ from sdi_kernels import (
     sketch_scaled_vector_grads,
     sketch_vector_grads,
 )
+from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.preconditioners import Elementwise, Factored, Root
 from stepinfluence.capture.rows import Use
 from stepinfluence.capture.sources import Piece, Source, pull_back
 from stepinfluence.capture.targets import Layout, Target
-from stepinfluence.features import Block
-from stepinfluence.preconditioners import Elementwise, Factored, Root
 
 PULL_BACK_BYTES = 64 << 20
 """Workspace of one taking-back of per-example gradients through a function of parameters (chunked over examples)."""

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.attribution.features import FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.capture import state
 from stepinfluence.capture.batches import expected_rows, fingerprints, length_of, usable
 from stepinfluence.capture.diagnosis import check_parameters
 from stepinfluence.errors import BodyError, LossError
-from stepinfluence.features import FeatureBuilder, Features, FeatureSpace, weights_digest
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss_fn(model, batch) -> (B,)``: one loss per example, not reduced over the batch."""

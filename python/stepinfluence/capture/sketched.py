@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
+from stepinfluence.attribution.features import FeatureBuilder, Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.preconditioners import Preconditioner, prepare
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.batches import infer_batch_size, leaves
 from stepinfluence.capture.found import owners_of_rows, run_backward
@@ -33,8 +35,6 @@ from stepinfluence.capture.targets import (
 from stepinfluence.capture.uses import RULES
 from stepinfluence.capture.verified import Checked, Memory
 from stepinfluence.errors import LayoutError, UnsupportedUseError
-from stepinfluence.features import FeatureBuilder, Features, FeatureSpace, weights_digest
-from stepinfluence.preconditioners import Preconditioner, prepare
 
 VERIFIED_SHARE = 1 / 64
 """Share of the batches after the first that are verified again, picked by seed and position."""
@@ -452,7 +452,7 @@ def attach(
             used.
         route: kernel route, see :func:`sdi_kernels.sketch_linear_grads`.
         preconditioner: an optimizer's metric, as a root by parameter name: features are those of ``sqrt(P) * gradient``
-            (:func:`stepinfluence.preconditioners.from_optimizer`, docs/optimizers.md).
+            (:func:`stepinfluence.attribution.preconditioners.from_optimizer`, docs/optimizers.md).
         layout: ``"concat"`` (the paper's: columns of its own for each parameter), or ``"sum"``: all parameters'
             independent sketches are added into the same ``sketch_size`` columns, also unbiased (docs/store.md).
 

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.scoring import self_influence
 from stepinfluence.capture import Capture, ExactCapture, attach
 from stepinfluence.evaluation.problem import Problem
-from stepinfluence.features import Features
-from stepinfluence.scoring import self_influence
 
 Array = npt.NDArray[np.float64]
 

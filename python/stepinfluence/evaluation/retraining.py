@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from stepinfluence.doctor import cpu_model
 from stepinfluence.evaluation.problem import Problem
+from stepinfluence.machine import cpu_model
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]

@@ -1,7 +1,7 @@
 """Looped models of the Hugging Face format (ALBERT's shared layer, HRM-text's cycles) as projects for ``sdi``.
 
     pretrained = Pretrained("albert/albert-base-v2", data="data/{split}.jsonl")
-    project = pretrained.project()             # what sdi featurize --project takes, without a file
+    project = Project.of(pretrained, "albert")  # what sdi featurize --project takes, without a file
     project.body(project.model())              # the module that the loop enters at every step
 
 ``sdi init --hf albert/albert-base-v2 --data 'data/{split}.jsonl'`` writes a project file of a few lines around it.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from transformers.models import auto
 
 from stepinfluence.errors import BodyError, ProjectError
 from stepinfluence.integrations.looped import find_body
-from stepinfluence.project import OPTIONAL, REQUIRED, Project, Scalar
 
 TASKS = {
     "masked-lm": ("MaskedLM", auto.AutoModelForMaskedLM),
@@ -103,13 +102,6 @@ class Pretrained:
             f"{self.name}: its config names {', '.join(named) or 'no architecture'}; say the task: {', '.join(TASKS)}"
         )
 
-    def project(self) -> Project:
-        """The project, as from a file with these functions."""
-        functions: dict[str, Callable[..., Any]] = {
-            n: getattr(self, n) for n in (*REQUIRED, *OPTIONAL) if hasattr(self, n)
-        }
-        return Project(Path(self.name), functions)
-
     # ------------------------------------------------------------------------------------------------------------
     # The functions of a project
 
@@ -188,7 +180,7 @@ class Pretrained:
         """The record's text, after its prompt."""
         return f"{example.get('prompt', '')}{example['text']}"
 
-    def metadata(self, example: Record) -> dict[str, Scalar]:
+    def metadata(self, example: Record) -> dict[str, str | int | float | bool | None]:
         """Plain fields other than text and id."""
         known = ("id", "text", "prompt")
         return {k: v for k, v in example.items() if k not in known and isinstance(v, str | int | float | bool | None)}

@@ -1,4 +1,4 @@
-"""Looped transformers to attribute: the looped GPT of the paper's D.1, the parity model of D.2, Sudoku's of D.3."""
+"""Looped transformers to attribute: the looped GPT of the paper's D.1, the parity model of D.2 and its task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from stepinfluence.models.parity import (
     ParityTransformer,
     parity_loss,
 )
-from stepinfluence.models.sudoku import SudokuConfig, SudokuTransformer, sudoku_loss
 
 __all__ = [
     "AnswerTrajectory",
@@ -23,10 +22,7 @@ __all__ = [
     "ParityConfig",
     "ParityLoopBody",
     "ParityTransformer",
-    "SudokuConfig",
-    "SudokuTransformer",
     "gpt_loss",
     "parity_loss",
     "sample_loop_counts",
-    "sudoku_loss",
 ]

@@ -123,7 +123,7 @@ class ParityTransformer(nn.Module):
             read_step: the loop step after which each example is read, 1-indexed, int64 ``(B,)``; its number
                 of bits.
             steps: loop steps to run; ``T`` by default, which is n + 2 for the longest string of a batch that
-                :func:`stepinfluence.tasks.parity.collate` padded.
+                :func:`stepinfluence.models.parity_task.collate` padded.
 
         Returns:
             Logits ``(B, T, vocab_size)``: those of example ``b`` are computed from its state after step
@@ -238,7 +238,7 @@ def parity_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Args:
         model: a :class:`ParityTransformer`, or a module called the same way.
         batch: ``tokens``, ``labels`` and ``mask``, each ``(B, T)``, and ``read_step``, ``(B,)``, as made by
-            :func:`stepinfluence.tasks.parity.collate`.
+            :func:`stepinfluence.models.parity_task.collate`.
 
     Returns:
         Losses in nats, ``(B,)``: mean over the positions of the mask, which is the "=" token alone. An

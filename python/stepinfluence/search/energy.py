@@ -1,4 +1,4 @@
-"""How much of a query's influence comes from each checkpoint: the energies behind :mod:`stepinfluence.aggregation`."""
+"""How much of a query's influence comes from each checkpoint (:mod:`stepinfluence.attribution.aggregation`)."""
 
 from __future__ import annotations
 

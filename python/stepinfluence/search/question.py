@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepinfluence.attribution.features import FeatureSpace
 from stepinfluence.errors import FeatureMismatchError
-from stepinfluence.features import FeatureSpace
 from stepinfluence.search.sources import FeatureSource, Rows, RowSource, StoreSource, as_source
 from stepinfluence.store import Store
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stepinfluence.alignment import require_repeatable
+from stepinfluence.attribution.alignment import require_repeatable
+from stepinfluence.attribution.scoring import Influence
 from stepinfluence.capture import Capture
 from stepinfluence.capture.batches import fingerprints, length_of
 from stepinfluence.capture.pairs import BatchGradients, PairCapture, PairRoute
 from stepinfluence.capture.session import IdsOf, LossFn, isolated
 from stepinfluence.errors import FeatureMismatchError
-from stepinfluence.scoring import Influence
 from stepinfluence.search.question import Parameters, chosen_blocks
 
 QUERY_BYTES = 2 << 30

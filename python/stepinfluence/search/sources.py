@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stepinfluence.alignment import aligned_to
+from stepinfluence.attribution.alignment import aligned_to
+from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
 from stepinfluence.errors import FeatureMismatchError, StoreError
-from stepinfluence.features import Features, FeatureSpace, weights_digest
 from stepinfluence.store import Store, bytes_per_row
 from stepinfluence.store.files import file_digest
 from stepinfluence.store.manifest import MANIFEST

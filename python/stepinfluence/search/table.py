@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stepinfluence.scoring import Influence
+from stepinfluence.attribution.scoring import Influence
 from stepinfluence.search.question import Parameters, Question, Steps, ask
 from stepinfluence.search.scan import score_blocks
 from stepinfluence.search.sources import Rows

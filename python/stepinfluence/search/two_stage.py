@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from stepinfluence.attribution.checkpoints import PathLike
+from stepinfluence.attribution.scoring import Metric, visit_checkpoints
 from stepinfluence.capture import Capture
 from stepinfluence.capture.pairs import PairRoute
 from stepinfluence.capture.session import LossFn
-from stepinfluence.checkpoints import PathLike
 from stepinfluence.errors import FeatureMismatchError
-from stepinfluence.scoring import Metric, visit_checkpoints
 from stepinfluence.search.index import Index
 from stepinfluence.search.question import Parameters, Question, Steps, ask
 from stepinfluence.search.ranking import NO_ROW, Ranking

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from sdi_kernels.hashing import draw_signs
-from stepinfluence.alignment import aligned_to
+from stepinfluence.attribution.alignment import aligned_to
+from stepinfluence.attribution.features import Features, FeatureSpace
 from stepinfluence.errors import FeatureMismatchError
-from stepinfluence.features import Features, FeatureSpace
 from stepinfluence.store.manifest import Manifest, StoredCheckpoint
 from stepinfluence.store.reader import Store
 from stepinfluence.store.shards import FailedRow, RowInfo

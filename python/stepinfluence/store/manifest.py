@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from sdi_kernels import HASH_FORMAT, HashFamily, __version__
+from stepinfluence.attribution.features import Block, FeatureSpace
 from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.capture.targets import canonical_name
 from stepinfluence.errors import StoreError
-from stepinfluence.features import Block, FeatureSpace
 from stepinfluence.store.codecs import STORE_DTYPES, StoreDtype
 from stepinfluence.store.files import canonical, read_sealed, sealed
 

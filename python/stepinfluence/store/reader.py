@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepinfluence.attribution.features import Features
 from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.errors import FeatureMismatchError, StoreError
-from stepinfluence.features import Features
 from stepinfluence.store.codecs import decode
 from stepinfluence.store.manifest import Manifest, StoredCheckpoint, model_fingerprint
 from stepinfluence.store.rows import RowIds, RowTable, StoredRow

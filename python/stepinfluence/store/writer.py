@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepinfluence.attribution.features import Features
 from stepinfluence.errors import FeatureMismatchError, StoreError
-from stepinfluence.features import Features
 from stepinfluence.store.codecs import encode
 from stepinfluence.store.files import ASIDE, file_digest, make_folder, sealed, write_atomically, write_bytes
 from stepinfluence.store.manifest import FORMAT, MANIFEST, Manifest

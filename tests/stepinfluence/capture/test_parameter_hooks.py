@@ -11,7 +11,7 @@ import zoo
 from compare import flat, relative
 from oracle import sketched, step_gradients
 from stepinfluence import ExactCapture, FeatureMismatchError, UnsupportedUseError, attach, influence
-from stepinfluence.preconditioners import Elementwise
+from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.search import rerank
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ import torch
 import zoo
 from compare import flat, relative
 from stepinfluence import ExactCapture, attach
-from stepinfluence.preconditioners import Elementwise, Factored, Root
+from stepinfluence.attribution.preconditioners import Elementwise, Factored, Root
 from torch import Tensor
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from stepinfluence.attribution.preconditioners import from_optimizer
 from stepinfluence.capture import Capture, attach
 from stepinfluence.capture.verified import Memory
-from stepinfluence.preconditioners import from_optimizer
 from stepinfluence.search import rerank
 from torch import Tensor, nn
 

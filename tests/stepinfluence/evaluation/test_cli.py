@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from additive import additive
-from stepinfluence.cli import app
+from stepinfluence.app.cli import app
 from stepinfluence.evaluation import Estimate
 from stepinfluence.evaluation.methods import random_scores
 from stepinfluence.evaluation.steps import StepRun

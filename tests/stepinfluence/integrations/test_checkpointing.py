@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from stepinfluence import load_checkpoint
+from stepinfluence.attribution.preconditioners import Elementwise, from_optimizer
 from stepinfluence.errors import CheckpointError
 from stepinfluence.integrations.checkpointing import LoopCounter, Saver, Schedule, read_loop_counts
-from stepinfluence.preconditioners import Elementwise, from_optimizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hf_models import albert_config, transformers
 from stepinfluence import load_checkpoint
-from stepinfluence.cli import app
+from stepinfluence.app.cli import app
+from stepinfluence.attribution.preconditioners import from_optimizer
 from stepinfluence.errors import CheckpointError
 from stepinfluence.integrations.checkpointing import read_loop_counts
 from stepinfluence.integrations.huggingface import InfluenceCheckpoints
 from stepinfluence.integrations.pretrained import Pretrained
-from stepinfluence.preconditioners import from_optimizer
 from typer.testing import CliRunner
 
 pytest.importorskip("accelerate", reason="the Trainer needs it")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from stepinfluence import attach, load_checkpoint
+from stepinfluence.attribution.preconditioners import from_optimizer
 from stepinfluence.integrations.checkpointing import read_loop_counts
-from stepinfluence.preconditioners import from_optimizer
 from torch import Tensor, nn
 
 lightning = pytest.importorskip("lightning.pytorch", reason="the lightning extra")

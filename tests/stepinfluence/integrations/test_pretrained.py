@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hf_models import SPECIAL, WORDS, albert_config, transformers
-from stepinfluence import attach
+from stepinfluence import Project, attach
 from stepinfluence.capture import ExactCapture
 from stepinfluence.errors import BodyError, ProjectError
 from stepinfluence.integrations.looped import find_body
@@ -33,7 +33,7 @@ def hrm_config(**changes: Any) -> Any:
 
 def check_features(pretrained: Pretrained, steps: int) -> None:
     """Features of a project's examples: sum over steps against exact gradients, by inner products."""
-    project = pretrained.project()
+    project = Project.of(pretrained, pretrained.name)
     model = project.model()
     examples = project.dataset("train")
     batch = project.collate([examples[i] for i in range(len(examples))])
@@ -64,7 +64,7 @@ def _within(name: str, body: Any) -> bool:
 def test_albert_masked(saved: Saved, lines: Lines) -> None:
     pretrained = Pretrained(saved("AlbertForMaskedLM", albert_config()), lines(train=TEXTS))
     assert pretrained.task == "masked-lm"
-    assert pretrained.project().body(pretrained.model()) == "albert.encoder.albert_layer_groups.0"
+    assert Project.of(pretrained, pretrained.name).body(pretrained.model()) == "albert.encoder.albert_layer_groups.0"
     check_features(pretrained, steps=3)
 
 
@@ -120,7 +120,8 @@ def test_masks_go_with_the_text(saved: Saved, lines: Lines) -> None:
 
 
 def test_what_people_see(saved: Saved, lines: Lines) -> None:
-    project = Pretrained(saved("AlbertForMaskedLM", albert_config()), lines(train=TEXTS)).project()
+    pretrained = Pretrained(saved("AlbertForMaskedLM", albert_config()), lines(train=TEXTS))
+    project = Project.of(pretrained, pretrained.name)
     first, second = project.dataset("train")
     assert project.example_id(first, 0) == 0
     assert project.example_id(second, 1) == "dog"

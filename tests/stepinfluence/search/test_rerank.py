@@ -11,9 +11,9 @@ import torch
 import zoo
 from rounding import check_influence, measure_body
 from stepinfluence import ExactCapture, LayoutError, LossError, attach, influence
+from stepinfluence.attribution.preconditioners import Elementwise, Factored
 from stepinfluence.capture import pairs
 from stepinfluence.capture.pairs import PairRoute
-from stepinfluence.preconditioners import Elementwise, Factored
 from stepinfluence.search import rerank
 from torch import Tensor, nn
 

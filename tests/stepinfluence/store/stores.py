@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepinfluence.features import Block, Features, FeatureSpace
+from stepinfluence.attribution.features import Block, Features, FeatureSpace
 from stepinfluence.store import FailedRow, Manifest, RowInfo, Store, StoredCheckpoint, StoreWriter
 
 WIDTH = 11

@@ -1,0 +1,84 @@
+"""What all commands share: errors in one line, exit codes, consoles."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
+
+FAILED_CHECK = 1
+WRONG_USE = 2
+
+
+class _OneLineErrors:
+    """Turns the library's errors into one line on stderr and exit code 2; ``--debug`` anywhere shows the traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """People add ``--debug`` at the end of the line that has just failed: take it from there too."""
+        self._debug = "--debug" in args
+        rest = [a for a in args if a != "--debug"]
+        return super().parse_args(ctx, rest or args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            typer.Exit: with code 2, after an error that the user can mend.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of stdout has gone (head): typer leaves without a word
+            raise
+        # StepInfluenceError is a ValueError; naming it would import torch.
+        except (ValueError, OSError) as error:
+            if self._debug:
+                raise
+            fail(str(error) or type(error).__name__)
+
+
+class CommandGroup(_OneLineErrors, TyperGroup):
+    """A command with subcommands, such as ``sdi``; errors in one line."""
+
+
+class Command(_OneLineErrors, TyperCommand):
+    """A command of its own; errors in one line."""
+
+
+def fail(message: str, *, code: int = WRONG_USE) -> None:
+    """Say in one line on stderr what is wrong, and leave.
+
+    Raises:
+        typer.Exit: with ``code``.
+    """
+    typer.secho("sdi: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(" ".join(message.split()), err=True)
+    raise typer.Exit(code)
+
+
+def console(*, json_output: bool = False) -> Console:
+    """Where to print for people: stdout, or stderr when stdout is for JSON."""
+    return Console(stderr=json_output, highlight=False)
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and leave, if asked to."""
+    if asked:
+        try:
+            version = metadata.version("sdi-kernels")
+        except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+            from sdi_kernels import __version__ as version
+        typer.echo(f"sdi {version}")
+        raise typer.Exit
+
+
+def need_extra(extra: str, missing: list[str]) -> None:
+    """Leave with the command that installs an extra, if modules of it are missing.
+
+    Raises:
+        typer.Exit: with code 2.
+    """
+    if missing:
+        fail(f"{', '.join(missing)} not installed: run pip install 'sdi-kernels[{extra}]'")

@@ -1,0 +1,88 @@
+"""``sdi explore`` and ``sdi report``: a run's influence in a browser."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepinfluence.app.cli._common import console, need_extra
+
+EXPLORE_HELP = """Look at a run in a browser: queries, the examples that helped or harmed, and at which loop step.
+
+Starts a server on this machine that reads RUN and nothing else; Ctrl-C stops it.
+
+[bold]Examples[/bold]
+  [cyan]sdi explore my-run[/cyan]
+  [cyan]sdi explore my-run --query test --port 8080 --no-open[/cyan]
+"""
+REPORT_HELP = """Write a run's influence into one HTML file, to keep or to send.
+
+The file needs no network and no server. It holds the leading examples of the first queries; for all of them use
+[cyan]sdi explore[/cyan].
+
+[bold]Examples[/bold]
+  [cyan]sdi report my-run --out influence.html[/cyan]
+"""
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")]
+Train = Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")]
+Query = Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. \\[default: the other one]")]
+Open = Annotated[bool, typer.Option("--open/--no-open", help="Open it in a browser.")]
+
+
+def explore(
+    run: Run,
+    train: Train = "train",
+    query: Query = "",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0: any free one.")] = 0,
+    host: Annotated[
+        str, typer.Option(metavar="NAME", help="Address to listen on. Others than this machine can read the run then.")
+    ] = "127.0.0.1",
+    open_: Open = True,
+) -> None:
+    """See :data:`EXPLORE_HELP`."""
+    screen = console()
+    with screen.status("starting"):
+        from stepinfluence.app.doctor import EXTRAS, missing_modules
+
+        need_extra("explore,report", missing_modules((*EXTRAS["explore"], "plotly", "jinja2")))
+        from stepinfluence.app.view.explore import Explorer
+        from stepinfluence.app.view.explore.serve import serve
+
+        explorer = Explorer.open(run, train=train, query=query)
+
+    def ready(address: str) -> None:
+        screen.print(f"{run}: open [bold link={address}]{address}[/] (Ctrl-C stops)")
+        if open_:
+            webbrowser.open(address)
+
+    serve(explorer, host=host, port=port, ready=ready)
+
+
+def report(
+    run: Run,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="\\[default: RUN/report.html]")
+    ] = None,
+    train: Train = "train",
+    query: Query = "",
+    queries: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many queries the file holds.")] = 50,
+    open_: Open = False,
+) -> None:
+    """See :data:`REPORT_HELP`."""
+    screen = console()
+    with screen.status("starting"):
+        from stepinfluence.app.doctor import missing_modules
+
+        need_extra("report", missing_modules(("plotly", "jinja2")))
+        from stepinfluence.app.view.explore import Explorer, write_page
+
+        explorer = Explorer.open(run, train=train, query=query)
+    path = out or run / "report.html"
+    write_page(explorer, path, queries=queries)
+    screen.print(f"Open {path}")
+    if open_:
+        webbrowser.open(path.resolve().as_uri())

@@ -1,0 +1,203 @@
+"""``sdi query``: which training examples shaped an answer, and at which loop step."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from stepinfluence.app.bars import HARMFUL, HELPFUL, bars, printable
+from stepinfluence.app.cli._common import console, fail
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from stepinfluence.app.runs.query import Answer
+
+OTHER_COLUMNS = 44  # characters that the columns without texts and bars take
+HELP = """Ask a run: which training examples helped (or harmed) an answer most, and at which loop step.
+
+Positive influence: training on the example lowers the query's loss. Steps count from 1.
+
+[bold]Examples[/bold]
+  [cyan]sdi query run --row 0[/cyan]                         the first query of the run
+  [cyan]sdi query run --id "anna is from" -k 5[/cyan]        a query by its id
+  [cyan]sdi query run --id q17 --step 17-32[/cyan]           who matters in the late steps?
+  [cyan]sdi query run --id q17 --harmful[/cyan]              who raised the loss?
+  [cyan]sdi query run --id q17 --exact[/cyan]                recompute a short list without sketches
+  [cyan]sdi query run --input new.jsonl[/cyan]               examples that are in no store
+  [cyan]sdi query run --row 0 --json | jq .[0].hits[0][/cyan]
+""".replace("[0]", r"\[0]")
+EPILOG = "Exit status: 0 answered, 2 wrong use or input (no such id, damaged store), 130 interrupted."
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")],
+    ids: Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="Id of a query; repeatable.")] = None,
+    rows: Annotated[list[int] | None, typer.Option("--row", metavar="N", help="Row of a query; repeatable.")] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("--input", "-i", metavar="FILE", help="New examples: .json or .jsonl, - for JSON lines on stdin."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--top-k", metavar="N", min=1, help="How many training examples.")] = 10,
+    step: Annotated[
+        str | None, typer.Option(metavar="N[-M]", help="Rank by the influence at these steps of the query.")
+    ] = None,
+    harmful: Annotated[bool, typer.Option("--harmful", help="Those that raise the loss most.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Recompute a short list from the model.")] = False,
+    candidates: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Length of that short list. \\[default: 4 k]")
+    ] = None,
+    parameters: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Influence through these body parameters only: '*.mlp.*'.")
+    ] = None,
+    train: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")] = "train",
+    query: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. \\[default: the other one]")] = "",
+    device: Annotated[str | None, typer.Option(help="For --input and --exact. \\[default: the run's]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """See :data:`HELP`."""
+    if sum(given is not None for given in (ids or rows, file)) != 1:
+        fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
+    steps = _steps(step)
+    screen = console(json_output=True)
+    with screen.status("reading"):
+        from stepinfluence.app.runs.query import answer, ask_new, ask_rows
+        from stepinfluence.app.runs.stored import StoredRun
+
+        opened = StoredRun.open(folder, device=device)
+        store = opened.store(train)
+        if file is not None:
+            new = [opened.prepared.project.from_json(fields) for fields in _examples(file)]
+            asked = ask_new(opened, new)
+        else:
+            source = opened.store(query or opened.other(train))
+            asked = ask_rows(source, [*(source.find(i) for i in ids or ()), *(rows or ())])
+    answers = answer(
+        opened,
+        store,
+        asked,
+        k,
+        steps=steps,
+        harmful=harmful,
+        exact=exact,
+        candidates=candidates,
+        parameters=parameters,
+        progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        typer.echo(json.dumps([_json(one) for one in answers], ensure_ascii=False, indent=2))
+        return
+    for one in answers:
+        _show(console(), one, harmful=harmful, step=step, exact=exact)
+
+
+def _steps(text: str | None) -> range | None:
+    """``"17-32"`` as the 0-based range of these 1-based steps."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        fail(f"step: got {text!r}; give a step (17) or a range (17-32), counted from 1")
+    return range(first - 1, last)
+
+
+def _examples(name: str) -> list[Any]:
+    """What a JSON or JSON lines file holds, one value per example."""
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        if name.endswith(".json"):
+            content = json.loads(text)
+            found = content if isinstance(content, list) else [content]
+        else:
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        fail(f"input: {name} could not be read ({error.strerror})")
+    except ValueError as error:
+        fail(f"input: {name} is not JSON ({error}); one example per line, or a list in a .json file")
+    if not found:
+        fail(f"input: {name} holds no example")
+    return found
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _json(one: Answer) -> dict[str, Any]:
+    return {
+        "query": {"id": one.id, "text": one.text, "loss": _number(one.loss)},
+        "unit": one.unit,
+        "checkpoints": [
+            {"name": name, "share": share} for name, share in zip(one.checkpoints, one.shares, strict=True)
+        ],
+        "dominated_by": None if one.dominance is None else one.dominance.name,
+        "hits": [
+            {
+                "row": hit.row,
+                "id": hit.id,
+                "text": hit.text,
+                "score": _number(hit.score),
+                "total": _number(hit.total),
+                "peak_step": hit.peak_step,
+                "trajectory": [_number(float(value)) for value in hit.trajectory],
+                **({"estimate": _number(hit.estimate)} if hit.estimate is not None else {}),
+            }
+            for hit in one.hits
+        ],
+    }
+
+
+def _show(screen: Console, one: Answer, *, harmful: bool, step: str | None, exact: bool) -> None:
+    title = Text.assemble(("Query ", "bold"), (str(printable(one.id)), "bold"))
+    if one.text is not None and one.text != str(one.id):
+        title.append(": ").append(printable(one.text, 300))
+    title.append(f"  loss {one.loss:.3g}", style="dim")
+    screen.print()
+    screen.print(title)
+    if not one.hits:
+        screen.print("no training example")
+        return
+    trajectories = np.stack([hit.trajectory for hit in one.hits])
+    steps = trajectories.shape[1]
+    texts = any(hit.text is not None for hit in one.hits)
+    room = max(8, (screen.width - OTHER_COLUMNS) // (2 if texts else 1))
+    each = -(-steps // room)
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("", justify="right", style="dim")
+    table.add_column("id", no_wrap=True, overflow="ellipsis", max_width=24)
+    if texts:
+        table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    if step is not None:
+        table.add_column(f"steps {step}", justify="right", no_wrap=True)
+    table.add_column("total", justify="right", no_wrap=True)
+    if steps > 1:
+        table.add_column("peak", justify="right", no_wrap=True)
+        table.add_column(f"steps 1–{steps}" + (f", {each} per bar" if each > 1 else ""), no_wrap=True)
+    most = float(np.nanmax(np.abs(trajectories)))
+    for place, hit in enumerate(one.hits, 1):
+        cells: list[Text | str] = [str(place), printable(hit.id)]
+        cells += [printable(hit.text or "")] if texts else []
+        cells += [f"{hit.score:+.3g}"] if step is not None else []
+        cells += [f"{hit.total:+.3g}"]
+        cells += [f"step {hit.peak_step}", bars(hit.trajectory, most, each=each)] if steps > 1 else []
+        table.add_row(*cells)
+    screen.print(table)
+    how = "exact, recomputed from the model" if exact else "estimated from sketches"
+    note = f"Training on these {'raises' if harmful else 'lowers'} the query's loss most; {how}; {one.unit}. "
+    if steps > 1:
+        note += f"Bars: [{HELPFUL}]helps[/], [{HARMFUL}]harms[/]."
+    else:
+        note += "The query is summed over steps: no trajectory."
+    screen.print(f"[dim]{note}[/dim]")
+    if one.dominance is not None:
+        screen.print(Text(printable(one.dominance.sentence).plain, style="yellow"))

@@ -1,0 +1,166 @@
+"""``sdi store``: look at feature stores, check them, put them together, hand them on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from stepinfluence.app.cli._common import FAILED_CHECK, console, fail
+
+if TYPE_CHECKING:
+    from stepinfluence.store import Store
+
+HELP = """Feature stores: what they hold, whether they are whole, merging and exporting them.
+
+[bold]Examples[/bold]
+  [cyan]sdi store info run[/cyan]                              all stores of a run
+  [cyan]sdi store verify run/train[/cyan]                      read every byte; exit status 1 if one is wrong
+  [cyan]sdi store merge part-a/train part-b/train --out run/train[/cyan]
+  [cyan]sdi store export run/train train.npz[/cyan]            for numpy
+"""
+EPILOG = "Exit status: 0 all well, 1 verify found problems, 2 wrong use or input."
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders of stores, or of runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def _stores(paths: list[Path]) -> list[Path]:
+    """The stores themselves, or all that are in a run's folder."""
+    found = []
+    for path in paths:
+        inside = sorted(p.parent for p in path.glob("*/manifest.json"))
+        found += [path] if (path / "manifest.json").is_file() or not inside else inside
+    return found
+
+
+@app.command("info", help="What stores hold: rows, columns, checkpoints, settings, bytes, and what is missing.")
+def info(stores: Stores, as_json: Json = False) -> None:
+    """Print a table, or JSON."""
+    with console(json_output=True).status("reading"):
+        from stepinfluence.store import Store
+
+        opened = [Store.open(path) for path in _stores(stores)]
+    if as_json:
+        typer.echo(json.dumps([_facts(store) for store in opened], indent=2, ensure_ascii=False))
+        return
+    screen = console()
+    for store in opened:
+        facts = _facts(store)
+        table = Table(title=str(store.path), title_justify="left", title_style="bold", box=None, show_header=False)
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in _lines(facts):
+            table.add_row(name, value)
+        screen.print(table)
+        screen.print()
+
+
+def _facts(store: Store) -> dict[str, Any]:
+    m = store.manifest
+    return {
+        "store": str(store.path),
+        "rows": m.n_rows,
+        "failed": len(store.failed),
+        "complete": store.complete,
+        "shards": {"total": m.n_shards * len(store.checkpoints), "missing": len(store.missing()), "rows": m.shard_rows},
+        "per_step": store.per_step,
+        "steps": store.steps if store.per_step else None,
+        "width": store.width,
+        "dtype": m.dtype,
+        "bytes": sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+        "layout": m.layout,
+        "sketch": None
+        if m.sketch is None
+        else {"sizes": sorted(set(m.sketch.sizes.values())), "hashing": m.sketch.hashing, "seed": m.sketch.seed},
+        "checkpoints": [{"name": c.name, "eta": c.eta, "metric": bool(c.space.metric)} for c in store.checkpoints],
+        "fold": None if m.fold is None else [part["name"] for part in m.fold["checkpoints"]],
+        "project": dict(m.project),
+        "versions": dict(m.versions),
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    shards, sketch, rows = facts["shards"], facts["sketch"], facts["rows"]
+    state = "complete" if facts["complete"] else f"[yellow]{shards['missing']} of {shards['total']} shards missing[/]"
+    steps = f"per loop step ({facts['steps']} steps)" if facts["per_step"] else "summed over loop steps"
+    size = facts["bytes"]
+    checkpoints = facts["checkpoints"]
+    names = ", ".join(f"{c['name']} (eta {c['eta']:.3g})" for c in checkpoints[:6])
+    return [
+        ("state", state),
+        ("rows", f"{rows:,}" + (f", {facts['failed']:,} of them failed" if facts["failed"] else "")),
+        ("a row", f"{facts['width']:,} columns of {facts['dtype']}, {steps}"),
+        ("size", f"{size / 2**20:,.1f} MiB" + (f", {size / rows / 1024:,.1f} KiB a row" if rows else "")),
+        (
+            "sketches",
+            "none (exact gradients)"
+            if sketch is None
+            else f"{'/'.join(map(str, sketch['sizes']))} buckets, {sketch['hashing']}, seed {sketch['seed']}, "
+            f"{facts['layout']}",
+        ),
+        ("checkpoints", names + (f" and {len(checkpoints) - 6} more" if len(checkpoints) > 6 else "")),
+        *([("folded from", ", ".join(facts["fold"]))] if facts["fold"] else []),
+        ("metric", "an optimizer's second moments" if any(c["metric"] for c in checkpoints) else "plain gradients"),
+        ("project", ", ".join(f"{key} {value}" for key, value in facts["project"].items()) or "unknown"),
+        ("versions", ", ".join(f"{key} {value}" for key, value in facts["versions"].items())),
+    ]
+
+
+@app.command("verify", help="Read every byte of stores; exit status 1 and one line per problem if something is wrong.")
+def verify(stores: Stores, as_json: Json = False) -> None:
+    """Print problems on stdout, one a line."""
+    with console(json_output=True).status("starting"):
+        from stepinfluence.store import verify as find_problems
+    found: dict[str, list[str]] = {}
+    for path in _stores(stores):
+        found[str(path)] = find_problems(path, progress=sys.stderr.isatty())
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        for name, problems in found.items():
+            for problem in problems:
+                typer.echo(problem)
+            if not problems:
+                console(json_output=True).print(f"{name}: all well", soft_wrap=True)
+    if any(found.values()):
+        raise typer.Exit(FAILED_CHECK)
+
+
+@app.command("merge", help="One store of the shards that several hold: parts of one run, written in different places.")
+def merge(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores with one manifest.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="STORE", help="The merged store.")],
+    copy: Annotated[bool, typer.Option("--copy", help="Copy files, rather than link to them where possible.")] = False,
+) -> None:
+    """Merge, and say what is still missing."""
+    with console(json_output=True).status("starting"):
+        from stepinfluence.store import merge as put_together
+    merged = put_together(stores, out, link=not copy, progress=sys.stderr.isatty())
+    missing = len(merged.missing())
+    state = "complete" if not missing else f"{missing} shards still missing"
+    console(json_output=True).print(f"{out}: {len(merged):,} rows, {state}", soft_wrap=True)
+
+
+@app.command("export", help="Write a store's content to one file that other programs read: .npz or .safetensors.")
+def export(
+    store: Annotated[Path, typer.Argument(metavar="STORE")],
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="Ends in .npz or .safetensors.")],
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that exists.")] = False,
+) -> None:
+    """Export."""
+    fmt = out.suffix.removeprefix(".")
+    if fmt not in ("npz", "safetensors"):
+        fail(f"{out}: the format goes by the file's name; end it in .npz or .safetensors")
+    if out.exists() and not force:
+        fail(f"{out}: exists; give another name, or --force to write over it")
+    with console(json_output=True).status("writing"):
+        from stepinfluence.store import export as write_out
+
+        write_out(store, out, "npz" if fmt == "npz" else "safetensors")
+    console(json_output=True).print(f"wrote {out} ({out.stat().st_size / 2**20:,.1f} MiB)", soft_wrap=True)

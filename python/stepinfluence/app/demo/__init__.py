@@ -1,0 +1,1 @@
+"""``sdi demo``: train a looped model, attribute its answers step by step, report."""

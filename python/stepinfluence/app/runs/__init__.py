@@ -1,0 +1,12 @@
+"""Runs: a project's splits featurized into stores, by one process or many (docs/scale.md).
+
+RUN/config.yaml   what was asked for; ``sdi featurize --config RUN/config.yaml`` repeats it
+RUN/<split>/      one store per split
+"""
+
+from stepinfluence.app.runs.config import RunConfig, SplitConfig
+from stepinfluence.app.runs.featurize import SplitReport, featurize_split, run_splits
+from stepinfluence.app.runs.prepared import Prepared
+from stepinfluence.app.runs.workers import Worker
+
+__all__ = ["Prepared", "RunConfig", "SplitConfig", "SplitReport", "Worker", "featurize_split", "run_splits"]

@@ -1,0 +1,250 @@
+"""``RUN/config.yaml``: everything that determines a run's stores, typed; unknown keys are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import yaml
+
+from sdi_kernels import HashFamily
+from stepinfluence.attribution.preconditioners import Kind
+from stepinfluence.errors import ConfigError
+from stepinfluence.store import StoreDtype
+from stepinfluence.store.files import make_folder, write_bytes
+
+CONFIG = "config.yaml"
+HEADER = "# Repeat with: sdi featurize --config {name}\n# Paths are relative to this file.\n"
+SUMMED_SPLIT = "train"
+"""The split whose rows are summed over steps unless told otherwise: the side that is searched."""
+
+Layout: TypeAlias = Literal["concat", "sum"]
+OnError: TypeAlias = Literal["stop", "skip"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How one split is featurized.
+
+    Attributes:
+        per_step: one feature row per loop step, or one row summed over steps. None: summed for the split ``train``,
+            per step for others.
+        dtype: of the stored values.
+        batch_size: examples per forward and backward pass. Features depend on it in their last bits.
+        shard_rows: examples per shard, the unit of work that is redone after a kill. None: of about 128 MiB.
+        threads: torch threads on a CPU. Features depend on it in their last bits. None: torch's.
+    """
+
+    per_step: bool | None = None
+    dtype: StoreDtype = "fp32"
+    batch_size: int = 32
+    shard_rows: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_rows", "threads"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        _one_of("dtype", self.dtype, get_args(StoreDtype))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: one project, one set of sketches and checkpoints, one or more splits.
+
+    Attributes:
+        project: path of the project file.
+        splits: by name; each becomes a store of that name in the run's folder.
+        checkpoints: paths or glob patterns; none for the weights that the project's ``model()`` returns.
+        eta: weight of every checkpoint; None for the learning rate in each one's optimizer state (1 without
+            checkpoints).
+        sketch_size: buckets per parameter (paper: 2048).
+        hashing, seed: of the sketches.
+        layout: ``"concat"``: each parameter's sketch in columns of its own; ``"sum"``: all in the same ones.
+        fold: add all checkpoints into one set of columns, under random signs.
+        metric: the inner product that influence is taken under: ``"sgd"``, or an optimizer's second moments.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        on_error: what to do with an example that cannot be featurized: ``"stop"``, or ``"skip"`` it and record why.
+    """
+
+    project: Path
+    splits: Mapping[str, SplitConfig]
+    checkpoints: tuple[str, ...] = ()
+    eta: float | None = None
+    sketch_size: int = 2048
+    hashing: HashFamily = "balanced"
+    seed: int = 0
+    layout: Layout = "concat"
+    fold: bool = False
+    metric: Kind = "sgd"
+    device: str = "auto"
+    on_error: OnError = "stop"
+
+    EXECUTION = ("device", "on_error")
+    """Fields that may differ between calls of one run."""
+
+    def __post_init__(self) -> None:
+        _positive("sketch_size", self.sketch_size)
+        _one_of("hashing", self.hashing, get_args(HashFamily))
+        _one_of("layout", self.layout, get_args(Layout))
+        _one_of("metric", self.metric, get_args(Kind))
+        _one_of("on_error", self.on_error, get_args(OnError))
+        if not self.splits:
+            raise ConfigError("splits: got none; give at least one (--split train)")
+        for name in self.splits:
+            if PurePosixPath(name).name != name or name in ("", ".", "..", CONFIG) or "\\" in name:
+                raise ConfigError(f"splits: {name!r} cannot be the name of a folder; use a plain name")
+        if self.fold and len(self.checkpoints) == 0:
+            raise ConfigError("fold: there are no checkpoints to fold; name them with --checkpoints")
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read a ``config.yaml``; paths in it are relative to its folder.
+
+        Raises:
+            ConfigError: no such file, no YAML mapping, unknown keys (named), or values of a wrong type.
+        """
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: could not be read ({error.strerror}); give the config.yaml of a run") from error
+        except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from error
+        try:
+            return cls.from_dict(content, path.parent)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, content: object, folder: Path) -> RunConfig:
+        """From plain values as :meth:`to_dict` gives them.
+
+        Raises:
+            ConfigError: as for :meth:`load`.
+        """
+        fields = _fields(cls, content, "")
+        if "project" not in fields or "splits" not in fields:
+            raise ConfigError(f"{'project' if 'project' not in fields else 'splits'}: missing; add it")
+        splits = fields["splits"]
+        if not isinstance(splits, Mapping):
+            raise ConfigError(f"splits: got {type(splits).__name__}; give a mapping from split to its settings")
+        fields["splits"] = {
+            _typed("splits", name, str): SplitConfig(**_fields(SplitConfig, part or {}, f"splits.{name}."))
+            for name, part in splits.items()
+        }
+        fields["project"] = folder / fields["project"]
+        fields["checkpoints"] = tuple(str(folder / pattern) for pattern in fields.get("checkpoints", ()))
+        return cls(**fields)
+
+    def to_dict(self, folder: Path) -> dict[str, Any]:
+        """Plain values, paths relative to ``folder``."""
+        content: dict[str, Any] = {}
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if entry.name == "project":
+                value = _relative(value, folder)
+            elif entry.name == "checkpoints":
+                value = [_relative(pattern, folder) for pattern in value]
+            elif entry.name == "splits":
+                value = {name: dataclasses.asdict(part) for name, part in value.items()}
+            content[entry.name] = value
+        return content
+
+    def save(self, path: Path) -> None:
+        """Write ``config.yaml``, whole or not at all.
+
+        Raises:
+            StoreError: it could not be written.
+        """
+        make_folder(path.parent)
+        text = yaml.safe_dump(self.to_dict(path.parent), sort_keys=False, default_flow_style=False)
+        write_bytes(path, (HEADER.format(name=path.name) + text).encode())
+
+    def merged(self, earlier: RunConfig, folder: Path) -> RunConfig:
+        """This call's settings with the splits of an earlier call in the same folder.
+
+        Raises:
+            ConfigError: a setting that all splits of a run share differs, or one of a split that both have.
+        """
+        mine, theirs = self.to_dict(folder), earlier.to_dict(folder)
+        for name in mine.keys() - {"splits", *self.EXECUTION}:
+            if mine[name] != theirs[name]:
+                raise ConfigError(
+                    f"{name}: the run in {folder} was begun with {theirs[name]!r}, not {mine[name]!r}; splits of one "
+                    "run share it: use the same, or another --out"
+                )
+        for split in self.splits.keys() & earlier.splits.keys():
+            for name, value in mine["splits"][split].items():
+                if value != theirs["splits"][split][name]:
+                    raise ConfigError(
+                        f"{name}: split {split!r} in {folder} was begun with {theirs['splits'][split][name]!r}, not "
+                        f"{value!r}; use the same, or another --out"
+                    )
+        return dataclasses.replace(self, splits={**earlier.splits, **self.splits})
+
+
+def _relative(path: str | Path, folder: Path) -> str:
+    """``path`` as seen from ``folder``, with forward slashes; on another Windows drive it stays absolute."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:
+        return Path(path).absolute().as_posix()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Types
+
+TYPES: dict[str, tuple[Any, ...]] = {
+    "project": (str,),
+    "checkpoints": (list,),
+    "eta": (float, int, type(None)),
+    "splits": (Mapping,),
+    **dict.fromkeys(("sketch_size", "seed", "batch_size"), (int,)),
+    **dict.fromkeys(("shard_rows", "threads"), (int, type(None))),
+    "fold": (bool,),
+    "per_step": (bool, type(None)),
+    **dict.fromkeys(("hashing", "layout", "metric", "device", "on_error", "dtype"), (str,)),
+}
+
+
+def _fields(cls: type, content: object, prefix: str) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or 'config'}: got {type(content).__name__}; give a mapping of settings")
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in content:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"{prefix}{name}: unknown key; {hint}")
+    fields = {name: _typed(f"{prefix}{name}", value, *TYPES[name]) for name, value in content.items()}
+    for pattern in fields.get("checkpoints", ()):
+        _typed(f"{prefix}checkpoints", pattern, str)
+    if fields.get("eta") is not None:
+        fields["eta"] = float(fields["eta"])
+    return fields
+
+
+def _typed(name: str, value: Any, *types: Any) -> Any:
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        wanted = " or ".join("nothing" if t is type(None) else t.__name__.lower() for t in types)
+        raise ConfigError(f"{name}: got {value!r}, a {type(value).__name__}; give {wanted}")
+    return value
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name}: got {value}; give a positive number")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: got {value!r}; use one of {', '.join(allowed)}")

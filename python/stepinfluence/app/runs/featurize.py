@@ -1,0 +1,295 @@
+"""One split of a run, from a dataset to a store: this worker's shards, at every checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+import torch
+from tqdm.auto import tqdm
+
+from stepinfluence.app.project import MapStyle
+from stepinfluence.app.runs.config import CONFIG, SUMMED_SPLIT, RunConfig, SplitConfig
+from stepinfluence.app.runs.examples import Part, featurize_part
+from stepinfluence.app.runs.prepared import Prepared
+from stepinfluence.app.runs.workers import Worker
+from stepinfluence.errors import ProjectError
+from stepinfluence.store import FailedRow, Manifest, Store, StoreWriter, fold, fold_manifest, is_unwritten
+from stepinfluence.store.files import write_bytes
+from stepinfluence.store.manifest import MANIFEST
+
+SHARD_BYTES = 128 << 20
+"""What a shard's values are to take, about, where the shard's rows are not given."""
+
+LOG_SECONDS = 60
+Log: TypeAlias = Callable[[str], object]
+
+ASSUMED_STEPS = 32
+"""Loop steps that are assumed where rows hold one vector per step, before any has been run."""
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What was done for a split.
+
+    Attributes:
+        split, path: which, and its store's folder.
+        rows: examples of the dataset.
+        written: shards that this worker wrote now.
+        missing: shards that are not there yet (other workers', or still to be done).
+        failed: rows without features, and why (of the shards that are there).
+        seconds: this call took.
+    """
+
+    split: str
+    path: Path
+    rows: int
+    written: int
+    missing: int
+    failed: dict[int, str]
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        return self.missing == 0
+
+
+def settle(settings: SplitConfig, split: str, *, width: int, rows: int) -> SplitConfig:
+    """A split's settings with those that were left open filled in."""
+    per_step = settings.per_step if settings.per_step is not None else split != SUMMED_SPLIT
+    shard_rows = settings.shard_rows
+    if shard_rows is None:
+        batch = settings.batch_size
+        per_row = 4 * width * (ASSUMED_STEPS if per_step else 1)
+        batches = max(1, min(4096, SHARD_BYTES // per_row) // batch)
+        shard_rows = min(batches, max(1, -(-rows // batch))) * batch
+    return replace(
+        settings,
+        per_step=per_step,
+        shard_rows=shard_rows,
+        threads=settings.threads if settings.threads is not None else torch.get_num_threads(),
+    )
+
+
+def run_splits(
+    prepared: Prepared,
+    out: Path,
+    *,
+    earlier: RunConfig | None = None,
+    worker: Worker | None = None,
+    progress: bool = True,
+    on_start: Callable[[str, int], object] = lambda split, rows: None,
+    log: Log | None = None,
+) -> Iterator[SplitReport]:
+    """Featurize this worker's share of every split of ``prepared.config`` into ``out/<split>``, and write
+    ``out/config.yaml``.
+
+    Args:
+        earlier: the config of the run that is in ``out`` already.
+        progress: show a progress bar with the time left.
+        on_start: called with the name and the number of examples of each split as it begins.
+        log: called with a line on the state once a minute, for where no bar can be shown.
+
+    Yields:
+        One :class:`SplitReport` per split, as it is done.
+
+    Raises:
+        ConfigError: the run in ``out`` was begun with other settings.
+        StepInfluenceError: as for :func:`featurize_split`.
+    """
+    prepared.stored()  # whatever is wrong with a checkpoint shows before anything is written
+    config = prepared.config
+    data = {split: prepared.project.dataset(split) for split in config.splits}
+    splits = {
+        split: settle(settings, split, width=prepared.capture.width, rows=len(data[split]))
+        for split, settings in config.splits.items()
+    }
+    config = replace(config, splits=splits, checkpoints=tuple(str(path) for path in prepared.paths))
+    alone = worker is None or worker.world_size == 1
+    begun = {} if earlier is None else earlier.splits
+    if alone:
+        # A call that failed before its first shard binds nobody: the next one may have the settings it asked for.
+        # (Among several workers, another may be about to write one.)
+        begun = {split: settings for split, settings in begun.items() if not is_unwritten(out / split)}
+    if earlier is not None and begun:
+        config = config.merged(replace(earlier, splits=begun), out)
+    prepared.config = config
+    config.save(out / CONFIG)
+    for split in splits:
+        on_start(split, len(data[split]))
+        yield featurize_split(prepared, split, data[split], out / split, worker=worker, progress=progress, log=log)
+    # Another call may have added splits of its own meanwhile.
+    if (out / CONFIG).is_file() and (now := RunConfig.load(out / CONFIG)) and now.splits.keys() != config.splits.keys():
+        config.merged(now, out).save(out / CONFIG)
+
+
+def manifest_of(prepared: Prepared, split: str, settings: SplitConfig, n_rows: int) -> Manifest:
+    """The manifest of a split's store: the same for every worker."""
+    manifest = Manifest.of(
+        prepared.capture,
+        n_rows,
+        prepared.stored(),
+        shard_rows=settings.shard_rows,
+        per_step=settings.per_step,
+        dtype=settings.dtype,
+        project={
+            "file": prepared.project.path.name,
+            "split": split,
+            # Features depend on these in their last bits.
+            "batch_size": settings.batch_size,
+            "device": prepared.device.type,
+            **({"threads": settings.threads} if prepared.device.type == "cpu" else {}),
+        },
+    )
+    return fold_manifest(manifest, seed=prepared.config.seed) if prepared.config.fold else manifest
+
+
+def featurize_split(
+    prepared: Prepared,
+    split: str,
+    data: MapStyle,
+    path: Path,
+    *,
+    worker: Worker | None = None,
+    progress: bool = True,
+    log: Log | None = None,
+) -> SplitReport:
+    """Featurize this worker's share of a split into the store at ``path``; goes on where an earlier call stopped.
+
+    Shard ``s`` is worker ``s % world_size``'s. Nothing depends on who writes a shard: batches are cut within shards,
+    and random states go by the position of a batch in the dataset.
+
+    Args:
+        prepared: the run's model.
+        split: one of ``prepared.config.splits``, whose settings must not be open (:func:`settle`).
+        data: its dataset.
+        path: the store's folder.
+        worker: this process; the only one if not given.
+        progress, log: as for :func:`run_splits`.
+
+    Raises:
+        StoreError: the folder holds another store, or the disk is full.
+        ProjectError, LossError: an example failed (see :func:`featurize_part`), or all of a shard's did.
+        StepInfluenceError: the project, the model or a checkpoint is not as it must be.
+    """
+    began = time.monotonic()
+    worker = worker or Worker()
+    settings = prepared.config.splits[split]
+    with _threads(settings.threads, prepared.device):
+        manifest = manifest_of(prepared, split, settings, len(data))
+        alone = worker.world_size == 1
+        if alone and (path / MANIFEST).is_file() and is_unwritten(path) and Manifest.read(path).difference(manifest):
+            write_bytes(path / MANIFEST, manifest.to_bytes())  # a call that failed before its first shard left it
+        writer = StoreWriter.create(path, manifest)
+        written = _write(prepared, writer, data, settings, worker, split, progress=progress, log=log)
+    store = Store.open(path)
+    if store.complete:
+        writer.finish()
+    return SplitReport(
+        split, path, len(store), written, len(store.missing()), store.failed, time.monotonic() - began
+    )  # fmt: skip
+
+
+def _write(
+    prepared: Prepared,
+    writer: StoreWriter,
+    data: MapStyle,
+    settings: SplitConfig,
+    worker: Worker,
+    split: str,
+    *,
+    progress: bool,
+    log: Log | None,
+) -> int:
+    manifest, folded = writer.manifest, prepared.config.fold
+    # Folded rows need all checkpoints at a time; others are written checkpoint by checkpoint, to load each once.
+    visits: Sequence[tuple[int, ...]] = (
+        [tuple(range(prepared.count))] if folded else [(k,) for k in range(prepared.count)]
+    )
+    work = [
+        (column, checkpoints, shard)
+        for column, checkpoints in enumerate(visits)
+        for shard in writer.pending(column, rank=worker.rank, world_size=worker.world_size)
+    ]
+    total = sum(len(manifest.rows_of(shard)) * len(checkpoints) for _, checkpoints, shard in work)
+    per_shard = -(-manifest.shard_rows // settings.batch_size)
+    with (
+        tqdm(total=total, desc=split, unit=" examples", dynamic_ncols=True, disable=not progress or not work) as bar,
+    ):
+        state = _State(bar, split, total, log)
+        for column, checkpoints, shard in work:
+            started = time.monotonic()
+            parts = []
+            for checkpoint in checkpoints:
+                where = prepared.visit(checkpoint)
+                if prepared.count > 1:
+                    bar.set_postfix(checkpoint=f"{checkpoint + 1}/{prepared.count}", refresh=False)
+                part = featurize_part(
+                    prepared,
+                    data,
+                    manifest.rows_of(shard),
+                    per_step=manifest.per_step,
+                    batch_size=settings.batch_size,
+                    on_error=prepared.config.on_error,
+                    first_batch=shard * per_shard,
+                    done=state.update,
+                )
+                if part.features is None or not len(part.features):
+                    raise ProjectError(
+                        f"all examples of shard {shard} failed at checkpoint {where.name}; the first, id "
+                        f"{part.rows[0].id!r}: {part.failed[0].reason}"
+                    )
+                parts.append(part)
+            whole = _folded(parts, prepared) if folded else parts[0]
+            writer.write_shard(
+                column, shard, whole.features, whole.rows, whole.failed, seconds=time.monotonic() - started
+            )
+    return len(work)
+
+
+class _State:
+    """How far the work is: on a bar, and in a line a minute."""
+
+    def __init__(self, bar: tqdm[NoReturn], split: str, total: int, log: Log | None) -> None:
+        self._bar, self._split, self._total, self._log = bar, split, total, log
+        self._done = 0
+        self._began = self._said = time.monotonic()
+
+    def update(self, examples: int) -> None:
+        self._bar.update(examples)
+        self._done += examples
+        now = time.monotonic()
+        if self._log is not None and self._done and now - self._said >= LOG_SECONDS:
+            left = (now - self._began) * (self._total - self._done) / self._done
+            self._log(f"{self._split}: {self._done:,} of {self._total:,} examples, {left / 60:,.0f} min left")
+            self._said = now
+
+
+def _folded(parts: Sequence[Part], prepared: Prepared) -> Part:
+    """One part of several checkpoints'; an example that failed at one of them has failed."""
+    reasons: dict[int, FailedRow] = {}
+    for part in parts:
+        for failure in part.failed:
+            reasons.setdefault(failure.row, failure)
+    kept = []
+    for part in parts:
+        assert part.features is not None
+        there = sorted(set(part.numbers) - {failure.row for failure in part.failed})
+        kept.append(part.features.select([k for k, row in enumerate(there) if row not in reasons]))
+    features = fold(kept, [c.eta for c in prepared.stored()], seed=prepared.config.seed) if len(kept[0]) else None
+    return replace(parts[0], features=features, failed=tuple(reasons[row] for row in sorted(reasons)))
+
+
+@contextmanager
+def _threads(count: int | None, device: torch.device) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if device.type == "cpu" and count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,192 @@
+"""``sdi query``'s answer: the leading rows of each query with their trajectories, from stores or recomputed exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stepinfluence.app.project import RowId
+from stepinfluence.app.runs.stored import StoredRun
+from stepinfluence.attribution.aggregation import Dominance, dominating, energy_shares, first_order_unit
+from stepinfluence.attribution.features import Features
+from stepinfluence.errors import StoreError
+from stepinfluence.search import checkpoint_energy, top_k
+from stepinfluence.store import Store
+
+CANDIDATES = 4
+"""Rows that are recomputed exactly for each one that is wanted, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Queries: their features at the run's checkpoints, and what is known of them.
+
+    Attributes:
+        features: one per checkpoint.
+        ids, texts: of the queries.
+        examples: to recompute from; None where they are rows of the store ``rows`` of ``store``.
+    """
+
+    features: list[Features]
+    ids: tuple[RowId, ...]
+    texts: tuple[str | None, ...]
+    examples: Sequence[Any] | None = None
+    store: Store | None = None
+    rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A training row's influence on a query.
+
+    Attributes:
+        row, id, text: of the training example.
+        score: what it is ranked by: the sum over the ranked steps.
+        trajectory: ``(steps,)`` influence by the query's loop steps.
+        estimate: the score from the sketches, where ``score`` is exact.
+    """
+
+    row: int
+    id: RowId
+    text: str | None
+    score: float
+    trajectory: NDArray[np.float32]
+    estimate: float | None = None
+
+    @property
+    def total(self) -> float:
+        """Influence summed over all steps."""
+        return float(self.trajectory.sum())
+
+    @property
+    def peak_step(self) -> int:
+        """1-based step at which the influence is farthest from zero."""
+        return 1 + int(np.abs(self.trajectory).argmax())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The leading training rows of one query.
+
+    Attributes:
+        id, text: of the query.
+        loss: the query's at the last checkpoint.
+        hits: best first.
+        checkpoints: names of the run's checkpoints.
+        shares: of each, in the query's SDI energy (from the sketches, also where the hits are exact).
+        dominance: the checkpoint that holds most of it, if one does.
+        unit: of the influence.
+    """
+
+    id: RowId
+    text: str | None
+    loss: float
+    hits: tuple[Hit, ...]
+    checkpoints: tuple[str, ...]
+    shares: tuple[float, ...]
+    dominance: Dominance | None
+    unit: str
+
+
+def ask_rows(store: Store, rows: Sequence[int]) -> Asked:
+    """Queries that are rows of a store.
+
+    Raises:
+        IndexError: no such row.
+        StoreError: a row has no features, or its shard is missing.
+    """
+    failed = store.failed
+    for row in rows:
+        if not 0 <= row < len(store):
+            raise StoreError(f"row: got {row}; {store.path} has rows 0 to {len(store) - 1}")
+        if row in failed:
+            raise StoreError(f"row: {row} of {store.path} has no features: {failed[row]}")
+    features = [store.features(k, rows=list(rows)) for k in range(len(store.checkpoints))]
+    infos = [store.row(row) for row in rows]
+    return Asked(
+        features, tuple(i.id for i in infos), tuple(i.text for i in infos), store=store, rows=tuple(rows)
+    )  # fmt: skip
+
+
+def ask_new(run: StoredRun, examples: Sequence[Any]) -> Asked:
+    """Queries that are in no store: featurized now.
+
+    Raises:
+        StepInfluenceError: as for :meth:`StoredRun.new_features`.
+    """
+    project = run.prepared.project
+    ids = tuple(project.example_id(example, k) for k, example in enumerate(examples))
+    texts = tuple(project.text(example) for example in examples)
+    return Asked(run.new_features(examples), ids, texts, examples=examples)
+
+
+def answer(
+    run: StoredRun,
+    train: Store,
+    asked: Asked,
+    k: int,
+    *,
+    steps: range | None = None,
+    harmful: bool = False,
+    exact: bool = False,
+    candidates: int | None = None,
+    parameters: str | None = None,
+    progress: bool = True,
+) -> list[Answer]:
+    """The k training rows that help (or harm) each query most.
+
+    Args:
+        steps: rank by the influence at these query steps (0-based) only.
+        exact: recompute the influence of a short list without sketches, and rank by that.
+        candidates: length of the short list; 4 k if not given.
+        parameters: restrict influence to body parameters, ``*`` and ``?`` allowed.
+
+    Raises:
+        StepInfluenceError, ValueError: as for :func:`stepinfluence.search.top_k` and :meth:`StoredRun.exact`.
+    """
+    wanted = k if not exact else max(k, candidates if candidates is not None else CANDIDATES * k)
+    found = top_k(
+        train, asked.features, wanted, steps=steps, harmful=harmful, parameters=parameters, progress=progress
+    )  # fmt: skip
+    energy = np.nan_to_num(checkpoint_energy(train, asked.features, parameters=parameters))
+    names = tuple(checkpoint.name for checkpoint in train.checkpoints)
+    unit = first_order_unit([checkpoint.eta for checkpoint in train.checkpoints])
+    answers = []
+    for q, query_id in enumerate(asked.ids):
+        rows = [int(row) for row in found.rows[q] if row >= 0]
+        trajectories = found.sdi[q, : len(rows)].numpy()
+        estimates = found.scores[q, : len(rows)].tolist()
+        if exact and rows:
+            computed = run.exact(train, rows, [_example(run, asked, q)], parameters=parameters)[:, 0].float()
+            scores = computed[:, list(steps) if steps is not None else slice(None)].sum(1)
+            order = torch.argsort(scores, descending=not harmful, stable=True)[:k].tolist()
+            hits = [
+                _hit(train, rows[n], float(scores[n]), computed[n].numpy(), estimate=estimates[n]) for n in order
+            ]  # fmt: skip
+        else:
+            hits = [_hit(train, row, estimates[n], trajectories[n]) for n, row in enumerate(rows)]
+        loss = float(asked.features[-1].losses[q])
+        shares = tuple(energy_shares(energy[:, q]).tolist())
+        owner = dominating(energy[:, q], names)
+        answers.append(Answer(query_id, asked.texts[q], loss, tuple(hits), names, shares, owner, unit))
+    return answers
+
+
+def _hit(
+    train: Store, row: int, score: float, trajectory: NDArray[np.float32], estimate: float | None = None
+) -> Hit:  # fmt: skip
+    info = train.row(row)
+    return Hit(row, info.id, info.text, score, trajectory, estimate)
+
+
+def _example(run: StoredRun, asked: Asked, q: int) -> Any:
+    if asked.examples is not None:
+        return asked.examples[q]
+    assert asked.store is not None
+    split = str(asked.store.manifest.project.get("split", asked.store.path.name))
+    return run.prepared.project.dataset(split)[asked.rows[q]]

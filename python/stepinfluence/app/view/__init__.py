@@ -1,0 +1,1 @@
+"""A run in a browser: the report of the demonstration, and the explorer of stores."""

@@ -1,0 +1,147 @@
+"""A local server over one run. Reads only, serves only its run, and answers only pages of its own address."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from stepinfluence.app.view.explore.answers import Explorer
+from stepinfluence.app.view.explore.page import render_page
+
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class SameOrigin:
+    """Refuses requests that another site's page makes: a browser says so in ``Origin`` or ``Sec-Fetch-Site``."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, or answer 403."""
+        if scope["type"] == "http":
+            headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+            origin, host = headers.get("origin"), headers.get("host", "")
+            # A link or a typed address (navigate) may come from anywhere: it shows the page and hands out nothing.
+            foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+            followed = headers.get("sec-fetch-mode") == "navigate" and scope["path"] == "/"
+            if (origin is not None and origin != f"{scope['scheme']}://{host}") or (foreign and not followed):
+                await JSONResponse({"error": "origin: another site may not read this"}, 403)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]", "::1")) -> Starlette:
+    """The ASGI application.
+
+    Args:
+        explorer: what it answers from.
+        hosts: names that a request may address it by (``Host`` header), against pages that rebind their name to this
+            machine.
+    """
+    page = render_page(explorer.overview())
+
+    async def index(_: Request) -> Response:
+        return HTMLResponse(page, headers=HEADERS)
+
+    def answers(compute: Callable[[Request], dict[str, Any]]) -> Callable[[Request], Any]:
+        async def endpoint(request: Request) -> Response:
+            try:
+                result = await run_in_threadpool(compute, request)
+            except (ValueError, IndexError) as error:
+                return JSONResponse({"error": str(error)}, 400, headers=HEADERS)
+            return JSONResponse(result, headers=HEADERS)
+
+        return endpoint
+
+    def top(request: Request) -> dict[str, Any]:
+        last = request.query_params.get("last")
+        return explorer.top(
+            _int(request, "query"),
+            k=_int(request, "k", 10),
+            first=_int(request, "first", 1),
+            last=_int(request, "last") if last is not None else None,
+            parameters=request.query_params.get("parameters", ""),
+        )
+
+    async def export(request: Request) -> Response:
+        kind = request.query_params.get("format", "csv")
+        if kind not in ("csv", "json"):
+            return JSONResponse({"error": f"format: got {kind!r}; use csv or json"}, 400, headers=HEADERS)
+        try:
+            found = await run_in_threadpool(top, request)
+        except (ValueError, IndexError) as error:
+            return JSONResponse({"error": str(error)}, 400, headers=HEADERS)
+        text = json.dumps(found, indent=1) if kind == "json" else as_csv(found)
+        name = f"influence-{_int(request, 'query')}.{kind}"
+        headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(text, media_type="application/json" if kind == "json" else "text/csv", headers=headers)
+
+    routes = [
+        Route("/", index),
+        Route("/api/export", export),
+        Route("/api/overview", answers(lambda _: explorer.overview())),
+        Route(
+            "/api/queries",
+            answers(
+                lambda r: explorer.queries(
+                    find=r.query_params.get("find", ""), offset=_int(r, "offset", 0), limit=_int(r, "limit", 100)
+                )
+            ),
+        ),
+        Route("/api/example", answers(lambda r: explorer.example(r.query_params.get("side", "train"), _int(r, "row")))),
+        Route(
+            "/api/curve",
+            answers(lambda r: explorer.curve(_int(r, "query"), parameters=r.query_params.get("parameters", ""))),
+        ),
+        Route("/api/top", answers(top)),
+        Route("/api/pair", answers(lambda r: explorer.pair(_int(r, "query"), _int(r, "train")))),
+        Route("/api/compare", answers(lambda r: explorer.compare(_int(r, "query"), _int(r, "other")))),
+    ]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(SameOrigin)]
+    return Starlette(routes=routes, middleware=middleware)
+
+
+def as_csv(found: dict[str, Any]) -> str:
+    """The answer of :meth:`Explorer.top` as a table: one line for each example, one column for each step."""
+    steps = max((len(e["sdi"]) for side in found.values() for e in side), default=0)
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["side", "rank", "row", "id", "score", *(f"step_{t + 1}" for t in range(steps)), "text"])
+    for side, examples in found.items():
+        for rank, e in enumerate(examples, 1):
+            cells = [side, rank, e["row"], e["id"], e["score"], *e["sdi"], e["text"]]
+            writer.writerow([_harmless(c) for c in cells])
+    return out.getvalue()
+
+
+def _harmless(cell: Any) -> Any:
+    """Text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") else cell
+
+
+def _int(request: Request, name: str, default: int | None = None) -> int:
+    given = request.query_params.get(name)
+    if given is None and default is not None:
+        return default
+    try:
+        return int(given or "")
+    except ValueError:
+        raise ValueError(f"{name}: got {given!r}; give a whole number") from None

@@ -1,0 +1,1 @@
+"""From per-example gradients to influence: features, scores, checkpoints, optimizer metrics, losses."""

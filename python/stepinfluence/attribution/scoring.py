@@ -1,0 +1,317 @@
+"""Step-Decomposed Influence from features (paper, eqs. 5-9).
+
+Scores are oriented ``(n_train, n_query[, steps])``. Positive = training on the train example lowers the loss of the
+query (a proponent), negative = raises it. Step axes are 0-based in tensors, 1-based in text and plots.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepinfluence.attribution.alignment import aligned_to, require_repeatable
+from stepinfluence.attribution.checkpoints import Checkpoint, Etas, PathLike, Reader, load_checkpoint, resolve_etas
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.preconditioners import KINDS, Kind, Preconditioner, from_optimizer
+from stepinfluence.capture import Capture, ExactCapture
+from stepinfluence.capture.batches import is_one_shot
+from stepinfluence.capture.session import IdsOf, LossFn
+
+Decompose: TypeAlias = Literal["query", "train", "both"]
+Featurizer: TypeAlias = Capture | ExactCapture
+FeatureList: TypeAlias = Features | Sequence[Features]
+Metric: TypeAlias = Kind | Callable[[Checkpoint], Preconditioner | None]
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Influence of N training examples on Q queries, summed over checkpoints.
+
+    Attributes:
+        sdi: ``(N, Q, steps)``: by query step (eq. 7) or by training step (eq. 8), as ``decompose`` says;
+            ``(N, Q, train steps, query steps)`` for ``decompose="both"`` (eq. 9).
+        decompose: which side's loop steps the trailing axes are.
+        train_ids, query_ids: ids of the rows and columns.
+        etas: learning-rate weight of each checkpoint.
+    """
+
+    sdi: Tensor
+    decompose: Decompose
+    train_ids: tuple[Hashable, ...]
+    query_ids: tuple[Hashable, ...]
+    etas: tuple[float, ...]
+
+    @property
+    def tracin(self) -> Tensor:
+        """TracIn ``(N, Q)``: the sum over steps (eq. 6)."""
+        return self.sdi.flatten(2).sum(2)
+
+    def top(self, query: int, k: int = 10, *, step: int | None = None, largest: bool = True) -> list[int]:
+        """Training rows with the largest (helpful) or smallest (harmful) influence on query ``query``.
+
+        Args:
+            query: column.
+            k: how many.
+            step: rank by the influence at this 0-based step instead of the sum over steps.
+            largest: False for the most harmful.
+        """
+        scores = self.tracin[:, query] if step is None else self.sdi[:, query, step]
+        return [int(i) for i in scores.topk(min(k, len(scores)), largest=largest).indices]
+
+    def energy(self) -> Tensor:
+        """SDI energy ``(Q, steps)``: sum over training examples of the absolute step influence (paper, D.3)."""
+        if self.decompose == "both":
+            raise ValueError("energy: defined for one step axis; compute influence with decompose='query' or 'train'")
+        return self.sdi.abs().sum(0)
+
+
+def _as_list(features: FeatureList) -> list[Features]:
+    return [features] if isinstance(features, Features) else list(features)
+
+
+def _aligned(
+    train: FeatureList, query: FeatureList, etas: float | Sequence[float]
+) -> list[tuple[Features, Features, float]]:
+    """Pairs of features per checkpoint with their weight, checked to be comparable, rows in the first's order."""
+    trains, queries = _as_list(train), _as_list(query)
+    if not trains or len(trains) != len(queries):
+        raise ValueError(
+            f"train, query: got features of {len(trains)} and {len(queries)} checkpoints; "
+            "give one of each per checkpoint"
+        )
+    weights = [float(etas)] * len(trains) if isinstance(etas, int | float) else [float(e) for e in etas]
+    if len(weights) != len(trains):
+        raise ValueError(f"etas: got {len(weights)} for {len(trains)} checkpoints; give one per checkpoint")
+    for side, group in (("train", trains), ("query", queries)):
+        group[1:] = [aligned_to(group[0], other, side) for other in group[1:]]
+    for t, q in zip(trains, queries, strict=True):
+        t.space.require_equal(q.space)
+        if t.values.device != q.values.device:
+            raise ValueError(
+                f"query: features on {q.values.device}, train on {t.values.device}; use features.to(device)"
+            )
+    return list(zip(trains, queries, weights, strict=True))
+
+
+def influence(
+    train: FeatureList,
+    query: FeatureList,
+    *,
+    etas: float | Sequence[float] = 1.0,
+    decompose: Decompose = "query",
+) -> Influence:
+    """Step-resolved influence of training examples on queries, summed over checkpoints.
+
+    Args:
+        train: features of the training examples, one per checkpoint; rows are matched by ids. Per step where
+            ``decompose`` is ``"train"`` or ``"both"``; otherwise summed features do.
+        query: features of the queries, one per checkpoint. Per step where ``decompose`` is ``"query"`` or ``"both"``.
+        etas: weight of each checkpoint, usually its learning rate (paper, eq. 1).
+        decompose: ``"query"``: ``I_t = sum_k eta_k <grad(z), phi_t(z')>`` (default, eqs. 5 and 7); ``"train"``:
+            ``<phi_t(z), grad(z')>`` (eq. 8); ``"both"``: ``<phi_s(z), phi_t(z')>`` (eq. 9).
+
+    Returns:
+        :class:`Influence`. Beyond the features and the result itself, memory is bounded by one summed copy of one
+        checkpoint's features ``(N, D)`` or ``(Q, D)``, made only where features are given per step but needed summed.
+
+    Raises:
+        FeatureMismatchError: features of different sketches, parameters, weights or examples.
+        ValueError: numbers of checkpoints do not fit, or features are summed over steps but needed per step.
+    """
+    if decompose not in ("query", "train", "both"):
+        raise ValueError(f"decompose: got {decompose!r}; use 'query', 'train' or 'both'")
+    pairs = _aligned(train, query, etas)
+    for side, features in (("train", [t for t, _, _ in pairs]), ("query", [x for _, x, _ in pairs])):
+        if decompose in (side, "both") and not all(f.per_step for f in features):
+            raise ValueError(
+                f"{side}: features are summed over steps; featurize with per_step=True for decompose={decompose!r}"
+            )
+    first_train, first_query, _ = pairs[0]
+    n, q = len(first_train), len(first_query)
+    steps_train = max(t.values.shape[1] if decompose != "query" else 1 for t, _, _ in pairs)
+    steps_query = max(x.values.shape[1] if decompose != "train" else 1 for _, x, _ in pairs)
+    sdi = torch.zeros(n, steps_train, q, steps_query, dtype=first_train.values.dtype, device=first_train.values.device)
+    for t, x, eta in pairs:
+        left = t.values if decompose != "query" else t.summed().values.unsqueeze(1)
+        right = x.values if decompose != "train" else x.summed().values.unsqueeze(1)
+        block = sdi[:, : left.shape[1], :, : right.shape[1]]
+        for s in range(left.shape[1]):
+            rows = block[:, s]
+            if rows.is_contiguous():
+                rows.view(n, q * right.shape[1]).addmm_(left[:, s], right.flatten(0, 1).T, alpha=eta)
+            else:
+                for k in range(right.shape[1]):
+                    rows[..., k] += eta * (left[:, s] @ right[:, k].T)
+    if decompose == "both":
+        result = sdi.transpose(1, 2)
+    else:
+        result = sdi[:, 0] if decompose == "query" else sdi[..., 0].transpose(1, 2)
+    return Influence(
+        sdi=result,
+        decompose=decompose,
+        train_ids=first_train.ids,
+        query_ids=first_query.ids,
+        etas=tuple(eta for _, _, eta in pairs),
+    )
+
+
+def self_influence(train: FeatureList, *, etas: float | Sequence[float] = 1.0) -> Tensor:
+    """Self-influence of each example by its own loop steps: ``sum_k eta_k <phi_t(z), grad(z)>``.
+
+    Its sum over steps is TracIn's self-influence, the diagonal of train x train (paper, section 4).
+
+    Args:
+        train: features, one per checkpoint; summed features give the total only.
+        etas: weight of each checkpoint.
+
+    Returns:
+        ``(N, steps)`` for per-step features, ``(N,)`` for summed ones.
+
+    Raises:
+        FeatureMismatchError, ValueError: as for :func:`influence`.
+    """
+    pairs = _aligned(train, train, etas)
+    total: Tensor | None = None
+    for features, _, eta in pairs:
+        grad = features.summed().values
+        if features.per_step:
+            term = eta * torch.einsum("nsd,nd->ns", features.values, grad)
+        else:
+            term = eta * (grad * grad).sum(1)
+        if total is not None and total.shape != term.shape:
+            raise ValueError(
+                "train: the checkpoints' features have different numbers of loop steps; featurize them alike"
+            )
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def influence_over_checkpoints(
+    capture: Featurizer,
+    checkpoints: Sequence[PathLike],
+    train: Iterable[Any],
+    query: Iterable[Any],
+    loss_fn: LossFn,
+    *,
+    etas: Etas = "optimizer",
+    metric: Metric | None = None,
+    decompose: Decompose = "query",
+    ids: IdsOf | None = None,
+    progress: bool = True,
+    strict: bool = True,
+    reader: Reader | None = None,
+) -> Influence:
+    """Influence summed over saved checkpoints (paper, eqs. 1 and 5), holding the features of one checkpoint at a time.
+
+    The model's weights are put back afterwards.
+
+    Args:
+        capture: from :func:`~stepinfluence.attach`, or an :class:`~stepinfluence.ExactCapture`.
+        checkpoints: paths of checkpoints of the capture's model.
+        train, query: loaders, iterated at every checkpoint: they must give the same examples each time, in the same
+            order unless there are ``ids``, by which rows are matched.
+        loss_fn: ``loss_fn(model, batch) -> (B,)``.
+        etas: ``"optimizer"`` (the learning rate in each checkpoint's optimizer state), one number, or one each.
+        metric: under which inner product: ``"sgd"``, or ``"adam"`` or ``"adafactor"`` as each checkpoint's optimizer
+            state has it (:func:`stepinfluence.attribution.preconditioners.from_optimizer`), or a function from
+            :class:`~stepinfluence.Checkpoint` to a preconditioner. None: the capture's own, for all checkpoints.
+        decompose: as for :func:`influence`; only the side that is decomposed is featurized per step.
+        ids: as for ``Capture.featurize``.
+        progress: show progress bars.
+        strict: False for checkpoints with a part of the weights, such as adapters only: all others stay as they are
+            in the model. The body's trainable weights must be there all the same.
+        reader: a function of yours that reads a checkpoint, see :func:`~stepinfluence.load_checkpoint`.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, does not fit, or has no (single) learning rate, or no state of the
+            metric's optimizer.
+        FeatureMismatchError, ValueError: as for :func:`influence`; no checkpoint; a loader that cannot be gone through
+            again or draws a new order without ids; or the checkpoints' features differ in examples or loop steps.
+            Errors of ``featurize`` pass through.
+    """
+    if not checkpoints:
+        raise ValueError("checkpoints: got none; pass at least one path")
+    for side, loader in (("train", train), ("query", query)):
+        if len(checkpoints) > 1 or (train is query and is_one_shot(train)):
+            require_repeatable(loader, side, has_ids=ids is not None)
+    rows: list[Features] = []
+    total: Influence | None = None
+    # Closed at once, also after an error: only then the model has its own weights again.
+    visits = visit_checkpoints(capture, checkpoints, etas, metric, progress=progress, strict=strict, reader=reader)
+    with closing(visits) as visited:
+        for eta in visited:
+            sides = [
+                capture.featurize(loader, loss_fn, per_step=decompose in (side, "both"), ids=ids, progress=progress)
+                for side, loader in (("train", train), ("query", query))
+            ]
+            if rows:
+                pairs = zip(rows, sides, ("train", "query"), strict=True)
+                sides = [aligned_to(first, found, side) for first, found, side in pairs]
+            else:  # what rows are told apart by, without their values
+                rows = [replace(found, values=found.values[:0]) for found in sides]
+            total = _add(total, influence(sides[0], sides[1], etas=eta, decompose=decompose))
+    assert total is not None
+    return total
+
+
+def visit_checkpoints(
+    capture: Featurizer,
+    checkpoints: Sequence[PathLike] | None,
+    etas: Etas,
+    metric: Metric | None = None,
+    *,
+    progress: bool = False,
+    strict: bool = True,
+    reader: Reader | None = None,
+) -> Generator[float, None, None]:
+    """Put each checkpoint's weights (and metric) into a capture in turn and give its weight eta; the model's own
+    weights are put back when the generator is closed. Without checkpoints: the model as it is, for which ``etas`` is
+    one number.
+
+    Raises:
+        CheckpointError, ValueError: as for :func:`influence_over_checkpoints`.
+    """
+    if isinstance(metric, str) and metric not in KINDS:
+        raise ValueError(f"metric: got {metric!r}; use {', '.join(map(repr, KINDS))}, or a function of a checkpoint")
+    if checkpoints is None:
+        if metric is not None:
+            raise ValueError("metric: needs checkpoints=; for the model as it is, attach with a preconditioner")
+        given = [etas] if isinstance(etas, int | float) else etas
+        if isinstance(given, str) or len(given) != 1:
+            raise ValueError("checkpoints: got None; pass the files of the checkpoints that the etas are for")
+        yield float(given[0])
+        return
+    eta_of = resolve_etas(checkpoints, etas)
+    original = copy.deepcopy(capture.model.state_dict())  # deep: modules may add values that are no tensors
+    before = capture.preconditioner
+    try:
+        for index, path in enumerate(tqdm(checkpoints, desc="checkpoints", delay=2, disable=not progress)):
+            checkpoint = load_checkpoint(path, reader=reader)
+            eta = eta_of(index, checkpoint)
+            if not strict:  # nothing of the checkpoint before may be left
+                capture.model.load_state_dict(original)
+            checkpoint.load_into(capture.model, strict=strict, needed=capture._body_parameters())
+            if callable(metric):
+                capture.precondition(metric(checkpoint))
+            elif metric is not None:
+                capture.precondition(from_optimizer(checkpoint.optimizer, capture.model, metric))
+            yield eta
+    finally:
+        capture.model.load_state_dict(original)
+        capture.precondition(before)
+
+
+def _add(total: Influence | None, one: Influence) -> Influence:
+    if total is None:
+        return one
+    if one.sdi.shape != total.sdi.shape:
+        raise ValueError("query: the checkpoints' features have different numbers of loop steps; featurize them alike")
+    return replace(total, sdi=total.sdi + one.sdi, etas=total.etas + one.etas)

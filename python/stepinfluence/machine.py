@@ -1,0 +1,91 @@
+"""What a measurement is reported with: the machine, the versions, the memory that was used."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+import sdi_kernels
+from sdi_kernels import HASH_FORMAT
+
+PACKAGES = ("numpy", "triton", "safetensors", "tqdm", "typer", "plotly", "jinja2", "matplotlib", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number or a picture."""
+    found = {"python": platform.python_version(), "sdi-kernels": sdi_kernels.__version__}
+    found["torch"] = str(torch.__version__)
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["hash format"] = HASH_FORMAT
+    return found
+
+
+def machine_facts() -> dict[str, str]:
+    """The machine line that measurements are reported with."""
+    facts = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "CPU": cpu_model(),
+        "cores": str(_usable_cores()),
+        "torch threads": str(torch.get_num_threads()),
+    }
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # no sysconf for it, or no sysconf at all
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        facts["memory"] = f"{total / 2**30:.1f} GiB"
+    with contextlib.suppress(AttributeError, OSError):
+        facts["load"] = f"{os.getloadavg()[0]:.1f} (1 min average, {time.strftime('%Y-%m-%d')})"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        facts[f"GPU {index}"] = (
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        )
+    if not torch.cuda.device_count():
+        facts["GPU"] = "none that torch can use"
+    return facts
+
+
+def cpu_model() -> str:
+    """The CPU's name as the operating system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class PeakMemory:
+    """The largest resident memory of this process since this object was made.
+
+    Exact on Linux, where the kernel's high-water mark can be reset; elsewhere unknown.
+    """
+
+    def __init__(self) -> None:
+        self._exact = False
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self._exact = True
+
+    def peak_bytes(self) -> int | None:
+        """Bytes, or None where it cannot be told."""
+        if not self._exact:
+            return None
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return None

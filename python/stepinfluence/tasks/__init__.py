@@ -1,1 +1,0 @@
-"""Tasks with real data to train and attribute on."""

@@ -1,0 +1,47 @@
+"""The paper's experiments (arXiv 2602.10097, appendix D) and the claims made for it, each one command.
+
+A new experiment: a module with ``CONFIGS`` (scale -> frozen dataclass with a ``seed``) and ``run(run) -> Outcome``, and
+a line in ``EXPERIMENTS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where an experiment lives, and what it asks, in one line."""
+
+    module: str
+    question: str
+
+
+EXPERIMENTS = {
+    "fidelity": Entry(
+        "reproduce.fidelity",
+        "How close are sketched scores to exact ones, and what do they cost? (D.1, Fig. 4)",
+    ),
+    "parity": Entry(
+        "reproduce.parity",
+        "Does influence show the automaton inside a parity model? (D.2, Fig. 1)",
+    ),
+    "sudoku": Entry(
+        "reproduce.sudoku",
+        "When do test-time loops matter for hard puzzles? (D.3, D.4, Fig. 2, Table 1)",
+    ),
+    "nanochat": Entry(
+        "reproduce.nanochat",
+        "Where does influence sit in a looped language model? (D.5, Fig. 3)",
+    ),
+    "planted": Entry(
+        "reproduce.planted",
+        "Does influence meet known algorithm steps and planted examples? (a summary's claims)",
+    ),
+}
+
+SCALES = {
+    "minute": "a smoke test in seconds to a minute; the numbers mean nothing",
+    "cpu": "smaller than the paper (the report says in what); up to 20 minutes of one core's processor time",
+    "paper": "the paper's configuration, or what its text leaves of it; meant for a GPU, not run so far",
+}

@@ -1,0 +1,1 @@
+"""Tasks solved by an algorithm whose every step is known."""

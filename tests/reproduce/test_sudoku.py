@@ -1,0 +1,174 @@
+"""The Sudoku experiment end to end at the minute scale, and its statistics against cases made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from typer.testing import CliRunner
+
+from reproduce.__main__ import app
+from reproduce.base import Run
+from reproduce.report import write_report
+from reproduce.style import styled
+from reproduce.sudoku import CONFIGS, Config, measure, run
+from reproduce.sudoku import statistics as st
+
+# Two training puzzles, two test puzzles, four steps.
+SDI = np.array([[[4.0, -2.0, 1.0, 1.0], [0.0, 1.0, 0.0, -1.0]], [[-1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]]])
+TRACIN = SDI.sum(2)  # [[4, 0], [0, 8]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from a second thread, and lose much where cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    task = Run(tmp_path / "run", "sudoku", "minute", CONFIGS["minute"])
+    with styled():
+        outcome = run(task)
+    report = write_report(task, outcome, "python -m reproduce sudoku").parent
+    numbers = json.loads((report / "results.json").read_text())["numbers"]
+    assert numbers["puzzles_with_more_than_one_solution"] == 0
+    assert numbers["conservation_relative_discrepancy"] < 1e-5
+    easy, hard, everyone = numbers["training_group_sizes"]
+    assert 0 < easy < everyone == 24
+    assert 0 < hard < everyone - easy
+    assert len(outcome.comparisons) == 17
+    assert sum(c.paper is not None for c in outcome.comparisons) == 17
+    for section in outcome.sections:
+        for name in section.figures:
+            assert (report / "figures" / f"{name}.svg").stat().st_size > 1000
+            assert (report / "figures" / f"{name}.png").stat().st_size > 1000
+            assert "$" not in (report / "figures" / f"{name}.svg").read_text()
+
+    # The stages hold what the report says: recompute two statistics from them, without our functions.
+    stages = [np.load(path) for path in sorted((report / "stages").glob("influence-*.npz"))]
+    rates = numbers["checkpoint_learning_rates"]
+    own = sum(rate * stage["self"] for rate, stage in zip(rates, stages, strict=True))
+    mass = np.abs(sum(rate * stage["sdi"].sum(2) for rate, stage in zip(rates, stages, strict=True))).sum(1)
+    said = numbers["spearman"]["self-influence, C"]
+    assert said["rho"] == pytest.approx(stats.spearmanr(own, mass).statistic)
+    # Stepwise influence is of the model that made the predictions: sketches and exact gradients agree.
+    exact = np.load(report / "stages" / "exact.npz")
+    assert np.linalg.norm(exact["sketched_sdi"] - exact["exact_sdi"]) < 0.25 * np.linalg.norm(exact["exact_sdi"])
+
+    again = Run(tmp_path / "run", "sudoku", "minute", CONFIGS["minute"])
+    with styled():
+        assert run(again).numbers == outcome.numbers
+
+
+def test_the_paper_profile_is_the_papers() -> None:
+    config = CONFIGS["paper"]
+    model, train = config.train.model, config.train
+    assert (model.side, model.d_model, model.n_heads, model.positions, model.steps) == (9, 128, 4, "cell", 32)
+    assert (train.mean_steps, train.max_steps) == (32, 64)
+    assert (min(config.budgets), max(config.budgets)) == (4, 64)
+    assert (config.sample, config.sketch_size, config.puzzles) == (512, 2048, 10_000)
+    assert (config.easy_at_most, config.hard_at_least) == (42, 45)
+    assert config.bins == ((46, 47), (48, 48), (49, 50))
+
+
+def test_satnets_boards_need_the_papers_board(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use --scale paper"):
+        measure.puzzles(dataclasses.replace(CONFIGS["cpu"], data=str(tmp_path)))
+
+
+def test_a_missing_solver_is_one_line_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pysat", None)
+    result = CliRunner().invoke(app, ["sudoku", "--scale", "minute", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "pip install 'sdi-kernels[sudoku]'" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_bins_out_of_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="bins: got"):
+        Config(bins=((48, 48), (46, 47)))
+
+
+def test_masses_shares_and_energies_by_hand() -> None:
+    np.testing.assert_allclose(st.cross_mass(np.array([[4.0, -3.0], [0.0, 8.0]])), [7, 8])
+    np.testing.assert_allclose(st.energy(SDI), [[5, 2, 1, 2], [2, 3, 2, 3]])
+    np.testing.assert_allclose(st.energy(SDI, np.array([False, True])), [[1, 0, 0, 1], [2, 2, 2, 2]])
+    np.testing.assert_allclose(st.shares(np.array([[1.0, -6.0], [-3.0, 2.0]]), np.array([True, False])), [0.25, 0.75])
+    np.testing.assert_allclose(st.late_mass(st.energy(SDI)), [0.3, 0.5])
+
+
+def test_late_steps_are_17_to_32_of_32() -> None:
+    curves = np.zeros((2, 32))
+    curves[0, 15], curves[1, 16] = 1, 1  # steps 16 and 17
+    np.testing.assert_allclose(st.late_mass(curves), [0, 1])
+
+
+def test_timing_summaries_by_hand() -> None:
+    curves = np.array([[1.0, 0, 0, 1], [0, 0, 4, 0], [1, 1, 1, 1]])
+    np.testing.assert_allclose(st.centre_of_mass(curves), [2.5, 3, 2.5])
+    assert st.crossing_step(curves).tolist() == [1, 3, 2]
+    assert st.crossing_step(curves, 0.9).tolist() == [4, 3, 4]
+    low, median, high = st.band(np.array([[1.0], [2], [3], [4], [5]]))
+    assert (low[0], median[0], high[0]) == (2, 3, 4)
+
+
+def test_bins_hold_both_ends() -> None:
+    assert st.in_bin(np.array([45, 46, 47, 48]), (46, 47)).tolist() == [False, True, True, False]
+
+
+def test_few_memorised_but_broad_puzzles_are_found() -> None:
+    own = np.arange(8.0)
+    assert st.memorised_least_but_broad(own, own) == 0
+    assert st.memorised_least_but_broad(own, own[::-1]) == 2
+
+
+def test_tests_are_two_sided_and_of_their_kind() -> None:
+    a, b = np.array([1.0, 2, 3, 4]), np.array([1.1, 2.1, 3.1, 4.2])
+    assert st.paired(a, b) < 0.02 < 0.5 < st.welch(a, b)  # a small difference, in every pair
+    assert st.paired(a, b) == pytest.approx(st.paired(b, a))
+    # Welch by hand: equal means differ by 0; unequal variances give Satterthwaite's degrees of freedom.
+    x, y = np.array([0.0, 1, 2]), np.array([0.0, 10, 20, 30])
+    sx, sy = x.var(ddof=1) / 3, y.var(ddof=1) / 4
+    t, df = (x.mean() - y.mean()) / (sx + sy) ** 0.5, (sx + sy) ** 2 / (sx**2 / 2 + sy**2 / 3)
+    assert st.welch(x, y) == pytest.approx(2 * stats.t.sf(abs(t), df))
+    assert st.spearman(np.arange(6), np.array([0, 1, 4, 9, 16, 25])).rho == pytest.approx(1)
+
+
+def test_table_one_by_hand() -> None:
+    sdi = np.tile(SDI, (1, 2, 1))  # each test puzzle twice
+    sdi[:, 2:] *= np.array([[[1.0], [2.0]], [[3.0], [1.0]]])
+    tracin, own = sdi.sum(2), np.array([1.0, 5.0])
+    easy, hard = np.array([True, False]), np.array([False, True])
+    with np.errstate(all="ignore"), pytest.warns(RuntimeWarning):  # groups of one have no variance
+        table = st.table_one(sdi, tracin, own, easy, hard, np.array([46, 49, 47, 50]), [(46, 47), (49, 50)])
+    assert [q.median for q in table.self_influence] == [1, 5]
+    assert [q.median for q in table.mass] == [8, 16]
+    share, late = table.share[(46, 47)], table.late[(46, 47)]
+    assert (share.easy, share.hard) == (1, 0)  # puzzle 1 has all of TracIn on test puzzles 0 and 2
+    assert late.easy == pytest.approx(0.25)  # |1| + |1| of 8, both times
+    assert late.hard == pytest.approx(0.5)
+    assert (table.share[(49, 50)].easy, table.share[(49, 50)].hard) == (0, 1)
+
+
+def test_empty_groups_are_refused() -> None:
+    nobody = np.array([False, False])
+    with pytest.raises(ValueError, match="easy: no training puzzle"):
+        st.table_one(SDI, TRACIN, np.arange(2.0), nobody, ~nobody, np.array([46, 47]), [(46, 47)])
+    with pytest.raises(ValueError, match="no test puzzle has 49 to 50 blanks"):
+        st.table_one(SDI, TRACIN, np.arange(2.0), ~nobody, ~nobody, np.array([46, 47]), [(49, 50)])
+
+
+def test_intervals_of_shares() -> None:
+    low, high = st.wilson(0, 10)
+    assert low == 0
+    assert high == pytest.approx(1.959964**2 / (10 + 1.959964**2), rel=1e-5)  # Wilson's formula at zero

@@ -1,0 +1,277 @@
+"""``sdi init``, ``featurize``, ``query``, ``influence`` and ``store``, as a new user types them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accuracy import inner_products
+from stepinfluence import Project
+from stepinfluence.app.cli import app
+from stepinfluence.app.templates import TEMPLATES
+from stepinfluence.store import Store
+from typer.testing import CliRunner, Result
+
+pytestmark = pytest.mark.numeric
+
+
+def invoke(*arguments: str | Path, input: str | None = None, code: int = 0) -> Result:  # noqa: A002  # CliRunner's word
+    done = CliRunner().invoke(
+        app, [str(a) for a in arguments], input=input, env={"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}
+    )
+    assert done.exit_code == code, done.output
+    return done
+
+
+def refused(*arguments: str | Path, input: str | None = None) -> str:  # noqa: A002  # CliRunner's word
+    done = invoke(*arguments, input=input, code=2)
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the blank template at random weights."""
+    folder = tmp_path_factory.mktemp("cli")
+    invoke("init", folder / "my_project.py", "--template", "blank")
+    options = ("--sketch-size", "64", "--batch-size", "16", "--shard-rows", "32")
+    project = folder / "my_project.py"
+    invoke("featurize", "--project", project, "--split", "train", "--split", "query", *options, "--out", folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_template_runs_as_it_is(tmp_path: Path, template: str) -> None:
+    file = tmp_path / "mine.py"
+    done = invoke("init", file, "-t", template)
+    assert "sdi featurize --project" in done.stderr
+    assert "my_project" not in file.read_text()
+    project = Project.load(file)
+    for split in ("train", "query"):
+        data = project.dataset(split)
+        assert len({project.example_id(data[k], k) for k in range(len(data))}) == len(data)
+        assert project.text(data[0])
+    done = invoke("featurize", "-p", file, "-s", "query", "--sketch-size", "32", "-o", tmp_path / "run", "--json")
+    (report,) = json.loads(done.stdout)["splits"]
+    assert (report["split"], report["complete"], report["shards_missing"]) == ("query", True, 0)
+    assert "at the weights that model() returns" in done.stderr
+
+
+def test_templates_train_and_save_what_featurize_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    invoke("init", "b.py", "-t", "blank")
+    Project.load("b.py")._functions["model"].__globals__["train"](steps=4)
+    invoke("featurize", "-p", "b.py", "-s", "train", "--checkpoints", "checkpoints/*.pt", "-o", "run")
+    assert [(c.name, c.eta) for c in Store.open("run/train").checkpoints] == [("step-2.pt", 0.01), ("step-4.pt", 0.01)]
+
+
+def test_init_leaves_files_alone(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("precious")
+    assert "exists; give another name, or --force" in refused("init", file)
+    assert file.read_text() == "precious"
+    invoke("init", file, "--force")
+    assert "one of gpt, parity, blank" in refused("init", tmp_path / "a.py", "-t", "nope")
+    assert "ends in .py" in refused("init", tmp_path / "a.txt")
+
+
+def test_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    done = invoke("featurize", "--config", run / "config.yaml", "--out", again)
+    assert done.stdout == ""
+    for file in run.rglob("shard-*"):
+        assert (again / file.relative_to(run)).read_bytes() == file.read_bytes()
+    assert yaml.safe_load((run / "config.yaml").read_text())["splits"]["train"]["per_step"] is False
+    assert "nothing left to do" in invoke("featurize", "--config", again / "config.yaml").stderr
+
+
+def test_a_split_more_takes_the_runs_settings(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent, tmp_path / "copy")
+    out = tmp_path / "copy" / "run"
+    shutil.rmtree(out / "query")
+    invoke("featurize", "--split", "query", "--out", out)
+    manifest = Store.open(out / "query").manifest
+    assert set(manifest.sketch.sizes.values()) <= {64, 16}  # vectors are kept at their own length
+    assert "sketch_size: the run in" in refused("featurize", "--split", "query", "--sketch-size", "32", "--out", out)
+
+
+def test_wrong_use_of_featurize(run: Path, tmp_path: Path) -> None:
+    project = run.parent / "my_project.py"
+    assert "--out run" in refused("featurize", "-p", project, "-s", "train")
+    assert "--split train" in refused("featurize", "-p", project, "-o", tmp_path / "a")
+    assert "sdi init writes one" in refused("featurize", "-s", "train", "-o", tmp_path / "a")
+    assert "no split 'tset'" in refused("featurize", "-p", project, "-s", "tset", "-o", tmp_path / "a")
+    assert "hashing: got 'md5'" in refused(
+        "featurize", "-p", project, "-s", "train", "--hashing", "md5", "-o", tmp_path / "a"
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
+    def first(*arguments: str | Path, input: str | None = None) -> dict[str, object]:  # noqa: A002
+        found: dict[str, object] = json.loads(invoke("query", run, *arguments, "--json", input=input).stdout)[0]
+        return found
+
+    by_row, by_id = first("--row", "3"), first("--id", "3")
+    assert by_row == by_id
+    train, query = (Store.open(run / split).features() for split in ("train", "query"))
+    sdi = torch.einsum("nd,sd->ns", train.values, query.values[3])
+    best = sdi.sum(1).topk(10)
+    hits = by_row["hits"]
+    assert [hit["row"] for hit in hits] == best.indices.tolist()
+    left, right = train.values[best.indices], query.values[3]
+    inner_products("nd,sd->n", left, right).check(torch.tensor([hit["score"] for hit in hits]))
+    inner_products("nd,sd->ns", left, right).check(torch.tensor([hit["trajectory"] for hit in hits]))
+    assert hits[0]["peak_step"] == 1 + int(sdi[best.indices[0]].abs().argmax())
+
+    late = first("--row", "3", "--step", "3-4", "--harmful", "-k", "2")["hits"]
+    assert [hit["row"] for hit in late] == sdi[:, 2:].sum(1).topk(2, largest=False).indices.tolist()
+
+    file = run.parent / "from_json.py"
+    file.write_text(
+        (run.parent / "my_project.py").read_text()
+        + "\n\ndef from_json(fields):\n    return torch.tensor(fields['x']), fields['label']\n"
+    )
+    inputs, label = Project.load(file).dataset("query")[3]
+    config = (run / "config.yaml").read_text()
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("../my_project.py", str(file)))
+    line = json.dumps({"x": inputs.tolist(), "label": label})
+    done = invoke("query", tmp_path / "run", "--input", "-", "--json", input=line + "\n")
+    np.testing.assert_allclose(
+        [hit["score"] for hit in json.loads(done.stdout)[0]["hits"]], [hit["score"] for hit in hits], rtol=1e-3
+    )
+
+
+def test_query_exact(run: Path) -> None:
+    arguments = ("query", run, "--row", "3", "-k", "3", "--json")
+    estimated, exact = (json.loads(invoke(*arguments, *more).stdout)[0]["hits"] for more in ((), ("--exact",)))
+    from stepinfluence import ExactCapture, influence
+
+    project = Project.load(run.parent / "my_project.py")
+    capture = ExactCapture(project.model(), body="core")
+    train, query = (project.collate(list(project.dataset(split))) for split in ("train", "query"))
+    sdi = influence(*(capture.featurize([side], project.loss, progress=False) for side in (train, query))).sdi[:, 3]
+    for hit in exact:
+        np.testing.assert_allclose(hit["trajectory"], sdi[hit["row"]], rtol=1e-3, atol=1e-5)
+        assert hit["estimate"] != hit["score"]
+    assert len(exact) == len(estimated) == 3
+
+
+def test_query_for_people(run: Path) -> None:
+    shown = invoke("query", run, "--row", "0", "-k", "2").stdout
+    for words in ("Query 0", "loss", "total", "peak", "steps 1–4", "step ", "lowers the query's loss most", "negative"):
+        assert words in shown
+    assert "first order, per unit of learning rate" in " ".join(shown.split())  # no checkpoints, so no rates
+    assert "SDI energy" not in shown  # one model as it is owns nothing
+    assert "steps 2-3" in invoke("query", run, "--row", "0", "--step", "2-3", "--harmful").stdout
+
+
+def test_query_names_a_checkpoint_that_owns_the_sum(run: Path, tmp_path: Path) -> None:
+    """Two checkpoints of the same weights, one with a far larger learning rate."""
+    model = Project.load(run.parent / "my_project.py").model()
+    for k, rate in enumerate((0.001, 1.0)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / f"c{k}.pt")
+    project, options = run.parent / "my_project.py", ("--sketch-size", "16", "--checkpoints", tmp_path / "c*.pt")
+    invoke("featurize", "-p", project, "-s", "train", "-s", "query", *options, "-o", tmp_path / "run")
+    shown = " ".join(invoke("query", tmp_path / "run", "--row", "0", "-k", "1").stdout.split())
+    assert "Checkpoint c1.pt holds 99.9 % of this query's SDI energy" in shown
+    assert "first order, weighted by learning rate" in shown
+    (found,) = json.loads(invoke("query", tmp_path / "run", "--row", "0", "-k", "1", "--json").stdout)
+    assert found["dominated_by"] == "c1.pt"
+    assert [c["name"] for c in found["checkpoints"]] == ["c0.pt", "c1.pt"]
+    assert found["checkpoints"][1]["share"] == pytest.approx(1 / 1.001, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "say what to ask about"),
+        (("--row", "99"), "row: got 99;"),
+        (("--id", "nobody"), "no row with id 'nobody'"),
+        (("--row", "0", "--step", "0"), "counted from 1"),
+        (("--row", "0", "--step", "9"), "steps: got range(8, 9); the queries have steps 0 to 3"),
+        (("--row", "0", "--train", "no"), "no split 'no' in it; it has train, query"),
+        (("--input", "missing.jsonl"), "missing.jsonl could not be read"),
+        (("--row", "0", "--parameters", "*.qqq"), "fits none of"),
+    ],
+)
+def test_wrong_queries(run: Path, arguments: tuple[str, ...], words: str) -> None:
+    assert words in refused("query", run, *arguments)
+
+
+def test_hostile_text_does_not_reach_the_terminal(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.py"
+    text = (run.parent / "my_project.py").read_text()
+    file.write_text(
+        text.replace("    return f\"{'positive'", "    return '[red]\\x1b[2J\\u202e\\n'\n    return f\"{'positive'")
+    )
+    for split in ("train", "query"):
+        invoke("featurize", "-p", file, "-s", split, "--sketch-size", "16", "-o", tmp_path / "run")
+    shown = invoke("query", tmp_path / "run", "--row", "0", "-k", "1").stdout
+    assert "[red]�[2J� " in shown
+    assert "\x1b[2J" not in shown
+
+
+def test_influence_full_and_leading(run: Path, tmp_path: Path) -> None:
+    train, query = (Store.open(run / split).features() for split in ("train", "query"))
+    expected = torch.einsum("nd,qsd->nqs", train.values, query.values).numpy()
+    done = invoke("influence", run, "--out", tmp_path / "scores.npy", "--json")
+    assert json.loads(done.stdout)["shape"] == [64, 8, 4]
+    inner_products("nd,qsd->nqs", train.values, query.values).check(torch.from_numpy(np.load(tmp_path / "scores.npy")))
+    ids = json.loads((tmp_path / "scores.json").read_text())
+    assert ids["train"]["ids"] == list(range(64))
+    assert ids["query"]["ids"] == list(range(8))
+
+    rows = list(csv.DictReader(io.StringIO(invoke("influence", run, "-k", "3", "--format", "csv").stdout)))
+    order = (-expected.sum(2)).argsort(0)[:3].T
+    assert [int(row["train_row"]) for row in rows] == order.flatten().tolist()
+    entries = json.loads(invoke("influence", run, "-k", "1", "--per-step", "--harmful").stdout)
+    assert [e["step"] for e in entries] == [1, 2, 3, 4] * 8
+    assert [e["hits"][0]["row"] for e in entries] == expected.argmin(0).flatten().tolist()
+    assert "go with --top-k" in refused("influence", run, "--harmful")
+    assert "use json or csv" in refused("influence", run, "-k", "2", "--format", "xml")
+
+
+def test_store_commands(run: Path, tmp_path: Path) -> None:
+    facts = json.loads(invoke("store", "info", run, "--json").stdout)
+    assert [(f["rows"], f["per_step"], f["complete"]) for f in facts] == [(8, True, True), (64, False, True)]
+    assert "summed over loop steps" in invoke("store", "info", run / "train").stdout
+    assert invoke("store", "verify", run).stdout == ""
+    invoke("store", "export", run / "query", tmp_path / "query.npz")
+    assert np.load(tmp_path / "query.npz")["features_0"].shape[:2] == (8, 4)
+    assert "exists" in refused("store", "export", run / "query", tmp_path / "query.npz")
+    assert "end it in .npz" in refused("store", "export", run / "query", tmp_path / "query.txt")
+
+    parts = [tmp_path / name for name in ("a", "b")]
+    for part, shard in zip(parts, (0, 1), strict=True):
+        shutil.copytree(run / "train", part)
+        (part / "c000" / f"shard-{shard:08d}.json").unlink()
+    invoke("store", "merge", *parts, "--out", tmp_path / "merged")
+    assert Store.open(tmp_path / "merged").complete
+    assert "incomplete" in refused("store", "export", parts[0], tmp_path / "part.npz")
+
+    values = tmp_path / "a" / "c000" / "shard-00000001.safetensors"
+    raw = bytearray(values.read_bytes())
+    raw[-1] ^= 1
+    values.write_bytes(raw)
+    done = invoke("store", "verify", tmp_path / "a", code=1)
+    assert str(values) in done.stdout
+    assert "no store here" in refused("store", "info", tmp_path / "none")
+
+
+def test_help_teaches() -> None:
+    for command in ("init", "featurize", "query", "influence", "store"):
+        shown = invoke(command, "--help").stdout
+        assert "Examples" in shown
+        assert f"sdi {command}" in shown
+    assert "130 interrupted" in invoke("featurize", "--help").stdout

@@ -1,0 +1,70 @@
+"""A small run with texts that try to break out of the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from stepinfluence.attribution.features import Block, Features, FeatureSpace
+from stepinfluence.store import FailedRow, Manifest, RowInfo, StoredCheckpoint, StoreWriter
+
+STEPS = 6
+BLOCKS = (Block("core.<b>w</b>", (4, 4), 0, 8), Block("core.b", (4,), 8, 12))
+HOSTILE = (
+    "<script>document.title='hacked'</script>",
+    "</script><img src=x onerror=\"document.title='hacked'\">",
+    "\u202eright to left\u202c and \u0007bell",
+    "a" * 1_000_000,
+    "{{ 7*7 }} ${7*7} &lt;b&gt;",
+    '=HYPERLINK("http://x")',
+)
+FAILED = 7
+
+
+def space(checkpoint: int) -> FeatureSpace:
+    return FeatureSpace("sketch", BLOCKS, "tables", f"weights {checkpoint}")
+
+
+def write_split(
+    path: Path,
+    n: int,
+    *,
+    per_step: bool,
+    seed: int,
+    failed: int | None = None,
+    checkpoints: int = 2,
+    etas: tuple[float, ...] = (0.1, 0.2),
+) -> None:
+    stored = tuple(StoredCheckpoint(f"step-{k}.pt", etas[k], space(k)) for k in range(checkpoints))
+    manifest = Manifest(stored, n, 16, per_step=per_step, steps=STEPS if per_step else None)
+    writer = StoreWriter.create(path, manifest)
+    for k in range(checkpoints):
+        for shard in writer.pending(k):
+            rows = manifest.rows_of(shard)
+            kept = [r for r in rows if r != failed]
+            generator = torch.Generator().manual_seed(1000 * seed + 100 * k + shard)
+            shape = (len(kept), STEPS, 12) if per_step else (len(kept), 12)
+            features = Features(
+                values=torch.randn(shape, generator=generator),
+                losses=torch.rand(len(kept), generator=generator),
+                steps=torch.full((len(kept),), STEPS),
+                lengths=torch.full((len(kept),), STEPS) if per_step else None,
+                ids=tuple(kept),
+                space=space(k),
+                step_labels=("core",) * STEPS,
+            )
+            infos = [RowInfo(f"id {r}", HOSTILE[r % len(HOSTILE)], metadata(r)) for r in rows]
+            failures = [FailedRow(r, "loss is NaN") for r in rows if r == failed]
+            writer.write_shard(k, shard, features, infos, failures)
+    writer.finish()
+
+
+def metadata(row: int) -> dict[str, Any]:
+    return {"<i>label</i>": row % 3, "tokens": ["<b>", "tok", "\u202e"]} if row % 2 else {"label": row % 3}
+
+
+def write_run(path: Path, *, train_per_step: bool = True) -> Path:
+    write_split(path / "train", 40, per_step=train_per_step, seed=1, failed=FAILED)
+    write_split(path / "test", 9, per_step=True, seed=2, failed=FAILED)
+    return path
