@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
 from email.parser import Parser
@@ -125,6 +126,7 @@ def test_sdist_can_be_tested(dist: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "Makefile", "constraints.txt", "tests/conftest.py", "tests/test_packaging.py"} <= names
+    assert {"reproduce/__main__.py", "tests/reproduce/test_base.py"} <= names
 
 
 def test_versions_agree(wheel: Wheel, installed: Path, tmp_path: Path) -> None:
@@ -167,18 +169,41 @@ assert not torch.cuda.is_initialized(), "initialises CUDA"
     run(sys.executable, "-c", code, cwd=tmp_path)
 
 
-def test_kernels_never_import_the_layer_above() -> None:
-    offenders = []
-    for file in PACKAGES["sdi_kernels"].rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                modules = [node.module or ""]
-            else:
-                continue
-            if any(module.partition(".")[0] == "stepinfluence" for module in modules):
-                offenders.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+def imported(file: Path) -> Iterator[tuple[str, int]]:
+    """Modules, and names taken from modules, that a file imports, with the line."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+LIBRARY = PACKAGES["stepinfluence"]
+DOORS = {LIBRARY / "__init__.py", LIBRARY / "__main__.py"}  # stepinfluence.Project, and `python -m stepinfluence`
+
+
+@pytest.mark.parametrize(
+    ("floor", "above"),
+    [
+        ("kernels", ("stepinfluence", "reproduce", "bench")),
+        ("library", ("stepinfluence.app", "stepinfluence.Project", "reproduce", "bench")),
+        ("application", ("reproduce", "bench")),
+    ],
+)
+def test_no_floor_imports_what_is_above_it(floor: str, above: tuple[str, ...]) -> None:
+    app = set((LIBRARY / "app").rglob("*.py"))
+    files = {
+        "kernels": set(PACKAGES["sdi_kernels"].rglob("*.py")),
+        "library": set(LIBRARY.rglob("*.py")) - app - DOORS,
+        "application": app | DOORS,
+    }[floor]
+    assert len(files) >= 20
+    offenders = [
+        f"{file.relative_to(ROOT)}:{line}: {module}"
+        for file in sorted(files)
+        for module, line in imported(file)
+        if any(f"{module}.".startswith(f"{name}.") for name in above)
+    ]
     assert offenders == []
 
 

@@ -17,7 +17,7 @@ HEAD = """# Reproduction
 
 The paper's experiments (Kaissis et al., arXiv 2602.10097), each by one command, and its numbers beside ours. The
 tables below are taken from the `results.json` of runs that are kept under `docs/results`; each has a report with figures
-and an analysis of what differs.
+and an analysis of what differs. The experiments are not installed: run them from a clone of the repository.
 
     python -m reproduce {fidelity,parity,sudoku,nanochat,planted} --scale cpu
     python -m reproduce ... --scale paper            # the paper's configuration, as far as it states one; not run so far
@@ -27,7 +27,7 @@ work (times by the clock are of that). Where something is trained, models and ta
 than the paper's: directions and ratios can be compared, absolute values cannot. **What was not run**: the `paper` scale
 of any. [What of the paper is not done](#what-of-the-paper-is-not-done) is listed at the end.
 
-**Where the kept runs come from.** Each `results.json` has command, configuration, seed, versions, CPU, threads, load at
+**Where the kept runs come from.** Each `results.json` has command (then `sdi reproduce`), configuration, seed, versions, CPU, threads, load at
 the end and time of every stage. {missing} New runs write them, each stage with its commit.
 """
 
@@ -99,7 +99,7 @@ def _section(name: str, results: dict[str, Any]) -> str:
     took = f"{cpu / 60:.0f} minutes of processor time, {wall / 60:.0f} by the clock"
     lines = [
         f"\n## {name}\n",
-        f"`{results['command']}`: {took}. [Report with figures](results/{name}/report.md).\n",
+        f"`python -m reproduce {name} --scale {results['scale']} --seed {results['config']['seed']}`: {took}. [Report with figures](results/{name}/report.md).\n",
         "| quantity | ours | paper | where | remark |",
         "|---|---|---|---|---|",
     ]

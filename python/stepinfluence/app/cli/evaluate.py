@@ -64,7 +64,8 @@ def run(
     with screen.status("starting"):
         import torch
 
-        from stepinfluence.machine import machine_facts, missing_modules, versions
+        from stepinfluence.app.doctor import missing_modules
+        from stepinfluence.machine import machine_facts, versions
 
         need_extra("eval", missing_modules(("scipy", "sklearn")))
         from stepinfluence.evaluation import evaluate
