@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare import FLOAT64
 from stepinfluence.experiments import algorithmic
 from stepinfluence.experiments.algorithmic import findings, retraining, scores, timing
 from stepinfluence.experiments.algorithmic.config import CONFIGS, Config, make_task
@@ -20,12 +21,6 @@ from stepinfluence.experiments.style import styled
 
 MINUTE = CONFIGS["minute"]
 SORTING = make_task("sorting", large=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(reproducible: None) -> None:
-    """The models are so small that a second thread only waits; put back by ``reproducible``."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +94,7 @@ def test_every_scale_has_enough_inputs(name: str) -> None:
 
 
 def test_losses_are_means_over_answer_positions() -> None:
+    torch.set_default_dtype(torch.float64)
     task = make_task("copy", large=False)
     model = make_model(task, MINUTE, seed=0)
     batch = clean(task, task.sample(3, torch.Generator().manual_seed(0))).batches()[0]
@@ -132,23 +128,24 @@ def test_training_repeats_learns_and_saves_what_it_says(tmp_path: Path) -> None:
 
 
 def test_definitions_agree_where_they_must(tmp_path: Path, planted: Planted) -> None:
+    torch.set_default_dtype(torch.float64)
     _, paths = train(SORTING, planted.train, MINUTE, loss=answer_loss(SORTING), seed=0, folder=tmp_path)
     config = dataclasses.replace(MINUTE, sketch_sizes=(16, 4096))
     found = scores.all_scores(SORTING, planted, paths, config)
     named = scores.by_name(found)
     largest = np.abs(named[scores.CLASSIC]).max()
-    assert findings.conservation(found) < 1e-5
+    assert findings.conservation(found) < FLOAT64
     # A sketch as long as the largest parameter keeps nearly everything.
     assert np.abs(named[scores.sketched(4096)] - named[scores.EXACT]).max() < 0.1 * largest
-    np.testing.assert_allclose(found["trajectories"].sum(2), named[scores.sketched(4096)], atol=1e-5 * largest)
-    assert np.abs(named[scores.COSINE]).max() <= 1 + 1e-5
+    np.testing.assert_allclose(found["trajectories"].sum(2), named[scores.sketched(4096)], atol=FLOAT64 * largest)
+    assert np.abs(named[scores.COSINE]).max() <= 1 + FLOAT64
     last = scores.all_scores(SORTING, planted, paths[-1:], config)
-    np.testing.assert_allclose(named[scores.LAST_CHECKPOINT], scores.by_name(last)[scores.CLASSIC], atol=1e-6 * largest)
+    np.testing.assert_allclose(named[scores.LAST_CHECKPOINT], scores.by_name(last)[scores.CLASSIC], atol=FLOAT64 * largest)
     # One checkpoint, a copy of the query: its influence is the query's self-influence.
     column = planted.of_kind("duplicates")[0]
     row = int(np.flatnonzero(planted.critical[:, column])[0])
-    assert scores.by_name(last)[scores.EXACT][row, column] == pytest.approx(last["self_exact"][row].sum(), rel=1e-4)
-    assert last["self_last"][row] == pytest.approx(last["self_exact"][row].sum(), rel=1e-4)
+    assert scores.by_name(last)[scores.EXACT][row, column] == pytest.approx(last["self_exact"][row].sum(), rel=FLOAT64)
+    assert last["self_last"][row] == pytest.approx(last["self_exact"][row].sum(), rel=FLOAT64)
 
 
 def test_probes_read_what_is_there() -> None:
