@@ -12,13 +12,9 @@ from stepinfluence.models import Block, BlockConfig, LoopedGPT, LoopedGPTConfig,
 from stepinfluence.models.blocks import rotary_table
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 TINY = LoopedGPTConfig.tiny()
-
-
-@pytest.fixture(autouse=True)
-def in_float64(reproducible: None) -> None:
-    """What a model is by definition shows in float64 on every CPU; put back by ``reproducible``."""
-    torch.set_default_dtype(torch.float64)
 
 
 def tiny_model(**changes: Any) -> LoopedGPT:

@@ -8,6 +8,8 @@ from stepinfluence.models import ParityConfig, ParityTransformer, parity_loss
 from stepinfluence.tasks.parity import ParityExample, collate
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 SMALL = ParityConfig(d_model=16, n_heads=4)
 EXAMPLES = [
     ParityExample(0, "1"),
@@ -15,12 +17,6 @@ EXAMPLES = [
     ParityExample(2, "10"),
     ParityExample(3, "1110101"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def in_float64(reproducible: None) -> None:
-    """What a model is by definition shows in float64 on every CPU; put back by ``reproducible``."""
-    torch.set_default_dtype(torch.float64)
 
 
 def small_model(config: ParityConfig = SMALL, gain: float = 3.0) -> ParityTransformer:

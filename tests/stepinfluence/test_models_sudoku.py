@@ -8,13 +8,9 @@ import torch.nn.functional as F
 from stepinfluence import ExactCapture, attach
 from stepinfluence.models.sudoku import SudokuConfig, SudokuTransformer, blank_loss, sudoku_loss
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 TINY = SudokuConfig(2, 2, d_model=16, n_heads=2, steps=3)
-
-
-@pytest.fixture(autouse=True)
-def in_float64(reproducible: None) -> None:
-    """What a model is by definition shows in float64 on every CPU; put back by ``reproducible``."""
-    torch.set_default_dtype(torch.float64)
 
 
 @pytest.fixture

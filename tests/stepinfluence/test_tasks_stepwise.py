@@ -11,7 +11,7 @@ from stepinfluence.tasks.running_parity import RunningParity
 from stepinfluence.tasks.sorting import Sorting
 from stepinfluence.tasks.stepwise import StepTask
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 TASKS = [Copying(5), Copying(2, symbols=3), Addition(4), Addition(1, base=10), Sorting(5), Sorting(6), RunningParity(7)]
 

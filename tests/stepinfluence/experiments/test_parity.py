@@ -43,7 +43,7 @@ def test_profile_is_the_influence_summed_over_checkpoints(done: tuple[Run[Config
     train_set = make_train_set(6, 32, seed=0)
     subset = influence_subset(train_set, per_tercile=12, longest=12, seed=0)
     assert len(subset) == 48
-    probes, train = collate(alternating_probes(10)), collate(subset)
+    probe, train = collate(alternating_probes(10)[:1]), collate(subset)
     model = ParityTransformer(CONFIG.training.model)
     names = outcome.numbers["training"]["files"]
     assert len(names) == 2
@@ -53,7 +53,7 @@ def test_profile_is_the_influence_summed_over_checkpoints(done: tuple[Run[Config
         checkpoint.load_into(model)
         capture = attach(model, body=model.block, sketch_size=256, seed=0)
         sketches = {target.name: target.sketch for target in capture.targets}
-        sides = [measure_body(model, [batch], parity_loss, model.block, list(sketches)) for batch in (train, probes)]
+        sides = [measure_body(model, [batch], parity_loss, model.block, list(sketches)) for batch in (train, probe)]
         parts.append((checkpoint.learning_rate, influence_of_sketches(*sides, sketches)))
     exact, plain, magnitude = (
         sum(eta * getattr(part, kind)[:, 0].sum(0) for eta, part in parts) for kind in ("exact", "plain", "magnitude")
