@@ -72,11 +72,14 @@ class Expected:
             found: how far apart they are: ``measure`` of sizes of differences and sizes of the result.
             wrong: the result as a mistake would make it, which has to be further away.
         """
-        size = self._size(self.exact)
-        limit = float(measure(2 * self.allowed, size))
+        limit = self.explained(measure)
         assert found <= limit, f"the difference is {found:.3g}, where rounding explains {limit:.3g}"
-        mistake = float(measure(self._size(wrong - self.exact), size))
+        mistake = float(measure(self._size(wrong - self.exact), self._size(self.exact)))
         assert mistake > limit, f"cannot fail: a mistake makes a difference of {mistake:.3g}, allowed is {limit:.3g}"
+
+    def explained(self, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """How far apart rounding may put two ways to this result, see :meth:`check_difference`."""
+        return float(measure(2 * self.allowed, self._size(self.exact)))
 
     def notices(self, wrong: Tensor) -> bool:
         """Whether at least half of what differs in ``wrong`` is found to be wrong."""

@@ -143,7 +143,9 @@ def test_definitions_agree_where_they_must(tmp_path: Path, planted: Planted) -> 
     np.testing.assert_allclose(found["trajectories"].sum(2), named[scores.sketched(4096)], atol=FLOAT64 * largest)
     assert np.abs(named[scores.COSINE]).max() <= 1 + FLOAT64
     last = scores.all_scores(SORTING, planted, paths[-1:], config)
-    np.testing.assert_allclose(named[scores.LAST_CHECKPOINT], scores.by_name(last)[scores.CLASSIC], atol=FLOAT64 * largest)
+    np.testing.assert_allclose(
+        named[scores.LAST_CHECKPOINT], scores.by_name(last)[scores.CLASSIC], atol=FLOAT64 * largest
+    )
     # One checkpoint, a copy of the query: its influence is the query's self-influence.
     column = planted.of_kind("duplicates")[0]
     row = int(np.flatnonzero(planted.critical[:, column])[0])
@@ -183,8 +185,8 @@ def check_conservation(found: float, paths: list[Path], planted: Planted) -> Non
         rates.append(checkpoint.learning_rate)
         plain.append(scores._plain_tracin(model, loss, planted, rates[-1]))
         capture = ExactCapture(model.double(), body=model.body)
-        for data in (planted.train, planted.queries):
-            values.append(capture.featurize(data.batches(), loss, progress=False).values)
+        sides = (planted.train, planted.queries)
+        values += [capture.featurize(side.batches(), loss, progress=False).values for side in sides]
 
     def tracin(*sides: Tensor, first: int = 0) -> Tensor:
         pairs = zip(rates, sides[::2], sides[1::2], strict=True)
