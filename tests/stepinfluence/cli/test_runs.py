@@ -20,8 +20,6 @@ from stepinfluence.store import Store
 from stepinfluence.templates import TEMPLATES
 from typer.testing import CliRunner, Result
 
-pytestmark = pytest.mark.numeric
-
 
 def invoke(*arguments: str | Path, input: str | None = None, code: int = 0) -> Result:  # noqa: A002  # CliRunner's word
     done = CliRunner().invoke(
@@ -116,6 +114,7 @@ def test_wrong_use_of_featurize(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.numeric
 def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     def first(*arguments: str | Path, input: str | None = None) -> dict[str, object]:  # noqa: A002
         found: dict[str, object] = json.loads(invoke("query", run, *arguments, "--json", input=input).stdout)[0]
@@ -164,6 +163,7 @@ def gradients(project: Project, rows: list[int], query: int) -> list[Rounding]:
     return [measure_body(model, [batch], project.loss, model.core, names) for batch in batches]
 
 
+@pytest.mark.numeric
 def test_query_exact(run: Path) -> None:
     arguments = ("query", run, "--row", "3", "-k", "3", "--json")
     estimated, exact = (json.loads(invoke(*arguments, *more).stdout)[0]["hits"] for more in ((), ("--exact",)))
@@ -229,6 +229,7 @@ def test_hostile_text_does_not_reach_the_terminal(run: Path, tmp_path: Path) -> 
     assert "\x1b[2J" not in shown
 
 
+@pytest.mark.numeric
 def test_influence_full_and_leading(run: Path, tmp_path: Path) -> None:
     train, query = (Store.open(run / split).features() for split in ("train", "query"))
     expected = torch.einsum("nd,qsd->nqs", train.values, query.values).numpy()
