@@ -50,8 +50,10 @@ bench-demo: $(VENV)/.stamp-report ## run the demo with ten seeds under each inst
 bench-layouts: $(VENV)/.stamp-bench ## error against bytes per example of every store layout, on trained models
 	$(BIN)/python -m bench.store_layouts
 
-bench-search: $(VENV)/.stamp-test ## scan speed, recall and time of every search stage, on 1e5 and 1e6 rows
-	$(BIN)/python -m bench.search --rows 100000 1000000
+SCRATCH ?= build/bench-search
+bench-search: $(VENV)/.stamp-test ## scan speed, recall and time of every search stage, on 1e5 and 1e6 rows (2.6 GB in SCRATCH)
+	mkdir -p $(SCRATCH)
+	$(BIN)/python -m bench.search --rows 100000 1000000 --scratch $(SCRATCH)
 
 bench-evaluate: $(VENV)/.stamp-test ## attribution methods against retraining over five seeds (docs/evaluation.md), resumable
 	$(BIN)/python -m bench.evaluate adder

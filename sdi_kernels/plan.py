@@ -35,7 +35,7 @@ CPU it is small so that a chunk stays in cache. One example's share of a single 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured speeds of one device type, in operations per second (bench/calibrate_plan.py)."""
+    """Measured speeds of one device type, in operations per second (``python -m bench.calibrate_plan``)."""
 
     gemm: float
     fold: float
@@ -50,7 +50,7 @@ RATES = {
 }
 
 
-SHIPPED_SOURCE = "shipped with the package (bench/calibrate_plan.py)"
+SHIPPED_SOURCE = "shipped with the package (python -m bench.calibrate_plan)"
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,6 @@ def test_training_stops_at_max_steps() -> None:
 
 
 def test_training_learns() -> None:
-    torch.set_num_threads(1)  # faster than two for a model this small
     config = replace(ParityTrainConfig.demo(), max_digits=3, checkpoint_digits=(), final_steps=20, max_steps=1000)
     result = train_parity(config, progress=False)
     assert result.complete
