@@ -169,12 +169,3 @@ def not_proportional(name: str, factor: float, *, half: bool) -> StepInfluenceEr
         "something in the backward pass clips, rounds or normalises gradients (a hook on an activation, a "
         "custom autograd function); take that out while featurizing"
     )
-
-
-def never_used(names: str) -> BodyError:
-    """The error for body parameters that no pass used."""
-    return BodyError(
-        f"{names}: never used in the loop with gradients on; set requires_grad=False on what takes no part, use "
-        "non-reentrant activation checkpointing (use_reentrant=False), and where the data picks what is used (an "
-        "expert that no token chose), give it such data or pass verify=False: its columns are then zero"
-    )

@@ -23,13 +23,13 @@ from stepinfluence.capture.steps import Loop, StepTracker
 from stepinfluence.capture.targets import (
     Body,
     Layout,
-    Target,
     body_parameters,
     find_body,
     make_targets,
     single_device,
     unwrap,
 )
+from stepinfluence.capture.usage import Usage
 from stepinfluence.capture.uses import RULES
 from stepinfluence.capture.verified import Checked, Memory
 from stepinfluence.errors import LayoutError, UnsupportedUseError
@@ -87,7 +87,7 @@ class Capture(session.LoaderCapture):
         self._memory = Memory()
         self._checked = Checked(None)
         self._verifying = verify
-        self._used: set[Target] = set()
+        self._usage = Usage()
         self._doubt = True
         self.reduced_loss = False
         """Whether losses may be one number of the whole batch, repeated (as the published package takes it): rows then
@@ -228,8 +228,8 @@ class Capture(session.LoaderCapture):
             first_batch=first_batch,
             on_error=on_error,
         )
-        if len(features):
-            self._check_all_used()
+        if len(features) and self._verifying:
+            self._usage.check(self.model, self.targets, last=True)
         return features
 
     # ------------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class Capture(session.LoaderCapture):
         state = (space, others, self.training, self.batch_dim)
         self._checked = self._memory.recall(loss_fn, state, anew=verify is True)
         self._verifying = self.verify if verify is None else verify
-        self._used.clear()
+        self._usage = Usage()
 
     def _featurize_batch(
         self,
@@ -254,10 +254,10 @@ class Capture(session.LoaderCapture):
     ) -> Tensor:
         losses = self._forward(batch, loss_fn, ids, index)
         size, steps = len(losses), self._steps.count
-        first = not self._used
-        self._used |= self._interceptor.used
-        if first and size > 1 and self.owners == "followed":
-            self._check_all_used()  # at once; where data picks what is used, only the last batch can tell
+        first = not self._usage.used
+        self._usage.add(self._interceptor.usage)
+        if first and size > 1 and self.owners == "followed" and self._verifying:
+            self._usage.check(self.model, self.targets, last=False)
         given = ids if ids is not None else range(builder.count, builder.count + size)
         buffer = builder.reserve(size, steps)
         self._backward(losses, buffer)
@@ -338,12 +338,6 @@ class Capture(session.LoaderCapture):
                 f"{name}: reaches the loss through {user.name()} in a way that cannot be seen from Python "
                 "(a custom autograd function or a scripted part); rewrite that use with torch functions"
             )
-
-    def _check_all_used(self) -> None:
-        unused = [t.name for t in self.targets if t not in self._used]
-        if unused and self._verifying:
-            shown = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
-            raise diagnosis.never_used(shown)
 
     def _verify(
         self,
