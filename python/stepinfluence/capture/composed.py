@@ -29,6 +29,31 @@ def batched_product(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: d
         return torch.stack(parts, -3)
 
 
+def grouped_product(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``F.grouped_mm(x, P, offs=...)``: the rows of ``x`` ``(S, k)`` up to each offset with a matrix of ``P``
+    ``(E, k, n)`` each, as of experts with their tokens side by side."""
+    names = ("mat_a", "mat_b", "offs", "bias", "out_dtype")
+    given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
+    x, stack, offsets = given["mat_a"], given["mat_b"], given["offs"]
+    form = (x.dim(), stack.dim())
+    if it.source(x) is not None or given["bias"] is not None or form not in ((2, 3), (3, 3)):
+        return NotImplemented
+    if form == (3, 3):
+        with it:
+            return _of_dtype(torch.matmul(x, stack), given["out_dtype"])
+    ends = offsets.tolist()
+    with it:
+        parts = x.split([*(b - a for a, b in zip([0, *ends], ends, strict=False)), len(x) - ends[-1]])
+        done = [part @ matrix for part, matrix in zip(parts, stack.unbind(0), strict=False)]
+        # What lies behind the last offset is in no group; torch leaves it undefined.
+        done.append(parts[-1].new_zeros(len(parts[-1]), stack.shape[-1]))
+        return _of_dtype(torch.cat(done), given["out_dtype"])
+
+
+def _of_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
 def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``einsum`` of data and one parameter: a linear map, repeated over the letters that both sides keep."""
     equation, *operands = args

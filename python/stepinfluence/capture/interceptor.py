@@ -416,6 +416,8 @@ class Interceptor(TorchFunctionMode):
 
     def _follow_use(self, func: Any, args: Any, kwargs: Any, result: Any, found: _Operands) -> None:
         results = result if isinstance(result, tuple | list) else (result,)
+        if any(self.source(r) is not None for r in results):
+            return  # the data only picked a part of the parameter
         if all(self.follower.knows(r) for r in results if isinstance(r, Tensor)) and not changes_in_place(func, kwargs):
             return  # its parts have been followed
         self.follower.follow(func, args, kwargs, result, found.data, in_place=changes_in_place(func, kwargs), use=True)
