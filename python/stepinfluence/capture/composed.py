@@ -1,8 +1,8 @@
-"""Uses of parameters that come down to others: stacks of matrices, einsum, convolutions, recurrent layers."""
+"""Uses of parameters that come down to others: stacks of matrices, einsum, convolutions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -163,65 +163,3 @@ def convolution(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
 def _each(value: Any, dims: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * dims if len(values) == 1 else values
-
-
-def cell(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.gru_cell`` and its like, by their definition."""
-    x, state, w_x, w_h, *biases = args
-    b_x, b_h = biases if biases else (None, None)
-    kind = func.__name__.removesuffix("_cell")
-    with it:
-        given = list(state) if kind == "lstm" else [state]
-        # A state of zeros for all examples is a state of each of them.
-        row = x[..., :1]
-        state = [torch.where(torch.ones_like(row, dtype=torch.bool), s, row) if it.is_constant(s) else s for s in given]
-        hidden = state[0]
-        of_x, of_h = F.linear(x, w_x, b_x), F.linear(hidden, w_h, b_h)
-        if kind == "gru":
-            (r, z, n), (hr, hz, hn) = of_x.chunk(3, -1), of_h.chunk(3, -1)
-            r, z = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
-            n = torch.tanh(n + r * hn)
-            return n + z * (hidden - n)
-        if kind == "lstm":
-            i, f, g, o = (of_x + of_h).chunk(4, -1)
-            c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-            return torch.sigmoid(o) * torch.tanh(c), c
-        return torch.relu(of_x + of_h) if kind == "rnn_relu" else torch.tanh(of_x + of_h)
-
-
-CELLS: dict[Any, Callable[..., Any]] = {
-    torch.gru: torch.gru_cell,
-    torch.lstm: torch.lstm_cell,
-    torch.rnn_tanh: torch.rnn_tanh_cell,
-    torch.rnn_relu: torch.rnn_relu_cell,
-}
-
-
-def recurrent(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.gru`` and its like: cell by cell, in each direction of each layer."""
-    if len(args) != 9 or kwargs or isinstance(args[3], list | tuple):  # packed sequences have another form
-        return NotImplemented
-    x, state, weights, has_biases, layers, dropout, training, two_ways, batch_first = args
-    if not has_biases or (dropout and training) or any(w.shape[0] != weights[0].shape[0] for w in weights):
-        return NotImplemented  # no biases, or projections
-    one = CELLS[func]
-    states = list(state) if func is torch.lstm else [state]
-    with it:
-        tokens = x.transpose(0, 1) if batch_first and x.dim() == 3 else x
-        last: list[Any] = []
-        for layer in range(layers):
-            outputs = []
-            for way in range(2 if two_ways else 1):
-                k = 2 * layer + way if two_ways else layer
-                now = [s[k] for s in states]
-                rows = list(tokens.unbind(0))
-                done = []
-                for row in reversed(rows) if way else rows:
-                    new = one(row, tuple(now) if func is torch.lstm else now[0], *weights[4 * k : 4 * k + 4])
-                    now = list(new) if func is torch.lstm else [new]
-                    done.append(now[0])
-                outputs.append(torch.stack(done[::-1] if way else done))
-                last.append(now)
-            tokens = torch.cat(outputs, -1)
-        out = tokens.transpose(0, 1) if batch_first and x.dim() == 3 else tokens
-        return out, *(torch.stack([now[j] for now in last]) for j in range(len(states)))

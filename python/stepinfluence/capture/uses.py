@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from stepinfluence.capture.bags import embedding_bag
 from stepinfluence.capture.calls import EXPANSIONS, GROUPED, changes_in_place
-from stepinfluence.capture.composed import batched_product, cell, convolution, einsum, grouped_product, recurrent
+from stepinfluence.capture.composed import batched_product, convolution, einsum, grouped_product
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.owners import Owners
+from stepinfluence.capture.recurrent import cell, recurrent
 from stepinfluence.capture.row_by_row import per_row
 from stepinfluence.capture.rows import gains_examples
 from stepinfluence.capture.sources import Source

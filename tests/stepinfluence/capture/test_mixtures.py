@@ -122,32 +122,15 @@ SIZES = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 32,
 }
+JAMBA = {
+    "num_experts": 3, "num_hidden_layers": 2, "expert_layer_period": 1, "expert_layer_offset": 0,
+    "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 3,
+}  # fmt: skip
+QWEN = {"num_experts": 3, "num_hidden_layers": 1, "moe_intermediate_size": 24, "head_dim": 8, "decoder_sparse_step": 1}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("MixtralForCausalLM", {"num_local_experts": 3, "num_hidden_layers": 1}),
-    "Qwen3Moe": (
-        "Qwen3MoeForCausalLM",
-        {
-            "num_experts": 3,
-            "num_hidden_layers": 1,
-            "moe_intermediate_size": 24,
-            "head_dim": 8,
-            "decoder_sparse_step": 1,
-        },
-    ),
-    "Jamba": (
-        "JambaForCausalLM",
-        {
-            "num_experts": 3,
-            "num_hidden_layers": 2,
-            "expert_layer_period": 1,
-            "expert_layer_offset": 0,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "use_mamba_kernels": False,
-            "mamba_d_state": 4,
-            "mamba_dt_rank": 3,
-        },
-    ),
+    "Qwen3Moe": ("Qwen3MoeForCausalLM", QWEN),
+    "Jamba": ("JambaForCausalLM", JAMBA),
     "Olmoe": ("OlmoeForCausalLM", {"num_experts": 3, "num_hidden_layers": 1}),
 }
 
