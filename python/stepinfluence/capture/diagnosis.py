@@ -128,6 +128,24 @@ def other_losses(plain: Callable[[], Tensor]) -> LossError:
     )
 
 
+def not_finite_again(name: str, example: str, factor: float) -> LossError:
+    """The error for gradients that were finite, and are not when losses are multiplied by up to ``factor``."""
+    return LossError(
+        f"loss_fn: the gradient of {name} for example {example} was finite and is NaN or infinite when the batch is "
+        f"run again with losses multiplied by up to {factor:g}: it overflows {UNDERFLOW}; or something in the model or "
+        "the loss keeps a state of its own from pass to pass"
+    )
+
+
+def not_finite(name: str, count: int, rows: int) -> LossError:
+    """The error for gradients that are not finite in a batch whose rows' owners gradients have to tell."""
+    return LossError(
+        f"loss_fn: gradients are NaN or infinite in {count} of {rows} rows at {name}, though the losses are finite; "
+        "whose they are cannot be told here, featurize in batches of one to find the example; look for a root or "
+        "logarithm at zero in the model, or an overflow in half precision"
+    )
+
+
 def not_per_example(
     name: str, example: str, again: Callable[[float], Tensor], features: Tensor, tolerance: float, *, half: bool
 ) -> StepInfluenceError:

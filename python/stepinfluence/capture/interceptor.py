@@ -53,6 +53,13 @@ class _Operands:
         self.only_doubtful = True  # no data that surely is data, see Provenance
 
 
+def nested(where: str) -> UnsupportedUseError:
+    """The error for tensors whose examples have lengths of their own."""
+    return UnsupportedUseError(
+        f"model: a nested (jagged) tensor, {where}, cannot be followed; pass padded tensors with a mask"
+    )
+
+
 def _ignored(_grad: Tensor, _saved: tuple[Tensor, ...]) -> None:
     """Receives the gradients of uses that are left out."""
 
@@ -234,7 +241,8 @@ class Interceptor(TorchFunctionMode):
     def use(self, operation: Callable[..., Any], owners: Owners | None, *used: Source | None) -> Use:
         """A use of these sources that is happening now, on rows of these owners."""
         names = ", ".join(dict.fromkeys(s.name for s in used if s is not None))
-        use = Use(names, self._step(operation, *used), owners, self.shared)
+        called = getattr(operation, "__name__", str(operation)).strip("_")
+        use = Use(names, self._step(operation, *used), owners, self.shared, called)
         if not in_backward():  # recomputation: the nodes made now are thrown away, only their saved tensors count
             self.uses.append(use)
         return use
@@ -334,7 +342,8 @@ class Interceptor(TorchFunctionMode):
                 raise self.unsupported(
                     found.sources,
                     func,
-                    "inside a custom autograd function; checkpointing must have use_reentrant=False",
+                    "inside a custom autograd function; checkpointing must have use_reentrant=False, and a solver of "
+                    "differential equations must be differentiated through, without the adjoint method",
                 )
             return self._without_sources(func, args, kwargs, found)
         if not found.data:
@@ -362,6 +371,8 @@ class Interceptor(TorchFunctionMode):
                 if result is not NotImplemented:
                     return result
         result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_nested and not in_backward():
+            raise nested(f"the result of {resolve_name(func) or func.__name__}")
         if found.sources:
             self.usage.saw(func, found.sources, result)
         if found.data:
