@@ -166,3 +166,24 @@ def test_a_custom_function_is_never_followed(place: str) -> None:
     assert capture.owners == "found"
     with pytest.raises(LayoutError, match="changes with the losses of other examples"):
         capture.featurize(batches, loss)
+
+
+def folded_places(core: Any, x: Tensor) -> Tensor:
+    """Examples beside each other along the places of a convolution that looks at one place at a time."""
+    wide = x.reshape(1, -1, D).transpose(1, 2)
+    return core.conv(wide).transpose(1, 2).view_as(x).tanh()
+
+
+def strided_places(core: Any, x: Tensor) -> Tensor:
+    """Windows of one example's tokens each: as wide as an example has tokens, and as far apart."""
+    wide = x.reshape(1, -1, D).transpose(1, 2)
+    return x + core.wide(wide).transpose(1, 2).reshape(len(x), 1, D).tanh()
+
+
+@pytest.mark.parametrize("groups", [1, 2, D])
+def test_convolutions_over_examples_side_by_side(groups: int) -> None:
+    torch.manual_seed(12)
+    one = Core(folded_places, conv=nn.Conv1d(D, D, 1, groups=groups))
+    assert compare(zoo.Looped(one).double(), batches((3, 4), (4, 3), (1, 5))).capture.owners == "followed"
+    windows = Core(strided_places, wide=nn.Conv1d(D, D, 4, stride=4, groups=groups))
+    assert compare(zoo.Looped(windows).double(), batches((3, 4), (5, 4), (1, 4))).capture.owners == "followed"
