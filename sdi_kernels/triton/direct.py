@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdi_kernels.triton import common, configs, tuning
+from sdi_kernels.triton.rounding import operand
 
 
 # Token counts vary from call to call and gain nothing from a program of their own.
@@ -52,8 +53,8 @@ def direct_sketch_kernel(
         b_a = tl.load(p_ax, mask=m_t[:, None] & m_i[None, :], other=0.0)
         b_g = tl.load(p_gx, mask=m_t[:, None] & m_o[None, :], other=0.0)
         if not IS_HALF:
-            b_a = b_a.to(tl.float32)
-            b_g = b_g.to(tl.float32)
+            b_a = operand(b_a.to(tl.float32), PRECISION)
+            b_g = operand(b_g.to(tl.float32), PRECISION)
         b_acc = tl.dot(tl.trans(b_g), b_a, b_acc, input_precision=PRECISION)
         p_ax += step_a
         p_gx += step_g
@@ -67,7 +68,8 @@ def direct_sketch_kernel(
     h_o = tl.load(p_h_out + o_o, mask=m_o, other=0)
     h_i = tl.load(p_h_in + o_i, mask=m_i, other=0)
     o_pos = h_o[:, None] + h_i[None, :]
-    o_pos = tl.where(o_pos >= m, o_pos - m, o_pos)
+    # A hint that nothing reads by, and that need not be true: lanes go along the row.
+    o_pos = tl.max_contiguous(tl.where(o_pos >= m, o_pos - m, o_pos), (1, BLOCK_I))
     if IS_WIDE:
         o_pos = o_pos.to(tl.int64)
     p_bin = p_out + i_row * stride_or + o_pos * stride_om

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdi_kernels.triton import common
+from sdi_kernels.triton.rounding import operand
 
 
 class FftConfig(NamedTuple):
@@ -42,7 +43,7 @@ class FftConfig(NamedTuple):
 CONFIGS: dict[int, FftConfig] = {
     256: FftConfig(1, 16, 16, 4, 4, True),
     512: FftConfig(1, 16, 32, 1, 4, True),
-    1024: FftConfig(1, 32, 32, 2, 8, True),
+    1024: FftConfig(1, 16, 64, 1, 8, True),
     2048: FftConfig(1, 32, 64, 1, 8, True),
     4096: FftConfig(2, 32, 64, 1, 8, True),
     8192: FftConfig(4, 32, 64, 1, 8, False),
@@ -50,9 +51,10 @@ CONFIGS: dict[int, FftConfig] = {
 """Sketch sizes the kernel takes, with the configuration of each (docs/kernels.md has the registers they need)."""
 
 COMPACT_CONFIGS: dict[int, FftConfig] = {
-    **{m: config for m, config in CONFIGS.items() if m <= 1024},
-    2048: FftConfig(2, 32, 32, 2, 8, True),
-    4096: FftConfig(4, 32, 32, 2, 8, False),
+    **{m: config for m, config in CONFIGS.items() if m <= 512},
+    1024: FftConfig(2, 16, 32, 1, 4, True),
+    2048: FftConfig(4, 16, 32, 1, 4, True),
+    4096: FftConfig(8, 16, 32, 1, 4, False),
 }
 """For devices with less shared memory per program than :data:`SHARED_BYTES` (sm_86, sm_89: 99 KB)."""
 
@@ -140,12 +142,15 @@ def _complex_dot(b_a_re, b_a_im, b_f0, b_f1, b_f2, IS_LEFT: tl.constexpr, PRECIS
 
     Swapping the last two gives the product with the conjugate of F.
     """
+    b_sum = operand(b_a_re + b_a_im, PRECISION)
+    b_a_re = operand(b_a_re, PRECISION)
+    b_a_im = operand(b_a_im, PRECISION)
     if IS_LEFT:
-        b_sum = tl.dot(b_f0, b_a_re + b_a_im, input_precision=PRECISION)
+        b_sum = tl.dot(b_f0, b_sum, input_precision=PRECISION)
         b_re = tl.dot(b_f1, b_a_im, b_sum, input_precision=PRECISION)
         b_im = tl.dot(b_f2, b_a_re, b_sum, input_precision=PRECISION)
     else:
-        b_sum = tl.dot(b_a_re + b_a_im, b_f0, input_precision=PRECISION)
+        b_sum = tl.dot(b_sum, b_f0, input_precision=PRECISION)
         b_re = tl.dot(b_a_im, b_f1, b_sum, input_precision=PRECISION)
         b_im = tl.dot(b_a_re, b_f2, b_sum, input_precision=PRECISION)
     return b_re, b_im
@@ -307,25 +312,45 @@ def _roots(exponents: Tensor, order: int) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
+def _to_tf32(values: Tensor) -> Tensor:
+    """Finite fp32 ``values``, rounded to the nearest with 10 bits of mantissa."""
+    return ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
 @functools.lru_cache(maxsize=32)
-def constants(config: FftConfig, device: torch.device) -> Tensor:
-    """DFT matrices (as :func:`_complex_dot` takes them), twiddles and fold weights, packed into one fp32 tensor."""
+def constants(config: FftConfig, device: torch.device, precision: str) -> Tensor:
+    """DFT matrices (as :func:`_complex_dot` takes them), twiddles and fold weights, packed into one fp32 tensor.
+
+    For one tf32 product the matrices are rounded to nearest: tensor cores would cut their low bits off.
+    """
     residues, n1, n2 = config[:3]
     size, m = n1 * n2, residues * n1 * n2
-    parts = []
+    parts: list[Tensor] = []
+    gain = 1.0
     for n in (n1, n2):
         re, im = _roots(torch.outer(torch.arange(n), torch.arange(n)), n)
-        parts += [re, -(re + im), im - re]
-    parts += _roots(torch.outer(torch.arange(n1), torch.arange(n2)), size)
+        matrices = [x.float() for x in (re, -(re + im), im - re)]
+        if precision == "tf32":
+            matrices = [_to_tf32(x) for x in matrices]
+            f0, f1, f2 = (x.double() for x in matrices)
+            gain *= float((2 * f0 * re - (f0 + f1) * im + (f0 + f2) * im).sum() / (2 * n * n))
+        parts += matrices
+    # Few numbers make up a small matrix, so that rounding them makes it larger or smaller as a whole: twiddles undo it.
+    parts += [x / gain for x in _roots(torch.outer(torch.arange(n1), torch.arange(n2)), size)]
     for r in range(residues):
         parts += _roots(r * torch.arange(size), m)
     parts += _roots(torch.arange(residues), residues)
-    return torch.cat([p.flatten() for p in parts]).float().to(device)
+    return torch.cat([p.flatten().float() for p in parts]).to(device)
 
 
 def configs(device: torch.device) -> dict[int, FftConfig]:
     """The sketch sizes the kernel takes on ``device``, with their configurations."""
     return CONFIGS if common.shared_bytes(device) >= SHARED_BYTES else COMPACT_CONFIGS
+
+
+def finish_precision(precision: str) -> str:
+    """Of the inverse transform: once per row, three products cost little, and add no error of their own."""
+    return "tf32x3" if precision == "tf32" else precision
 
 
 def _unroll(width: int) -> int:
@@ -355,15 +380,17 @@ def linear_fft(
         return
     config = configs(out.device)[m]
     table_out, table_in = tables[2], tables[5]
-    const = constants(config, out.device)
     precision = common.dot_precision(activations, grad_outputs)
+    const = constants(config, out.device, precision)
+    inverse = finish_precision(precision)
+    inverse_const = constants(config, out.device, inverse)
     splits = common.token_splits(rows * config.residues, tokens, 16 * config.tokens, out.device)
     per_split = common.cdiv(common.cdiv(tokens, splits), config.tokens) * config.tokens
     splits = common.cdiv(tokens, per_split)
     chunk = min(rows, max(1, workspace // (8 * m * splits)))
     work = out.new_empty(chunk * splits * 2 * m)
     shape: dict[str, Any] = {
-        "N1": config.n1, "N2": config.n2, "R": config.residues, "PRECISION": precision, "num_warps": config.num_warps,
+        "N1": config.n1, "N2": config.n2, "R": config.residues, "num_warps": config.num_warps, "num_stages": 1,
     }  # fmt: skip
     for start in range(0, rows, chunk):
         o, a, g = (t[start : start + chunk] for t in (out, activations, grad_outputs))
@@ -371,6 +398,8 @@ def linear_fft(
             work, a, g, table_in, table_out, const, tokens, per_split, table_in.shape[1], table_out.shape[1],
             *a.stride(), *g.stride(),
             BLOCK_T=config.tokens, UNROLL_IN=_unroll(table_in.shape[1]), UNROLL_OUT=_unroll(table_out.shape[1]),
-            IS_WIDE=common.wide(a) or common.wide(g), PREFETCH=config.prefetch, num_stages=1, **shape,
+            IS_WIDE=common.wide(a) or common.wide(g), PREFETCH=config.prefetch, PRECISION=precision, **shape,
         )  # fmt: skip
-        fft_finish_kernel[(o.shape[0], config.residues)](o, work, const, splits, *o.stride(), num_stages=1, **shape)
+        fft_finish_kernel[(o.shape[0], config.residues)](
+            o, work, inverse_const, splits, *o.stride(), PRECISION=inverse, **shape
+        )

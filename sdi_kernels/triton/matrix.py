@@ -101,7 +101,8 @@ def matrix_scatter_kernel(
     s_o = tl.load(p_s_out + o_o, mask=m_o, other=0).to(tl.float32)
     s_i = tl.load(p_s_in + o_i, mask=m_i, other=0).to(tl.float32)
     o_pos = tl.load(p_h_out + o_o, mask=m_o, other=0)[:, None] + tl.load(p_h_in + o_i, mask=m_i, other=0)[None, :]
-    o_pos = tl.where(o_pos >= m, o_pos - m, o_pos)
+    # A hint that nothing reads by, and that need not be true: lanes go along the row.
+    o_pos = tl.max_contiguous(tl.where(o_pos >= m, o_pos - m, o_pos), (1, TILE_I))
     p_bin = p_out + i_row * stride_or + o_pos.to(tl.int64) * stride_om
     tl.atomic_add(p_bin, b_x * s_o[:, None] * s_i[None, :], mask=m_tile, sem="relaxed")
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdi_kernels.triton import common, configs, tuning
+from sdi_kernels.triton.rounding import operand
 
 
 @triton.jit
@@ -32,8 +33,8 @@ def _scores(
         b_x = tl.load(p_xd, mask=m_x[:, None] & m_d, other=0.0)
         b_y = tl.load(p_yd, mask=m_y[:, None] & m_d, other=0.0)
         if not IS_HALF:
-            b_x = b_x.to(tl.float32)
-            b_y = b_y.to(tl.float32)
+            b_x = operand(b_x.to(tl.float32), PRECISION)
+            b_y = operand(b_y.to(tl.float32), PRECISION)
         b_acc = tl.dot(b_x, tl.trans(b_y), b_acc, input_precision=PRECISION)
         p_xd += step_x
         p_yd += step_y

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sdi_kernels.hashing import BLOCK_BUCKETS
 from sdi_kernels.triton import common, configs, tuning
+from sdi_kernels.triton.rounding import operand
 
 
 @triton.jit
@@ -85,14 +86,15 @@ def shear_sketch_kernel(
             b_g = tl.load((p_gx + o_t * stride_gt)[None, :] + o_gv, mask=(v != 0) & m_t[None, :], other=0.0)
             b_a = tl.load((p_ax + o_t * stride_at)[:, None] + o_ac, mask=m_j & m_t[:, None], other=0.0)
             if not IS_HALF:
-                b_g = b_g.to(tl.float32)
-                b_a = b_a.to(tl.float32)
-            b_g = tl.where(v < 0, -b_g, b_g)
+                b_g = operand(b_g.to(tl.float32), PRECISION)
+                b_a = operand(b_a.to(tl.float32), PRECISION)
+            b_g *= tl.where(v < 0, -1.0, 1.0).to(b_g.dtype)
             b_a = tl.where(m_minus, -b_a, b_a)
             b_acc = tl.dot(b_g, b_a, b_acc, input_precision=PRECISION)
 
     o_pos = o_base[:, None] + o_c[None, :]
-    o_pos = tl.where(o_pos >= m, o_pos - m, o_pos)
+    # A hint that nothing reads by, and that need not be true: lanes go along the row.
+    o_pos = tl.max_contiguous(tl.where(o_pos >= m, o_pos - m, o_pos), (1, COLUMNS))
     if IS_WIDE:
         o_pos = o_pos.to(tl.int64)
     m_tile = m_base[:, None] & (o_c < d_in + R - 1)[None, :]
