@@ -93,9 +93,7 @@ def pairwise(
     config = tuning.tuned(activations.device).tile(f"pairwise {kind}")
     assert isinstance(config, configs.PairwiseConfig)
     blocks = common.cdiv(tokens, config.block_train)
-    splits = common.token_splits(pairs * blocks, query_tokens, config.block_query, activations.device)
-    per_split = common.cdiv(common.cdiv(query_tokens, splits), config.block_query) * config.block_query
-    splits = common.cdiv(query_tokens, per_split)
+    splits, per_split = common.parts(pairs * blocks, query_tokens, config.block_query, 1, activations.device)
     partial = activations.new_empty(pairs, blocks * splits, dtype=torch.float32)
     pairwise_kernel[(pairs * blocks, splits)](
         partial, *inputs, tokens, query_tokens, per_split, d_in, grad_outputs.shape[-1],

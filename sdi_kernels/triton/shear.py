@@ -121,9 +121,8 @@ def linear_shear(out: Tensor, activations: Tensor, grad_outputs: Tensor, tables:
     groups = m // BLOCK_BUCKETS
     # At most so many blocks are in use; programs beyond them return at once.
     tiles = common.cdiv(groups, config.blocks) * common.cdiv(d_in + BLOCK_BUCKETS - 1, config.columns)
-    splits = common.token_splits(rows * tiles, tokens, 32 * config.tokens, out.device)
-    per_split = common.cdiv(common.cdiv(tokens, splits), config.tokens) * config.tokens
-    shear_sketch_kernel[(rows * tiles, common.cdiv(tokens, per_split))](
+    splits, per_split = common.parts(rows * tiles, tokens, config.tokens, 32, out.device)
+    shear_sketch_kernel[(rows * tiles, splits)](
         out, activations, grad_outputs, table_out, s_in, tokens, per_split, d_in, m, table_out.shape[1],
         *out.stride(), *activations.stride(), *grad_outputs.stride(),
         BLOCKS=config.blocks, COLUMNS=config.columns, BLOCK_T=config.tokens,

@@ -67,11 +67,11 @@ def _fft_cases(
     target: Target, sizes: tuple[int, ...], unrolls: tuple[int, ...], configs: str,
     precisions: tuple[str, ...] = ("tf32", "tf32x3"),
 ) -> list[Case]:  # fmt: skip
-    from sdi_kernels.triton import fft
+    from sdi_kernels.triton import transforms
 
     cases = []
     for m in sizes:
-        config = getattr(fft, configs)[m]
+        config = getattr(transforms, configs)[m]
         shape = {"N1": config.n1, "N2": config.n2, "R": config.residues}
         for precision in precisions:
             for unroll in unrolls:
@@ -86,7 +86,7 @@ def _fft_cases(
                          config.tokens, FFT_SHARED.get((m, precision)) if target == SM90 and unroll == 1 else None)
                 )  # fmt: skip
         # By three products, whatever the inputs; the stack is paid once per row, not per token.
-        constants = {**shape, "PRECISION": fft.finish_precision(precisions[0]), "stride_om": 1}
+        constants = {**shape, "PRECISION": transforms.finish_precision(precisions[0]), "stride_om": 1}
         cases.append(
             Case(f"fft m={m} finish", target, "fft", "fft_finish_kernel", constants, {}, config.num_warps, 1,
                  ANY_MATRIX, 16, 8)
@@ -112,19 +112,19 @@ def _half(kind: str, *pointers: str) -> dict[str, str]:
 
 
 def _direct_cases(
-    target: Target, kinds: tuple[str, ...], scales: tuple[bool, ...] = (False, True), all_candidates: bool = False
+    target: Target, kinds: tuple[str, ...], metrics: tuple[bool, ...] = (False, True), all_candidates: bool = False
 ) -> list[Case]:
     cases = []
     for name, kind, config in _tuned("direct", kinds, all_candidates):
-        for scaled in scales if "tile" not in name else (False,):
+        for weighted in metrics if "tile" not in name else (False,):
             constants = {
                 "BLOCK_O": config.block_out, "BLOCK_I": config.block_in, "BLOCK_T": config.block_tokens,
-                "HAS_SCALE": scaled, "IS_HALF": kind == "half", "IS_WIDE": False,
+                "HAS_METRIC": weighted, "IS_HALF": kind == "half", "IS_WIDE": False,
                 "PRECISION": "tf32" if kind == "half" else kind,
-                "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "stride_pi": 1,
+                "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "stride_mi": 1,
             }  # fmt: skip
             cases.append(
-                Case(name + (" scaled" if scaled else ""), target, "direct", "direct_sketch_kernel", constants,
+                Case(name + (" metric" if weighted else ""), target, "direct", "direct_sketch_kernel", constants,
                      _half(kind, "p_a", "p_g"), config.num_warps, config.num_stages, _wanted(target), EPILOGUE_STACK,
                      8 if target == SM100 else 0)  # there the longest loop holds more than the tokens'
             )  # fmt: skip
@@ -185,13 +185,13 @@ def _matrix_cases(target: Target) -> list[Case]:
     from sdi_kernels.triton import matrix
 
     cases = []
-    for scaled in (False, True):
-        shared = {"HAS_SCALE": scaled, "stride_om": 1, "stride_xi": 1, "stride_pi": 1}
+    for weighted in (False, True):
+        shared = {"HAS_METRIC": weighted, "stride_om": 1, "stride_xi": 1, "stride_mi": 1}
         gather = {**shared, "BLOCK_O": matrix.BLOCK_O, "BLOCK_M": matrix.BLOCK_M, "IS_ATOMIC": False}
         scatter = {**shared, "TILE_O": matrix.TILE_O, "TILE_I": matrix.TILE_I}
-        word = " scaled" if scaled else ""
+        word = " metric" if weighted else ""
         # Two registers' worth with 168 of 255 in use: ptxas's choice, not a lack of them.
-        stack, local = (16, 1) if scaled and target == SM80 else (0, 0)
+        stack, local = (16, 1) if weighted and target == SM80 else (0, 0)
         cases += [
             Case(f"matrix gather{word}", target, "matrix", "matrix_gather_kernel", gather, {}, matrix.NUM_WARPS, 3,
                  stack=stack, local=local),
