@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import CustomOpDef
 
 import sdi_kernels as sk
-from sdi_kernels import CountSketch, HashFamily, TensorSketch, linear, ops, plan
+from sdi_kernels import CountSketch, HashFamily, TensorSketch, linear, ops, workspace
 
 families = pytest.mark.parametrize("hashing", sk.HASH_FAMILIES)
 routes = pytest.mark.parametrize("route", ["direct", "fft"])
@@ -206,7 +206,7 @@ def test_gradients_come_in_the_inputs_dtype(dtype: torch.dtype) -> None:
 def test_gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The adjoint forms a matrix per example, a few at a time."""
     inputs = values(5, 3, D_IN, dtype=torch.float64, grad=True), values(5, 3, D_OUT, dtype=torch.float64, grad=True)
-    monkeypatch.setitem(plan.WORKSPACE_BYTES, "cpu", 2 * 8 * D_OUT * D_IN * 2)
+    monkeypatch.setitem(workspace.WORKSPACE_BYTES, "cpu", 2 * 8 * D_OUT * D_IN * 2)
     assert torch.autograd.gradcheck(lambda a, g: sk.sketch_linear_grads(a, g, SKETCH), inputs)
 
 
