@@ -50,7 +50,7 @@ test-asan: $(VENV)/.stamp-test ## run the C kernels' tests under AddressSanitize
 	gcc -shared -fPIC -g -O1 -std=gnu11 -fvisibility=hidden -Wno-psabi -Wno-unknown-pragmas -fno-omit-frame-pointer \
 		-fsanitize=address,undefined -fno-sanitize-recover=undefined \
 		sdi_kernels/cpu/src/*.c -o $(ASAN)/sdi_kernels/cpu/_sketch.abi3.so -lm -lpthread
-	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -o 'pythonpath=$(ASAN) tests/shared tests/kernels .' $(ASAN_TESTS)
 
 lint: $(VENV)/.stamp-dev ## check style, formatting and types
