@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-calibrate build clean test-cpus test-triton bench-evaluate bench-demo
+.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-calibrate build clean test-cpus test-triton test-asan bench-evaluate bench-demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,17 @@ $(OLD_TRITON_PATH)/.stamp: pyproject.toml | $(BIN)/pip
 
 test-cpus: $(VENV)/.stamp-test ## run the tests of numbers as other CPUs would compute them, one kind of CPU after another
 	$(BIN)/python tests/on_cpus.py -- $(PARALLEL)
+
+# A copy of the package whose C kernels look at every access, before the clone on the path.
+ASAN := build/asan
+ASAN_TESTS := $(addprefix tests/kernels/test_,borders.py cpu_routes.py instruction_sets.py preconditioned.py routes.py scaled_vector.py scan.py)
+test-asan: $(VENV)/.stamp-test ## run the C kernels' tests under AddressSanitizer and UBSan (needs gcc)
+	rm -rf $(ASAN) && mkdir -p $(ASAN) && cp -r sdi_kernels $(ASAN)/ && rm -f $(ASAN)/sdi_kernels/cpu/_sketch*.so
+	gcc -shared -fPIC -g -O1 -std=gnu11 -fvisibility=hidden -Wno-psabi -Wno-unknown-pragmas -fno-omit-frame-pointer \
+		-fsanitize=address,undefined -fno-sanitize-recover=undefined \
+		sdi_kernels/cpu/src/*.c -o $(ASAN)/sdi_kernels/cpu/_sketch.abi3.so -lm -lpthread
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest -o 'pythonpath=$(ASAN) tests/shared tests/kernels .' $(ASAN_TESTS)
 
 lint: $(VENV)/.stamp-dev ## check style, formatting and types
 	$(BIN)/ruff check

@@ -50,6 +50,9 @@ MAX_SKETCH_SIZE = 1 << 24
 BLOCK_BUCKETS = 16
 """Consecutive buckets that belong together in the ``block`` family (fewer where they do not divide ``m``)."""
 
+MAX_SHEAR_SIZE = 1 << 14
+"""Largest sketch size of the ``shear`` kernel, which looks at all blocks of the table at its start."""
+
 
 def _words(seed: int, name: str, role: str, count: int) -> npt.NDArray[np.uint64]:
     """``count`` raw 64-bit words of the stream keyed by (format, seed, name, role)."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdi_kernels import torch_routes
+from sdi_kernels import borders, torch_routes
 from sdi_kernels._checks import sketch_dtype
 from sdi_kernels.cpu import routes as cpu_routes
 from sdi_kernels.workspace import workspace_bytes
@@ -37,6 +37,7 @@ def linear_sketch_(
     route: str,
     metric: Tensor | None = None,
 ) -> None:
+    borders.linear(out, activations, grad_outputs, tables, m, route, metric)
     if activations.shape[0] == 0 or activations.shape[1] == 0:
         return
     torch_routes.linear(out, activations, grad_outputs, tables, m, route, metric)
@@ -44,16 +45,19 @@ def linear_sketch_(
 
 @torch.library.custom_op("sdi_kernels::matrix_sketch_", mutates_args={"out"})
 def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
+    borders.matrix(out, grads, tables, m, metric)
     torch_routes.matrix(out, grads, tables, m, metric)
 
 
 @torch.library.custom_op("sdi_kernels::embedding_sketch_", mutates_args={"out"})
 def embedding_sketch_(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
+    borders.embedding(out, token_ids, grad_outputs, tables, m)
     torch_routes.embedding(out, token_ids, grad_outputs, tables, m)
 
 
 @torch.library.custom_op("sdi_kernels::vector_sketch_", mutates_args={"out"})
 def vector_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
+    borders.vector(out, grads, tables, m)
     torch_routes.vector(out, grads, tables, m)
 
 
@@ -67,13 +71,14 @@ def scaled_vector_sketch_(
     tables: Sequence[Tensor],
     m: int,
 ) -> None:
+    borders.scaled_vector(out, grads, factors, center, scale, tables, m)
     torch_routes.scaled_vector(out, grads, factors, center, scale, tables, m)
 
 
 # On the CPU: compiled kernels where they are built and apply, the same torch routes elsewhere.
-linear_sketch_.register_kernel("cpu")(cpu_routes.linear)
-vector_sketch_.register_kernel("cpu")(cpu_routes.vector)
-scaled_vector_sketch_.register_kernel("cpu")(cpu_routes.scaled_vector)
+linear_sketch_.register_kernel("cpu")(borders.guarded(borders.linear, cpu_routes.linear))
+vector_sketch_.register_kernel("cpu")(borders.guarded(borders.vector, cpu_routes.vector))
+scaled_vector_sketch_.register_kernel("cpu")(borders.guarded(borders.scaled_vector, cpu_routes.scaled_vector))
 
 
 @linear_sketch_.register_fake
@@ -100,11 +105,11 @@ def _on_cuda(name: str) -> Callable[..., None]:
     return run
 
 
-linear_sketch_.register_kernel("cuda")(_on_cuda("linear_sketch_"))
-matrix_sketch_.register_kernel("cuda")(_on_cuda("matrix_sketch_"))
-embedding_sketch_.register_kernel("cuda")(_on_cuda("embedding_sketch_"))
-vector_sketch_.register_kernel("cuda")(_on_cuda("vector_sketch_"))
-scaled_vector_sketch_.register_kernel("cuda")(_on_cuda("scaled_vector_sketch_"))
+linear_sketch_.register_kernel("cuda")(borders.guarded(borders.linear, _on_cuda("linear_sketch_")))
+matrix_sketch_.register_kernel("cuda")(borders.guarded(borders.matrix, _on_cuda("matrix_sketch_")))
+embedding_sketch_.register_kernel("cuda")(borders.guarded(borders.embedding, _on_cuda("embedding_sketch_")))
+vector_sketch_.register_kernel("cuda")(borders.guarded(borders.vector, _on_cuda("vector_sketch_")))
+scaled_vector_sketch_.register_kernel("cuda")(borders.guarded(borders.scaled_vector, _on_cuda("scaled_vector_sketch_")))
 
 
 # ---------------------------------------------------------------------------------------------------------------

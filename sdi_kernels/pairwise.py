@@ -37,11 +37,39 @@ def _influence(a: Tensor, g: Tensor, qa: Tensor, qg: Tensor) -> Tensor:
     return out
 
 
+def _checked(
+    activations: object, grad_outputs: object, query_activations: object, query_grad_outputs: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four inputs, which fit together. The operator asks too: its kernels would read beyond what does not."""
+    a = _checks.float_tensor("activations", activations, min_dim=3)
+    g = _checks.float_tensor("grad_outputs", grad_outputs, min_dim=3)
+    qa = _checks.float_tensor("query_activations", query_activations, min_dim=3)
+    qg = _checks.float_tensor("query_grad_outputs", query_grad_outputs, min_dim=3)
+    for name, value in {"activations": a, "grad_outputs": g, "query_activations": qa, "query_grad_outputs": qg}.items():
+        if value.dim() != 3 or value.shape[0] != a.shape[0]:
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}; pass (pairs, tokens, features) with {a.shape[0]} pairs, "
+                "flatten or expand the leading dimensions"
+            )
+    if g.shape[1] != a.shape[1] or qg.shape[1] != qa.shape[1]:
+        raise ValueError(
+            f"grad_outputs, query_grad_outputs: got {g.shape[1]} and {qg.shape[1]} tokens, "
+            f"activations have {a.shape[1]} and {qa.shape[1]}; both must be over the same tokens"
+        )
+    if qa.shape[2] != a.shape[2] or qg.shape[2] != g.shape[2]:
+        raise ValueError(
+            f"query_activations, query_grad_outputs: got widths {qa.shape[2]} and {qg.shape[2]}, "
+            f"the train side has {a.shape[2]} and {g.shape[2]}; both must come from the same layer"
+        )
+    _checks.same_device(activations=a, grad_outputs=g, query_activations=qa, query_grad_outputs=qg)
+    return a, g, qa, qg
+
+
 @torch.library.custom_op("sdi_kernels::pairwise_linear_influence", mutates_args=())
 def _pairwise(
     activations: Tensor, grad_outputs: Tensor, query_activations: Tensor, query_grad_outputs: Tensor
 ) -> Tensor:
-    return _influence(activations, grad_outputs, query_activations, query_grad_outputs)
+    return _influence(*_checked(activations, grad_outputs, query_activations, query_grad_outputs))
 
 
 @_pairwise.register_fake
@@ -54,7 +82,7 @@ def _(activations: Tensor, grad_outputs: Tensor, query_activations: Tensor, quer
 def _(activations: Tensor, grad_outputs: Tensor, query_activations: Tensor, query_grad_outputs: Tensor) -> Tensor:
     from sdi_kernels.triton import available, common
 
-    inputs = (activations, grad_outputs, query_activations, query_grad_outputs)
+    inputs = _checked(activations, grad_outputs, query_activations, query_grad_outputs)
     if not available() or not common.supported(*inputs):
         return _influence(*inputs)
     from sdi_kernels.triton.pairwise import pairwise
@@ -84,26 +112,6 @@ def pairwise_linear_influence(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit.
     """
-    a = _checks.float_tensor("activations", activations, min_dim=3)
-    g = _checks.float_tensor("grad_outputs", grad_outputs, min_dim=3)
-    qa = _checks.float_tensor("query_activations", query_activations, min_dim=3)
-    qg = _checks.float_tensor("query_grad_outputs", query_grad_outputs, min_dim=3)
-    for name, value in {"activations": a, "grad_outputs": g, "query_activations": qa, "query_grad_outputs": qg}.items():
-        if value.dim() != 3 or value.shape[0] != a.shape[0]:
-            raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}; pass (pairs, tokens, features) with {a.shape[0]} pairs, "
-                "flatten or expand the leading dimensions"
-            )
-    if g.shape[1] != a.shape[1] or qg.shape[1] != qa.shape[1]:
-        raise ValueError(
-            f"grad_outputs, query_grad_outputs: got {g.shape[1]} and {qg.shape[1]} tokens, "
-            f"activations have {a.shape[1]} and {qa.shape[1]}; both must be over the same tokens"
-        )
-    if qa.shape[2] != a.shape[2] or qg.shape[2] != g.shape[2]:
-        raise ValueError(
-            f"query_activations, query_grad_outputs: got widths {qa.shape[2]} and {qg.shape[2]}, "
-            f"the train side has {a.shape[2]} and {g.shape[2]}; both must come from the same layer"
-        )
-    _checks.same_device(activations=a, grad_outputs=g, query_activations=qa, query_grad_outputs=qg)
+    a, g, qa, qg = _checked(activations, grad_outputs, query_activations, query_grad_outputs)
     result: Tensor = _pairwise(a.detach(), g.detach(), qa.detach(), qg.detach())
     return result

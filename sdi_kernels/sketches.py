@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sdi_kernels import _checks
+from sdi_kernels import _checks, borders
 from sdi_kernels.hashing import (
     BLOCK_BUCKETS,
     HASH_FAMILIES,
+    MAX_SHEAR_SIZE,
     MAX_SKETCH_SIZE,
     HashFamily,
     Role,
@@ -26,9 +27,6 @@ from sdi_kernels.hashing import (
     draw_signs,
     inverse_table,
 )
-
-MAX_SHEAR_SIZE = 1 << 14
-"""Largest sketch size of the ``shear`` kernel, which looks at all blocks of the table at its start."""
 
 TableLike = Sequence[int] | Tensor | npt.NDArray[Any]
 
@@ -104,6 +102,7 @@ class CountSketch:
         gather = inverse_table(bucket, sign, m)
         with torch.inference_mode(False):
             self._host_tables = [torch.from_numpy(table.copy()) for table in (bucket, sign, gather)]
+        borders.trust(self._host_tables, self.contiguous)
         self._device_tables: dict[torch.device, list[Tensor]] = {}
 
     @classmethod
@@ -140,6 +139,7 @@ class CountSketch:
                 tables = [table.to(device) for table in self._host_tables]
             if any(type(table) is not Tensor for table in tables):
                 return tables  # made under a fake or tracing mode: of no use to a later, real call
+            borders.trust(tables, self.contiguous)
             self._device_tables[device] = tables
         return self._device_tables[device]
 

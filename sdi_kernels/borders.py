@@ -1,0 +1,210 @@
+"""What the operators check before a kernel reads memory: shapes, dtypes, devices, and that tables stay in range.
+
+The functions of :mod:`sdi_kernels.functional` check what a user passes. These are for calls of
+``torch.ops.sdi_kernels.*`` themselves, whose kernels would follow any table out of bounds. The values of a table are
+looked at once, not on every call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdi_kernels._checks import FLOAT_DTYPES, sketch_dtype
+from sdi_kernels.hashing import BLOCK_BUCKETS, MAX_SHEAR_SIZE, inverse_table
+
+ROUTES = ("direct", "fft", "shear")
+
+_Key = tuple[int, ...]
+_known: dict[_Key, tuple[bool, tuple[tuple[weakref.ref[Tensor], int], ...]]] = {}
+"""Tables whose values were found right: whether ``h(i) = i``, and the versions of their contents. While the tensor that
+was looked at lives, its address belongs to it, under whatever other tensor object it comes."""
+
+
+def guarded(check: Callable[..., None], run: Callable[..., None]) -> Callable[..., None]:
+    """``run``, after ``check`` of the same arguments."""
+
+    def both(*arguments: Any, **options: Any) -> None:
+        check(*arguments, **options)
+        run(*arguments, **options)
+
+    return both
+
+
+def trust(tables: Sequence[Tensor], in_order: bool) -> None:
+    """Note tables that need not be looked at: a :class:`CountSketch` made them. ``in_order``: whether ``h(i) = i``."""
+    if torch.compiler.is_compiling() or any(type(t) is not Tensor or t.is_inference() for t in tables):
+        return
+    key = _key(tables)
+    if key not in _known:
+        weakref.finalize(tables[0], _known.pop, key, None)
+    _known[key] = in_order, tuple((weakref.ref(t), t._version) for t in tables)
+
+
+def _key(tables: Sequence[Tensor]) -> _Key:
+    bucket, sign, sources = tables
+    return bucket.data_ptr(), sign.data_ptr(), sources.data_ptr(), len(bucket), *sources.shape
+
+
+def _look_up(tables: Sequence[Tensor]) -> bool | None:
+    """Whether known tables are in order; None for tables that are not known, or were written to."""
+    if any(t.is_inference() for t in tables):  # their contents have no version
+        return None
+    in_order, known = _known.get(_key(tables), (False, ()))
+    same = bool(known) and all(
+        (seen := reference()) is not None and version == seen._version == t._version
+        for (reference, version), t in zip(known, tables, strict=True)
+    )
+    return in_order if same else None
+
+
+def _side(tables: Sequence[Tensor], d: int, m: int, what: str, device: torch.device) -> bool:
+    """Check one side's tables; whether ``h(i) = i``."""
+    sources = tables[2]
+    shapes = ((d,), (d,), (m, sources.shape[1] if sources.dim() == 2 else 1))
+    dtypes = (torch.int32, torch.int8, torch.int32)
+    for name, table, shape, dtype in zip(("bucket", "sign", "gather"), tables, shapes, dtypes, strict=True):
+        if table.shape != shape or table.dtype != dtype or table.device != device or not table.is_contiguous():
+            layout = "" if table.is_contiguous() else ", not contiguous"
+            raise ValueError(
+                f"tables: the {name} of {what} is {tuple(table.shape)} {table.dtype} on {table.device}{layout}; pass "
+                f"those of tables() of a sketch with d={d}, m={m} on {device}: {tuple(shape)} {dtype}"
+            )
+    if (known := _look_up(tables)) is not None:
+        return known
+    host = [t.cpu().numpy() for t in tables]
+    right = bool((host[0] >= 0).all() and (host[0] < m).all() and (abs(host[1]) == 1).all())
+    if right:
+        wanted = inverse_table(host[0], host[1], m)
+        right = wanted.shape == host[2].shape and bool((wanted == host[2]).all())
+    if not right:
+        raise ValueError(
+            f"tables: those of {what} are no tables of a sketch: buckets must lie in [0, {m}), signs be -1 or +1, and "
+            "gather be their inverse; pass what tables() returns, unchanged"
+        )
+    in_order = bool((host[0] == np.arange(d)).all())
+    trust(tables, in_order)
+    return in_order
+
+
+def _tables(tables: Sequence[Tensor], sides: Sequence[tuple[str, int]], m: int, device: torch.device) -> bool:
+    """Check all tables; whether those of the last side are in order."""
+    if len(tables) != 3 * len(sides):
+        raise ValueError(f"tables: got {len(tables)} tensors; pass the {3 * len(sides)} of the sketch's tables()")
+    in_order = [_side(tables[3 * k : 3 * k + 3], d, m, what, device) for k, (what, d) in enumerate(sides)]
+    return in_order[-1]
+
+
+def _shaped(name: str, value: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+    fits = value.dim() == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
+    if not fits or value.device != device:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)} on {value.device}; pass a tensor of shape ({wanted}) on {device}"
+        )
+
+
+def _floats(**tensors: Tensor) -> None:
+    for name, value in tensors.items():
+        if value.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name}: got dtype {value.dtype}; pass float32, bfloat16, float16 or float64")
+
+
+def _out(out: Tensor, rows: int, m: int, *inputs: Tensor) -> None:
+    _shaped("out", out, (rows, m), inputs[0].device)
+    if m < 1:
+        raise ValueError(f"m: got {m}; pass the sketch's number of buckets")
+    if out.dtype != sketch_dtype(*inputs):
+        raise TypeError(f"out: got dtype {out.dtype}; pass {sketch_dtype(*inputs)}")
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError("out: its entries share memory (an expanded tensor); pass a buffer of its own")
+
+
+def _metric(metric: Tensor | None, d_out: int, d_in: int, device: torch.device) -> None:
+    if metric is not None:
+        _floats(metric=metric)
+        _shaped("metric", metric, (d_out, d_in), device)
+
+
+def linear(
+    out: Tensor,
+    activations: Tensor,
+    grad_outputs: Tensor,
+    tables: Sequence[Tensor],
+    m: int,
+    route: str,
+    metric: Tensor | None = None,
+) -> None:
+    """Raises ValueError or TypeError where the arguments of ``linear_sketch_`` do not belong together."""
+    _floats(activations=activations, grad_outputs=grad_outputs)
+    _shaped("activations", activations, (None, None, None), out.device)
+    rows, tokens, d_in = activations.shape
+    _shaped("grad_outputs", grad_outputs, (rows, tokens, None), out.device)
+    _out(out, rows, m, activations, grad_outputs)
+    d_out = grad_outputs.shape[2]
+    in_order = _tables(tables, (("outputs", d_out), ("inputs", d_in)), m, out.device)
+    _metric(metric, d_out, d_in, out.device)
+    if route not in ROUTES:
+        raise ValueError(f"route: got {route!r}; the operator takes {', '.join(map(repr, ROUTES))}")
+    if route == "fft" and metric is not None:
+        raise ValueError("metric: the fft route cannot apply it; use route='direct'")
+    if route == "shear" and (metric is not None or m % BLOCK_BUCKETS or m > MAX_SHEAR_SIZE or not in_order):
+        raise ValueError(
+            "route: 'shear' takes no metric, inputs hashed in order, and m a multiple of 16 up to 16384; use 'direct'"
+        )
+
+
+def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
+    """As :func:`linear`, for ``matrix_sketch_``."""
+    _floats(grads=grads)
+    _shaped("grads", grads, (None, None, None), out.device)
+    rows, d_out, d_in = grads.shape
+    _out(out, rows, m, grads)
+    _tables(tables, (("rows", d_out), ("columns", d_in)), m, out.device)
+    _metric(metric, d_out, d_in, out.device)
+
+
+def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
+    """As :func:`linear`, for ``embedding_sketch_``."""
+    _floats(grad_outputs=grad_outputs)
+    _shaped("grad_outputs", grad_outputs, (None, None, None), out.device)
+    rows, tokens, d = grad_outputs.shape
+    _shaped("token_ids", token_ids, (rows, tokens), out.device)
+    if token_ids.dtype != torch.int64:
+        raise TypeError(f"token_ids: got dtype {token_ids.dtype}; pass int64")
+    _out(out, rows, m, grad_outputs)
+    vocabulary = tables[0].numel() if tables else 0
+    _tables(tables, (("the vocabulary", vocabulary), ("inputs", d)), m, out.device)
+
+
+def vector(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
+    """As :func:`linear`, for ``vector_sketch_``."""
+    _floats(grads=grads)
+    _shaped("grads", grads, (None, None, None), out.device)
+    _out(out, grads.shape[0], m, grads)
+    _tables(tables, (("the vector", grads.shape[2]),), m, out.device)
+
+
+def scaled_vector(
+    out: Tensor,
+    grads: Tensor,
+    factors: Tensor,
+    center: Tensor | None,
+    scale: Tensor | None,
+    tables: Sequence[Tensor],
+    m: int,
+) -> None:
+    """As :func:`linear`, for ``scaled_vector_sketch_``."""
+    _floats(grads=grads, factors=factors)
+    _shaped("grads", grads, (None, None, None), out.device)
+    _shaped("factors", factors, tuple(grads.shape), out.device)
+    for name, value in (("center", center), ("scale", scale)):
+        if value is not None:
+            _shaped(name, value, tuple(grads.shape[:2]), out.device)
+    _out(out, grads.shape[0], m, grads, factors)
+    _tables(tables, (("the vector", grads.shape[2]),), m, out.device)
