@@ -12,10 +12,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from kept import MARK, ROOT, Parts, rewritten
 from parts_bench import PARTS as BENCH
+from parts_models import PARTS as MODELS
 from parts_readme import PARTS as README
 from parts_store import PARTS as STORE
 
-PARTS: Parts = {**README, **STORE, **BENCH}
+PARTS: Parts = {**README, **STORE, **BENCH, **MODELS}
 PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -91,7 +91,7 @@ def addmm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         return NotImplemented
     bias, x, weight = args
     on_weight, on_bias = it.source(weight), it.source(bias)
-    if it.source(x) is not None or (on_bias is None and it.source(bias) is not None) or bias.dim() != 1:
+    if it.source(x) is not None or bias.dim() != 1:
         return NotImplemented
     output = torch.addmm(it.detached(bias), x, it.detached(weight))
     use = it.use(func, it.owners(x, 1), on_weight, on_bias)

@@ -1,0 +1,1 @@
+"""What the capture gives, and what it costs, on looped models of many kinds."""

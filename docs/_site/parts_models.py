@@ -1,0 +1,16 @@
+"""The table of models in docs/capture.md."""
+
+from __future__ import annotations
+
+from kept import Parts, load, source, table
+
+
+def models() -> str:
+    """docs/capture.md: models of many kinds, errors and cost."""
+    from bench.models.__main__ import HEAD, cells
+
+    result = load("models.json")
+    return f"{source('models.json', False, result)}\n\n" + table([*HEAD], [cells(row) for row in result["rows"]])
+
+
+PARTS: Parts = {"models": models}
