@@ -16,8 +16,9 @@ from stepinfluence.attribution.scoring import Influence
 from stepinfluence.capture import Capture
 from stepinfluence.capture.batches import fingerprints, length_of
 from stepinfluence.capture.pairs import BatchGradients, PairCapture, PairRoute
-from stepinfluence.capture.session import IdsOf, LossFn, isolated
+from stepinfluence.capture.session import isolated
 from stepinfluence.errors import FeatureMismatchError
+from stepinfluence.loaders import IdsOf, LossFn
 
 QUERY_BYTES = 2 << 30
 """Factors of queries that are held at a time, unless told otherwise."""

@@ -16,8 +16,8 @@ from stepinfluence.attribution.checkpoints import PathLike, Reader
 from stepinfluence.attribution.scoring import Metric, visit_checkpoints
 from stepinfluence.capture import Capture
 from stepinfluence.capture.pairs import PairRoute
-from stepinfluence.capture.session import LossFn
 from stepinfluence.errors import FeatureMismatchError
+from stepinfluence.loaders import LossFn
 from stepinfluence.search.index import Index
 from stepinfluence.search.question import Question
 from stepinfluence.search.ranking import NO_ROW, Ranking
