@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stepinfluence.app.view.page import embed, visible
 from stepinfluence.app.view.report import (
     Accuracy,
     Check,
@@ -27,14 +28,12 @@ from stepinfluence.app.view.report import (
     save_pictures,
 )
 from stepinfluence.app.view.report.payload import (
-    embed,
     find_peaks,
     pack,
     payload,
     signed,
     top_rows,
     unpack,
-    visible,
 )
 
 pytest.importorskip("plotly")
