@@ -167,7 +167,10 @@ def test_query_exact(run: Path) -> None:
     assert len(exact) == len(estimated) == 3
 
 
-def test_query_exact_loads_each_checkpoint_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fold", ["--no-fold", "--fold"])
+def test_query_exact_loads_each_checkpoint_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fold: str
+) -> None:
     """Whatever the number of queries, the influence of each is that of the model at every checkpoint."""
     from stepinfluence import ExactCapture, influence_over_checkpoints
     from stepinfluence.attribution import scoring
@@ -178,7 +181,7 @@ def test_query_exact_loads_each_checkpoint_once(run: Path, tmp_path: Path, monke
         torch.manual_seed(k)
         paths.append(tmp_path / f"c{k}.pt")
         torch.save(project.model().state_dict(), paths[-1])
-    options = ("--sketch-size", "16", "--eta", "0.5", "--checkpoints", tmp_path / "c*.pt")
+    options = ("--sketch-size", "16", "--eta", "0.5", "--checkpoints", tmp_path / "c*.pt", fold)
     invoke("featurize", "-p", project.path, "-s", "train", "-s", "query", *options, "-o", tmp_path / "run")
     loaded: list[str] = []
     load = scoring.load_checkpoint
@@ -198,6 +201,22 @@ def test_query_exact_loads_each_checkpoint_once(run: Path, tmp_path: Path, monke
         assert [hit["row"] for hit in one["hits"]] == expected.top(column, 2)
         for hit in one["hits"]:
             np.testing.assert_allclose(hit["trajectory"], expected.sdi[hit["row"], column], rtol=1e-3, atol=1e-5)
+
+
+def test_query_exact_refuses_other_checkpoints_and_other_data(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent, tmp_path / "copy")
+    file, folder = tmp_path / "copy" / "my_project.py", tmp_path / "run"
+    model, saved = Project.load(file).model(), tmp_path / "c.pt"
+    torch.save(model.state_dict(), saved)
+    options = ("--sketch-size", "16", "--eta", "1", "--checkpoints", saved)
+    invoke("featurize", "-p", file, "-s", "train", "-s", "query", *options, "-o", folder)
+    torch.save({name: value + 1 for name, value in model.state_dict().items()}, saved)
+    said = invoke("query", folder, "--row", "0", "--exact", code=2).stderr
+    assert "c.pt does not hold the weights of checkpoint 0 of the features" in " ".join(said.split())
+    torch.save(model.state_dict(), saved)
+    file.write_text(file.read_text() + "\n\ndef example_id(example, row):\n    return f'new {row}'\n")
+    said = invoke("query", folder, "--row", "0", "--exact", code=2).stderr
+    assert "the project's dataset now has 'new" in " ".join(said.split())
 
 
 def test_query_for_people(run: Path) -> None:
