@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-calibrate build clean test-cpus bench-evaluate bench-demo
+.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-calibrate build clean test-cpus test-triton bench-evaluate bench-demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,22 @@ PARALLEL := -n $(JOBS) --dist loadfile
 test: $(VENV)/.stamp-test ## run the tests, JOBS=2 at a time
 	$(BIN)/python -m pytest $(PARALLEL) --durations=20
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/triton_interpret
+
+# The older triton that pyproject.toml allows goes into a folder of its own, before the installed one on the path.
+OLD_TRITON := $(shell sed -n 's/.*"triton>=\([0-9.]*\);.*/\1/p' pyproject.toml)
+OLD_TRITON_PATH := .triton-$(OLD_TRITON)
+TRITON_TESTS := -m pytest -n $(JOBS) --dist load
+
+test-triton: $(VENV)/.stamp-test $(OLD_TRITON_PATH)/.stamp ## compile and interpret the GPU kernels under the installed triton and the oldest allowed
+	$(BIN)/python tests/kernels/compile_gate.py
+	PYTHONPATH=$(OLD_TRITON_PATH) $(BIN)/python tests/kernels/compile_gate.py
+	TRITON_INTERPRET=1 $(BIN)/python $(TRITON_TESTS) tests/triton_interpret
+	PYTHONPATH=$(OLD_TRITON_PATH) TRITON_INTERPRET=1 $(BIN)/python $(TRITON_TESTS) tests/triton_interpret
+
+$(OLD_TRITON_PATH)/.stamp: pyproject.toml | $(BIN)/pip
+	rm -rf $(OLD_TRITON_PATH)
+	$(BIN)/python -m pip install --no-deps --target $(OLD_TRITON_PATH) 'triton==$(OLD_TRITON).*'
+	touch $@
 
 test-cpus: $(VENV)/.stamp-test ## run the tests of numbers as other CPUs would compute them, one kind of CPU after another
 	$(BIN)/python tests/on_cpus.py -- $(PARALLEL)
@@ -50,8 +66,10 @@ bench-demo: $(VENV)/.stamp-report ## run the demo with ten seeds under each inst
 bench-layouts: $(VENV)/.stamp-bench ## error against bytes per example of every store layout, on trained models
 	$(BIN)/python -m bench.store_layouts
 
-bench-search: $(VENV)/.stamp-test ## scan speed, recall and time of every search stage, on 1e5 and 1e6 rows
-	$(BIN)/python -m bench.search --rows 100000 1000000
+SCRATCH ?= build/bench-search
+bench-search: $(VENV)/.stamp-test ## scan speed, recall and time of every search stage, on 1e5 and 1e6 rows (2.6 GB in SCRATCH)
+	mkdir -p $(SCRATCH)
+	$(BIN)/python -m bench.search --rows 100000 1000000 --scratch $(SCRATCH)
 
 bench-evaluate: $(VENV)/.stamp-test ## attribution methods against retraining over five seeds (docs/evaluation.md), resumable
 	$(BIN)/python -m bench.evaluate adder

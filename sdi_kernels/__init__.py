@@ -6,6 +6,7 @@ that. Importing this package needs neither a GPU nor Triton.
 """
 
 from sdi_kernels._version import __version__
+from sdi_kernels.cpu.scan import row_products
 from sdi_kernels.functional import (
     sketch_embedding_grads,
     sketch_linear_grads,
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "pairwise_linear_influence",
     "plan_linear",
+    "row_products",
     "sketch_embedding_grads",
     "sketch_linear_grads",
     "sketch_matrix_grads",

@@ -46,18 +46,18 @@ def _accumulate(
     return buffer
 
 
-def _entry_scale(scale: object, sketch: TensorSketch, route: Route, **like: Tensor) -> Tensor:
-    """The checked ``scale`` of one number per weight, detached; ``like``: a tensor on its device, by its name."""
-    value = _checks.float_tensor("scale", scale, min_dim=2)
+def _entry_metric(metric: object, sketch: TensorSketch, route: Route, **like: Tensor) -> Tensor:
+    """The checked ``metric`` of one number per weight, detached; ``like``: a tensor on its device, by its name."""
+    value = _checks.float_tensor("metric", metric, min_dim=2)
     if value.shape != (sketch.d_out, sketch.d_in):
         raise ValueError(
-            f"scale: got shape {tuple(value.shape)}; pass one number per weight, shape {(sketch.d_out, sketch.d_in)}"
+            f"metric: got shape {tuple(value.shape)}; pass one number per weight, shape {(sketch.d_out, sketch.d_in)}"
         )
     if route == "fft":
-        raise ValueError("route: got 'fft' with scale; the fft route cannot apply it, use 'auto' or 'direct'")
+        raise ValueError("route: got 'fft' with metric; the fft route cannot apply it, use 'auto' or 'direct'")
     if route == "shear":
-        raise ValueError("route: got 'shear' with scale; the shear route cannot apply it, use 'auto' or 'direct'")
-    _checks.same_device(scale=value, **like)
+        raise ValueError("route: got 'shear' with metric; the shear route cannot apply it, use 'auto' or 'direct'")
+    _checks.same_device(metric=value, **like)
     return value.detach()
 
 
@@ -67,21 +67,21 @@ def sketch_linear_grads(
     sketch: TensorSketch,
     *,
     route: Route = "auto",
-    scale: Tensor | None = None,
+    metric: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """TensorSketch of the weight gradients of a linear layer, without forming them in memory (paper, eq. 4, Alg. 1).
 
     One sketch per leading index, summed over tokens: ``TS(sum_l grad_outputs[..., l, :] (x) activations[..., l, :])``;
-    with ``scale``, ``TS(scale * sum_l ...)``.
+    with ``metric``, ``TS(metric * sum_l ...)``.
 
     Args:
         activations: the layer's input, ``(..., T, d_in)``; float32, bfloat16, float16 or float64.
         grad_outputs: gradient at the layer's output, ``(..., T, d_out)``, same leading dimensions.
         sketch: the tables for this weight.
         route: ``"auto"`` (planner), ``"direct"``, ``"fft"`` or ``"shear"`` (:mod:`sdi_kernels.plan`).
-        scale: optional ``(d_out, d_in)``, any floating dtype, multiplied elementwise into every gradient (the metric of
-            an optimizer); not differentiable, and by the ``direct`` route only, which ``"auto"`` then takes. A scale
+        metric: optional ``(d_out, d_in)``, any floating dtype, multiplied elementwise into every gradient (that of
+            an optimizer); not differentiable, and by the ``direct`` route only, which ``"auto"`` then takes. A metric
             that is an outer product is cheaper multiplied into ``grad_outputs`` and ``activations`` beforehand.
         out: optional buffer ``(..., m)`` to accumulate into (it is returned); not differentiable.
 
@@ -90,7 +90,7 @@ def sketch_linear_grads(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, ``route`` is unknown or cannot take this sketch, or
-            it is ``"fft"`` or ``"shear"`` with ``scale``.
+            it is ``"fft"`` or ``"shear"`` with ``metric``.
     """
     _checks.instance("sketch", sketch, TensorSketch)
     a = _checks.float_tensor("activations", activations, min_dim=2)
@@ -106,9 +106,9 @@ def sketch_linear_grads(
     lead, m = a.shape[:-2], sketch.m
     a3, g3 = _merge_leading(a), _merge_leading(g)
     tables = sketch.tables(a.device)
-    p: Tensor | None = None
-    if scale is not None:
-        p = _entry_scale(scale, sketch, route, activations=a).to(_checks.sketch_dtype(a, g))
+    entries: Tensor | None = None
+    if metric is not None:
+        entries = _entry_metric(metric, sketch, route, activations=a).to(_checks.sketch_dtype(a, g))
         route = "direct" if route == "auto" else route
     chosen = plan_linear(a3.shape[0], a3.shape[1], sketch, a.device, route, dtype=a.dtype).route
     return _finish(
@@ -116,13 +116,13 @@ def sketch_linear_grads(
         lead,
         m,
         (a, g),
-        lambda: ops.linear_sketch(a3, g3, tables, m, chosen, p),
-        lambda buffer: ops.linear_sketch_(buffer, a3.detach(), g3.detach(), tables, m, chosen, p),
+        lambda: ops.linear_sketch(a3, g3, tables, m, chosen, entries),
+        lambda buffer: ops.linear_sketch_(buffer, a3.detach(), g3.detach(), tables, m, chosen, entries),
     )
 
 
 def sketch_matrix_grads(
-    grads: Tensor, sketch: TensorSketch, *, scale: Tensor | None = None, out: Tensor | None = None
+    grads: Tensor, sketch: TensorSketch, *, metric: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """TensorSketch of gradients that are already there as matrices (paper, Lemma 3).
 
@@ -131,7 +131,7 @@ def sketch_matrix_grads(
     Args:
         grads: ``(..., d_out, d_in)``.
         sketch: the tables for this parameter.
-        scale: optional ``(d_out, d_in)``, any floating dtype, multiplied elementwise into every matrix (an optimizer's
+        metric: optional ``(d_out, d_in)``, any floating dtype, multiplied elementwise into every matrix (an optimizer's
             metric); not differentiable.
         out: optional buffer ``(..., m)`` to accumulate into.
 
@@ -149,9 +149,9 @@ def sketch_matrix_grads(
             f"grads: got {g.shape[-2]} rows, but the sketch was made for d_out={sketch.d_out}; "
             f"pass shape (..., {sketch.d_out}, {sketch.d_in}) or make the sketch for this parameter"
         )
-    p: Tensor | None = None
-    if scale is not None:
-        p = _entry_scale(scale, sketch, "auto", grads=g).to(_checks.sketch_dtype(g))
+    entries: Tensor | None = None
+    if metric is not None:
+        entries = _entry_metric(metric, sketch, "auto", grads=g).to(_checks.sketch_dtype(g))
     lead, m = g.shape[:-2], sketch.m
     g3 = _merge_leading(g)
     tables = sketch.tables(g.device)
@@ -160,8 +160,8 @@ def sketch_matrix_grads(
         lead,
         m,
         (g,),
-        lambda: ops.matrix_sketch(g3, tables, m, p),
-        lambda buffer: ops.matrix_sketch_(buffer, g3.detach(), tables, m, p),
+        lambda: ops.matrix_sketch(g3, tables, m, entries),
+        lambda buffer: ops.matrix_sketch_(buffer, g3.detach(), tables, m, entries),
     )
 
 

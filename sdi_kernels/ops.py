@@ -5,14 +5,14 @@ implement) and one that returns a new sketch (``*_sketch``: differentiable, buil
 plain torch, so every device works; faster kernels are registered for a device type on the accumulating operator only.
 
 Canonical shapes: activations (rows, tokens, d_in), grad_outputs (rows, tokens, d_out), token_ids (rows, tokens),
-grads (rows, tokens, d) for vectors and (rows, d_out, d_in) for matrices; scale (d_out, d_in) of the sketch's dtype;
+grads (rows, tokens, d) for vectors and (rows, d_out, d_in) for matrices; metric (d_out, d_in) of the sketch's dtype;
 sketches (rows, m). ``tables`` as given by
 :meth:`TensorSketch.tables`. The checked, shape-polymorphic functions are in :mod:`sdi_kernels.functional`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from sdi_kernels import torch_routes
 from sdi_kernels._checks import sketch_dtype
 from sdi_kernels.cpu import routes as cpu_routes
-from sdi_kernels.plan import workspace_bytes
+from sdi_kernels.workspace import workspace_bytes
 
 # ---------------------------------------------------------------------------------------------------------------
 # Accumulating operators: out += sketch(inputs)
@@ -35,16 +35,16 @@ def linear_sketch_(
     tables: Sequence[Tensor],
     m: int,
     route: str,
-    scale: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> None:
     if activations.shape[0] == 0 or activations.shape[1] == 0:
         return
-    torch_routes.linear(out, activations, grad_outputs, tables, m, route, scale)
+    torch_routes.linear(out, activations, grad_outputs, tables, m, route, metric)
 
 
 @torch.library.custom_op("sdi_kernels::matrix_sketch_", mutates_args={"out"})
-def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> None:
-    torch_routes.matrix(out, grads, tables, m, scale)
+def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
+    torch_routes.matrix(out, grads, tables, m, metric)
 
 
 @torch.library.custom_op("sdi_kernels::embedding_sketch_", mutates_args={"out"})
@@ -89,55 +89,22 @@ def _(*_args: Any) -> None:
 # CUDA: Triton kernels, imported when an operator first meets a CUDA tensor
 
 
-@linear_sketch_.register_kernel("cuda")
-def _(
-    out: Tensor,
-    activations: Tensor,
-    grad_outputs: Tensor,
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    scale: Tensor | None = None,
-) -> None:
-    from sdi_kernels.triton import launch
+def _on_cuda(name: str) -> Callable[..., None]:
+    """The launcher of this name, in :mod:`sdi_kernels.triton.launch`."""
 
-    launch.linear_sketch_(out, activations, grad_outputs, tables, m, route, scale)
+    def run(*arguments: Any, **options: Any) -> None:
+        from sdi_kernels.triton import launch
+
+        getattr(launch, name)(*arguments, **options)
+
+    return run
 
 
-@matrix_sketch_.register_kernel("cuda")
-def _(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> None:
-    from sdi_kernels.triton import launch
-
-    launch.matrix_sketch_(out, grads, tables, m, scale)
-
-
-@embedding_sketch_.register_kernel("cuda")
-def _(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    from sdi_kernels.triton import launch
-
-    launch.embedding_sketch_(out, token_ids, grad_outputs, tables, m)
-
-
-@vector_sketch_.register_kernel("cuda")
-def _(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    from sdi_kernels.triton import launch
-
-    launch.vector_sketch_(out, grads, tables, m)
-
-
-@scaled_vector_sketch_.register_kernel("cuda")
-def _(
-    out: Tensor,
-    grads: Tensor,
-    factors: Tensor,
-    center: Tensor | None,
-    scale: Tensor | None,
-    tables: Sequence[Tensor],
-    m: int,
-) -> None:
-    from sdi_kernels.triton import launch
-
-    launch.scaled_vector_sketch_(out, grads, factors, center, scale, tables, m)
+linear_sketch_.register_kernel("cuda")(_on_cuda("linear_sketch_"))
+matrix_sketch_.register_kernel("cuda")(_on_cuda("matrix_sketch_"))
+embedding_sketch_.register_kernel("cuda")(_on_cuda("embedding_sketch_"))
+vector_sketch_.register_kernel("cuda")(_on_cuda("vector_sketch_"))
+scaled_vector_sketch_.register_kernel("cuda")(_on_cuda("scaled_vector_sketch_"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -155,34 +122,27 @@ def linear_sketch(
     tables: Sequence[Tensor],
     m: int,
     route: str,
-    scale: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> Tensor:
     out = _zeros(activations, m, activations, grad_outputs)
-    linear_sketch_(out, activations, grad_outputs, tables, m, route, scale)
+    linear_sketch_(out, activations, grad_outputs, tables, m, route, metric)
     return out
 
 
 @linear_sketch.register_fake
-def _(
-    activations: Tensor,
-    grad_outputs: Tensor,
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    scale: Tensor | None = None,
-) -> Tensor:
+def _(activations: Tensor, grad_outputs: Tensor, _tables: Sequence[Tensor], m: int, *_: Any) -> Tensor:
     return _zeros(activations, m, activations, grad_outputs)
 
 
 @torch.library.custom_op("sdi_kernels::matrix_sketch", mutates_args=())
-def matrix_sketch(grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> Tensor:
+def matrix_sketch(grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> Tensor:
     out = _zeros(grads, m, grads)
-    matrix_sketch_(out, grads, tables, m, scale)
+    matrix_sketch_(out, grads, tables, m, metric)
     return out
 
 
 @matrix_sketch.register_fake
-def _(grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> Tensor:
+def _(grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> Tensor:
     return _zeros(grads, m, grads)
 
 
@@ -211,27 +171,27 @@ def _(grads: Tensor, tables: Sequence[Tensor], m: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Autograd: sketches are linear in the gradient and bilinear in (activations, grad_outputs). A scale is a constant.
+# Autograd: sketches are linear in the gradient and bilinear in (activations, grad_outputs). A metric is a constant.
 
 NO_TABLE_GRADS: list[None] = [None] * 6
 """What a backward returns for the list of the six tables of a TensorSketch: autograd wants the list's structure."""
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    activations, grad_outputs, tables, ctx.m, _, scale = inputs
-    ctx.save_for_backward(activations, grad_outputs, scale, *tables)
+    activations, grad_outputs, tables, ctx.m, _, metric = inputs
+    ctx.save_for_backward(activations, grad_outputs, metric, *tables)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    activations, grad_outputs, scale, *tables = ctx.saved_tensors
+    activations, grad_outputs, metric, *tables = ctx.saved_tensors
     d_out, d_in = grad_outputs.shape[-1], activations.shape[-1]
     need_a, need_g = ctx.needs_input_grad[:2]
     rows = max(1, workspace_bytes(grad.device) // (2 * grad.element_size() * d_out * d_in))
     grads_a, grads_g = [], []
     for g, a, delta in zip(grad.split(rows), activations.split(rows), grad_outputs.split(rows), strict=True):
         weight = torch_routes.linear_adjoint(g, tables, ctx.m)
-        if scale is not None:
-            weight = weight * scale.to(weight.dtype)
+        if metric is not None:
+            weight = weight * metric.to(weight.dtype)
         if need_a:
             grads_a.append((delta.to(g.dtype) @ weight).to(a.dtype))
         if need_g:
@@ -243,16 +203,16 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _matrix_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grads, tables, ctx.m, scale = inputs
+    grads, tables, ctx.m, metric = inputs
     ctx.dtype = grads.dtype
-    ctx.save_for_backward(scale, *tables)
+    ctx.save_for_backward(metric, *tables)
 
 
 def _matrix_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    scale, *tables = ctx.saved_tensors
+    metric, *tables = ctx.saved_tensors
     weight = torch_routes.linear_adjoint(grad, tables, ctx.m)
-    if scale is not None:
-        weight = weight * scale.to(weight.dtype)
+    if metric is not None:
+        weight = weight * metric.to(weight.dtype)
     return (weight.to(ctx.dtype), NO_TABLE_GRADS, None, None)[: len(ctx.needs_input_grad)]
 
 

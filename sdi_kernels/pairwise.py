@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import _checks
-from sdi_kernels.plan import workspace_bytes
+from sdi_kernels.workspace import workspace_bytes
 
 
 def _influence(a: Tensor, g: Tensor, qa: Tensor, qg: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which route sketches a linear layer, and how much memory a call may use.
+"""Which route sketches a linear layer.
 
 Three routes give the same numbers up to rounding (docs/kernels.md):
 
@@ -27,15 +27,10 @@ from sdi_kernels.triton import cost as cuda_cost
 Route: TypeAlias = Literal["auto", "direct", "fft", "shear"]
 ROUTES: tuple[str, ...] = get_args(Route)
 
-WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
-"""Upper limit of temporary memory of one sketch call, by device type; larger inputs are worked off in chunks. On the
-CPU it is small so that a chunk stays in cache. One example's share of a single token can exceed it only where
-``m`` alone does (32 bytes per bucket)."""
-
 
 @dataclass(frozen=True)
-class Rates:
-    """Measured speeds of one device type, in operations per second (bench/calibrate_plan.py)."""
+class TorchRates:
+    """Measured speeds of the plain-torch routes, in operations per second (``python -m bench.calibrate_plan``)."""
 
     gemm: float
     fold: float
@@ -45,12 +40,12 @@ class Rates:
 
 RATES = {
     # The plain-torch routes; the compiled kernels have their own model (sdi_kernels/cpu/cost.py).
-    "cpu": Rates(gemm=80e9, fold=0.9e9, transform=12e9, scatter=0.4e9),
-    "cuda": Rates(gemm=30e12, fold=50e9, transform=2e12),
+    "cpu": TorchRates(gemm=80e9, fold=0.9e9, transform=12e9, scatter=0.4e9),
+    "cuda": TorchRates(gemm=30e12, fold=50e9, transform=2e12),
 }
 
 
-SHIPPED_SOURCE = "shipped with the package (bench/calibrate_plan.py)"
+SHIPPED_SOURCE = "shipped with the package (python -m bench.calibrate_plan)"
 
 
 @dataclass(frozen=True)
@@ -75,11 +70,7 @@ class LinearPlan:
         return f"{self.route} ({why}; estimates: {costs}{more})"
 
 
-def workspace_bytes(device: torch.device) -> int:
-    return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
-
-
-def _plain_seconds(rows: int, tokens: int, sketch: TensorSketch, rates: Rates) -> dict[str, float]:
+def _plain_seconds(rows: int, tokens: int, sketch: TensorSketch, rates: TorchRates) -> dict[str, float]:
     m = sketch.m
     # Where the input side is not contiguous it is sketched to m columns before the GEMM.
     width = sketch.d_in if sketch.inp.contiguous else m
@@ -136,7 +127,7 @@ def _estimates(
     if device.type == "cpu" and not torch.compiler.is_compiling() and native.library() is not None:
         compiled = cost.estimate(rows, tokens, sketch)
         # The compiled transform is for powers of two; other sizes take torch's.
-        return compiled if native.supports_fft(sketch.m) else {**seconds, "direct": compiled["direct"]}, SHIPPED_SOURCE
+        seconds = compiled if native.supports_fft(sketch.m) else {**seconds, "direct": compiled["direct"]}
     return seconds, SHIPPED_SOURCE
 
 

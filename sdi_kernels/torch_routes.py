@@ -1,8 +1,8 @@
 """The routes in plain torch: run on every device, and the fallback where no faster kernel is there.
 
 All functions work on canonical shapes (rows, tokens, features), accumulate into a float32 or float64 buffer
-``out`` of shape (rows, m) and keep temporaries under :func:`sdi_kernels.plan.workspace_bytes`. ``tables`` are those of
-:meth:`sdi_kernels.TensorSketch.tables` or :meth:`sdi_kernels.CountSketch.tables`.
+``out`` of shape (rows, m) and keep temporaries under :func:`sdi_kernels.workspace.workspace_bytes`. ``tables`` are
+those of :meth:`sdi_kernels.TensorSketch.tables` or :meth:`sdi_kernels.CountSketch.tables`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdi_kernels._checks import ids_in_range
-from sdi_kernels.plan import workspace_bytes
+from sdi_kernels.workspace import workspace_bytes
 
 INDEX_BYTES = 8
 """Bytes of one position in a scatter: torch wants int64."""
@@ -53,19 +53,19 @@ def linear(
     tables: Sequence[Tensor],
     m: int,
     route: str,
-    scale: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> None:
-    """The route by name. ``scale``, (d_out, d_in), is multiplied into every row's gradient.
+    """The route by name. ``metric``, (d_out, d_in), is multiplied into every row's gradient.
 
     Raises:
-        ValueError: ``scale`` with the ``fft`` route, which never has single entries of the gradient.
+        ValueError: ``metric`` with the ``fft`` route, which never has single entries of the gradient.
     """
     if route != "fft":
-        linear_direct(out, activations, grad_outputs, tables, m, scale)
-    elif scale is None:
+        linear_direct(out, activations, grad_outputs, tables, m, metric)
+    elif metric is None:
         linear_fft(out, activations, grad_outputs, tables, m)
     else:
-        raise ValueError("scale: the fft route cannot apply it; use route='direct'")
+        raise ValueError("metric: the fft route cannot apply it; use route='direct'")
 
 
 def linear_direct(
@@ -74,15 +74,15 @@ def linear_direct(
     grad_outputs: Tensor,
     tables: Sequence[Tensor],
     m: int,
-    scale: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> None:
-    """``direct`` route: outer-product sum per row, times ``scale`` where given, folded into the buckets."""
+    """``direct`` route: outer-product sum per row, times ``metric`` where given, folded into the buckets."""
     h_out, s_out, _, h_in, s_in, _ = tables
     rows, tokens, d_in = activations.shape
     d_out = grad_outputs.shape[-1]
     # An input side that is not h(j) = j is sketched first: the fold then adds m-wide rows of G at an offset. Not with a
-    # scale, which differs between the entries that this would add up.
-    folded = scale is None and (
+    # metric, which differs between the entries that this would add up.
+    folded = metric is None and (
         d_in > m or not torch.equal(h_in, torch.arange(d_in, dtype=h_in.dtype, device=h_in.device))
     )
     width = m if folded else d_in
@@ -101,8 +101,8 @@ def linear_direct(
                 with torch.autocast(out.device.type, enabled=False):
                     tile.baddbmm_(g.transpose(1, 2), a)
                 del a, g
-            if scale is not None:
-                tile *= scale[part]
+            if metric is not None:
+                tile *= metric[part]
             _add_shifted(out[some], tile, h_out[part], columns, m)
             del tile
 
@@ -126,8 +126,8 @@ def linear_fft(out: Tensor, activations: Tensor, grad_outputs: Tensor, tables: S
             out[some] += torch.fft.irfft(spectrum, n=m)
 
 
-def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> None:
-    """TensorSketch of given matrices (rows, d_out, d_in), times ``scale`` (d_out, d_in) where given."""
+def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
+    """TensorSketch of given matrices (rows, d_out, d_in), times ``metric`` (d_out, d_in) where given."""
     h_out, s_out, _, h_in, s_in, _ = tables
     rows, d_out, d_in = grads.shape
     budget = workspace_bytes(out.device)
@@ -135,8 +135,8 @@ def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, scale: 
     for some in _chunks(rows, min(per_line * d_out, budget), budget):
         for part in _chunks(d_out, per_line * (some.stop - some.start) + INDEX_BYTES * m, budget):
             values = grads[some, part].to(out.dtype)
-            if scale is not None:
-                values = values * scale[part]
+            if metric is not None:
+                values = values * metric[part]
             folded = _scatter(values, h_in, s_in, m)
             del values
             folded *= s_out[part].to(out.dtype)[:, None]

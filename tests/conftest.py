@@ -78,3 +78,9 @@ def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_float32_matmul_precision(matmul_precision)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def in_float64(reproducible: None) -> None:
+    """What is by definition the same shows in float64, to bounds far above its rounding on any CPU."""
+    torch.set_default_dtype(torch.float64)

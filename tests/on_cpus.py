@@ -2,9 +2,12 @@
 
 torch, oneDNN, MKL and the compiled kernels each choose their instructions by themselves, and each has a variable of its
 own that limits it (tests/conftest.py has one for threads). Not every combination is run: three configurations limit
-everything together, as a CPU of that kind would, the others one part at a time to the least there is, which is where
-the order of sums is most unlike this machine's own. What a configuration changes is measured, not assumed: the table
-names the operations that give other bits than without limits.
+everything together, as a CPU of that kind would, the others a part at a time to the least there is, which is where the
+order of sums is most unlike this machine's own. oneDNN and MKL are one part: a product is either's, never both's. What
+a configuration changes is measured, not assumed: the table names the operations that give other bits than without
+limits.
+
+Only files that mark a test as numeric are looked at: importing all the others would take longer than the tests.
 
     python tests/on_cpus.py [--only NAME ...] [-- arguments for pytest]
 """
@@ -24,18 +27,24 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SELECTED = ("-m", "numeric and not float64")
-# 40 operations of each kind on fixed inputs (torch's random numbers differ between instruction sets, numpy's do not).
+# Operations of each kind on fixed inputs (torch's random numbers differ between instruction sets, numpy's do not). Many
+# values, as most of them have the same bits on every CPU.
 PROBE = """
 import hashlib, numpy, torch
+from torch.nn import functional as F
 from sdi_kernels import TensorSketch, sketch_linear_grads
 draw = numpy.random.default_rng(0).standard_normal
 x, y, w = (torch.from_numpy(draw(s).astype("float32")) for s in ((37, 300), (300, 53), (16, 16, 3)))
+many = torch.from_numpy(draw((200, 1001)).astype("float32"))
 tokens = x[:36].view(2, 18, 300)
 for name, found in {
-    "matmul": x @ y, "convolution": torch.conv1d(x[:32, :80].reshape(2, 16, 80), w), "tanh": x.tanh(), "sum": x.sum(0),
+    "matmul": x @ y, "bf16 matmul": (many.bfloat16() @ many.T.bfloat16()).float(),
+    "convolution": torch.conv1d(x[:32, :80].reshape(2, 16, 80), w), "fft": torch.view_as_real(torch.fft.rfft(many)),
+    "tanh": many.tanh(), "exp": many.exp(), "sum": many.sum(1), "softmax": many.softmax(1),
+    "layer norm": F.layer_norm(many, (1001,)),
     "sketch": sketch_linear_grads(tokens, tokens, TensorSketch(300, 300, 512), route="fft"),
 }.items():
-    print(name, hashlib.sha256(found.numpy().tobytes()).hexdigest())
+    print(name.replace(" ", "_"), hashlib.sha256(found.numpy().tobytes()).hexdigest())
 """
 
 NO_AVX = {
@@ -77,8 +86,7 @@ CONFIGURATIONS = (
     Configuration("AVX2, 2 threads", together(AVX2), threads=2, needs="AVX2"),
     Configuration("AVX-512, 2 threads", together(AVX512), threads=2, needs="AVX512"),
     Configuration("torch without AVX", NO_AVX["torch"]),
-    Configuration("oneDNN with SSE4.1", NO_AVX["oneDNN"]),
-    Configuration("MKL with SSE2", NO_AVX["MKL"]),
+    Configuration("oneDNN and MKL with SSE", {**NO_AVX["oneDNN"], **NO_AVX["MKL"]}),
     Configuration("no compiled kernels", {"SDI_KERNELS_CPU": "none"}),
     Configuration(
         "Triton interpreted, SSE4",
@@ -99,18 +107,26 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
+def numeric_files() -> list[str]:
+    """Where tests are marked as numeric; interpreted kernels have a configuration of their own."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    marked = [file for file in files if "mark.numeric" in file.read_text(encoding="utf-8")]
+    return [str(file.relative_to(ROOT)) for file in marked if "triton_interpret" not in file.parts]
+
+
 def probe(environment: dict[str, str]) -> dict[str, str]:
     done = subprocess.run(
         [sys.executable, "-c", PROBE], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return dict(line.split() for line in done.stdout.splitlines())
+    found = (line.split() for line in done.stdout.splitlines())
+    return {name.replace("_", " "): digest for name, digest in found}
 
 
 def run(configuration: Configuration, unlimited: dict[str, str], arguments: list[str]) -> Outcome:
     environment = configuration.environment()
     found = probe(environment)
     differs = ", ".join(name for name, digest in found.items() if digest != unlimited[name]) or "nothing"
-    command = [sys.executable, "-m", "pytest", "-q", *SELECTED, *arguments, *configuration.tests]
+    command = [sys.executable, "-m", "pytest", "-q", *SELECTED, *arguments, *(configuration.tests or numeric_files())]
     began = time.monotonic()
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

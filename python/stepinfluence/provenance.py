@@ -14,7 +14,10 @@ import torch
 from stepinfluence.machine import machine_facts, versions
 
 SOURCES = Path(__file__).resolve().parent
-LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "SDI_KERNELS_CPU", "OMP_NUM_THREADS")
+LIMITS = (
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "SDI_KERNELS_CPU",
+    "OMP_NUM_THREADS", "SDI_TEST_THREADS",
+)  # fmt: skip
 """Variables that change which instructions or how many threads are used; named where they are set."""
 
 

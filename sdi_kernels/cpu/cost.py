@@ -1,8 +1,8 @@
 """What a call of the compiled kernels will take: the planner's cost model on the CPU.
 
-Each route's time is a sum of counted work times a constant, fitted by ``bench/calibrate_plan.py --fit``. The absolute
-times belong to the machine they were fitted on; what the planner needs is the ratio of the two routes, which changes
-far less from one CPU to the next.
+Each route's time is a sum of counted work times a constant, fitted by ``python -m bench.calibrate_plan --fit``. The
+absolute times belong to the machine they were fitted on; what the planner needs is the ratio of the two routes, which
+changes far less from one CPU to the next.
 """
 
 from __future__ import annotations

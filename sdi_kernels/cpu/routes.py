@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdi_kernels import torch_routes
 from sdi_kernels.cpu import native
-from sdi_kernels.plan import workspace_bytes
+from sdi_kernels.workspace import workspace_bytes
 
 
 def _applies(out: Tensor, *inputs: Tensor) -> bool:
@@ -29,9 +29,9 @@ def linear(
     tables: Sequence[Tensor],
     m: int,
     route: str,
-    scale: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> None:
-    """``out[r] += TS(scale * sum_l grad_outputs[r, l] (x) activations[r, l])``, as :mod:`sdi_kernels.torch_routes`
+    """``out[r] += TS(metric * sum_l grad_outputs[r, l] (x) activations[r, l])``, as :mod:`sdi_kernels.torch_routes`
     does it."""
     route = "direct" if route == "shear" else route  # the same product, arranged for a GPU
     rows, tokens, _ = activations.shape
@@ -44,16 +44,16 @@ def linear(
         budget //= 2
         some = max(1, budget // (tokens * sum(t.element_size() * t.shape[2] for t in spread)))
     applies = _applies(out, activations, grad_outputs) and (route == "direct" or native.supports_fft(m))
-    metric = scale  # held by name until the calls are over: the kernels read it
-    if applies and scale is not None and (scale.dtype != torch.float32 or scale.stride(1) != 1):
-        metric = scale.to(torch.float32).contiguous()
+    dense = metric  # held by name until the calls are over: the kernels read it
+    if applies and metric is not None and (metric.dtype != torch.float32 or metric.stride(1) != 1):
+        dense = metric.to(torch.float32).contiguous()
     for o, a, g in zip(out.split(some), activations.split(some), grad_outputs.split(some), strict=True):
         if applies:
             a, g = (t if t.stride(2) == 1 else t.clone(memory_format=torch.contiguous_format) for t in (a, g))
             sides = native.side(g, tables[:3]), native.side(a, tables[3:])
-            if native.run("sdi_linear_sketch", native.call(o, *sides, tokens, route, budget, metric=metric)):
+            if native.run("sdi_linear_sketch", native.call(o, *sides, tokens, route, budget, metric=dense)):
                 continue
-        torch_routes.linear(o, a, g, tables, m, route, scale)
+        torch_routes.linear(o, a, g, tables, m, route, metric)
 
 
 def vector(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:

@@ -77,6 +77,18 @@ def token_splits(programs: int, tokens: int, smallest: int, device: torch.device
     return max(1, min(wanted, tokens // max(1, smallest)))
 
 
+def parts(
+    programs: int, length: int, block: int, smallest: int, device: torch.device, *, whole: bool = False
+) -> tuple[int, int]:
+    """How ``length`` tokens (or lines) are dealt out to programs in blocks: (parts, length of a part).
+
+    ``smallest``: blocks that a part keeps at least. ``whole``: one part, so that nothing is added by atomics.
+    """
+    wanted = 1 if whole else token_splits(programs, length, smallest * block, device)
+    each = cdiv(cdiv(length, wanted), block) * block
+    return cdiv(length, each), each
+
+
 def wide(x: Tensor) -> bool:
     """Whether offsets along the last dimension need 64 bits."""
     return (x.shape[-1] - 1) * abs(x.stride(-1)) >= 2**31

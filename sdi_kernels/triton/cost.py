@@ -22,7 +22,7 @@ CYCLES_PER_SECOND = 132 * 1.7e9
 """Multiprocessors x clock of an H100-class device. Only ratios of costs matter, and those travel to other devices."""
 
 FFT_CYCLES = {
-    256: (102, 222), 512: (273, 602), 1024: (477, 1205), 2048: (1118, 2760), 4096: (3064, 6396), 8192: (8640, 15696),
+    256: (126, 222), 512: (320, 602), 1024: (784, 1464), 2048: (1314, 2760), 4096: (3436, 6396), 8192: (9400, 15696),
 }  # fmt: skip
 """Issue cycles of one multiprocessor per token, by sketch size: (one tf32 product, three)."""
 

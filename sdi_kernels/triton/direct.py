@@ -1,7 +1,7 @@
 """The ``direct`` route: tiles of the weight gradient on tensor cores, scattered into m buckets from registers.
 
 A program forms one tile of ``G = sum_l delta_l (x) a_l`` with fp32 accumulation (the weight-gradient product of plain
-training), multiplies it by the signs and, where asked for, by a tile of an elementwise preconditioner, and adds it
+training), multiplies it by the signs and, where asked for, by a tile of an elementwise metric, and adds it
 to the sketch at ``h_out(i) + h_in(j) mod m`` with float atomics. G never reaches memory. Any hash family, any m.
 
 Atomics add in the order the programs happen to run in: :mod:`sdi_kernels.triton.launch` takes another route where
@@ -17,15 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sdi_kernels.triton import common, configs, tuning
+from sdi_kernels.triton.rounding import operand
 
 
 # Token counts vary from call to call and gain nothing from a program of their own.
 @triton.jit(do_not_specialize=["tokens", "tokens_per_split"])
 def direct_sketch_kernel(
-    p_out, p_a, p_g, p_h_out, p_s_out, p_h_in, p_s_in, p_scale, tokens, tokens_per_split, d_out, d_in, m,
-    stride_or, stride_om, stride_ar, stride_at, stride_ad, stride_gr, stride_gt, stride_gd, stride_po, stride_pi,
+    p_out, p_a, p_g, p_h_out, p_s_out, p_h_in, p_s_in, p_metric, tokens, tokens_per_split, d_out, d_in, m,
+    stride_or, stride_om, stride_ar, stride_at, stride_ad, stride_gr, stride_gt, stride_gd, stride_mo, stride_mi,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
-    HAS_SCALE: tl.constexpr, IS_HALF: tl.constexpr, IS_WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_METRIC: tl.constexpr, IS_HALF: tl.constexpr, IS_WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the sketch of one [BLOCK_O, BLOCK_I] tile of one row's gradient. Grid: (rows * tiles, splits)."""
     tiles_in = tl.cdiv(d_in, BLOCK_I)
@@ -52,22 +53,23 @@ def direct_sketch_kernel(
         b_a = tl.load(p_ax, mask=m_t[:, None] & m_i[None, :], other=0.0)
         b_g = tl.load(p_gx, mask=m_t[:, None] & m_o[None, :], other=0.0)
         if not IS_HALF:
-            b_a = b_a.to(tl.float32)
-            b_g = b_g.to(tl.float32)
+            b_a = operand(b_a.to(tl.float32), PRECISION)
+            b_g = operand(b_g.to(tl.float32), PRECISION)
         b_acc = tl.dot(tl.trans(b_g), b_a, b_acc, input_precision=PRECISION)
         p_ax += step_a
         p_gx += step_g
 
     m_tile = m_o[:, None] & m_i[None, :]
-    if HAS_SCALE:
-        p_tile = p_scale + o_o.to(tl.int64)[:, None] * stride_po + o_i.to(tl.int64)[None, :] * stride_pi
+    if HAS_METRIC:
+        p_tile = p_metric + o_o.to(tl.int64)[:, None] * stride_mo + o_i.to(tl.int64)[None, :] * stride_mi
         b_acc *= tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
     s_o = tl.load(p_s_out + o_o, mask=m_o, other=0).to(tl.float32)
     s_i = tl.load(p_s_in + o_i, mask=m_i, other=0).to(tl.float32)
     h_o = tl.load(p_h_out + o_o, mask=m_o, other=0)
     h_i = tl.load(p_h_in + o_i, mask=m_i, other=0)
     o_pos = h_o[:, None] + h_i[None, :]
-    o_pos = tl.where(o_pos >= m, o_pos - m, o_pos)
+    # A hint that nothing reads by, and that need not be true: lanes go along the row.
+    o_pos = tl.max_contiguous(tl.where(o_pos >= m, o_pos - m, o_pos), (1, BLOCK_I))
     if IS_WIDE:
         o_pos = o_pos.to(tl.int64)
     p_bin = p_out + i_row * stride_or + o_pos * stride_om
@@ -81,16 +83,16 @@ def linear_direct(
     tables: Sequence[Tensor],
     m: int,
     *,
-    precondition: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> None:
-    """Add the TensorSketch of each row's weight gradient ``G`` (or ``precondition * G``) to ``out``.
+    """Add the TensorSketch of each row's weight gradient ``G`` (or ``metric * G``) to ``out``.
 
     Args:
         out: (rows, m) float32, any strides.
         activations: (rows, tokens, d_in); grad_outputs: (rows, tokens, d_out): float32, bfloat16 or float16, strided.
         tables: the six tables of :meth:`TensorSketch.tables`.
         m: number of buckets.
-        precondition: optional (d_out, d_in), multiplied elementwise into every row's gradient before it is sketched.
+        metric: optional (d_out, d_in), multiplied elementwise into every row's gradient before it is sketched.
     """
     rows, tokens, d_in = activations.shape
     d_out = grad_outputs.shape[-1]
@@ -103,14 +105,13 @@ def linear_direct(
     assert isinstance(config, configs.DirectConfig)
     programs = rows * common.cdiv(d_out, config.block_out) * common.cdiv(d_in, config.block_in)
     # Every split pays the epilogue's atomics again, so parts are kept long.
-    splits = common.token_splits(programs, tokens, 8 * config.block_tokens, out.device)
-    per_split = common.cdiv(common.cdiv(tokens, splits), config.block_tokens) * config.block_tokens
-    scale = out if precondition is None else precondition
-    direct_sketch_kernel[(programs, common.cdiv(tokens, per_split))](
-        out, activations, grad_outputs, h_out, s_out, h_in, s_in, scale, tokens, per_split, d_out, d_in, m,
-        *out.stride(), *activations.stride(), *grad_outputs.stride(), *scale.stride(),
+    splits, per_split = common.parts(programs, tokens, config.block_tokens, 8, out.device)
+    entries = out if metric is None else metric  # a pointer that stands in is never read
+    direct_sketch_kernel[(programs, splits)](
+        out, activations, grad_outputs, h_out, s_out, h_in, s_in, entries, tokens, per_split, d_out, d_in, m,
+        *out.stride(), *activations.stride(), *grad_outputs.stride(), *entries.stride(),
         BLOCK_O=config.block_out, BLOCK_I=config.block_in, BLOCK_T=config.block_tokens,
-        HAS_SCALE=precondition is not None,
+        HAS_METRIC=metric is not None,
         IS_HALF=kind == "half",
         IS_WIDE=common.wide(out), PRECISION=precision,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -80,10 +80,8 @@ def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequ
         return
     h_out, s_out, _, _, _, table = tables
     programs = rows * common.cdiv(m, BLOCK_M)
-    splits = common.token_splits(programs, tokens, 4 * BLOCK_T, out.device)
-    splits = 1 if torch.are_deterministic_algorithms_enabled() else splits
-    per_split = common.cdiv(common.cdiv(tokens, splits), BLOCK_T) * BLOCK_T
-    splits = common.cdiv(tokens, per_split)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    splits, per_split = common.parts(programs, tokens, BLOCK_T, 4, out.device, whole=deterministic)
     embedding_sketch_kernel[(programs, splits)](
         out, token_ids, grad_outputs, h_out, s_out, table, tokens, per_split, h_out.shape[0], m, table.shape[1],
         *out.stride(), *token_ids.stride(), *grad_outputs.stride(),

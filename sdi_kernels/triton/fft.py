@@ -13,54 +13,36 @@ the result is the same from run to run.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sdi_kernels.triton import common
-
-
-class FftConfig(NamedTuple):
-    """One shipped configuration: m = residues * n1 * n2."""
-
-    residues: int
-    n1: int
-    n2: int
-    tokens: int
-    """Tokens transformed together, so that small transforms fill a tensor-core tile."""
-    num_warps: int
-    prefetch: bool
-    """Load the next token while one is transformed, where registers allow it."""
-
-
-CONFIGS: dict[int, FftConfig] = {
-    256: FftConfig(1, 16, 16, 4, 4, True),
-    512: FftConfig(1, 16, 32, 1, 4, True),
-    1024: FftConfig(1, 32, 32, 2, 8, True),
-    2048: FftConfig(1, 32, 64, 1, 8, True),
-    4096: FftConfig(2, 32, 64, 1, 8, True),
-    8192: FftConfig(4, 32, 64, 1, 8, False),
-}
-"""Sketch sizes the kernel takes, with the configuration of each (docs/kernels.md has the registers they need)."""
-
-COMPACT_CONFIGS: dict[int, FftConfig] = {
-    **{m: config for m, config in CONFIGS.items() if m <= 1024},
-    2048: FftConfig(2, 32, 32, 2, 8, True),
-    4096: FftConfig(4, 32, 32, 2, 8, False),
-}
-"""For devices with less shared memory per program than :data:`SHARED_BYTES` (sm_86, sm_89: 99 KB)."""
-
-SHARED_BYTES = 140 << 10
-"""What the largest of :data:`CONFIGS` needs."""
+from sdi_kernels.triton.rounding import operand
+from sdi_kernels.triton.transforms import configs, constants, finish_precision
 
 MAX_UNROLL = 4
 """Sources of a bucket that are loaded together; fuller buckets take several rounds."""
+
+
+@triton.jit
+def _places(p_const, N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr):
+    """Where the parts of :func:`constants` begin: matrices of both stages, twiddles, fold weights, W_R."""
+    p_f2 = p_const + 3 * N1 * N1
+    p_twiddles = p_f2 + 3 * N2 * N2
+    p_fold = p_twiddles + 2 * N1 * N2
+    return p_const, p_f2, p_twiddles, p_fold, p_fold + 2 * N1 * N2 * R
+
+
+@triton.jit
+def _matrix(p_f, N: tl.constexpr):
+    """The three matrices [N, N] that stand for a DFT, see :func:`_complex_dot`."""
+    o = tl.arange(0, N)
+    p_f += o[:, None] * N + o[None, :]
+    return tl.load(p_f), tl.load(p_f + N * N), tl.load(p_f + 2 * N * N)
 
 
 @triton.jit
@@ -140,12 +122,15 @@ def _complex_dot(b_a_re, b_a_im, b_f0, b_f1, b_f2, IS_LEFT: tl.constexpr, PRECIS
 
     Swapping the last two gives the product with the conjugate of F.
     """
+    b_sum = operand(b_a_re + b_a_im, PRECISION)
+    b_a_re = operand(b_a_re, PRECISION)
+    b_a_im = operand(b_a_im, PRECISION)
     if IS_LEFT:
-        b_sum = tl.dot(b_f0, b_a_re + b_a_im, input_precision=PRECISION)
+        b_sum = tl.dot(b_f0, b_sum, input_precision=PRECISION)
         b_re = tl.dot(b_f1, b_a_im, b_sum, input_precision=PRECISION)
         b_im = tl.dot(b_f2, b_a_re, b_sum, input_precision=PRECISION)
     else:
-        b_sum = tl.dot(b_a_re + b_a_im, b_f0, input_precision=PRECISION)
+        b_sum = tl.dot(b_sum, b_f0, input_precision=PRECISION)
         b_re = tl.dot(b_a_im, b_f1, b_sum, input_precision=PRECISION)
         b_im = tl.dot(b_a_re, b_f2, b_sum, input_precision=PRECISION)
     return b_re, b_im
@@ -154,17 +139,14 @@ def _complex_dot(b_a_re, b_a_im, b_f0, b_f1, b_f2, IS_LEFT: tl.constexpr, PRECIS
 @triton.jit
 def _inverse(b_re, b_im, p_const, N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr):
     """Unscaled inverse DFT of a spectrum [k1, k2] (k = k1 + N1 k2), as [p1, p2] (p = N2 p1 + p2)."""
-    o_1 = tl.arange(0, N1)
-    o_2 = tl.arange(0, N2)
-    p_f1 = p_const + o_1[:, None] * N1 + o_1[None, :]
-    p_f2 = p_const + 3 * N1 * N1 + o_2[:, None] * N2 + o_2[None, :]
-    p_tw = p_const + 3 * N1 * N1 + 3 * N2 * N2 + o_1[:, None] * N2 + o_2[None, :]
-    b_f0, b_f1, b_f2 = tl.load(p_f2), tl.load(p_f2 + N2 * N2), tl.load(p_f2 + 2 * N2 * N2)
+    o_pos = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    p_f1, p_f2, p_tw, _, _ = _places(p_const, N1, N2, 1)
+    b_f0, b_f1, b_f2 = _matrix(p_f2, N2)
     b_re, b_im = _complex_dot(b_re, b_im, b_f0, b_f2, b_f1, False, PRECISION)
-    b_tr, b_ti = tl.load(p_tw), tl.load(p_tw + N1 * N2)
+    b_tr, b_ti = tl.load(p_tw + o_pos), tl.load(p_tw + N1 * N2 + o_pos)
     b_vr = b_re * b_tr + b_im * b_ti
     b_vi = b_im * b_tr - b_re * b_ti
-    b_f0, b_f1, b_f2 = tl.load(p_f1), tl.load(p_f1 + N1 * N1), tl.load(p_f1 + 2 * N1 * N1)
+    b_f0, b_f1, b_f2 = _matrix(p_f1, N1)
     return _complex_dot(b_vr, b_vi, b_f0, b_f2, b_f1, True, PRECISION)
 
 
@@ -196,14 +178,11 @@ def fft_sketch_kernel(
         stride_ad = tl.cast(stride_ad, tl.int64)
         stride_gd = tl.cast(stride_gd, tl.int64)
 
-    p_f1 = p_const + o_1[:, None] * N1 + o_1[None, :]
-    p_f2 = p_const + 3 * N1 * N1 + o_2[:, None] * N2 + o_2[None, :]
-    p_tw = p_const + 3 * N1 * N1 + 3 * N2 * N2 + o_bucket
-    p_fold = p_tw + 2 * M + 2 * M * i_residue
-    p_weights = p_const + 3 * N1 * N1 + 3 * N2 * N2 + 2 * M + 2 * M * R
-    b_f10, b_f11, b_f12 = tl.load(p_f1), tl.load(p_f1 + N1 * N1), tl.load(p_f1 + 2 * N1 * N1)
-    b_f20, b_f21, b_f22 = tl.load(p_f2), tl.load(p_f2 + N2 * N2), tl.load(p_f2 + 2 * N2 * N2)
-    b_tr, b_ti = tl.load(p_tw), tl.load(p_tw + M)
+    p_f1, p_f2, p_tw, p_fold, p_weights = _places(p_const, N1, N2, R)
+    p_fold += 2 * M * i_residue + o_bucket
+    b_f10, b_f11, b_f12 = _matrix(p_f1, N1)
+    b_f20, b_f21, b_f22 = _matrix(p_f2, N2)
+    b_tr, b_ti = tl.load(p_tw + o_bucket), tl.load(p_tw + M + o_bucket)
 
     i_first = i_split * tokens_per_split
     i_last = tl.minimum(i_first + tokens_per_split, tokens)
@@ -279,8 +258,8 @@ def fft_finish_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     i_chunk = tl.program_id(1)
     o_pos = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    p_fold = p_const + 3 * N1 * N1 + 3 * N2 * N2 + 2 * M + o_pos
-    p_weights = p_const + 3 * N1 * N1 + 3 * N2 * N2 + 2 * M + 2 * M * R
+    _, _, _, p_fold, p_weights = _places(p_const, N1, N2, R)
+    p_fold += o_pos
 
     b_y = tl.zeros((N1, N2), tl.float32)
     for i_residue in range(R):
@@ -299,33 +278,6 @@ def fft_finish_kernel(
         b_y += b_xi * (b_wr * w_re - b_wi * w_im) - b_xr * (b_wr * w_im + b_wi * w_re)
     p_y = p_out + i_row * stride_or + (i_chunk * M + o_pos).to(tl.int64) * stride_om
     tl.store(p_y, tl.load(p_y) + b_y * (0.5 / (M * R)))
-
-
-def _roots(exponents: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """(Re, Im) of exp(-2 pi i e / order), in float64."""
-    angle = (exponents % order).double() * (-2.0 * math.pi / order)
-    return angle.cos(), angle.sin()
-
-
-@functools.lru_cache(maxsize=32)
-def constants(config: FftConfig, device: torch.device) -> Tensor:
-    """DFT matrices (as :func:`_complex_dot` takes them), twiddles and fold weights, packed into one fp32 tensor."""
-    residues, n1, n2 = config[:3]
-    size, m = n1 * n2, residues * n1 * n2
-    parts = []
-    for n in (n1, n2):
-        re, im = _roots(torch.outer(torch.arange(n), torch.arange(n)), n)
-        parts += [re, -(re + im), im - re]
-    parts += _roots(torch.outer(torch.arange(n1), torch.arange(n2)), size)
-    for r in range(residues):
-        parts += _roots(r * torch.arange(size), m)
-    parts += _roots(torch.arange(residues), residues)
-    return torch.cat([p.flatten() for p in parts]).float().to(device)
-
-
-def configs(device: torch.device) -> dict[int, FftConfig]:
-    """The sketch sizes the kernel takes on ``device``, with their configurations."""
-    return CONFIGS if common.shared_bytes(device) >= SHARED_BYTES else COMPACT_CONFIGS
 
 
 def _unroll(width: int) -> int:
@@ -355,15 +307,15 @@ def linear_fft(
         return
     config = configs(out.device)[m]
     table_out, table_in = tables[2], tables[5]
-    const = constants(config, out.device)
     precision = common.dot_precision(activations, grad_outputs)
-    splits = common.token_splits(rows * config.residues, tokens, 16 * config.tokens, out.device)
-    per_split = common.cdiv(common.cdiv(tokens, splits), config.tokens) * config.tokens
-    splits = common.cdiv(tokens, per_split)
+    const = constants(config, out.device, precision)
+    inverse = finish_precision(precision)
+    inverse_const = constants(config, out.device, inverse)
+    splits, per_split = common.parts(rows * config.residues, tokens, config.tokens, 16, out.device)
     chunk = min(rows, max(1, workspace // (8 * m * splits)))
     work = out.new_empty(chunk * splits * 2 * m)
     shape: dict[str, Any] = {
-        "N1": config.n1, "N2": config.n2, "R": config.residues, "PRECISION": precision, "num_warps": config.num_warps,
+        "N1": config.n1, "N2": config.n2, "R": config.residues, "num_warps": config.num_warps, "num_stages": 1,
     }  # fmt: skip
     for start in range(0, rows, chunk):
         o, a, g = (t[start : start + chunk] for t in (out, activations, grad_outputs))
@@ -371,6 +323,8 @@ def linear_fft(
             work, a, g, table_in, table_out, const, tokens, per_split, table_in.shape[1], table_out.shape[1],
             *a.stride(), *g.stride(),
             BLOCK_T=config.tokens, UNROLL_IN=_unroll(table_in.shape[1]), UNROLL_OUT=_unroll(table_out.shape[1]),
-            IS_WIDE=common.wide(a) or common.wide(g), PREFETCH=config.prefetch, num_stages=1, **shape,
+            IS_WIDE=common.wide(a) or common.wide(g), PREFETCH=config.prefetch, PRECISION=precision, **shape,
         )  # fmt: skip
-        fft_finish_kernel[(o.shape[0], config.residues)](o, work, const, splits, *o.stride(), num_stages=1, **shape)
+        fft_finish_kernel[(o.shape[0], config.residues)](
+            o, work, inverse_const, splits, *o.stride(), PRECISION=inverse, **shape
+        )

@@ -1,8 +1,8 @@
 """From the operators to the kernels: what ``register_kernel("cuda")`` calls.
 
 Every function takes the canonical arguments of its operator and adds to ``out``. Where a kernel does not serve (Triton
-missing, float64, a sketch size that :func:`fft.configs` lacks), the plain-torch route does the same on the GPU. Triton
-is imported on the first call, not before; it launches on the current device, so the tensors' device is made that.
+missing, float64, a sketch size that :func:`transforms.configs` lacks), the plain-torch route does the same on the GPU.
+Triton is imported on the first call, not before; it launches on the current device, so the tensors' is made that.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ def linear_sketch_(
     tables: Sequence[Tensor],
     m: int,
     route: str,
-    scale: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> None:
     """``direct`` and ``shear`` add with float atomics: under ``torch.use_deterministic_algorithms`` ``fft`` stands in
-    for them, or the torch route where there is a ``scale``."""
+    for them, or the torch route where there is a ``metric``."""
     if activations.shape[0] == 0 or activations.shape[1] == 0:
         return
     if available() and common.supported(activations, grad_outputs):
-        from sdi_kernels.triton import direct, fft, shear
+        from sdi_kernels.triton import direct, fft, shear, transforms
 
         deterministic = torch.are_deterministic_algorithms_enabled()
-        if scale is None and m in fft.configs(out.device) and (route == "fft" or deterministic):
+        if metric is None and m in transforms.configs(out.device) and (route == "fft" or deterministic):
             with torch.cuda.device(out.device):
                 fft.linear_fft(out, activations, grad_outputs, tables, m)
             return
-        if route == "shear" and scale is None and not deterministic:
+        if route == "shear" and metric is None and not deterministic:
             with torch.cuda.device(out.device):
                 shear.linear_shear(out, activations, grad_outputs, tables, m)
             return
         if route != "fft" and not deterministic:
             with torch.cuda.device(out.device):
-                direct.linear_direct(out, activations, grad_outputs, tables, m, precondition=scale)
+                direct.linear_direct(out, activations, grad_outputs, tables, m, metric=metric)
             return
-    torch_routes.linear(out, activations, grad_outputs, tables, m, route, scale)
+    torch_routes.linear(out, activations, grad_outputs, tables, m, route, metric)
 
 
-def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, scale: Tensor | None = None) -> None:
+def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
     if available() and common.supported(grads):
         from sdi_kernels.triton import matrix
 
         with torch.cuda.device(out.device):
-            matrix.matrix(out, grads, tables, m, scale=scale)
+            matrix.matrix(out, grads, tables, m, metric=metric)
     else:
-        torch_routes.matrix(out, grads, tables, m, scale)
+        torch_routes.matrix(out, grads, tables, m, metric)
 
 
 def embedding_sketch_(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:

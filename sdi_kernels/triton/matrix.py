@@ -1,4 +1,4 @@
-"""TensorSketch of gradients that are already there as matrices, optionally times an elementwise preconditioner.
+"""TensorSketch of gradients that are already there as matrices, optionally times an elementwise metric.
 
 ``gather``: a program owns a block of buckets of one row and walks over the lines of the matrix: bucket p takes from
 line i the sources of bucket ``p - h_out(i)`` of the input side. Every entry is read once, sums stay in registers, and
@@ -30,21 +30,21 @@ ATOMIC_COST = 4
 
 
 @triton.jit
-def _entries(p_x, p_scale, o_o, o_i, mask, stride_xo, stride_xi, stride_po, stride_pi, HAS_SCALE: tl.constexpr):
-    """Entries [o_o, o_i] of one row's matrix in fp32, times the preconditioner's where there is one."""
+def _entries(p_x, p_metric, o_o, o_i, mask, stride_xo, stride_xi, stride_mo, stride_mi, HAS_METRIC: tl.constexpr):
+    """Entries [o_o, o_i] of one row's matrix in fp32, times the metric's where there is one."""
     o_o = o_o.to(tl.int64)
     o_i = o_i.to(tl.int64)
     b_x = tl.load(p_x + o_o * stride_xo + o_i * stride_xi, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        b_x *= tl.load(p_scale + o_o * stride_po + o_i * stride_pi, mask=mask, other=0.0).to(tl.float32)
+    if HAS_METRIC:
+        b_x *= tl.load(p_metric + o_o * stride_mo + o_i * stride_mi, mask=mask, other=0.0).to(tl.float32)
     return b_x
 
 
 @triton.jit(do_not_specialize=["lines_per_split"])
 def matrix_gather_kernel(
-    p_out, p_x, p_scale, p_h_out, p_s_out, p_table, d_out, lines_per_split, m, width,
-    stride_or, stride_om, stride_xr, stride_xo, stride_xi, stride_po, stride_pi,
-    BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, HAS_SCALE: tl.constexpr, IS_ATOMIC: tl.constexpr,
+    p_out, p_x, p_metric, p_h_out, p_s_out, p_table, d_out, lines_per_split, m, width,
+    stride_or, stride_om, stride_xr, stride_xo, stride_xi, stride_mo, stride_mi,
+    BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, HAS_METRIC: tl.constexpr, IS_ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """Sketch of BLOCK_M buckets over one split of a matrix's lines. Grid: (rows * tiles of m, splits)."""
     tiles = tl.cdiv(m, BLOCK_M)
@@ -66,7 +66,16 @@ def matrix_gather_kernel(
         for j in range(width):
             v = tl.load(p_table + o_q.to(tl.int64) * width + j, mask=m_o[:, None] & m_m[None, :], other=0)
             b_x = _entries(
-                p_x, p_scale, o_o[:, None], tl.abs(v) - 1, v != 0, stride_xo, stride_xi, stride_po, stride_pi, HAS_SCALE
+                p_x,
+                p_metric,
+                o_o[:, None],
+                tl.abs(v) - 1,
+                v != 0,
+                stride_xo,
+                stride_xi,
+                stride_mo,
+                stride_mi,
+                HAS_METRIC,
             )
             b_line += tl.where(v < 0, -b_x, b_x)
         b_acc += b_line * s_o[:, None]
@@ -80,9 +89,9 @@ def matrix_gather_kernel(
 
 @triton.jit
 def matrix_scatter_kernel(
-    p_out, p_x, p_scale, p_h_out, p_s_out, p_h_in, p_s_in, d_out, d_in, m,
-    stride_or, stride_om, stride_xr, stride_xo, stride_xi, stride_po, stride_pi,
-    TILE_O: tl.constexpr, TILE_I: tl.constexpr, HAS_SCALE: tl.constexpr,
+    p_out, p_x, p_metric, p_h_out, p_s_out, p_h_in, p_s_in, d_out, d_in, m,
+    stride_or, stride_om, stride_xr, stride_xo, stride_xi, stride_mo, stride_mi,
+    TILE_O: tl.constexpr, TILE_I: tl.constexpr, HAS_METRIC: tl.constexpr,
 ):  # fmt: skip
     """Add one [TILE_O, TILE_I] tile of a matrix to the buckets. Grid: (rows * tiles,)."""
     tiles_in = tl.cdiv(d_in, TILE_I)
@@ -95,47 +104,46 @@ def matrix_scatter_kernel(
     m_i = o_i < d_in
     m_tile = m_o[:, None] & m_i[None, :]
     b_x = _entries(
-        p_x + i_row * stride_xr, p_scale, o_o[:, None], o_i[None, :], m_tile, stride_xo, stride_xi,
-        stride_po, stride_pi, HAS_SCALE,
+        p_x + i_row * stride_xr, p_metric, o_o[:, None], o_i[None, :], m_tile, stride_xo, stride_xi,
+        stride_mo, stride_mi, HAS_METRIC,
     )  # fmt: skip
     s_o = tl.load(p_s_out + o_o, mask=m_o, other=0).to(tl.float32)
     s_i = tl.load(p_s_in + o_i, mask=m_i, other=0).to(tl.float32)
     o_pos = tl.load(p_h_out + o_o, mask=m_o, other=0)[:, None] + tl.load(p_h_in + o_i, mask=m_i, other=0)[None, :]
-    o_pos = tl.where(o_pos >= m, o_pos - m, o_pos)
+    # A hint that nothing reads by, and that need not be true: lanes go along the row.
+    o_pos = tl.max_contiguous(tl.where(o_pos >= m, o_pos - m, o_pos), (1, TILE_I))
     p_bin = p_out + i_row * stride_or + o_pos.to(tl.int64) * stride_om
     tl.atomic_add(p_bin, b_x * s_o[:, None] * s_i[None, :], mask=m_tile, sem="relaxed")
 
 
-def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, *, scale: Tensor | None = None) -> None:
-    """Add the TensorSketch of each row's matrix ``G`` (or ``scale * G``) to ``out``.
+def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, *, metric: Tensor | None = None) -> None:
+    """Add the TensorSketch of each row's matrix ``G`` (or ``metric * G``) to ``out``.
 
     Args:
         out: (rows, m) float32, any strides.
         grads: (rows, d_out, d_in) float32, bfloat16 or float16, any strides.
         tables: the six tables of :meth:`TensorSketch.tables`.
         m: number of buckets.
-        scale: optional (d_out, d_in), any floating dtype and strides, multiplied elementwise into every matrix.
+        metric: optional (d_out, d_in), any floating dtype and strides, multiplied elementwise into every matrix.
     """
     rows, d_out, d_in = grads.shape
     if rows == 0:
         return
     h_out, s_out, _, h_in, s_in, table_in = tables
     width = table_in.shape[1]
-    metric = out if scale is None else scale
-    strides = (*out.stride(), *grads.stride(), *metric.stride())
+    entries = out if metric is None else metric  # a pointer that stands in is never read
+    strides = (*out.stride(), *grads.stride(), *entries.stride())
     deterministic = torch.are_deterministic_algorithms_enabled()
     if not deterministic and m * width > ATOMIC_COST * d_in:
         programs = rows * common.cdiv(d_out, TILE_O) * common.cdiv(d_in, TILE_I)
         matrix_scatter_kernel[(programs,)](
-            out, grads, metric, h_out, s_out, h_in, s_in, d_out, d_in, m, *strides,
-            TILE_O=TILE_O, TILE_I=TILE_I, HAS_SCALE=scale is not None, num_warps=NUM_WARPS,
+            out, grads, entries, h_out, s_out, h_in, s_in, d_out, d_in, m, *strides,
+            TILE_O=TILE_O, TILE_I=TILE_I, HAS_METRIC=metric is not None, num_warps=NUM_WARPS,
         )  # fmt: skip
         return
     programs = rows * common.cdiv(m, BLOCK_M)
-    splits = 1 if deterministic else common.token_splits(programs, d_out, 4 * BLOCK_O, out.device)
-    per_split = common.cdiv(common.cdiv(d_out, splits), BLOCK_O) * BLOCK_O
-    splits = common.cdiv(d_out, per_split)
+    splits, per_split = common.parts(programs, d_out, BLOCK_O, 4, out.device, whole=deterministic)
     matrix_gather_kernel[(programs, splits)](
-        out, grads, metric, h_out, s_out, table_in, d_out, per_split, m, width, *strides,
-        BLOCK_O=BLOCK_O, BLOCK_M=BLOCK_M, HAS_SCALE=scale is not None, IS_ATOMIC=splits > 1, num_warps=NUM_WARPS,
+        out, grads, entries, h_out, s_out, table_in, d_out, per_split, m, width, *strides,
+        BLOCK_O=BLOCK_O, BLOCK_M=BLOCK_M, HAS_METRIC=metric is not None, IS_ATOMIC=splits > 1, num_warps=NUM_WARPS,
     )  # fmt: skip

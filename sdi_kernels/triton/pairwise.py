@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdi_kernels.triton import common, configs, tuning
+from sdi_kernels.triton.rounding import operand
 
 
 @triton.jit
@@ -32,8 +33,8 @@ def _scores(
         b_x = tl.load(p_xd, mask=m_x[:, None] & m_d, other=0.0)
         b_y = tl.load(p_yd, mask=m_y[:, None] & m_d, other=0.0)
         if not IS_HALF:
-            b_x = b_x.to(tl.float32)
-            b_y = b_y.to(tl.float32)
+            b_x = operand(b_x.to(tl.float32), PRECISION)
+            b_y = operand(b_y.to(tl.float32), PRECISION)
         b_acc = tl.dot(b_x, tl.trans(b_y), b_acc, input_precision=PRECISION)
         p_xd += step_x
         p_yd += step_y
@@ -92,9 +93,7 @@ def pairwise(
     config = tuning.tuned(activations.device).tile(f"pairwise {kind}")
     assert isinstance(config, configs.PairwiseConfig)
     blocks = common.cdiv(tokens, config.block_train)
-    splits = common.token_splits(pairs * blocks, query_tokens, config.block_query, activations.device)
-    per_split = common.cdiv(common.cdiv(query_tokens, splits), config.block_query) * config.block_query
-    splits = common.cdiv(query_tokens, per_split)
+    splits, per_split = common.parts(pairs * blocks, query_tokens, config.block_query, 1, activations.device)
     partial = activations.new_empty(pairs, blocks * splits, dtype=torch.float32)
     pairwise_kernel[(pairs * blocks, splits)](
         partial, *inputs, tokens, query_tokens, per_split, d_in, grad_outputs.shape[-1],

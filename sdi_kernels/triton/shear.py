@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sdi_kernels.hashing import BLOCK_BUCKETS
 from sdi_kernels.triton import common, configs, tuning
+from sdi_kernels.triton.rounding import operand
 
 
 @triton.jit
@@ -85,14 +86,15 @@ def shear_sketch_kernel(
             b_g = tl.load((p_gx + o_t * stride_gt)[None, :] + o_gv, mask=(v != 0) & m_t[None, :], other=0.0)
             b_a = tl.load((p_ax + o_t * stride_at)[:, None] + o_ac, mask=m_j & m_t[:, None], other=0.0)
             if not IS_HALF:
-                b_g = b_g.to(tl.float32)
-                b_a = b_a.to(tl.float32)
-            b_g = tl.where(v < 0, -b_g, b_g)
+                b_g = operand(b_g.to(tl.float32), PRECISION)
+                b_a = operand(b_a.to(tl.float32), PRECISION)
+            b_g *= tl.where(v < 0, -1.0, 1.0).to(b_g.dtype)
             b_a = tl.where(m_minus, -b_a, b_a)
             b_acc = tl.dot(b_g, b_a, b_acc, input_precision=PRECISION)
 
     o_pos = o_base[:, None] + o_c[None, :]
-    o_pos = tl.where(o_pos >= m, o_pos - m, o_pos)
+    # A hint that nothing reads by, and that need not be true: lanes go along the row.
+    o_pos = tl.max_contiguous(tl.where(o_pos >= m, o_pos - m, o_pos), (1, COLUMNS))
     if IS_WIDE:
         o_pos = o_pos.to(tl.int64)
     m_tile = m_base[:, None] & (o_c < d_in + R - 1)[None, :]
@@ -119,9 +121,8 @@ def linear_shear(out: Tensor, activations: Tensor, grad_outputs: Tensor, tables:
     groups = m // BLOCK_BUCKETS
     # At most so many blocks are in use; programs beyond them return at once.
     tiles = common.cdiv(groups, config.blocks) * common.cdiv(d_in + BLOCK_BUCKETS - 1, config.columns)
-    splits = common.token_splits(rows * tiles, tokens, 32 * config.tokens, out.device)
-    per_split = common.cdiv(common.cdiv(tokens, splits), config.tokens) * config.tokens
-    shear_sketch_kernel[(rows * tiles, common.cdiv(tokens, per_split))](
+    splits, per_split = common.parts(rows * tiles, tokens, config.tokens, 32, out.device)
+    shear_sketch_kernel[(rows * tiles, splits)](
         out, activations, grad_outputs, table_out, s_in, tokens, per_split, d_in, m, table_out.shape[1],
         *out.stride(), *activations.stride(), *grad_outputs.stride(),
         BLOCKS=config.blocks, COLUMNS=config.columns, BLOCK_T=config.tokens,

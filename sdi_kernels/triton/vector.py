@@ -146,9 +146,7 @@ def vector(
         )  # fmt: skip
         return
     programs = rows * common.cdiv(d, BLOCK_D)
-    splits = 1 if deterministic else common.token_splits(programs, tokens, 4 * BLOCK_T, out.device)
-    per_split = common.cdiv(common.cdiv(tokens, splits), BLOCK_T) * BLOCK_T
-    splits = common.cdiv(tokens, per_split)
+    splits, per_split = common.parts(programs, tokens, BLOCK_T, 4, out.device, whole=deterministic)
     vector_scatter_kernel[(programs, splits)](
         out, grads, x, c, s, bucket, sign, tokens, per_split, d, *strides,
         BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, IS_ATOMIC=splits > 1 or not injective, num_warps=NUM_WARPS, **given,

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
@@ -34,7 +33,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_code_blocks_run(page: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)  # small tensors: a second thread would only wait; conftest puts it back
     document = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(ROOT)).parse(page)
     examples = list(document.examples())
     assert examples, f"{page.name}: no code block was recognised"

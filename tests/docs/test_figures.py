@@ -25,11 +25,7 @@ PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs
 
 @pytest.fixture(scope="module")
 def figures() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "docs" / "_site"))
-    try:
-        return importlib.import_module("figures")
-    finally:
-        sys.path.remove(str(ROOT / "docs" / "_site"))
+    return importlib.import_module("figures")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

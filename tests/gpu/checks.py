@@ -144,7 +144,7 @@ def check_integers(shape: Shape, dtype: torch.dtype) -> None:
 
     grads = torch.randint(-2, 3, (shape.rows, shape.d_out, shape.d_in), device="cuda").to(dtype)
     metric = torch.randint(-2, 3, (shape.d_out, shape.d_in), device="cuda").to(dtype)
-    got = sk.sketch_matrix_grads(grads, sketch, scale=metric)
+    got = sk.sketch_matrix_grads(grads, sketch, metric=metric)
     identity = torch.eye(shape.d_out, device="cuda").expand(shape.rows, -1, -1)  # tokens are lines: G = I (x) lines
     assert torch.equal(got.double(), expected_linear(grads.double() * metric.double(), identity, sketch)), label(
         shape, dtype, "matrix"

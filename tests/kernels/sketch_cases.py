@@ -56,37 +56,43 @@ def buckets_of(sketch: TensorSketch) -> Tensor:
     return (h_out[:, None] + h_in).remainder(sketch.m).flatten()
 
 
-def signed_sketch(a: Tensor, g: Tensor, s_out: Tensor, s_in: Tensor, *scale: Tensor, buckets: Tensor, m: int) -> Tensor:
+def signed_sketch(
+    a: Tensor, g: Tensor, s_out: Tensor, s_in: Tensor, *metric: Tensor, buckets: Tensor, m: int
+) -> Tensor:
     grads = torch.einsum("...to,...ti->...oi", g * s_out, a * s_in)
-    for factors in scale:
+    for factors in metric:
         grads = grads * factors
     return in_buckets(grads.flatten(-2), buckets, m)
 
 
 def expected_linear(
-    a: Tensor, g: Tensor, sketch: TensorSketch, *, scale: Tensor | None = None, before: float = 0
+    a: Tensor, g: Tensor, sketch: TensorSketch, *, metric: Tensor | None = None, before: float = 0
 ) -> Expected:
-    """What is expected of the sketches of ``scale * sum_t g_t a_t'``, added to a buffer full of ``before``."""
+    """What is expected of the sketches of ``metric * sum_t g_t a_t'``, added to a buffer full of ``before``."""
     buckets = buckets_of(sketch)
 
     def plain(*inputs: Tensor) -> Tensor:
         return before + signed_sketch(*inputs, buckets=buckets, m=sketch.m)
 
     grads = reference.linear_grads(a, g)
-    exact = reference.tensor_sketch(grads if scale is None else scale.double() * grads, sketch)
-    scales = () if scale is None else (scale,)
-    return multilinear(plain, a, g, *signs_of(sketch), *scales, exact=before + exact)
+    exact = reference.tensor_sketch(grads if metric is None else metric.double() * grads, sketch)
+    metrics = () if metric is None else (metric,)
+    return multilinear(plain, a, g, *signs_of(sketch), *metrics, exact=before + exact)
 
 
-def expected_matrix(grads: Tensor, sketch: TensorSketch, *, scale: Tensor | None = None) -> Expected:
+def expected_matrix(grads: Tensor, sketch: TensorSketch, *, metric: Tensor | None = None) -> Expected:
     buckets, ones = buckets_of(sketch), torch.ones(())
-    scaled = grads.double() * (ones if scale is None else scale).double()
+    scaled = grads.double() * (ones if metric is None else metric).double()
 
-    def plain(grads: Tensor, s_out: Tensor, s_in: Tensor, scale: Tensor) -> Tensor:
-        return in_buckets((grads * scale * s_out[:, None] * s_in).flatten(-2), buckets, sketch.m)
+    def plain(grads: Tensor, s_out: Tensor, s_in: Tensor, metric: Tensor) -> Tensor:
+        return in_buckets((grads * metric * s_out[:, None] * s_in).flatten(-2), buckets, sketch.m)
 
     return multilinear(
-        plain, grads, *signs_of(sketch), ones if scale is None else scale, exact=reference.tensor_sketch(scaled, sketch)
+        plain,
+        grads,
+        *signs_of(sketch),
+        ones if metric is None else metric,
+        exact=reference.tensor_sketch(scaled, sketch),
     )
 
 

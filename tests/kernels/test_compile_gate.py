@@ -1,7 +1,7 @@
 """The kernel gate that needs no GPU: every kernel compiles for real targets, without spilling, on tensor cores.
 
-``pytest -s`` shows the table. What a case may need is declared with it in compile_gate.py, which runs as a process of
-its own: it starts workers, and must not see the interpreter's setting.
+``pytest -s`` shows the table. What a case may need is declared with it in gate_cases.py. compile_gate.py runs as a
+process of its own: it starts workers, and must not see the interpreter's setting.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compile_gate
 import pytest
+from gate_cases import SM90, Case
 
 GATE = Path(__file__).parent / "compile_gate.py"
 
@@ -27,3 +29,44 @@ def test_kernels_compile_within_their_limits() -> None:
     print(f"\n{result.stdout}")
     assert "| fft m=2048 tf32 | sm_90 |" in result.stdout, result.stderr
     assert result.returncode == 0, result.stdout.rpartition("|\n")[2]
+
+
+CASE = Case("fft", SM90, "fft", "kernel", {}, {}, 8, 1, ("HGMMA",), shared_cycles=100)
+FINE = compile_gate.Cost(CASE, matrix={"HGMMA": 1}, shared_cycles=100)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"local": 1}, "1 local loads and stores in the loop"),
+        ({"shared": 1 << 20}, "of shared memory, 227 KB are there"),
+        ({"shared_cycles": 101}, "101 cycles of shared memory a token"),
+        ({"matrix": {"HMMA": 3}}, "none of HGMMA"),
+        ({"atomics": ("lanes go down",)}, "lanes go down"),
+        ({"error": "no"}, "does not compile"),
+    ],
+)
+def test_every_limit_is_held(change: dict[str, object], message: str) -> None:
+    assert compile_gate.problems(FINE) == []
+    (problem,) = compile_gate.problems(FINE._replace(**change))  # type: ignore[arg-type]
+    assert message in problem
+
+
+def ttgir(threads: str) -> str:
+    return f"""#blocked = #ttg.blocked<{{sizePerThread = [1, 1], threadsPerWarp = {threads}, order = [0, 1]}}>
+    %1 = tt.atomic_rmw fadd, relaxed, gpu, %p, %v, %m : (tensor<64x64x!tt.ptr<f32>, #blocked>, tensor<64x64xf32>)
+    """
+
+
+def test_atomics_down_the_rows_or_of_several_values_are_found() -> None:
+    ptx = "atom.global.gpu.relaxed.add.f32"
+    assert compile_gate._atomics({"ttgir": ttgir("[1, 32]"), "ptx": ptx}) == ()
+    assert "down the rows" in compile_gate._atomics({"ttgir": ttgir("[32, 1]"), "ptx": ptx})[0]
+    several = "red.relaxed.gpu.global.add.v4.f32"
+    assert several in compile_gate._atomics({"ttgir": ttgir("[1, 32]"), "ptx": several})[0]
+
+
+def test_shared_memory_cycles() -> None:
+    """LDSM.x4 moves 512 bytes for a warp, at 128 bytes a cycle; LDS.128 as much."""
+    assert compile_gate._shared_cycles({"LDSM.16.M88.4": 2, "LDS.128": 1, "STS": 3, "STS.64": 1, "HMMA": 9}) == 17

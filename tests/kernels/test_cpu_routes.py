@@ -10,7 +10,16 @@ import torch
 from sketch_cases import expected_linear, expected_vector
 from torch import Tensor
 
-from sdi_kernels import CountSketch, HashFamily, TensorSketch, plan, reference, sketch_linear_grads, torch_routes
+from sdi_kernels import (
+    CountSketch,
+    HashFamily,
+    TensorSketch,
+    plan,
+    reference,
+    sketch_linear_grads,
+    torch_routes,
+    workspace,
+)
 from sdi_kernels.cpu import native, routes
 
 pytestmark = pytest.mark.numeric
@@ -218,7 +227,7 @@ def test_workspace_stays_in_its_limit(shape: tuple[int, int, int, int, int], rou
     sketch = TensorSketch(d_out, d_in, m)
     a, g = inputs(rows, tokens, d_out, d_in)
     got = run(a, g, sketch, route)
-    assert library.sdi_peak_bytes() <= plan.WORKSPACE_BYTES["cpu"]
+    assert library.sdi_peak_bytes() <= workspace.WORKSPACE_BYTES["cpu"]
     if m < 1 << 18:
         expected_linear(a, g, sketch).check(got)
 

@@ -23,9 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import CustomOpDef
 
 import sdi_kernels as sk
-from sdi_kernels import CountSketch, HashFamily, TensorSketch, linear, ops, plan
-
-pytestmark = pytest.mark.numeric
+from sdi_kernels import CountSketch, HashFamily, TensorSketch, linear, ops, workspace
 
 families = pytest.mark.parametrize("hashing", sk.HASH_FAMILIES)
 routes = pytest.mark.parametrize("route", ["direct", "fft"])
@@ -208,7 +206,7 @@ def test_gradients_come_in_the_inputs_dtype(dtype: torch.dtype) -> None:
 def test_gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The adjoint forms a matrix per example, a few at a time."""
     inputs = values(5, 3, D_IN, dtype=torch.float64, grad=True), values(5, 3, D_OUT, dtype=torch.float64, grad=True)
-    monkeypatch.setitem(plan.WORKSPACE_BYTES, "cpu", 2 * 8 * D_OUT * D_IN * 2)
+    monkeypatch.setitem(workspace.WORKSPACE_BYTES, "cpu", 2 * 8 * D_OUT * D_IN * 2)
     assert torch.autograd.gradcheck(lambda a, g: sk.sketch_linear_grads(a, g, SKETCH), inputs)
 
 
@@ -228,6 +226,7 @@ def fresh() -> TensorSketch:
     return TensorSketch(D_OUT, D_IN, M)
 
 
+@pytest.mark.numeric
 @routes
 def test_compile_linear(compiled: Callable[..., Any], route: sk.Route) -> None:
     a, g = values(2, 3, D_IN, grad=True), values(2, 3, D_OUT)
@@ -244,6 +243,7 @@ def test_compile_linear(compiled: Callable[..., Any], route: sk.Route) -> None:
     multilinear(plain, a, g, *signs_of(sketch)).check(grad)
 
 
+@pytest.mark.numeric
 def test_compile_the_others(compiled: Callable[..., Any]) -> None:
     sketch, tokens = fresh(), ids(2, 3)
     a, g, matrix = values(2, 3, D_IN), values(2, 3, D_OUT), values(2, D_OUT, D_IN)
@@ -266,6 +266,7 @@ def test_compile_the_others(compiled: Callable[..., Any]) -> None:
         want.check(got)
 
 
+@pytest.mark.numeric
 def test_compile_accumulation(compiled: Callable[..., Any]) -> None:
     sketch = fresh()
     a, g, buffer = values(2, 3, D_IN), values(2, 3, D_OUT), torch.zeros(2, 4, M)
@@ -309,6 +310,7 @@ def test_compile_a_looped_sketched_linear(compiled: Callable[..., Any]) -> None:
         assert want.flatten(1).any(1).all()
 
 
+@pytest.mark.numeric
 def test_compile_for_any_batch_size(compiled: Callable[..., Any]) -> None:
     sketch = fresh()
     f = compiled(lambda a, g: sk.sketch_linear_grads(a, g, sketch), dynamic=True)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sdi_kernels as sk
-from sdi_kernels import HashFamily, TensorSketch, plan, reference, torch_routes
+from sdi_kernels import HashFamily, TensorSketch, reference, torch_routes, workspace
 
 pytestmark = pytest.mark.numeric
 
@@ -85,7 +85,7 @@ def test_chunking_changes_nothing(
     route: str, hashing: HashFamily, d_out: int, d_in: int, m: int, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Down to one token, one row of the matrix at a time."""
-    monkeypatch.setitem(plan.WORKSPACE_BYTES, "cpu", budget)
+    monkeypatch.setitem(workspace.WORKSPACE_BYTES, "cpu", budget)
     run, want = problem(route, TensorSketch(d_out, d_in, m, hashing=hashing), rows=3, tokens=7)
     out = integers(3, m)
     before = out.clone()
@@ -160,9 +160,9 @@ def test_peak_memory_counts() -> None:
 def test_workspace_is_bounded(
     route: str, hashing: HashFamily, d_out: int, d_in: int, rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Temporaries stay under plan.WORKSPACE_BYTES, whichever dimension is the large one."""
+    """Temporaries stay under workspace.WORKSPACE_BYTES, whichever dimension is the large one."""
     limit, m = 1 << 18, 128
-    monkeypatch.setitem(plan.WORKSPACE_BYTES, "cpu", limit)
+    monkeypatch.setitem(workspace.WORKSPACE_BYTES, "cpu", limit)
     sketch = TensorSketch(d_out, d_in, m, hashing=hashing)
     tables = sketch.tables()
     a, g = torch.randn(rows, tokens, d_in).bfloat16(), torch.randn(rows, tokens, d_out).bfloat16()
@@ -275,6 +275,6 @@ def test_plan_refuses_an_unknown_route() -> None:
 
 
 def test_workspace_limit_per_device() -> None:
-    assert plan.workspace_bytes(CPU) == plan.WORKSPACE_BYTES["cpu"]
+    assert workspace.workspace_bytes(CPU) == workspace.WORKSPACE_BYTES["cpu"]
     for accelerator in ("cuda", "mps", "xpu"):
-        assert plan.workspace_bytes(torch.device(accelerator)) == plan.WORKSPACE_BYTES["cuda"]
+        assert workspace.workspace_bytes(torch.device(accelerator)) == workspace.WORKSPACE_BYTES["cuda"]

@@ -135,10 +135,10 @@ ERRORS: dict[str, Case] = {
         ValueError,
         "route: got 'shear' for TensorSketch(d_out=5, d_in=4, m=7); it needs d_in <= m with inputs hashed in order",
     ),
-    "linear: shear with a scale": (
-        lambda: linear(A, G, SKETCH, route="shear", scale=torch.ones(5, 4)),
+    "linear: shear with a metric": (
+        lambda: linear(A, G, SKETCH, route="shear", metric=torch.ones(5, 4)),
         ValueError,
-        "route: got 'shear' with scale; the shear route cannot apply it, use 'auto' or 'direct'",
+        "route: got 'shear' with metric; the shear route cannot apply it, use 'auto' or 'direct'",
     ),
     "matrix: columns": (
         lambda: matrix(torch.zeros(5, 3), SKETCH),

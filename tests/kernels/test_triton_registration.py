@@ -15,8 +15,6 @@ import sdi_kernels as sk
 from sdi_kernels import CountSketch, TensorSketch, ops, pairwise, reference, torch_routes, triton
 from sdi_kernels.triton import cost, launch
 
-pytestmark = pytest.mark.numeric
-
 ACCUMULATING = ["linear_sketch_", "matrix_sketch_", "embedding_sketch_", "vector_sketch_", "scaled_vector_sketch_"]
 
 
@@ -48,10 +46,10 @@ def test_without_triton_the_torch_routes_serve(monkeypatch: pytest.MonkeyPatch) 
     out = torch.zeros(2, m)
     launch.vector_sketch_(out, a, count.tables(), m)
     expected_vector(a, count).check(out)
-    matrices, scale = torch.randn(2, 6, 8), torch.rand(6, 8)
+    matrices, metric = torch.randn(2, 6, 8), torch.rand(6, 8)
     out = torch.zeros(2, m)
-    launch.matrix_sketch_(out, matrices, sketch.tables(), m, scale)
-    expected_matrix(matrices, sketch, scale=scale).check(out)
+    launch.matrix_sketch_(out, matrices, sketch.tables(), m, metric)
+    expected_matrix(matrices, sketch, metric=metric).check(out)
     out, center = torch.zeros(2, m), torch.randn(2, 3)
     launch.scaled_vector_sketch_(out, a, a, center, None, count.tables(), m)
     expected_vector(a, count, factors=a, center=center).check(out)
@@ -149,6 +147,7 @@ def pair_inputs(pairs: int, tokens: int, queries: int, dtype: torch.dtype = torc
     return [torch.randint(-4, 5, (pairs, *shape)).to(dtype) for shape in shapes]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1, 1), (0, 4, 4), (3, 0, 4), (3, 4, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_pairwise_influence_is_exact_on_integers(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -158,6 +157,7 @@ def test_pairwise_influence_is_exact_on_integers(shape: tuple[int, int, int], dt
     assert torch.equal(got.double(), exact_influence(*inputs))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("budget", [1, 300, 2000])
 def test_pairwise_influence_in_chunks(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairwise, "workspace_bytes", lambda _: budget)
@@ -165,6 +165,7 @@ def test_pairwise_influence_in_chunks(budget: int, monkeypatch: pytest.MonkeyPat
     assert torch.equal(sk.pairwise_linear_influence(*inputs).double(), exact_influence(*inputs))
 
 
+@pytest.mark.numeric
 def test_pairwise_influence_expands_a_query_without_a_copy() -> None:
     a, g, qa, qg = pair_inputs(4, 3, 5)
     qa, qg = qa[:1].expand(4, -1, -1), qg[:1].expand(4, -1, -1)
@@ -193,6 +194,7 @@ def test_pairwise_influence_names_what_is_wrong(change: object, message: str) ->
         sk.pairwise_linear_influence(*change(*pair_inputs(3, 5, 7)))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("route", ["fft", "direct"])
 def test_calling_function_compiles_as_one_graph(route: str) -> None:
     sketch = TensorSketch(6, 8, 256)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from stepinfluence import attach, influence, load_checkpoint
+from accuracy import Expected
+from rounding import in_double, influence_of_sketches, measure_body
+from stepinfluence import attach, load_checkpoint
 from stepinfluence.models.parity import ParityTransformer, parity_loss
 from stepinfluence.models.parity_task import (
     ParityExample,
@@ -28,7 +29,6 @@ CONFIG = CONFIGS["minute"]
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run[Config], Outcome]:
-    torch.set_num_threads(1)
     task = Run(tmp_path_factory.mktemp("parity") / "run", "parity", "minute", CONFIG)
     with styled():
         return task, run(task)
@@ -50,18 +50,22 @@ def test_profile_is_the_influence_summed_over_checkpoints(done: tuple[Run[Config
     train_set = make_train_set(6, 32, seed=0)
     subset = influence_subset(train_set, per_tercile=12, longest=12, seed=0)
     assert len(subset) == 48
-    probes, train = collate(alternating_probes(10)), collate(subset)
+    probe, train = collate(alternating_probes(10)[:1]), collate(subset)
     model = ParityTransformer(CONFIG.training.model)
-    total = torch.zeros(12)
     names = outcome.numbers["training"]["files"]
     assert len(names) == 2
+    parts = []
     for name in names:
         checkpoint = load_checkpoint(task.checkpoints / name)
         checkpoint.load_into(model)
         capture = attach(model, body=model.block, sketch_size=256, seed=0)
-        sides = [capture.featurize([batch], parity_loss, progress=False) for batch in (train, probes)]
-        total += influence(*sides, etas=checkpoint.learning_rate).sdi[:, 0].sum(0)
-    np.testing.assert_allclose(outcome.numbers["sdi_profile"], total.numpy(), rtol=1e-4, atol=1e-6)
+        sketches = {target.name: target.sketch for target in capture.targets}
+        sides = [measure_body(model, [batch], parity_loss, model.block, list(sketches)) for batch in (train, probe)]
+        parts.append((checkpoint.learning_rate, influence_of_sketches(*sides, sketches)))
+    exact, plain, magnitude = (
+        sum(eta * getattr(part, kind)[:, 0].sum(0) for eta, part in parts) for kind in ("exact", "plain", "magnitude")
+    )
+    Expected(exact, plain, magnitude, rows=False).check(torch.tensor(outcome.numbers["sdi_profile"]))
     assert outcome.numbers["sdi_profile"][10:] == [0, 0]
 
 
@@ -81,7 +85,12 @@ def test_forward_measurements_are_the_models(done: tuple[Run[Config], Outcome]) 
     # 0101010101 has five ones: odd, so the margin is logit 1 minus logit 0.
     probe = collate(alternating_probes(10)[:1])
     path = model.answer_trajectory(probe["tokens"], probe["read_step"])
-    np.testing.assert_allclose(outcome.numbers["margin"], path.margin(torch.tensor([1]))[0].numpy(), rtol=1e-5)
+    with in_double(model):
+        exact = model.answer_trajectory(probe["tokens"], probe["read_step"])
+    odd = torch.tensor([1])
+    size = exact.logits[..., :2].abs().sum(-1)  # the margin is a difference of these
+    expected = Expected(exact.margin(odd), path.margin(odd), size, rows=False)
+    expected.check(torch.tensor(outcome.numbers["margin"])[None])
 
 
 def test_a_second_run_computes_nothing_again(

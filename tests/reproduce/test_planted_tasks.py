@@ -12,7 +12,7 @@ from reproduce.planted.tasks.running_parity import RunningParity
 from reproduce.planted.tasks.sorting import Sorting
 from reproduce.planted.tasks.step_task import StepTask
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 TASKS = [Copying(5), Copying(2, symbols=3), Addition(4), Addition(1, base=10), Sorting(5), Sorting(6), RunningParity(7)]
 

@@ -9,7 +9,7 @@ from stepinfluence import ExactCapture, attach
 
 from reproduce.sudoku.model import SudokuConfig, SudokuTransformer, blank_loss, sudoku_loss
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 TINY = SudokuConfig(2, 2, d_model=16, n_heads=2, steps=3)
 

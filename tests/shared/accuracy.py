@@ -65,6 +65,22 @@ class Expected:
         for name, mutate in MUTATIONS.items():
             assert self.notices(mutate(self.exact)), f"{what} cannot fail: {name} goes unnoticed".strip()
 
+    def check_difference(self, found: float, measure: Callable[[Tensor, Tensor], Tensor], wrong: Tensor) -> None:
+        """Assert that two ways to this result are no further apart than both may be from it.
+
+        Args:
+            found: how far apart they are: ``measure`` of sizes of differences and sizes of the result.
+            wrong: the result as a mistake would make it, which has to be further away.
+        """
+        limit = self.explained(measure)
+        assert found <= limit, f"the difference is {found:.3g}, where rounding explains {limit:.3g}"
+        mistake = float(measure(self._size(wrong - self.exact), self._size(self.exact)))
+        assert mistake > limit, f"cannot fail: a mistake makes a difference of {mistake:.3g}, allowed is {limit:.3g}"
+
+    def explained(self, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """How far apart rounding may put two ways to this result, see :meth:`check_difference`."""
+        return float(measure(2 * self.allowed, self._size(self.exact)))
+
     def notices(self, wrong: Tensor) -> bool:
         """Whether at least half of what differs in ``wrong`` is found to be wrong."""
         units = self._units(wrong)

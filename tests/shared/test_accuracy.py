@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from accuracy import Expected, inner_products, multilinear
@@ -98,3 +100,25 @@ def test_a_bound_too_wide_to_fail_is_refused() -> None:
     x = torch.randn(4, 6)
     with pytest.raises(AssertionError, match="cannot fail: a swapped sign goes unnoticed"):
         Expected(x.double(), x, 1e9 * x.abs()).check(x)
+
+
+def largest_share(difference: Tensor, size: Tensor) -> Tensor:
+    return (difference / size).max()
+
+
+def test_two_ways_to_a_sum_may_differ_by_rounding_alone() -> None:
+    """Steps added up one by one and at once; a step left out, or turned, is no rounding."""
+    steps = torch.randn(5, 7, 40)
+    expected = multilinear(lambda x: x.sum(1), steps)
+    one_by_one = functools.reduce(torch.add, steps.unbind(1)).double()
+    without_first, turned = (steps[:, 1:].double().sum(1), steps[:, 1:].double().sum(1) - steps[:, 0].double())
+
+    def found(other: Tensor) -> float:
+        return float(largest_share((other - expected.exact).norm(dim=-1), expected.exact.norm(dim=-1)))
+
+    expected.check_difference(found(one_by_one), largest_share, without_first)
+    for wrong in (without_first, turned, expected.exact.roll(1, 0)):
+        with pytest.raises(AssertionError, match="where rounding explains"):
+            expected.check_difference(found(wrong), largest_share, without_first)
+    with pytest.raises(AssertionError, match="cannot fail"):
+        expected.check_difference(0.0, largest_share, one_by_one)

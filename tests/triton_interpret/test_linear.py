@@ -10,7 +10,7 @@ from sketch_cases import expected_linear
 from torch import Tensor
 
 from sdi_kernels import TensorSketch, reference, torch_routes
-from sdi_kernels.triton import common, cost, direct, fft, launch
+from sdi_kernels.triton import common, cost, direct, fft, launch, transforms
 
 FAMILIES = ("balanced", "iid")  # tables of "block" look like balanced ones to these kernels
 
@@ -55,10 +55,10 @@ def test_direct_is_exact_on_integers(shape: tuple[int, ...], m: int, hashing: st
 @pytest.mark.parametrize("hashing", FAMILIES)
 def test_direct_preconditions_elementwise(hashing: str) -> None:
     sketch = TensorSketch(70, 20, 32, hashing=hashing)
-    a, g, scale = small_integers(2, 6, 20), small_integers(2, 6, 70), small_integers(20, 70).T
+    a, g, metric = small_integers(2, 6, 20), small_integers(2, 6, 70), small_integers(20, 70).T
     out = torch.zeros(2, 32)
-    direct.linear_direct(out, a, g, sketch.tables(), 32, precondition=scale)
-    want = reference.tensor_sketch(scale.double() * reference.linear_grads(a, g), sketch)
+    direct.linear_direct(out, a, g, sketch.tables(), 32, metric=metric)
+    want = reference.tensor_sketch(metric.double() * reference.linear_grads(a, g), sketch)
     assert torch.equal(out, want.float())
 
 
@@ -73,7 +73,7 @@ def test_direct_large_tile_and_split_tokens(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("hashing", FAMILIES)
-@pytest.mark.parametrize("m", sorted(fft.CONFIGS))
+@pytest.mark.parametrize("m", sorted(transforms.CONFIGS))
 def test_fft_matches_definition(m: int, hashing: str) -> None:
     rows, tokens, d_out, d_in = (2, 5, 130, m // 4 + 7) if m < 4096 else (1, 2, 130, 700)
     sketch = TensorSketch(d_out, d_in, m, hashing=hashing)
@@ -114,7 +114,7 @@ def test_fft_keeps_small_gradients_beside_large_activations(m: int) -> None:
 
 def test_fft_compact_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "FALLBACK_SHARED", 99 << 10)
-    assert fft.configs(torch.device("cpu")) is fft.COMPACT_CONFIGS
+    assert transforms.configs(torch.device("cpu")) is transforms.COMPACT_CONFIGS
     for m in (2048, 4096):
         sketch = TensorSketch(60, 90, m)
         a, g = torch.randn(1, 3, 90), torch.randn(1, 3, 60)
@@ -184,16 +184,16 @@ def test_nothing_to_add(shape: tuple[int, int]) -> None:
 
 
 def test_planner_knows_the_sizes_of_the_kernel() -> None:
-    assert set(cost.FFT_CYCLES) == set(fft.CONFIGS)
+    assert set(cost.FFT_CYCLES) == set(transforms.CONFIGS)
 
 
-def test_launcher_passes_the_scale_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_passes_the_metric_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
     monkeypatch.setattr(torch_routes, "linear_direct", lambda *_: pytest.fail("fell back to torch"))
     sketch, out = TensorSketch(20, 70, 32), torch.zeros(2, 32)
-    a, g, scale = small_integers(2, 6, 70), small_integers(2, 6, 20), small_integers(20, 70)
-    launch.linear_sketch_(out, a, g, sketch.tables(), 32, "direct", scale)
-    want = reference.tensor_sketch(scale.double() * reference.linear_grads(a, g), sketch)
+    a, g, metric = small_integers(2, 6, 70), small_integers(2, 6, 20), small_integers(20, 70)
+    launch.linear_sketch_(out, a, g, sketch.tables(), 32, "direct", metric)
+    want = reference.tensor_sketch(metric.double() * reference.linear_grads(a, g), sketch)
     assert torch.equal(out.double(), want)
 
 
@@ -206,9 +206,9 @@ def test_launcher_routes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch_routes, name, lambda *_, tag=f"torch {name}": ran.append(tag))
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
 
-    def call(m: int, route: str, dtype: torch.dtype = torch.float32, scale: Tensor | None = None) -> str:
+    def call(m: int, route: str, dtype: torch.dtype = torch.float32, metric: Tensor | None = None) -> str:
         a, g = torch.zeros(1, 1, 3, dtype=dtype), torch.zeros(1, 1, 2, dtype=dtype)
-        launch.linear_sketch_(torch.zeros(1, m), a, g, [], m, route, scale)
+        launch.linear_sketch_(torch.zeros(1, m), a, g, [], m, route, metric)
         return ran.pop()
 
     assert call(256, "fft") == "kernel linear_fft"
@@ -219,4 +219,4 @@ def test_launcher_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.use_deterministic_algorithms(True)
     assert call(256, "direct") == "kernel linear_fft"
     assert call(300, "direct") == "torch linear_direct"
-    assert call(256, "direct", scale=torch.ones(2, 3)) == "torch linear_direct"  # fft cannot apply it
+    assert call(256, "direct", metric=torch.ones(2, 3)) == "torch linear_direct"  # fft cannot apply it

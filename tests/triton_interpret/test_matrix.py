@@ -59,22 +59,22 @@ def test_exact_on_integers(shape: tuple[int, int, int], m: int, hashing: str) ->
 @pytest.mark.usefixtures("kernel")
 def test_preconditions_elementwise() -> None:
     sketch = TensorSketch(40, 20, 32)
-    grads, scale = small_integers(2, 40, 20), small_integers(20, 40).T  # a strided preconditioner
+    grads, metric = small_integers(2, 40, 20), small_integers(20, 40).T  # a strided preconditioner
     for dtype in (torch.float32, torch.float16):
         out = torch.zeros(2, 32)
-        matrix.matrix(out, grads, sketch.tables(), 32, scale=scale.to(dtype))
-        assert torch.equal(out.double(), reference.tensor_sketch(scale.double() * grads, sketch))
+        matrix.matrix(out, grads, sketch.tables(), 32, metric=metric.to(dtype))
+        assert torch.equal(out.double(), reference.tensor_sketch(metric.double() * grads, sketch))
 
 
 @pytest.mark.numeric
 @pytest.mark.usefixtures("kernel")
 def test_error_is_that_of_torch() -> None:
     sketch = TensorSketch(90, 70, 64)
-    grads, scale = torch.randn(2, 90, 70), torch.rand(90, 70)
+    grads, metric = torch.randn(2, 90, 70), torch.rand(90, 70)
     got, torchs = torch.zeros(2, 64), torch.zeros(2, 64)
-    matrix.matrix(got, grads, sketch.tables(), 64, scale=scale)
-    torch_routes.matrix(torchs, grads, sketch.tables(), 64, scale)
-    replace(expected_matrix(grads, sketch, scale=scale), plain=torchs).check(got)
+    matrix.matrix(got, grads, sketch.tables(), 64, metric=metric)
+    torch_routes.matrix(torchs, grads, sketch.tables(), 64, metric)
+    replace(expected_matrix(grads, sketch, metric=metric), plain=torchs).check(got)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -135,7 +135,7 @@ def test_no_rows() -> None:
 def test_launcher_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
     monkeypatch.setattr(torch_routes, "matrix", lambda *_: pytest.fail("fell back to torch"))
-    sketch, grads, scale = TensorSketch(20, 7, 32), small_integers(2, 20, 7), small_integers(20, 7)
+    sketch, grads, metric = TensorSketch(20, 7, 32), small_integers(2, 20, 7), small_integers(20, 7)
     out = torch.zeros(2, 32)
-    launch.matrix_sketch_(out, grads, sketch.tables(), 32, scale)
-    assert torch.equal(out.double(), reference.tensor_sketch(scale.double() * grads, sketch))
+    launch.matrix_sketch_(out, grads, sketch.tables(), 32, metric)
+    assert torch.equal(out.double(), reference.tensor_sketch(metric.double() * grads, sketch))

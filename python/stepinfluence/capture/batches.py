@@ -37,7 +37,8 @@ def leaves(batch: Any) -> Iterator[Any]:
 def infer_batch_size(batch: Any, batch_dim: int = 0) -> int | None:
     """Number of examples of a batch: the size that its tensors share at ``batch_dim`` (None if they disagree, or there
     are none)."""
-    sizes = {t.shape[batch_dim] for t in leaves(batch) if isinstance(t, Tensor) and t.dim() > batch_dim}
+    tensors = [t for t in leaves(batch) if isinstance(t, Tensor) and not t.is_nested]
+    sizes = {t.shape[batch_dim] for t in tensors if t.dim() > batch_dim}
     return sizes.pop() if len(sizes) == 1 else None
 
 

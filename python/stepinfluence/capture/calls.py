@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 STRUCTURE_FACTORIES = {
     torch.arange, torch.linspace, torch.logspace, torch.eye, torch.tril_indices, torch.triu_indices
@@ -21,6 +22,9 @@ EXPANSIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to
 """Functions that may give a batch-free tensor a row per example."""
 
 GRADIENT_TAKERS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+GROUPED = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f is not None]
+"""Products of groups of rows with a matrix each, where this torch has them."""
 
 IN_PLACE_OPERATORS = {"__setitem__", "__set__"} | {
     f"__i{name}__" for name in (

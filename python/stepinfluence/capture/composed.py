@@ -1,15 +1,21 @@
-"""Uses of parameters that come down to others: stacks of matrices, einsum, convolutions, recurrent layers."""
+"""Uses of parameters that come down to others: stacks of matrices, einsum, convolutions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stepinfluence.capture.interceptor import Interceptor
+from stepinfluence.capture.owners import Owners
+from stepinfluence.capture.owners.intervals import NOBODY
+from stepinfluence.capture.sources import Source
+
+Window: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int]], Sequence[int]]
+"""Kernel, stride, padding at both ends, and dilation, of each place dimension."""
 
 
 def batched_product(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -27,6 +33,31 @@ def batched_product(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: d
             for m, d in zip(stack.unbind(0), data.unbind(-3), strict=True)
         ]
         return torch.stack(parts, -3)
+
+
+def grouped_product(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``F.grouped_mm(x, P, offs=...)``: the rows of ``x`` ``(S, k)`` up to each offset with a matrix of ``P``
+    ``(E, k, n)`` each, as of experts with their tokens side by side."""
+    names = ("mat_a", "mat_b", "offs", "bias", "out_dtype")
+    given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
+    x, stack, offsets = given["mat_a"], given["mat_b"], given["offs"]
+    form = (x.dim(), stack.dim())
+    if it.source(x) is not None or given["bias"] is not None or form not in ((2, 3), (3, 3)):
+        return NotImplemented
+    if form == (3, 3):
+        with it:
+            return _of_dtype(torch.matmul(x, stack), given["out_dtype"])
+    ends = offsets.tolist()
+    with it:
+        parts = x.split([*(b - a for a, b in zip([0, *ends], ends, strict=False)), len(x) - ends[-1]])
+        done = [part @ matrix for part, matrix in zip(parts, stack.unbind(0), strict=False)]
+        # What lies behind the last offset is in no group; torch leaves it undefined.
+        done.append(parts[-1].new_zeros(len(parts[-1]), stack.shape[-1]))
+        return _of_dtype(torch.cat(done), given["out_dtype"])
+
+
+def _of_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -55,6 +86,8 @@ def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         or any(parameter.shape[of_parameter.index(c)] == 1 for c in both)
     ):
         return NotImplemented
+    if not both and lead and of_parameter in ([*inner[:1], *outer], [*outer[:1], *inner]) and inner and outer:
+        return _as_matrix(it, parameter, data, (of_data, of_result), (lead, inner, outer))
     source = it.source(parameter)
     assert source is not None
     apart = next((c for c in both if not it.alike_along(data, of_data.index(c))), None)
@@ -74,6 +107,25 @@ def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         it.sink.products(source, use, x, g, (len(both), len(outer), len(inner)), back)
 
     return it.tap(output, use, receive, data)
+
+
+def _as_matrix(
+    it: Interceptor,
+    parameter: Tensor,
+    data: Tensor,
+    names: tuple[Sequence[str], Sequence[str]],
+    groups: tuple[Sequence[str], Sequence[str], Sequence[str]],
+) -> Tensor:
+    """An einsum that is one linear map: the parameter's first dimension is its one side, all others are the other."""
+    (of_data, of_result), (lead, inner, outer) = names, groups
+    order = (*lead, *outer)
+    with it:
+        x = data.permute([of_data.index(c) for c in (*lead, *inner)])
+        first_in = len(inner) == 1
+        sizes = parameter.shape[1:] if first_in else parameter.shape[:1]
+        x, matrix = x.flatten(len(lead)), parameter.flatten(1)
+        out = x @ matrix if first_in else F.linear(x, matrix)
+        return out.unflatten(-1, sizes).permute([order.index(c) for c in of_result])
 
 
 def _einsum(names: Sequence[Sequence[str]], *operands: Tensor) -> Tensor:
@@ -106,97 +158,86 @@ def dimension_names(letters: str, dim: int) -> list[str]:
 
 
 def convolution(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``conv1d`` and its like: a linear map of the patches, so that one product serves all examples."""
+    """``conv1d`` and its like: run as it is; on the way back a linear map of the patches, for all examples at once."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, args, strict=False)) | kwargs
     x, weight, bias, groups = given["input"], given["weight"], given.get("bias"), given.get("groups", 1)
     dims = weight.dim() - 2
-    if it.source(weight) is None or it.source(x) is not None or x.dim() != dims + 2:
+    on_weight, on_bias = it.source(weight), it.source(bias)
+    if it.source(x) is not None or (bias is not None and on_bias is None and not it.is_constant(bias)):
         return NotImplemented
-    stride, dilation = (_each(given.get(name, 1), dims) for name in ("stride", "dilation"))
-    padding = given.get("padding", 0)
+    if x.dim() != dims + 2 or (on_weight is None and not it.is_constant(weight)):
+        return NotImplemented
+    shape, stride, dilation = weight.shape, _each(given.get("stride", 1), dims), _each(given.get("dilation", 1), dims)
+    sides = _sides(given.get("padding", 0), shape[2:], dilation)
+    matrix: Source | None = None
+    if on_weight is not None and groups == 1:
+        with it:
+            matrix = it.source(weight.flatten(1))
+    output = func(*(it.detached(a) for a in args), **{k: it.detached(v) for k, v in kwargs.items()})
+    places = _owners_of_places(it, x, output, (shape[2:], stride, sides, dilation))
+    use = it.use(func, places, on_weight, on_bias)
+
+    def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
+        grad = grad.movedim(1, -1)  # (N, *places, O)
+        if on_bias is not None:
+            it.sink.vector_or_dense(on_bias, use, grad)
+        if on_weight is None:
+            return
+        patches = _patches(saved[0], shape[2:], stride, sides, dilation)  # (N, *places, C, *kernel)
+        if matrix is not None:
+            it.sink.linear(matrix, use, patches.flatten(1 + dims).conj(), grad)
+            return
+        patches = patches.unflatten(1 + dims, (groups, -1)).flatten(2 + dims)
+        back = range(3)
+        it.sink.products(on_weight, use, patches.conj(), grad.unflatten(-1, (groups, -1)), (1, 1, 1), back)
+
+    output = it.tap(output, use, receive, *(() if on_weight is None else (x,)))
+    if places is not None:
+        found = places.map(output.shape, lambda ends, _: ends.unsqueeze(1))
+        found.along = places.along if not places.along else places.along + 1
+        it.follower.note(output, found, tapped=True)
+    return output
+
+
+def _owners_of_places(it: Interceptor, x: Tensor, output: Tensor, window: Window) -> Owners | None:
+    """Owners ``(N, *places)`` of what a convolution of ``x`` gives; None: not known."""
+    owners = it.lead_owners(x, [0, *range(2, x.dim())])
+    if owners is None:
+        return None
+    shape = (output.shape[0], *output.shape[2:])
+    if not any(owners.varies(d) for d in range(1, len(shape))):
+        return Owners(shape, owners.lo, owners.hi, owners.along)
+    met = list(range(len(shape), 2 * len(shape)))
+    whole = owners.expanded(range(len(shape)))
+    lo = _patches(whole.lo.unsqueeze(1), *window, fill=NOBODY[0]).amin(met)
+    hi = _patches(whole.hi.unsqueeze(1), *window, fill=NOBODY[1]).amax(met)
+    return Owners(shape, lo, hi).compressed()
+
+
+def _sides(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """How much is padded at both ends of each place dimension."""
     if isinstance(padding, str):
-        spans = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
-        sides = [(s // 2, s - s // 2) if padding == "same" else (0, 0) for s in spans]
-    else:
-        sides = [(p, p) for p in _each(padding, dims)]
-    with it:
-        x = F.pad(x, [n for side in reversed(sides) for n in side]) if any(map(any, sides)) else x
-        for k in range(dims):
-            span = dilation[k] * (weight.shape[2 + k] - 1) + 1
-            x = x.unfold(2 + k, span, stride[k])[..., :: dilation[k]]
-        # (N, C, *places, *kernel) and (O, C / groups, *kernel) -> (N, *places, O)
-        x = x.movedim(1, 1 + dims)
-        if groups == 1:
-            out = F.linear(x.flatten(1 + dims), weight.flatten(1))
-        else:
-            x = x.unflatten(1 + dims, (groups, -1)).flatten(2 + dims)
-            out = torch.einsum("...gk,gok->...go", x, weight.flatten(1).unflatten(0, (groups, -1))).flatten(-2)
-        return (out if bias is None else out + bias).movedim(-1, 1)
+        spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [(s // 2, s - s // 2) if padding == "same" else (0, 0) for s in spans]
+    return [(p, p) for p in _each(padding, len(kernel))]
+
+
+def _patches(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    sides: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    fill: float = 0,
+) -> Tensor:
+    """``(N, C, *places)`` to ``(N, *places, C, *kernel)``: what the kernel meets at each place."""
+    x = F.pad(x, [n for side in reversed(sides) for n in side], value=fill) if any(map(any, sides)) else x
+    for k, size in enumerate(kernel):
+        x = x.unfold(2 + k, dilation[k] * (size - 1) + 1, stride[k])[..., :: dilation[k]]
+    return x.movedim(1, 1 + len(kernel))
 
 
 def _each(value: Any, dims: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * dims if len(values) == 1 else values
-
-
-def cell(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.gru_cell`` and its like, by their definition."""
-    x, state, w_x, w_h, *biases = args
-    b_x, b_h = biases if biases else (None, None)
-    kind = func.__name__.removesuffix("_cell")
-    with it:
-        given = list(state) if kind == "lstm" else [state]
-        # A state of zeros for all examples is a state of each of them.
-        row = x[..., :1]
-        state = [torch.where(torch.ones_like(row, dtype=torch.bool), s, row) if it.is_constant(s) else s for s in given]
-        hidden = state[0]
-        of_x, of_h = F.linear(x, w_x, b_x), F.linear(hidden, w_h, b_h)
-        if kind == "gru":
-            (r, z, n), (hr, hz, hn) = of_x.chunk(3, -1), of_h.chunk(3, -1)
-            r, z = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
-            n = torch.tanh(n + r * hn)
-            return n + z * (hidden - n)
-        if kind == "lstm":
-            i, f, g, o = (of_x + of_h).chunk(4, -1)
-            c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-            return torch.sigmoid(o) * torch.tanh(c), c
-        return torch.relu(of_x + of_h) if kind == "rnn_relu" else torch.tanh(of_x + of_h)
-
-
-CELLS: dict[Any, Callable[..., Any]] = {
-    torch.gru: torch.gru_cell,
-    torch.lstm: torch.lstm_cell,
-    torch.rnn_tanh: torch.rnn_tanh_cell,
-    torch.rnn_relu: torch.rnn_relu_cell,
-}
-
-
-def recurrent(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.gru`` and its like: cell by cell, in each direction of each layer."""
-    if len(args) != 9 or kwargs or isinstance(args[3], list | tuple):  # packed sequences have another form
-        return NotImplemented
-    x, state, weights, has_biases, layers, dropout, training, two_ways, batch_first = args
-    if not has_biases or (dropout and training) or any(w.shape[0] != weights[0].shape[0] for w in weights):
-        return NotImplemented  # no biases, or projections
-    one = CELLS[func]
-    states = list(state) if func is torch.lstm else [state]
-    with it:
-        tokens = x.transpose(0, 1) if batch_first and x.dim() == 3 else x
-        last: list[Any] = []
-        for layer in range(layers):
-            outputs = []
-            for way in range(2 if two_ways else 1):
-                k = 2 * layer + way if two_ways else layer
-                now = [s[k] for s in states]
-                rows = list(tokens.unbind(0))
-                done = []
-                for row in reversed(rows) if way else rows:
-                    new = one(row, tuple(now) if func is torch.lstm else now[0], *weights[4 * k : 4 * k + 4])
-                    now = list(new) if func is torch.lstm else [new]
-                    done.append(now[0])
-                outputs.append(torch.stack(done[::-1] if way else done))
-                last.append(now)
-            tokens = torch.cat(outputs, -1)
-        out = tokens.transpose(0, 1) if batch_first and x.dim() == 3 else tokens
-        return out, *(torch.stack([now[j] for now in last]) for j in range(len(states)))

@@ -128,6 +128,24 @@ def other_losses(plain: Callable[[], Tensor]) -> LossError:
     )
 
 
+def not_finite_again(name: str, example: str, factor: float) -> LossError:
+    """The error for gradients that were finite, and are not when losses are multiplied by up to ``factor``."""
+    return LossError(
+        f"loss_fn: the gradient of {name} for example {example} was finite and is NaN or infinite when the batch is "
+        f"run again with losses multiplied by up to {factor:g}: it overflows {UNDERFLOW}; or something in the model or "
+        "the loss keeps a state of its own from pass to pass"
+    )
+
+
+def not_finite(name: str, count: int, rows: int) -> LossError:
+    """The error for gradients that are not finite in a batch whose rows' owners gradients have to tell."""
+    return LossError(
+        f"loss_fn: gradients are NaN or infinite in {count} of {rows} rows at {name}, though the losses are finite; "
+        "whose they are cannot be told here, featurize in batches of one to find the example; look for a root or "
+        "logarithm at zero in the model, or an overflow in half precision"
+    )
+
+
 def not_per_example(
     name: str, example: str, again: Callable[[float], Tensor], features: Tensor, tolerance: float, *, half: bool
 ) -> StepInfluenceError:
@@ -168,13 +186,4 @@ def not_proportional(name: str, factor: float, *, half: bool) -> StepInfluenceEr
         f"{name}: its gradient is not proportional to the loss (all losses were multiplied by {factor:g}): "
         "something in the backward pass clips, rounds or normalises gradients (a hook on an activation, a "
         "custom autograd function); take that out while featurizing"
-    )
-
-
-def never_used(names: str) -> BodyError:
-    """The error for body parameters that no pass used."""
-    return BodyError(
-        f"{names}: never used in the loop with gradients on; set requires_grad=False on what takes no part, use "
-        "non-reentrant activation checkpointing (use_reentrant=False), and where the data picks what is used (an "
-        "expert that no token chose), give it such data or pass verify=False: its columns are then zero"
     )

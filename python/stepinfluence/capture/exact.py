@@ -18,6 +18,8 @@ from stepinfluence.attribution.features import Block, FeatureBuilder, Features, 
 from stepinfluence.attribution.preconditioners import Preconditioner, prepare
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.batches import infer_batch_size
+from stepinfluence.capture.calls import OUTSIDE
+from stepinfluence.capture.carried import Carried
 from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.steps import Loop, StepTracker
 from stepinfluence.capture.targets import Body, body_parameters, find_body, single_device, unwrap
@@ -145,7 +147,7 @@ class ExactCapture(session.LoaderCapture):
         index: int,
     ) -> Tensor:
         leaves: list[dict[str, Tensor]] = []
-        losses = self._forward(batch, loss_fn, leaves, index)
+        losses, carried = self._forward(batch, loss_fn, leaves, index)
         if not leaves:
             raise diagnosis.never_entered(
                 self.model, lambda: self._count_steps(batch, loss_fn, index), training=self.training
@@ -159,21 +161,19 @@ class ExactCapture(session.LoaderCapture):
         originals = list(self.parameters.values())
         first: Sequence[Tensor | None] = ()
         for k, loss in enumerate(losses):
-            grads = torch.autograd.grad(loss, [*inputs, *originals], retain_graph=True, allow_unused=True)
+            wanted = [*inputs, *originals, *(leaf for _, _, leaf in carried)]
+            grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
             first = first or grads
-            outside = [n for n, g in zip(names, grads[len(inputs) :], strict=True) if g is not None]
-            if outside and self._outside == "error":
-                raise BodyError(
-                    f"{outside[0]}: used outside the loop body; pass outside='ignore' to leave such uses out"
-                )
-            for t in range(steps):
-                row = buffer[k, t] if buffer.dim() == 3 else buffer[k]
-                for block, grad in zip(self._blocks, grads[t * len(names) : (t + 1) * len(names)], strict=True):
-                    if grad is not None:
-                        dense = grad.to_dense() if grad.is_sparse else grad  # nn.Embedding(sparse=True)
-                        flat = dense.flatten().to(row.dtype)
-                        root = self._applied.get(block.name)
-                        row[block.start : block.stop] += flat if root is None else flat * root.as_matrix().flatten()
+            rows = buffer[k] if buffer.dim() == 3 else buffer[k].expand(steps, -1)
+            for at, grad in enumerate(grads[: len(inputs) + len(originals)]):
+                self._add(rows, at // len(names) if at < len(inputs) else OUTSIDE, at % len(names), grad)
+            for (tensor, step, _), over in zip(carried, grads[len(wanted) - len(carried) :], strict=True):
+                if over is not None:
+                    back = torch.autograd.grad(
+                        tensor, [*inputs, *originals], over, retain_graph=True, allow_unused=True
+                    )
+                    for at, grad in enumerate(back):
+                        self._add(rows, step, at % len(names), grad)
         session.check_features(buffer, ids)
         if self._first and len(losses) > 1:
             self._check_repeats(losses[0], inputs, first)
@@ -184,6 +184,26 @@ class ExactCapture(session.LoaderCapture):
         given = list(ids) if ids is not None else list(range(builder.count, builder.count + len(losses)))
         builder.commit(given, values, self._steps.labels, lengths)
         return values
+
+    def _add(self, rows: Tensor, step: int, at: int, grad: Tensor | None) -> None:
+        """Add the gradient of a parameter, given by its place, to the row of a step.
+
+        Raises:
+            BodyError: it is of a use outside the loop, and such uses are not ignored (names the parameter).
+        """
+        if grad is None:
+            return
+        block = self._blocks[at]
+        if step == OUTSIDE:
+            if self._outside == "error":
+                raise BodyError(
+                    f"{block.name}: used outside the loop body; pass outside='ignore' to leave such uses out"
+                )
+            return
+        dense = grad.to_dense() if grad.is_sparse else grad  # nn.Embedding(sparse=True)
+        flat = dense.flatten().to(rows.dtype)
+        root = self._applied.get(block.name)
+        rows[step, block.start : block.stop] += flat if root is None else flat * root.as_matrix().flatten()
 
     def _check_repeats(self, loss: Tensor, inputs: Sequence[Tensor], before: Sequence[Tensor | None]) -> None:
         """One graph is differentiated once per example: what acts in the first backward pass only (a hook that takes
@@ -210,9 +230,16 @@ class ExactCapture(session.LoaderCapture):
             loss_fn(self.model, batch)
         return self._steps.count
 
-    def _forward(self, batch: Any, loss_fn: session.LossFn, leaves: list[dict[str, Tensor]], index: int) -> Tensor:
-        """The losses, with body parameters replaced by leaves of their own at every step."""
+    def _forward(
+        self, batch: Any, loss_fn: session.LossFn, leaves: list[dict[str, Tensor]], index: int
+    ) -> tuple[Tensor, list[tuple[Tensor, int, Tensor]]]:
+        """The losses, with body parameters replaced by leaves of their own at every step; and what was carried from
+        one step to another, see :class:`~stepinfluence.capture.carried.Carried`."""
         originals = self.parameters
+        dims = (self.batch_dim,) if self.batch_dim == 0 else (self.batch_dim, 0)
+        carried = Carried(self.model, self._steps, infer_batch_size(batch, self.batch_dim), dims)
+        for parameter in originals.values():
+            carried.note(parameter, OUTSIDE)
         depth: list[int] = []
 
         def place(step: int | None) -> None:
@@ -226,6 +253,8 @@ class ExactCapture(session.LoaderCapture):
                 return
             while len(leaves) <= step:
                 leaves.append({n: nn.Parameter(p.detach().clone()) for n, p in originals.items()})
+                for leaf in leaves[-1].values():
+                    carried.note(leaf, len(leaves) - 1)
             depth.append(step)
             place(step)
 
@@ -243,10 +272,10 @@ class ExactCapture(session.LoaderCapture):
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
             handles.append(module.register_forward_hook(leave, always_call=True))
         try:
-            with self._steps.watching(), session.watched(self.model):
+            with self._steps.watching(), carried, session.watched(self.model):
                 losses: Tensor = loss_fn(self.model, batch)
         finally:
             place(None)
             for handle in handles:
                 handle.remove()
-        return losses
+        return losses, carried.used

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stepinfluence.capture.calls import OUTSIDE
-from stepinfluence.capture.diagnosis import not_proportional
+from stepinfluence.capture.diagnosis import not_finite, not_proportional
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.rows import REDUCED, Use
 from stepinfluence.capture.sources import Source
@@ -106,6 +106,10 @@ class Scout:
             grad, trailing = torch.view_as_real(grad.resolve_conj()), trailing + 1
             lead = grad.dim() - trailing
         rows = grad.reshape(math.prod(grad.shape[:lead]), math.prod(grad.shape[lead:])).double()
+        if self._digit is None and self._factor is None:
+            finite = rows.isfinite().all(1)
+            if not bool(finite.all()):
+                raise not_finite(use.name, int((~finite).sum()), len(rows))
         held = self._rows.get(id(use))
         if held is None:
             held = self._rows[id(use)] = _Rows(use, rows)
@@ -202,6 +206,7 @@ def followed_to(interceptor: Interceptor, losses: Tensor) -> bool:
     Raises:
         LayoutError: losses are those of the batch's examples in another order.
     """
+    interceptor.follower.meets(losses)
     owners = interceptor.follower.owners(losses)
     if owners is None or owners.shape != tuple(losses.shape):
         return False

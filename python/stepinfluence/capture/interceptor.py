@@ -39,6 +39,7 @@ from stepinfluence.capture.sources import Provenance, Source
 from stepinfluence.capture.steps import StepTracker, in_backward
 from stepinfluence.capture.taps import Receive, has_tap, tap_expanded, tap_output
 from stepinfluence.capture.targets import Target
+from stepinfluence.capture.usage import LOOKS, Usage
 from stepinfluence.errors import BodyError, UnsupportedUseError
 
 
@@ -50,6 +51,13 @@ class _Operands:
         self.data: list[Tensor] = []
         self.has_constant = False
         self.only_doubtful = True  # no data that surely is data, see Provenance
+
+
+def nested(where: str) -> UnsupportedUseError:
+    """The error for tensors whose examples have lengths of their own."""
+    return UnsupportedUseError(
+        f"model: a nested (jagged) tensor, {where}, cannot be followed; pass padded tensors with a mask"
+    )
 
 
 def _ignored(_grad: Tensor, _saved: tuple[Tensor, ...]) -> None:
@@ -65,7 +73,7 @@ class Interceptor(TorchFunctionMode):
         doubt: whether tensors made without data that have the batch's size are taken for states of the examples; else
             they are constants.
         doubted: whether there was such a tensor, and a parameter met it.
-        used: targets that were used in the loop in this forward pass.
+        usage: which targets this forward pass used, and how.
         uses: all uses of this forward pass.
         labelled: whether some of the batch's tensors say which example is which.
         sink: what gradients are handed to: the recorder, or what finds their owners.
@@ -106,7 +114,8 @@ class Interceptor(TorchFunctionMode):
         self.follower.reset(batch_size)
         self.batch_size = batch_size
         self.doubt, self.doubted = doubt, False
-        self.used: set[Target] = set()
+        self.usage = Usage()
+        self._without_rows = False
         self.uses: list[Use] = []
         self.labelled = False
         self.shared = Pass()
@@ -232,7 +241,8 @@ class Interceptor(TorchFunctionMode):
     def use(self, operation: Callable[..., Any], owners: Owners | None, *used: Source | None) -> Use:
         """A use of these sources that is happening now, on rows of these owners."""
         names = ", ".join(dict.fromkeys(s.name for s in used if s is not None))
-        use = Use(names, self._step(operation, *used), owners, self.shared)
+        called = getattr(operation, "__name__", str(operation)).strip("_")
+        use = Use(names, self._step(operation, *used), owners, self.shared, called)
         if not in_backward():  # recomputation: the nodes made now are thrown away, only their saved tensors count
             self.uses.append(use)
         return use
@@ -249,8 +259,9 @@ class Interceptor(TorchFunctionMode):
                 "pass outside='ignore' to leave such uses out of the influence, or make their module part of the body"
             )
         if step is None:
+            self.usage.outside.update(targets)
             return OUTSIDE
-        self.used.update(targets)
+        (self.usage.empty if self._without_rows else self.usage.used).update(targets)
         return step
 
     def tap(self, output: Tensor, use: Use, receive: Receive, *saved: Tensor) -> Tensor:
@@ -320,6 +331,7 @@ class Interceptor(TorchFunctionMode):
         self._scan(args, found)
         if kwargs:
             self._scan(kwargs.values(), found)
+        self.usage.looked |= func in LOOKS and bool(found.data)
         if func in GRADIENT_TAKERS and not in_backward():
             if any(tensor is self.anchor for tensor in kwargs.get("inputs") or ()):
                 # The capture's own backward pass, with this mode on: a recomputation must tap as the forward did.
@@ -330,7 +342,8 @@ class Interceptor(TorchFunctionMode):
                 raise self.unsupported(
                     found.sources,
                     func,
-                    "inside a custom autograd function; checkpointing must have use_reentrant=False",
+                    "inside a custom autograd function; checkpointing must have use_reentrant=False, and a solver of "
+                    "differential equations must be differentiated through, without the adjoint method",
                 )
             return self._without_sources(func, args, kwargs, found)
         if not found.data:
@@ -339,7 +352,11 @@ class Interceptor(TorchFunctionMode):
             if torch._C._functorch.maybe_current_level() is not None:
                 raise self.unsupported(found.sources, func, "inside torch.func or torch.vmap")
             self._give_owners(found)
-        result = self._tapped(func, args, kwargs)
+        outer, self._without_rows = self._without_rows, all(t.numel() == 0 for t in found.data)
+        try:
+            result = self._tapped(func, args, kwargs)
+        finally:
+            self._without_rows = outer
         if not in_backward() and self.batch_size is not None:
             self._follow_use(func, args, kwargs, result, found)
         return result
@@ -354,6 +371,10 @@ class Interceptor(TorchFunctionMode):
                 if result is not NotImplemented:
                     return result
         result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_nested and not in_backward():
+            raise nested(f"the result of {resolve_name(func) or func.__name__}")
+        if found.sources:
+            self.usage.saw(func, found.sources, result)
         if found.data:
             self._note_data(func, args, kwargs, result, found)
             if following:
@@ -406,6 +427,8 @@ class Interceptor(TorchFunctionMode):
 
     def _follow_use(self, func: Any, args: Any, kwargs: Any, result: Any, found: _Operands) -> None:
         results = result if isinstance(result, tuple | list) else (result,)
+        if any(self.source(r) is not None for r in results):
+            return  # the data only picked a part of the parameter
         if all(self.follower.knows(r) for r in results if isinstance(r, Tensor)) and not changes_in_place(func, kwargs):
             return  # its parts have been followed
         self.follower.follow(func, args, kwargs, result, found.data, in_place=changes_in_place(func, kwargs), use=True)
@@ -460,6 +483,7 @@ class Interceptor(TorchFunctionMode):
         # These graphs are walked once per example: they are kept out of activation checkpointing.
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             result = func(*args, **kwargs)
+        self.usage.saw(func, sources, result)
         if changes_in_place(func, kwargs):
             self._provenance.changed_in_place(kwargs["out"] if kwargs.get("out") is not None else args[0], sources)
             return result

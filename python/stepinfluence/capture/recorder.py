@@ -124,8 +124,8 @@ class SketchRecorder:
             root, out = self._root(source.piece), self._out(source.piece.target, use.step, first, len(g))
             if isinstance(root, Factored):
                 a, g = a * root.columns, g * root.rows
-            scale = root.sqrt if isinstance(root, Elementwise) else None
-            sketch_linear_grads(a, g, sketch, route=self._route, scale=scale, out=out)
+            metric = root.sqrt if isinstance(root, Elementwise) else None
+            sketch_linear_grads(a, g, sketch, route=self._route, metric=metric, out=out)
             return
         size = max(1, PULL_BACK_BYTES // max(1, 4 * a.shape[-1] * g.shape[-1]))
         dtype = product_dtype(g, self._buffer.dtype)
@@ -245,10 +245,14 @@ class SketchRecorder:
         out = self._out(piece.target, step, first, len(matrices))
         matrices = matrices.to(out.dtype)
         root = self._root(piece)
-        scale = None if root is None else root.as_matrix()
-        if isinstance(sketch, TensorSketch):
-            sketch_matrix_grads(matrices, sketch, scale=scale, out=out)
+        metric = None if root is None else root.as_matrix()
+        if isinstance(sketch, TensorSketch) and matrices.device.type == "cpu":
+            # Row by row, as a lookup of every row once: the compiled kernel, which there is none of for whole matrices.
+            rows = torch.arange(matrices.shape[1]).expand(matrices.shape[:2])
+            sketch_embedding_grads(rows, matrices if metric is None else matrices * metric, sketch, out=out)
+        elif isinstance(sketch, TensorSketch):
+            sketch_matrix_grads(matrices, sketch, metric=metric, out=out)
         else:
             assert isinstance(sketch, CountSketch)
-            matrices = matrices if scale is None else matrices * scale
+            matrices = matrices if metric is None else matrices * metric
             sketch_vector_grads(matrices.flatten(1).unsqueeze(1), sketch, out=out)

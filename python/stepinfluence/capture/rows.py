@@ -84,12 +84,13 @@ class Use:
     Attributes:
         name: of the parameters.
         step: the loop step, 0-based.
+        operation: name of the function that it is a use in.
         owners: of the rows, for their leading dimensions; None where that is not known.
         found: ``(rows,)``, owners of the flattened rows as gradients told, which then count instead.
     """
 
-    def __init__(self, name: str, step: int, owners: Owners | None, shared: Pass) -> None:
-        self.name, self.step, self.owners = name, step, owners
+    def __init__(self, name: str, step: int, owners: Owners | None, shared: Pass, operation: str = "") -> None:
+        self.name, self.step, self.owners, self.operation = name, step, owners, operation
         self.shared = shared
         self.found: Tensor | None = None
 

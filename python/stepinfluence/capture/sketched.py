@@ -19,19 +19,20 @@ from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.batches import infer_batch_size, leaves
 from stepinfluence.capture.found import owners_of_rows, run_backward
 from stepinfluence.capture.hooks import read_factors, with_factors
-from stepinfluence.capture.interceptor import Interceptor
+from stepinfluence.capture.interceptor import Interceptor, nested
 from stepinfluence.capture.recorder import SketchRecorder
 from stepinfluence.capture.steps import Loop, StepTracker
 from stepinfluence.capture.targets import (
     Body,
     Layout,
-    Target,
     body_parameters,
     find_body,
     make_targets,
     single_device,
     unwrap,
 )
+from stepinfluence.capture.told import Ledger, Uses
+from stepinfluence.capture.usage import Usage
 from stepinfluence.capture.uses import RULES
 from stepinfluence.capture.verified import Checked, Memory
 from stepinfluence.errors import LayoutError, UnsupportedUseError
@@ -87,7 +88,8 @@ class Capture(session.LoaderCapture):
         self._memory = Memory()
         self._checked = Checked(None)
         self._verifying = verify
-        self._used: set[Target] = set()
+        self._usage = Usage()
+        self._ledger = Ledger()
         self._doubt = True
         self.reduced_loss = False
         """Whether losses may be one number of the whole batch, repeated (as the published package takes it): rows then
@@ -175,6 +177,17 @@ class Capture(session.LoaderCapture):
         )
         return "\n".join(rows)
 
+    def uses(self) -> Uses:
+        """The uses of parameters in the last run: in how many steps, in how many batches the owners of their rows were
+        followed through the forward pass or found by gradients, and how many were verified. Printed, a table."""
+        return self._ledger.table()
+
+    def __repr__(self) -> str:
+        return (
+            f"Capture({type(self.model).__name__}, {len(self.targets)} parameters, width {self.width}; "
+            f"{self._ledger.summary()})"
+        )
+
     def featurize(
         self,
         loader: Iterable[Any],
@@ -228,8 +241,8 @@ class Capture(session.LoaderCapture):
             first_batch=first_batch,
             on_error=on_error,
         )
-        if len(features):
-            self._check_all_used()
+        if len(features) and self._verifying:
+            self._usage.check(self.model, self.targets, last=True)
         return features
 
     # ------------------------------------------------------------------------------------------------------------
@@ -242,7 +255,8 @@ class Capture(session.LoaderCapture):
         state = (space, others, self.training, self.batch_dim)
         self._checked = self._memory.recall(loss_fn, state, anew=verify is True)
         self._verifying = self.verify if verify is None else verify
-        self._used.clear()
+        self._usage = Usage()
+        self._ledger = Ledger()
 
     def _featurize_batch(
         self,
@@ -254,18 +268,20 @@ class Capture(session.LoaderCapture):
     ) -> Tensor:
         losses = self._forward(batch, loss_fn, ids, index)
         size, steps = len(losses), self._steps.count
-        first = not self._used
-        self._used |= self._interceptor.used
-        if first and size > 1 and self.owners == "followed":
-            self._check_all_used()  # at once; where data picks what is used, only the last batch can tell
+        first = not self._usage.used
+        self._usage.add(self._interceptor.usage)
+        if first and size > 1 and self.owners == "followed" and self._verifying:
+            self._usage.check(self.model, self.targets, last=False)
         given = ids if ids is not None else range(builder.count, builder.count + size)
         buffer = builder.reserve(size, steps)
+        told = self._ledger.add(self._interceptor.uses, self.owners)
         self._backward(losses, buffer)
         session.check_features(buffer, ids)
         # Once for each way in which owners became known, and then a batch now and then.
         if self._verifying and size > 1 and (not self._checked.covers(self.owners) or self._is_picked(index)):
             self._verify(batch, loss_fn, index, buffer, given, losses.detach())
             self._checked.add(self.owners)
+            self._ledger.add_verified(told)
         values = losses.detach().to("cpu", torch.float32)
         builder.commit(list(given), values, self._steps.labels, self._lengths(buffer) if buffer.dim() == 3 else None)
         return values
@@ -276,6 +292,8 @@ class Capture(session.LoaderCapture):
 
     def _forward(self, batch: Any, loss_fn: session.LossFn, ids: Sequence[Hashable] | None, index: int) -> Tensor:
         """The losses of a batch, with every use of a parameter tapped and its rows' owners known."""
+        if any(isinstance(t, Tensor) and t.is_nested for t in leaves(batch)):
+            raise nested("in the batch")
         expected = infer_batch_size(batch, self.batch_dim)
         if expected is None:  # nothing in the batch tells, only the losses do
             expected = len(session.check_losses(self._plain(batch, loss_fn, index), None, ids))
@@ -339,12 +357,6 @@ class Capture(session.LoaderCapture):
                 "(a custom autograd function or a scripted part); rewrite that use with torch functions"
             )
 
-    def _check_all_used(self) -> None:
-        unused = [t.name for t in self.targets if t not in self._used]
-        if unused and self._verifying:
-            shown = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
-            raise diagnosis.never_used(shown)
-
     def _verify(
         self,
         batch: Any,
@@ -363,7 +375,7 @@ class Capture(session.LoaderCapture):
         generator = torch.Generator().manual_seed(size)
         # Eight different weights, far apart, and exact products in every floating dtype.
         exponents = torch.randperm(size, generator=generator) % 8 * (7 // (min(size, 8) - 1))
-        losses = self._forward(batch, loss_fn, None, index)
+        losses = self._forward(batch, loss_fn, ids, index)
         if not torch.allclose(losses.detach(), before, rtol=1e-2, atol=1e-3 * float(before.abs().amax())):
             raise diagnosis.other_losses(lambda: self._plain(batch, loss_fn, index))
         weights = (2.0**exponents).to(losses)
@@ -375,9 +387,13 @@ class Capture(session.LoaderCapture):
             expected = features[..., block.start : block.stop] * factor
             error = (scaled[..., block.start : block.stop] - expected).flatten(1).norm(dim=1)
             size_of = expected.flatten(1).norm(dim=1)
-            bad = (error > tolerance * size_of + 1e-6 * size_of.max()).nonzero().flatten()
+            bad = (~(error <= tolerance * size_of + 1e-6 * size_of.max())).nonzero().flatten()  # a NaN is bad
             if len(bad):
                 columns = slice(block.start, block.stop)
+                finite = scaled[..., columns].flatten(1).isfinite().all(1)
+                if not bool(finite.all()):
+                    example = repr(ids[int((~finite).nonzero()[0])])
+                    raise diagnosis.not_finite_again(block.name, example, float(weights.max()))
 
                 def again(factor: float, columns: slice = columns) -> Tensor:
                     return self._uniformly_scaled(batch, loss_fn, index, features, factor)[..., columns]

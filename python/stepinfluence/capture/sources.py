@@ -100,6 +100,8 @@ def _block(tensor: Tensor, target: Target) -> Piece | None:
     if not tensor.is_contiguous():
         return None
     n_columns, count = target.matrix_shape[1], tensor.numel()
+    if tuple(tensor.shape) == target.matrix_shape:  # flattened to its matrix
+        return Piece(target, range(target.matrix_shape[0]), range(n_columns), False, 2)
     row, column = divmod(int(tensor.storage_offset() - target.parameter.storage_offset()), n_columns)
     if column == 0 and count % n_columns == 0:
         return Piece(target, range(row, row + count // n_columns), range(n_columns), False, 1)

@@ -56,6 +56,10 @@ class _ExpandTap(torch.autograd.Function):
         return None, None, None, None
 
 
+TAPS = (_OutputTap._backward_cls, _ExpandTap._backward_cls)
+"""The graph nodes of taps."""
+
+
 def tap_output(output: Tensor, anchor: Tensor, receive: Receive, *saved: Tensor) -> Tensor:
     """``output`` unchanged; ``receive(d loss / d output, saved)`` is called in the backward pass."""
     if output._is_view():
@@ -80,7 +84,7 @@ def has_tap(tensors: Iterable[object]) -> bool:
         node = stack.pop()
         if node is None or node in seen:
             continue
-        if isinstance(node, _OutputTap._backward_cls | _ExpandTap._backward_cls):
+        if isinstance(node, TAPS):
             return True
         seen.add(node)
         stack.extend(following for following, _ in node.next_functions)

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepinfluence.capture.bags import embedding_bag
-from stepinfluence.capture.calls import EXPANSIONS, changes_in_place
-from stepinfluence.capture.composed import batched_product, cell, convolution, einsum, recurrent
+from stepinfluence.capture.calls import EXPANSIONS, GROUPED, changes_in_place
+from stepinfluence.capture.composed import batched_product, convolution, einsum, grouped_product
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.owners import Owners
+from stepinfluence.capture.recurrent import cell, recurrent
 from stepinfluence.capture.row_by_row import per_row
 from stepinfluence.capture.rows import gains_examples
 from stepinfluence.capture.sources import Source
@@ -331,6 +332,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(_named("matmul", "mm", "bmm"), matmul),
     **dict.fromkeys(_named("addmm"), addmm),
     torch.einsum: einsum,
+    **dict.fromkeys(GROUPED, grouped_product),
     torch.embedding: embedding,
     Tensor.__getitem__: getitem,
     Tensor.__setitem__: setitem,

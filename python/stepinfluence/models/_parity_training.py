@@ -99,23 +99,27 @@ class ParityTrainConfig:
 
     @classmethod
     def demo(cls, *, seed: int = 0) -> ParityTrainConfig:
-        """A 29,000-parameter model, trained on one CPU core in about six minutes.
+        """A 13,000-parameter model on strings of up to 16 bits, trained on one CPU core in about two minutes.
 
         What makes it reliable: heads of width 4, as in the paper (with fewer, wider ones the curriculum can stall);
         gradients clipped near their usual norm, which is about 0.1 once strings are long (clipped at 1, a single
-        explosion through 20 loop steps could undo a run); 2048 strings of each length rather than a few hundred, and
-        checkpoints along the final phase to choose from: both are for strings longer than any in training, on which
-        accuracy comes and goes from one checkpoint to the next.
+        explosion through the loop steps could undo a run); a high learning rate, with which models that also solve
+        strings longer than any in training are found more often than with half of it; 2048 strings of each length
+        rather than a few hundred, and checkpoints along the final phase to choose from: accuracy on longer strings
+        comes and goes from one checkpoint to the next.
         """
         return cls(
-            model=ParityConfig(d_model=48, n_heads=12),
+            model=ParityConfig(d_model=32, n_heads=8),
+            max_digits=16,
             train_per_length=2048,
             min_steps=12,
             final_steps=600,
+            max_steps=8000,
+            learning_rate=2e-3,
             final_learning_rate=5e-5,
             betas=(0.9, 0.99),
             clip_norm=0.1,
-            checkpoint_digits=(8, 12, 16, 20),
+            checkpoint_digits=(4, 8, 12, 16),
             final_checkpoints=7,
             seed=seed,
         )

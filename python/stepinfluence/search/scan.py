@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sdi_kernels.cpu.scan import row_products
+from sdi_kernels import row_products
 from stepinfluence.search.question import Question
 from stepinfluence.search.sources import RawBlock
 

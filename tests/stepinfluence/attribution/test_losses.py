@@ -18,7 +18,7 @@ from stepinfluence.attribution.losses import (
 )
 from stepinfluence.models import LoopedGPT, LoopedGPTConfig
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def test_token_losses_are_shifted_and_masked() -> None:

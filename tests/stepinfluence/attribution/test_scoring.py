@@ -15,8 +15,6 @@ from stepinfluence.errors import CheckpointError, FeatureMismatchError
 from stepinfluence.models import LoopedGPT, LoopedGPTConfig, gpt_loss
 from torch import Tensor
 
-pytestmark = pytest.mark.numeric
-
 WIDTH = 11
 
 
@@ -142,9 +140,10 @@ def batches(sizes: list[int], seed: int) -> list[dict[str, Tensor]]:
     return [{k: torch.randint(61, (size, 6), generator=generator) for k in ("tokens", "targets")} for size in sizes]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> tuple[LoopedGPT, list[Path]]:
-    """A model after training, and its checkpoints with their optimizer states."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoopedGPT, list[Path]]:
+    """A model after training, and its checkpoints with their optimizer states; tests leave it as it was."""
+    folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     model = LoopedGPT(LoopedGPTConfig.tiny()).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -152,7 +151,7 @@ def run(tmp_path: Path) -> tuple[LoopedGPT, list[Path]]:
     for step, (batch, rate) in enumerate(zip(batches([8, 8, 8], 5), (1e-2, 5e-3, 2e-3), strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        path = tmp_path / f"{step}.pt"
+        path = folder / f"{step}.pt"
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
         paths.append(path)
         optimizer.zero_grad()
@@ -161,24 +160,38 @@ def run(tmp_path: Path) -> tuple[LoopedGPT, list[Path]]:
     return model, paths
 
 
+TRAIN, QUERY = batches([3, 2], 1), batches([2], 2)
+
+
+@pytest.fixture(scope="module")
+def featurized(run: tuple[LoopedGPT, list[Path]]) -> list[tuple[Any, list[list[Features]]]]:
+    """Either capture, and what it makes of both sides at every checkpoint."""
+    model, paths = run
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    captures = attach(model, body="core", sketch_size=64), ExactCapture(model, body="core")
+    found: list[tuple[Any, list[list[Features]]]] = [(capture, [[], []]) for capture in captures]
+    for path in paths:
+        model.load_state_dict(torch.load(path)["model"])
+        for capture, sides in found:
+            for side, data in zip(sides, (TRAIN, QUERY), strict=True):
+                side.append(capture.featurize(data, gpt_loss))
+    model.load_state_dict(before)
+    return found
+
+
+@pytest.mark.numeric
 @pytest.mark.parametrize("etas", ["optimizer", 0.5, [0.3, 0.2, 0.1]])
 @pytest.mark.parametrize("decompose", ["query", "train", "both"])
-def test_over_checkpoints(run: tuple[LoopedGPT, list[Path]], etas: Any, decompose: Any) -> None:
+def test_over_checkpoints(
+    run: tuple[LoopedGPT, list[Path]], featurized: list[tuple[Any, list[list[Features]]]], etas: Any, decompose: Any
+) -> None:
     model, paths = run
-    train, query = batches([3, 2], 1), batches([2], 2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    for make in (attach, ExactCapture):
-        capture = make(model, body="core", **({"sketch_size": 64} if make is attach else {}))
+    for capture, sides in featurized:
         found = influence_over_checkpoints(
-            capture, paths, train, query, gpt_loss, etas=etas, decompose=decompose, progress=False
+            capture, paths, TRAIN, QUERY, gpt_loss, etas=etas, decompose=decompose, progress=False
         )
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-        sides: tuple[list[Features], list[Features]] = ([], [])
-        for path in paths:
-            model.load_state_dict(torch.load(path)["model"])
-            sides[0].append(capture.featurize(train, gpt_loss))
-            sides[1].append(capture.featurize(query, gpt_loss))
-        model.load_state_dict(before)
         given = [1e-2, 5e-3, 2e-3] if etas == "optimizer" else etas
         expected = influence(*sides, etas=given, decompose=decompose)
         values = [f.values for side in sides for f in side]

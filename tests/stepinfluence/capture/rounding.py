@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from sdi_kernels import CountSketch, TensorSketch
 
 Gradients = dict[str, Tensor]
+Rows = Callable[[Gradients], Tensor]
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 DRAWS, MOVE = 3, 2.0**-30
 EQUATIONS = {"query": "nsd,qtd->nqt", "both": "nsd,qtd->nqst", "none": "nsd,qtd->nq"}
@@ -99,29 +100,57 @@ class Rounding:
         self, found: Tensor, what: str, sketches: Mapping[str, CountSketch | TensorSketch], *, per_step: bool
     ) -> None:
         """``found``: ``(N, steps, columns)``, or ``(N, columns)`` of the sum over steps."""
-        unsigned = {name: _unsigned(sketch) for name, sketch in sketches.items()}
+        self._check(found, what, *_in_sketches(sketches, per_step=per_step))
 
-        def steps(values: Tensor) -> Tensor:
-            return values if per_step else values.sum(1)
-
-        self._check(
-            found,
-            what,
-            lambda g: steps(oracle.sketched(g, sketches)),
-            lambda g: steps(oracle.sketched({n: v.abs() for n, v in g.items()}, unsigned)),
-        )
-
-    def _check(
-        self, found: Tensor, what: str, rows: Callable[[Gradients], Tensor], terms: Callable[[Gradients], Tensor]
+    def check_conservation(
+        self,
+        found: float,
+        sketches: Mapping[str, CountSketch | TensorSketch],
+        measure: Callable[[Tensor, Tensor], Tensor],
+        parts: int = 1,
     ) -> None:
+        """``found``: difference between two ways to the sketches of whole gradients, as ``measure`` has it.
+
+        Args:
+            measure: of sizes of differences and of sketches, ``(N, parts)`` (see Expected.check_difference).
+            parts: how many pieces of equal length a row is measured in.
+        """
+        rows, terms = (
+            lambda grads, make=make: make(grads).unflatten(-1, (parts, -1))
+            for make in _in_sketches(sketches, per_step=False)
+        )
+        first = {name: g[:, :1] for name, g in self.exact.items()}
+        expected = self._expected(rows, terms, moved=False)
+        if found > expected.explained(measure):
+            expected = self._expected(rows, terms, moved=True)
+        expected.check_difference(found, measure, expected.exact - rows(first))
+
+    def _check(self, found: Tensor, what: str, rows: Rows, terms: Rows) -> None:
+        expected = self._expected(rows, terms, moved=False)
+        if expected.excess(found) > 1:  # the same bound with all its terms, which cost three more runs of the oracle
+            expected = self._expected(rows, terms, moved=True)
+        expected.check(found, what)
+
+    def _expected(self, rows: Rows, terms: Rows, *, moved: bool) -> Expected:
         # Features are float32 or better, whatever the model computes in: so much for adding up the terms themselves.
         features = min(self.eps, torch.finfo(torch.float32).eps) / self.eps
         exact, plain, magnitude = rows(self.exact), rows(self.plain), features * terms(self.exact)
-        expected = Expected(exact, plain, magnitude, self.eps)
-        if expected.excess(found) > 1:  # the same bound with all its terms, which cost three more runs of the oracle
-            change = torch.stack([rows(c) for c in self._change()]).abs().amax(0)
-            expected = Expected(exact, plain, magnitude + change, self.eps)
-        expected.check(found, what)
+        if moved:
+            magnitude = magnitude + torch.stack([rows(c) for c in self._change()]).abs().amax(0)
+        return Expected(exact, plain, magnitude, self.eps)
+
+
+def _in_sketches(sketches: Mapping[str, CountSketch | TensorSketch], *, per_step: bool) -> tuple[Rows, Rows]:
+    """What gradients give as sketches, and the magnitudes of what is added up there."""
+    unsigned = {name: _unsigned(sketch) for name, sketch in sketches.items()}
+
+    def steps(values: Tensor) -> Tensor:
+        return values if per_step else values.sum(1)
+
+    return (
+        lambda g: steps(oracle.sketched(g, sketches)),
+        lambda g: steps(oracle.sketched({n: v.abs() for n, v in g.items()}, unsigned)),
+    )
 
 
 def check_influence(

@@ -151,9 +151,9 @@ def test_parameter_without_gradient_counts_as_never_used(how: str) -> None:
 
 
 def test_use_that_cannot_be_sketched_names_parameter_and_operation() -> None:
-    core = zoo.Core(lambda s, x: s.r(x)[0], r=nn.LSTM(zoo.D, zoo.D, batch_first=True, bias=False))
-    with refuses(UnsupportedUseError, r"core\.r\.weight_ih_l0, .*torch\.lstm.*requires_grad=False"):
-        attach(zoo.Looped(core), body="core").featurize([BATCH], zoo.squared_error)
+    core = zoo.Core(lambda s, x: s.r(x)[0], r=nn.LSTM(zoo.D, zoo.D, 2, batch_first=True, dropout=0.5))
+    with refuses(UnsupportedUseError, r"core\.r\.weight_ih_l0, .*torch\.lstm.*dropout=.*requires_grad=False"):
+        attach(zoo.Looped(core), body="core", training=True).featurize([BATCH], zoo.squared_error)
 
 
 @pytest.mark.parametrize("size", [0, -3])

@@ -133,3 +133,57 @@ def test_losses_in_another_order_are_refused() -> None:
     capture = attach(zoo.Looped(linear()).double(), body="core", sketch_size=16)
     with pytest.raises(LayoutError, match="in the order of the batch"):
         capture.featurize(batches((4, 4)), lambda model, batch: zoo.squared_error(model, batch).flip(0))
+
+
+class MixedOnTheWayBack(torch.autograd.Function):
+    """Each row by itself on the way there; on the way back, from the second use on, a little of every row in each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, much: float) -> Tensor:
+        ctx.much = much
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return 2 * grad + ctx.much * grad.mean(0), None
+
+
+@pytest.mark.parametrize("place", ["between uses", "at the loss"])
+def test_a_custom_function_is_never_followed(place: str) -> None:
+    """The first batch is right, and was verified; the second is not, and must not pass for followed."""
+    batches = [zoo.make_batch(4, 4), zoo.make_batch(4, 5)]
+
+    def forward(core: Any, x: Tensor) -> Tensor:
+        y = core.mix(x)
+        return MixedOnTheWayBack.apply(y, 0.1 * (x.shape[1] == 5)) if place == "between uses" else y
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        losses = zoo.squared_error(model, batch)
+        return MixedOnTheWayBack.apply(losses, 0.1 * (batch["x"].shape[1] == 5)) if place == "at the loss" else losses
+
+    capture = attach(zoo.Looped(zoo.Core(forward, mix=zoo.linear())), body="core", sketch_size=16)
+    capture.featurize(batches[:1], loss)
+    assert capture.owners == "found"
+    with pytest.raises(LayoutError, match="changes with the losses of other examples"):
+        capture.featurize(batches, loss)
+
+
+def folded_places(core: Any, x: Tensor) -> Tensor:
+    """Examples beside each other along the places of a convolution that looks at one place at a time."""
+    wide = x.reshape(1, -1, D).transpose(1, 2)
+    return core.conv(wide).transpose(1, 2).view_as(x).tanh()
+
+
+def strided_places(core: Any, x: Tensor) -> Tensor:
+    """Windows of one example's tokens each: as wide as an example has tokens, and as far apart."""
+    wide = x.reshape(1, -1, D).transpose(1, 2)
+    return x + core.wide(wide).transpose(1, 2).reshape(len(x), 1, D).tanh()
+
+
+@pytest.mark.parametrize("groups", [1, 2, D])
+def test_convolutions_over_examples_side_by_side(groups: int) -> None:
+    torch.manual_seed(12)
+    one = Core(folded_places, conv=nn.Conv1d(D, D, 1, groups=groups))
+    assert compare(zoo.Looped(one).double(), batches((3, 4), (4, 3), (1, 5))).capture.owners == "followed"
+    windows = Core(strided_places, wide=nn.Conv1d(D, D, 4, stride=4, groups=groups))
+    assert compare(zoo.Looped(windows).double(), batches((3, 4), (5, 4), (1, 4))).capture.owners == "followed"

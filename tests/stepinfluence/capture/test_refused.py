@@ -201,3 +201,70 @@ def forward_norm(core: Any, x: Tensor) -> Tensor:
     z = core.mix(y)
     y.relu_()
     return z + y
+
+
+def nested_in_the_model(core: Any, x: Tensor) -> Tensor:
+    jagged = torch.nested.nested_tensor([row[: k + 1] for k, row in enumerate(x)], layout=torch.jagged)
+    return core.mix(jagged).to_padded_tensor(0.0)
+
+
+def nested_by_lengths(core: Any, x: Tensor) -> Tensor:
+    jagged = torch.nested.narrow(x, 1, torch.zeros(len(x), dtype=torch.long), torch.arange(1, len(x) + 1), torch.jagged)
+    return core.mix(jagged).to_padded_tensor(0.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that nested tensors are a prototype
+@pytest.mark.parametrize("fn", [nested_in_the_model, nested_by_lengths])
+def test_nested_tensors_are_refused(fn: Any) -> None:
+    model = zoo.Looped(zoo.Core(fn, mix=zoo.linear()))
+    with pytest.raises(UnsupportedUseError, match=r"nested \(jagged\) tensor.*pass padded") as caught:
+        attach(model, body="core", sketch_size=8).featurize([zoo.make_batch(3)], zoo.squared_error)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_batches_of_nested_tensors_are_refused(layout: Any) -> None:
+    batch = {"x": torch.nested.nested_tensor([torch.randn(k + 2, zoo.FEATURES) for k in range(3)], layout=layout)}
+
+    def loss(model: Any, given: Any) -> Tensor:
+        return model(given["x"].to_padded_tensor(0.0)).square().flatten(1).mean(1)
+
+    model = zoo.Looped(zoo.Core(lambda s, x: s.mix(x).tanh(), mix=zoo.linear()))
+    with pytest.raises(UnsupportedUseError, match=r"nested \(jagged\) tensor, in the batch.*pass padded"):
+        attach(model, body="core", sketch_size=8).featurize([batch], loss)
+
+
+class Adjoint(torch.autograd.Function):
+    """As solvers of differential equations have it: the way back is solved anew, without the way there."""
+
+    @staticmethod
+    def forward(ctx: Any, core: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.core = core
+        ctx.save_for_backward(x, *parameters)
+        with torch.no_grad():
+            return x + 0.1 * core.mix(x).tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            start = x.detach().requires_grad_()
+            end = start + 0.1 * ctx.core.mix(start).tanh()
+            return None, *torch.autograd.grad(end, [start, *parameters], grad, allow_unused=True)
+
+
+def adjoint(core: Any, x: Tensor) -> Tensor:
+    return Adjoint.apply(core, x, *core.mix.parameters())  # type: ignore[no-any-return]
+
+
+def reentrant(core: Any, x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(lambda y: core.mix(y).tanh(), x, use_reentrant=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("fn", "fix"), [(adjoint, "without the adjoint method"), (reentrant, "use_reentrant=False")])
+def test_gradients_by_functions_of_their_own_are_refused(fn: Any, fix: str) -> None:
+    model = zoo.Looped(zoo.Core(fn, mix=zoo.linear()))
+    with pytest.raises(UnsupportedUseError, match=rf"core\.mix\.weight.*{fix}") as caught:
+        attach(model, body="core", sketch_size=8).featurize([zoo.make_batch(3)], zoo.squared_error)
+    assert "\n" not in str(caught.value)

@@ -98,7 +98,7 @@ def test_experts(how: str, dtype: torch.dtype, verify: bool) -> None:
 
 @pytest.mark.parametrize("expert", ["mlp", "vectors", "matmul"])
 def test_what_experts_are_made_of(expert: str) -> None:
-    torch.manual_seed(2)
+    torch.manual_seed(3)  # every expert is picked
     compare(zoo.Looped(Experts("index", expert=expert)).double(), batches(torch.float64, *SIZES))
 
 

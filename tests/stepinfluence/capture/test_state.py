@@ -63,6 +63,7 @@ KINDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("in_float64")
 @CAPTURES
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_do_not_depend_on_the_batches_before(make: Any, kind: str) -> None:

@@ -45,7 +45,8 @@ def squared_error(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (model(batch["x"]).squeeze(-1) - batch["y"]).square().flatten(1).mean(1)
 
 
-def make_batch(size: int, tokens: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def make_batch(size: int, tokens: int = 4, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    dtype = dtype or torch.get_default_dtype()
     generator = torch.Generator().manual_seed(1000 * seed + 10 * size + tokens)
     return {
         "x": torch.randn(size, tokens, FEATURES, generator=generator).to(dtype),

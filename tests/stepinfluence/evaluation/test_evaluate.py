@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from stepinfluence import ExactCapture, influence
-from stepinfluence.evaluation import Problem, evaluate, step_counterfactual
+from rounding import measure_body
+from stepinfluence import ExactCapture, attach, influence
+from stepinfluence.evaluation import Problem, evaluate, step_counterfactual, steps
 from stepinfluence.evaluation.builtin import make_problem
 from stepinfluence.evaluation.methods import METHODS
+from stepinfluence.evaluation.steps import StepRun
 
 
 @pytest.fixture(scope="module")
 def small() -> Problem:
-    torch.set_num_threads(1)
     return make_problem("majority", n_train=48, n_query=8, updates=20)
 
 
-def test_an_evaluation_end_to_end(small: Problem, tmp_path: Path) -> None:
+def test_an_evaluation_end_to_end(small: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conserved = []
+
+    def try_steps(problem: Problem, model: torch.nn.Module, **options: int) -> StepRun:
+        found = steps.try_steps(problem, model, **options)
+        check_conservation(found.conservation, problem, model)
+        conserved.append(found.conservation)
+        return found
+
+    monkeypatch.setattr(sys.modules["stepinfluence.evaluation.evaluate"], "try_steps", try_steps)
     methods = {name: METHODS[name] for name in ("SDI, m=2048", "TracIn, exact", "random")}
     counts = {"seeds": 2, "subsets": 3, "left_out": 2}
     found = evaluate(small, methods, folder=tmp_path, progress=False, **counts)
@@ -35,7 +46,8 @@ def test_an_evaluation_end_to_end(small: Problem, tmp_path: Path) -> None:
     assert chance.overlap is not None
     assert chance.overlap.value < 0.5
     assert sdi.mislabel is not None
-    assert found.steps.conservation < 1e-5
+    assert found.steps.conservation == max(conserved)
+    assert len(conserved) == counts["seeds"]
     assert found.steps.counterfactual.value > 0.95
     assert found.steps.slope.value == pytest.approx(1, abs=0.2)
     assert "| SDI, m=2048 |" in found.markdown()
@@ -48,6 +60,15 @@ def test_an_evaluation_end_to_end(small: Problem, tmp_path: Path) -> None:
     again = evaluate(replace(small, fit=untrainable), later, folder=tmp_path, flips=0, progress=False, **counts)
     assert again.truth == found.truth
     assert again.steps == found.steps  # the models are the same to the bit
+
+
+def check_conservation(found: float, problem: Problem, model: torch.nn.Module) -> None:
+    """``found``: of all queries together."""
+    capture = attach(model, body=model.core, sketch_size=2048)
+    sketches = {target.name: target.sketch for target in capture.targets}
+    batch = problem.collate(problem.queries)
+    rounding = measure_body(model, [batch], problem.loss, model.core, list(sketches))
+    rounding.check_conservation(found, sketches, lambda difference, size: difference.norm() / size.norm())
 
 
 def test_step_counterfactual_is_the_derivative_by_step(small: Problem) -> None:

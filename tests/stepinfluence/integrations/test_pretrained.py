@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from compare import FLOAT64
 from hf_models import SPECIAL, WORDS, albert_config, transformers
+from rounding import in_double
 from stepinfluence import Project, attach
 from stepinfluence.capture import ExactCapture
 from stepinfluence.errors import BodyError, ProjectError
@@ -38,23 +40,24 @@ def check_features(pretrained: Pretrained, steps: int) -> None:
     examples = project.dataset("train")
     batch = project.collate([examples[i] for i in range(len(examples))])
     body = project.body(model)
-    # A sketch longer than any parameter is without loss up to a rotation: inner products are exact.
-    options = project.attach_options()
-    capture = attach(model, body=body, sketch_size=4096, seed=0, **options)
-    features = capture.featurize([batch], project.loss, progress=False)
-    exact = ExactCapture(model, body=body, **options).featurize([batch], project.loss, progress=False)
-    assert features.values.shape[:2] == (len(examples), steps)
-    assert features.losses == pytest.approx(exact.losses, rel=1e-5)
-    for step in range(steps):
-        got, want = features.values[:, step], exact.values[:, step]
-        assert float(want.norm()) > 0  # every step counts
-        norms = want.norm(dim=1)
-        assert ((got @ got.T - want @ want.T).abs() <= 0.15 * norms[:, None] * norms).all()
-    # and the sum over steps is the gradient of the body
-    parameters = [p for name, p in model.named_parameters() if p.requires_grad and _within(name, body)]
-    first = torch.autograd.grad(project.loss(model.eval(), batch)[0], parameters)
-    size = float(sum(g.square().sum() for g in first)) ** 0.5
-    assert float(exact.values[0].sum(0).norm()) == pytest.approx(size, rel=1e-4)
+    with in_double(model):
+        # A sketch longer than any parameter is without loss up to a rotation: inner products are exact.
+        options = project.attach_options()
+        capture = attach(model, body=body, sketch_size=4096, seed=0, **options)
+        features = capture.featurize([batch], project.loss, progress=False)
+        exact = ExactCapture(model, body=body, **options).featurize([batch], project.loss, progress=False)
+        assert features.values.shape[:2] == (len(examples), steps)
+        assert features.losses == pytest.approx(exact.losses, rel=1e-6)  # kept in float32
+        for step in range(steps):
+            got, want = features.values[:, step], exact.values[:, step]
+            assert float(want.norm()) > 0  # every step counts
+            norms = want.norm(dim=1)
+            assert ((got @ got.T - want @ want.T).abs() <= 0.15 * norms[:, None] * norms).all()
+        # and the sum over steps is the gradient of the body
+        parameters = [p for name, p in model.named_parameters() if p.requires_grad and _within(name, body)]
+        first = torch.autograd.grad(project.loss(model.eval(), batch)[0], parameters)
+        size = float(sum(g.square().sum() for g in first)) ** 0.5
+        assert float(exact.values[0].sum(0).norm()) == pytest.approx(size, rel=FLOAT64)
 
 
 def _within(name: str, body: Any) -> bool:
@@ -78,7 +81,7 @@ def test_albert_groups_of_layers(saved: Saved, lines: Lines) -> None:
     model = pretrained.model().eval()
     labels = batch["labels"]
     assert labels.tolist() == [0, 1]
-    with torch.no_grad():
+    with torch.no_grad(), in_double(model):
         want = [model(**{k: v[i : i + 1] for k, v in batch.items()}).loss for i in (0, 1)]
         torch.testing.assert_close(pretrained.loss(model, batch), torch.stack(want))
 
@@ -98,10 +101,11 @@ def test_causal_loss_is_of_the_text_after_the_prompt(saved: Saved, lines: Lines)
     data = lines(train=[{"prompt": "the cat", "text": " sees a bird"}])
     pretrained = Pretrained(saved("HrmTextForCausalLM", hrm_config(prefix_lm=False)), data)
     model, batch = pretrained.model().eval(), pretrained.collate(pretrained.dataset("train"))
-    with torch.no_grad():
+    with torch.no_grad(), in_double(model):
         logits = model(input_ids=batch["input_ids"]).logits[0]
-    want = nn.functional.cross_entropy(logits[1:4], batch["input_ids"][0, 2:])
-    assert pretrained.loss(model, batch).tolist() == pytest.approx([float(want)], rel=1e-5)
+        want = nn.functional.cross_entropy(logits[1:4], batch["input_ids"][0, 2:])
+        found = pretrained.loss(model, batch)
+    assert found.tolist() == pytest.approx([float(want)], rel=FLOAT64)
 
 
 def test_masks_go_with_the_text(saved: Saved, lines: Lines) -> None:

@@ -12,7 +12,7 @@ from stepinfluence.models import Block, BlockConfig, LoopedGPT, LoopedGPTConfig,
 from stepinfluence.models.blocks import rotary_table
 from torch import Tensor
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 TINY = LoopedGPTConfig.tiny()
 

@@ -8,7 +8,7 @@ from stepinfluence.models import ParityConfig, ParityTransformer, parity_loss
 from stepinfluence.models.parity_task import ParityExample, collate
 from torch import Tensor
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 SMALL = ParityConfig(d_model=16, n_heads=4)
 EXAMPLES = [
@@ -86,7 +86,7 @@ def test_one_step_is_block_of_state_plus_input() -> None:
     """NoPE and additive injection: the model is exactly the recurrence that the paper describes."""
     model = small_model()
     batch = collate([ParityExample(0, "101")])
-    injected = model.read_in(torch.nn.functional.one_hot(batch["tokens"], 6).float())
+    injected = model.read_in(torch.nn.functional.one_hot(batch["tokens"], 6).double())
     state = torch.zeros_like(injected)
     for _ in range(3):
         state = model.block.norm(model.block.decoder(state + injected))

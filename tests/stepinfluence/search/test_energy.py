@@ -7,8 +7,21 @@ from pathlib import Path
 import made
 import numpy as np
 import pytest
-from stepinfluence import influence
+import torch
+from accuracy import Expected, multilinear
 from stepinfluence.search import checkpoint_energy, energy
+from torch import Tensor
+
+pytestmark = pytest.mark.numeric
+
+
+def expected(left: Tensor, right: Tensor, eta: float = 1.0) -> Expected:
+    """Of the energy of each query: absolute influence by step, ``left (n, s, d)``, ``right (q, t, d)``."""
+
+    def energy(x: Tensor, y: Tensor) -> Tensor:
+        return eta * torch.einsum("nsd,qtd->nqt", x, y).abs().sum((0, 2))
+
+    return multilinear(energy, left, right, rows=False)
 
 
 @pytest.mark.parametrize("train_steps", [None, 3])
@@ -23,8 +36,10 @@ def test_equals_the_sum_of_absolute_influence(
     ]
     etas = (0.3, 70.0)
     train, query = (made.store(tmp_path / str(k), side, etas=etas) for k, side in enumerate(sides))
-    want = [influence([sides[0][k]], [sides[1][k]], etas=etas[k]).energy().sum(1).numpy() for k in range(2)]
-    np.testing.assert_allclose(checkpoint_energy(train, query), want, rtol=1e-5)
+    found = torch.tensor(checkpoint_energy(train, query))
+    for k, eta in enumerate(etas):
+        left, right = (side[k].values for side in sides)
+        expected(left if train_steps else left[:, None], right, eta).check(found[k], k)
     part = checkpoint_energy(train, query, parameters="norm.gain")
     assert (part < checkpoint_energy(train, query)).all()
 
@@ -34,12 +49,11 @@ def test_rows_that_failed_are_left_out_and_many_are_sampled(tmp_path: Path) -> N
     train = made.store(tmp_path / "t", [made.features(values)], failed=[2, 8])
     query = made.store(tmp_path / "q", [asked], failed=[1])
     kept = [r for r in range(40) if r not in (2, 8)]
-    want = influence(made.features(values[kept]), asked).energy().sum(1).numpy()
     found = checkpoint_energy(train, query)
-    np.testing.assert_allclose(found[0, [0, 2]], want[[0, 2]], rtol=1e-5)
+    expected(values[kept, None], asked.values[[0, 2]]).check(torch.tensor(found[0, [0, 2]]))
     assert np.isnan(found[0, 1])
     spread = [kept[i] for i in (0, 12, 25, 37)]
-    want = influence(made.features(values[spread]), asked).energy().sum(1).numpy()
-    np.testing.assert_allclose(checkpoint_energy(train, query, most_rows=4)[0, [0, 2]], want[[0, 2]], rtol=1e-5)
+    found = checkpoint_energy(train, query, most_rows=4)
+    expected(values[spread, None], asked.values[[0, 2]]).check(torch.tensor(found[0, [0, 2]]))
     with pytest.raises(ValueError, match="most_rows: got 0"):
         checkpoint_energy(train, query, most_rows=0)

@@ -22,7 +22,7 @@ REPLAY = "sdi demo"
 HELP = """Train a looped transformer, then ask which training examples shaped its answers, and at which loop step.
 
 The task is parity: is the number of ones in a bit string odd? The model applies one block once per bit.
-About ten minutes on two CPU cores.
+About three minutes on a CPU core.
 
 [bold]Written to DIR[/bold]
   report.html     the charts; opens in any browser, offline

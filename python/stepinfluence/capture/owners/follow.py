@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from stepinfluence.capture.owners.intervals import NOBODY, UNKNOWN, Owners, filled, meet
 from stepinfluence.capture.sources import TensorSet, base_of
+from stepinfluence.capture.taps import TAPS
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ class Follower:
 
     def meets(self, operand: Tensor) -> None:
         """Data that takes part in a call: where it carries gradients and was made out of sight, nothing is known."""
-        if operand.grad_fn is not None and not self.knows(operand) and not self._nobodys.has_id(id(operand)):
+        node = operand.grad_fn
+        if node is None:
+            return
+        known = self.knows(operand) or self._nobodys.has_id(id(operand))
+        # What a custom function does on its way back is not what its forward shows.
+        if not known or (isinstance(node, BackwardCFunction) and not isinstance(node, TAPS)):
             self.unknown(operand)
 
     def owners(self, tensor: Tensor) -> Owners | None:

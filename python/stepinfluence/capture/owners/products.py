@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepinfluence.capture.calls import GROUPED
 from stepinfluence.capture.owners.arithmetic import everything, functions_named, reduced
 from stepinfluence.capture.owners.follow import Follower, Found, Part, Rule, arguments
 from stepinfluence.capture.owners.indexing import lookup
@@ -69,6 +70,16 @@ def added_product(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -
     if func.__name__.strip("_") == "addbmm" or len(args) < 3:
         return everything(f, func, args, kwargs, result)
     return _product(f, args[1], args[2], result, f.part(args[0]))
+
+
+def grouped_product(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
+    """``F.grouped_mm``: the rows of one operand with a matrix each, or stacks of matrices."""
+    given = arguments(("mat_a", "mat_b", "offs"), args, kwargs)
+    if given.mat_a.dim() == 3 and given.mat_b.dim() == 3:
+        return _product(f, given.mat_a, given.mat_b, result)
+    if given.mat_a.dim() != 2 or given.mat_b.dim() != 3 or f.part(given.mat_b) is not None:
+        return everything(f, func, args, kwargs, result)
+    return f.combine([reduced(f.part(given.mat_a), [-1])], result.shape)
 
 
 def einsum(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
@@ -177,6 +188,7 @@ PRODUCTS: dict[Any, Rule] = {
     **dict.fromkeys(functions_named("matmul", "bmm", "mm", "mv", "dot", "vdot"), matmul),
     **dict.fromkeys(functions_named("addmm", "baddbmm", "addmv", "addbmm"), added_product),
     torch.einsum: einsum,
+    **dict.fromkeys(GROUPED, grouped_product),
     F.scaled_dot_product_attention: attention,
     torch.embedding: lookup_rows,
     **dict.fromkeys([torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu], recurrent),

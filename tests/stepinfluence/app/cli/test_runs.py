@@ -14,13 +14,12 @@ import pytest
 import torch
 import yaml
 from accuracy import inner_products
-from stepinfluence import Project
+from rounding import Rounding, check_influence, influence_of_sketches, measure_body
+from stepinfluence import Project, attach
 from stepinfluence.app.cli import app
 from stepinfluence.app.templates import TEMPLATES
 from stepinfluence.store import Store
 from typer.testing import CliRunner, Result
-
-pytestmark = pytest.mark.numeric
 
 
 def invoke(*arguments: str | Path, input: str | None = None, code: int = 0) -> Result:  # noqa: A002  # CliRunner's word
@@ -116,6 +115,7 @@ def test_wrong_use_of_featurize(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.numeric
 def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     def first(*arguments: str | Path, input: str | None = None) -> dict[str, object]:  # noqa: A002
         found: dict[str, object] = json.loads(invoke("query", run, *arguments, "--json", input=input).stdout)[0]
@@ -147,23 +147,30 @@ def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "config.yaml").write_text(config.replace("../my_project.py", str(file)))
     line = json.dumps({"x": inputs.tolist(), "label": label})
     done = invoke("query", tmp_path / "run", "--input", "-", "--json", input=line + "\n")
-    np.testing.assert_allclose(
-        [hit["score"] for hit in json.loads(done.stdout)[0]["hits"]], [hit["score"] for hit in hits], rtol=1e-3
-    )
+    project = Project.load(file)
+    capture = attach(project.model(), body="core", sketch_size=64)
+    sketches = {target.name: target.sketch for target in capture.targets}
+    sides = gradients(project, best.indices.tolist(), 3)
+    alone = torch.tensor([hit["trajectory"] for hit in json.loads(done.stdout)[0]["hits"]])
+    influence_of_sketches(*sides, sketches).check(alone[:, None])
 
 
+def gradients(project: Project, rows: list[int], query: int) -> list[Rounding]:
+    """Of some training examples and of one query, by the oracle."""
+    model = project.model().eval()
+    names = [f"core.{name}" for name, _ in model.core.named_parameters()]
+    train, asked = (project.dataset(split) for split in ("train", "query"))
+    batches = project.collate([train[r] for r in rows]), project.collate([asked[query]])
+    return [measure_body(model, [batch], project.loss, model.core, names) for batch in batches]
+
+
+@pytest.mark.numeric
 def test_query_exact(run: Path) -> None:
     arguments = ("query", run, "--row", "3", "-k", "3", "--json")
     estimated, exact = (json.loads(invoke(*arguments, *more).stdout)[0]["hits"] for more in ((), ("--exact",)))
-    from stepinfluence import ExactCapture, influence
-
-    project = Project.load(run.parent / "my_project.py")
-    capture = ExactCapture(project.model(), body="core")
-    train, query = (project.collate(list(project.dataset(split))) for split in ("train", "query"))
-    sdi = influence(*(capture.featurize([side], project.loss, progress=False) for side in (train, query))).sdi[:, 3]
-    for hit in exact:
-        np.testing.assert_allclose(hit["trajectory"], sdi[hit["row"]], rtol=1e-3, atol=1e-5)
-        assert hit["estimate"] != hit["score"]
+    sides = gradients(Project.load(run.parent / "my_project.py"), [hit["row"] for hit in exact], 3)
+    check_influence(torch.tensor([hit["trajectory"] for hit in exact])[:, None], [(1.0, *sides)], "exact:")
+    assert all(hit["estimate"] != hit["score"] for hit in exact)
     assert len(exact) == len(estimated) == 3
 
 
@@ -275,6 +282,7 @@ def test_hostile_text_does_not_reach_the_terminal(run: Path, tmp_path: Path) -> 
     assert "\x1b[2J" not in shown
 
 
+@pytest.mark.numeric
 def test_influence_full_and_leading(run: Path, tmp_path: Path) -> None:
     train, query = (Store.open(run / split).features() for split in ("train", "query"))
     expected = torch.einsum("nd,qsd->nqs", train.values, query.values).numpy()

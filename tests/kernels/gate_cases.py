@@ -1,0 +1,245 @@
+"""Which kernels the compile gate (compile_gate.py) compiles, for which GPUs, and what each may need.
+
+Needs nothing but the configurations; kernels are imported where a case is measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Target = tuple[str, int | str]
+SM80, SM86, SM90, SM100 = ("cuda", 80), ("cuda", 86), ("cuda", 90), ("cuda", 100)
+GFX942 = ("hip", "gfx942")
+SHARED_LIMIT: dict[Target, int] = {SM80: 163, SM86: 99, SM90: 227, SM100: 227, GFX942: 64}
+"""KB of shared memory that one program can use."""
+
+
+class Case(NamedTuple):
+    """One kernel x configuration x target, and what it may need."""
+
+    name: str
+    target: Target
+    module: str
+    kernel: str
+    constants: dict[str, Any]
+    dtypes: dict[str, str]
+    num_warps: int
+    num_stages: int
+    matrix: tuple[str, ...] = ()
+    """Matrix instructions of which at least one kind must be there."""
+    stack: int = 0
+    """Bytes of stack per thread that are allowed; above 0 only where measured and small beside the loop."""
+    local: int = 0
+    """Local loads and stores (spilled registers) that are allowed in the longest loop."""
+    tokens: int = 1
+    """Tokens that one pass of the loop works off."""
+    shared_cycles: int | None = None
+    """Cycles of shared memory a token that are allowed, where they are counted."""
+    unit: bool = False
+    """All sizes and strides are 1: the launcher then passes them as constants, which is another program to compile."""
+
+
+EPILOGUE_STACK = 32
+"""Of ``direct``: a few values around the epilogue, none of them in the token loop."""
+
+ANY_MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "MFMA")
+"""Small transforms need not fill a warpgroup's tile: either kind will do."""
+
+FFT_SPILLS: dict[tuple[Target, int, str, int], tuple[int, int]] = {
+    (SM90, 2048, "tf32x3", 1): (8, 0), (SM90, 4096, "tf32x3", 1): (24, 5), (SM90, 4096, "tf32x3", 2): (24, 6),
+    (SM90, 8192, "tf32", 2): (96, 28), (SM90, 8192, "tf32", 4): (192, 64), (SM90, 8192, "tf32x3", 1): (128, 32),
+    (SM90, 8192, "tf32x3", 2): (160, 44), (SM90, 8192, "tf32x3", 4): (192, 64), (SM80, 2048, "tf32x3", 1): (8, 0),
+    (SM86, 4096, "tf32x3", 1): (8, 0), (SM100, 2048, "tf32x3", 1): (40, 10),
+}  # fmt: skip
+"""(Bytes of stack, local loads and stores in the loop) by target, sketch size, precision and sources that are loaded
+together: the most that Triton 3.6.0 and 3.7.1 need, a few values in a loop of more than a thousand instructions. All
+others need none."""
+
+FFT_SHARED = {
+    (256, "tf32"): 228, (256, "tf32x3"): 348, (512, "tf32"): 736, (512, "tf32x3"): 1264,
+    (1024, "tf32"): 2048, (1024, "tf32x3"): 3680, (2048, "tf32"): 4000, (2048, "tf32x3"): 7264,
+    (4096, "tf32"): 4672, (4096, "tf32x3"): 7936, (8192, "tf32"): 6016, (8192, "tf32x3"): 9280,
+}  # fmt: skip
+"""Cycles of shared memory a token and residue on sm_90, by sketch size and precision: the most of the two."""
+
+
+def _fft_cases(
+    target: Target, sizes: tuple[int, ...], unrolls: tuple[int, ...], configs: str,
+    precisions: tuple[str, ...] = ("tf32", "tf32x3"),
+) -> list[Case]:  # fmt: skip
+    from sdi_kernels.triton import transforms
+
+    cases = []
+    for m in sizes:
+        config = getattr(transforms, configs)[m]
+        shape = {"N1": config.n1, "N2": config.n2, "R": config.residues}
+        for precision in precisions:
+            for unroll in unrolls:
+                constants = {
+                    **shape, "BLOCK_T": config.tokens, "UNROLL_IN": unroll, "UNROLL_OUT": unroll, "IS_WIDE": False,
+                    "PREFETCH": config.prefetch, "PRECISION": precision, "stride_ad": 1, "stride_gd": 1,
+                }  # fmt: skip
+                stack, local = FFT_SPILLS.get((target, m, precision, unroll), (0, 0))
+                cases.append(
+                    Case(f"fft m={m} {precision}" + (f" {unroll} sources" if unroll > 1 else ""), target, "fft",
+                         "fft_sketch_kernel", constants, {}, config.num_warps, 1, ANY_MATRIX, stack, local,
+                         config.tokens, FFT_SHARED.get((m, precision)) if target == SM90 and unroll == 1 else None)
+                )  # fmt: skip
+        # By three products, whatever the inputs; the stack is paid once per row, not per token.
+        constants = {**shape, "PRECISION": transforms.finish_precision(precisions[0]), "stride_om": 1}
+        cases.append(
+            Case(f"fft m={m} finish", target, "fft", "fft_finish_kernel", constants, {}, config.num_warps, 1,
+                 ANY_MATRIX, 16, 8)
+        )  # fmt: skip
+    return cases
+
+
+def _tuned(kernel: str, kinds: tuple[str, ...], all_candidates: bool) -> list[tuple[str, str, Any]]:
+    """(name, kind, tile) of what ships for a kernel, or of everything that tuning may choose."""
+    from sdi_kernels.triton import configs
+
+    found = []
+    for key, candidates in configs.CANDIDATES.items():
+        kind = key.rpartition(" ")[2]
+        if key.split()[0] == kernel and kind in kinds:
+            for number, config in enumerate(candidates if all_candidates else candidates[:1]):
+                found.append((key + (f" tile {number + 1}" if number else ""), kind, config))
+    return found
+
+
+def _half(kind: str, *pointers: str) -> dict[str, str]:
+    return dict.fromkeys(pointers, "bf16") if kind == "half" else {}
+
+
+def _direct_cases(
+    target: Target, kinds: tuple[str, ...], metrics: tuple[bool, ...] = (False, True), all_candidates: bool = False
+) -> list[Case]:
+    cases = []
+    for name, kind, config in _tuned("direct", kinds, all_candidates):
+        for weighted in metrics if "tile" not in name else (False,):
+            constants = {
+                "BLOCK_O": config.block_out, "BLOCK_I": config.block_in, "BLOCK_T": config.block_tokens,
+                "HAS_METRIC": weighted, "IS_HALF": kind == "half", "IS_WIDE": False,
+                "PRECISION": "tf32" if kind == "half" else kind,
+                "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "stride_mi": 1,
+            }  # fmt: skip
+            cases.append(
+                Case(name + (" metric" if weighted else ""), target, "direct", "direct_sketch_kernel", constants,
+                     _half(kind, "p_a", "p_g"), config.num_warps, config.num_stages, _wanted(target), EPILOGUE_STACK,
+                     8 if target == SM100 else 0)  # there the longest loop holds more than the tokens'
+            )  # fmt: skip
+    return cases
+
+
+def _shear_cases(
+    target: Target, kinds: tuple[str, ...], sizes: tuple[int, ...] = (2048,), all_candidates: bool = False
+) -> list[Case]:
+    cases = []
+    for name, kind, config in _tuned("shear", kinds, all_candidates):
+        for m in sizes if "tile" not in name else sizes[:1]:
+            constants = {
+                "BLOCKS": config.blocks, "COLUMNS": config.columns, "BLOCK_T": config.tokens, "GROUPS": m // 16,
+                "R": 16, "IS_HALF": kind == "half", "IS_WIDE": False, "PRECISION": "tf32" if kind == "half" else kind,
+                "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "width": 1,
+            }  # fmt: skip
+            cases.append(
+                Case(f"{name} m={m}", target, "shear", "shear_sketch_kernel", constants, _half(kind, "p_a", "p_g"),
+                     config.num_warps, config.num_stages, _wanted(target), EPILOGUE_STACK)
+            )  # fmt: skip
+    return cases
+
+
+def _pairwise_cases(target: Target, kinds: tuple[str, ...], all_candidates: bool = False) -> list[Case]:
+    cases = []
+    for name, kind, config in _tuned("pairwise", kinds, all_candidates):
+        constants = {
+            "BLOCK_X": config.block_train, "BLOCK_Y": config.block_query, "BLOCK_D": config.block_d,
+            "IS_HALF": kind == "half", "PRECISION": "tf32" if kind == "half" else kind,
+            "stride_ad": 1, "stride_gd": 1, "stride_qad": 1, "stride_qgd": 1,
+        }  # fmt: skip
+        dtypes = _half(kind, "p_a", "p_g", "p_qa", "p_qg")
+        cases.append(
+            Case(name, target, "pairwise", "pairwise_kernel", constants, dtypes, config.num_warps, config.num_stages,
+                 _wanted(target))
+        )  # fmt: skip
+    return cases
+
+
+def _vector_cases(target: Target) -> list[Case]:
+    from sdi_kernels.triton import vector
+
+    cases = []
+    for name, given in (("vector", False), ("scaled vector", True)):
+        flags = {"HAS_FACTORS": given, "HAS_CENTER": given, "HAS_SCALE": given}
+        shared = {"BLOCK_T": vector.BLOCK_T, **flags, "stride_om": 1, "stride_gd": 1, "stride_xd": 1}
+        scatter = {**shared, "BLOCK_D": vector.BLOCK_D, "IS_ATOMIC": True}
+        gather = {**shared, "BLOCK_M": vector.BLOCK_D}
+        cases += [
+            Case(f"{name} scatter", target, "vector", "vector_scatter_kernel", scatter, {}, vector.NUM_WARPS, 3),
+            Case(f"{name} gather", target, "vector", "vector_gather_kernel", gather, {}, vector.NUM_WARPS, 3),
+        ]
+    return cases
+
+
+def _matrix_cases(target: Target) -> list[Case]:
+    from sdi_kernels.triton import matrix
+
+    cases = []
+    for weighted in (False, True):
+        shared = {"HAS_METRIC": weighted, "stride_om": 1, "stride_xi": 1, "stride_mi": 1}
+        gather = {**shared, "BLOCK_O": matrix.BLOCK_O, "BLOCK_M": matrix.BLOCK_M, "IS_ATOMIC": False}
+        scatter = {**shared, "TILE_O": matrix.TILE_O, "TILE_I": matrix.TILE_I}
+        word = " metric" if weighted else ""
+        # Two registers' worth with 168 of 255 in use: ptxas's choice, not a lack of them.
+        stack, local = (16, 1) if weighted and target == SM80 else (0, 0)
+        cases += [
+            Case(f"matrix gather{word}", target, "matrix", "matrix_gather_kernel", gather, {}, matrix.NUM_WARPS, 3,
+                 stack=stack, local=local),
+            Case(f"matrix scatter{word}", target, "matrix", "matrix_scatter_kernel", scatter, {}, matrix.NUM_WARPS, 3),
+        ]  # fmt: skip
+    return cases
+
+
+def _other_cases(target: Target) -> list[Case]:
+    from sdi_kernels.triton import embedding
+
+    embed = {
+        "BLOCK_T": embedding.BLOCK_T, "BLOCK_M": embedding.BLOCK_M, "IS_ATOMIC": False, "stride_it": 1, "stride_om": 1,
+        "stride_gd": 1,
+    }  # fmt: skip
+    return [
+        *_vector_cases(target),
+        *_matrix_cases(target),
+        Case("embedding", target, "embedding", "embedding_sketch_kernel", embed, {}, embedding.NUM_WARPS, 3),
+    ]
+
+
+def _wanted(target: Target) -> tuple[str, ...]:
+    return {SM90: ("HGMMA",), SM100: ("UTCHMMA",), GFX942: ("MFMA",)}.get(target, ("HMMA",))
+
+
+def cases() -> list[Case]:
+    """Every kernel x configuration for sm_90; every kernel at its main configurations for the other targets."""
+    kinds, half = ("half", "tf32", "tf32x3"), ("half",)
+    found = _fft_cases(SM90, (256, 512, 1024, 2048, 4096, 8192), (1, 2, 4), "CONFIGS")
+    found += _direct_cases(SM90, kinds, all_candidates=True) + _shear_cases(SM90, kinds, (2048, 8192), True)
+    found += _pairwise_cases(SM90, kinds, True) + _other_cases(SM90)
+    found += _fft_cases(SM80, (512, 2048), (1,), "CONFIGS")
+    found += _direct_cases(SM80, kinds, (False,)) + _shear_cases(SM80, kinds) + _pairwise_cases(SM80, kinds)
+    found += _other_cases(SM80)
+    found += _fft_cases(SM86, (1024, 2048, 4096), (1,), "COMPACT_CONFIGS")
+    found += _fft_cases(SM100, (2048,), (1,), "CONFIGS")
+    found += _direct_cases(SM100, half, (False,))[:1] + _shear_cases(SM100, half) + _pairwise_cases(SM100, half)
+    found += _other_cases(SM100)
+    found += _fft_cases(GFX942, (512,), (1,), "COMPACT_CONFIGS", ("ieee",))
+    found += _direct_cases(GFX942, half, (False,))[:1] + _shear_cases(GFX942, half) + _pairwise_cases(GFX942, half)
+    found += _other_cases(GFX942)
+    first: dict[str, Case] = {}
+    for case in found:
+        if case.target == SM90:
+            first.setdefault(case.kernel, case)
+    found += [
+        c._replace(name=f"{c.name}, sizes 1", unit=True, matrix=(), stack=64, shared_cycles=None)
+        for c in first.values()
+    ]
+    return found

@@ -1,0 +1,66 @@
+"""The capture says how the owners of rows became known, and what was verified."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from stepinfluence import attach
+from torch import Tensor
+
+BATCHES = [zoo.make_batch(size, seed=size) for size in (3, 4)]
+
+
+class Double(torch.autograd.Function):
+    """Out of sight: owners cannot be followed through it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def followed(core: Any, x: Tensor) -> Tensor:
+    return (core.mix(x) * core.gain).tanh()
+
+
+def found(core: Any, x: Tensor) -> Tensor:
+    return (Double.apply(core.mix(x)) * core.gain).tanh()
+
+
+def make(fn: Any, **options: Any) -> Any:
+    core = zoo.Core(fn, mix=zoo.linear(), gain=zoo.normal(zoo.D))
+    return attach(zoo.Looped(core), body="core", sketch_size=16, **options)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("fn", [followed, found])
+def test_which_uses_were_followed_found_verified(fn: Any, verify: bool) -> None:
+    capture = make(fn, verify=verify)
+    assert capture.uses() == ()
+    assert "no batch featurized yet" in repr(capture)
+    capture.featurize(BATCHES, zoo.squared_error)
+    table = {use.parameters: use for use in capture.uses()}
+    assert set(table) == {"core.mix.weight, core.mix.bias", "core.gain"}
+    assert table["core.gain"].operation == "mul"
+    for use in table.values():
+        assert use.steps == zoo.STEPS
+        assert (use.followed, use.found) == ((2, 0) if fn is followed else (0, 2))
+        assert use.verified == int(verify)
+    lines = str(capture.uses()).splitlines()
+    assert len(lines) == 1 + len(table)
+    assert lines[0].split() == ["parameters", "operation", "steps", "followed", "found", "verified"]
+    assert f"followed in {2 if fn is followed else 0}" in repr(capture)
+
+
+def test_each_run_has_a_table_of_its_own() -> None:
+    capture = make(followed)
+    for _ in range(2):
+        capture.featurize(BATCHES, zoo.squared_error)
+    assert {use.followed for use in capture.uses()} == {2}
+    assert {use.verified for use in capture.uses()} == {0}  # nothing new to verify
