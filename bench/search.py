@@ -28,10 +28,9 @@ import torch
 from stepinfluence import Features, attach
 from stepinfluence.capture import Capture
 from stepinfluence.models.blocks import Block, BlockConfig
-from stepinfluence.search import Index, rerank, top_k, two_stage
-from stepinfluence.search.question import ask
+from stepinfluence.search import Index, Recompute, ask, rerank, top_k, two_stage
 from stepinfluence.search.ranking import Ranking
-from stepinfluence.search.topk import scanned
+from stepinfluence.search.topk import best_rows
 from stepinfluence.store import Manifest, RowInfo, Store, StoredCheckpoint, StoreWriter
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -168,16 +167,13 @@ def speed(store: Store, query: Features, rounds: int) -> dict[str, Any]:
     one = ask(Store.open(store.path), first_queries(query, 1))
     found: dict[str, Any] = {
         "gigabytes": size,
-        "first scan after opening GB/s": size / best(lambda: scanned(one, K, harmful=False, progress=False), 1),
+        "first scan after opening GB/s": size / best(lambda: best_rows(one, K), 1),
     }
     print(f"    first scan after opening, which maps the files: {found['first scan after opening GB/s']:.1f} GB/s")
     for queries in (1, 4, 16):
         part = first_queries(query, queries)
         question = ask(store, part)
-        pairs = [
-            (best(read, 1), best(lambda q=question: scanned(q, K, harmful=False, progress=False), 1))
-            for _ in range(rounds)
-        ]
+        pairs = [(best(read, 1), best(lambda q=question: best_rows(q, K), 1)) for _ in range(rounds)]
         whole = best(lambda part=part: top_k(store, part, K, progress=False), rounds)
         reads, scans = (size / min(side) for side in zip(*pairs, strict=True))
         ratio = statistics.median(r / s for r, s in pairs)
@@ -203,8 +199,8 @@ def at_size(rows: int, capture: Capture, real: Features, query: Features, tokens
     print(f"{rows} rows, int8 (written in {out['store s']:.0f} s)")
     out["scan"] = speed(store, query, rounds)
     truth = Ranking(QUERIES, K, smallest=False, dtype=torch.float32, device=torch.device("cpu"))
-    for first, values in shards(real.values, rows):
-        truth.add(first, values @ query.summed().values.T)
+    for _, values in shards(real.values, rows):
+        truth.add(values @ query.summed().values.T)
     exact, _ = truth.result()
     out["recall int8"] = recall(top_k(store, query, K).rows, exact)
     began = now()
@@ -223,8 +219,8 @@ def at_size(rows: int, capture: Capture, real: Features, query: Features, tokens
     for name, given in (("scan", None), ("index, 32 lists", index)):
         index.probes = 32
         began = now()
-        found = two_stage(store, query, K, capture=capture, loss_fn=loss_fn, train_examples=data, index=given,
-                          query_examples=list(asked), candidates=100, batch_size=128, progress=False)  # fmt: skip
+        exact = Recompute(capture, loss_fn, data, list(asked), batch_size=128)
+        found = two_stage(question, K, exact=exact, candidates=100, index=given, progress=False)
         out[f"two stages, {name}"] = {"s": now() - began, "wall s by stage": dict(found.seconds)}
         print(
             f"    two stages, {name}: {now() - began:.2f} s with the exact influence of "

@@ -11,12 +11,12 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
+import architecture
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -169,15 +169,6 @@ assert not torch.cuda.is_initialized(), "initialises CUDA"
     run(sys.executable, "-c", code, cwd=tmp_path)
 
 
-def imported(file: Path) -> Iterator[tuple[str, int]]:
-    """Modules, and names taken from modules, that a file imports, with the line."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
-
-
 LIBRARY = PACKAGES["stepinfluence"]
 DOORS = {LIBRARY / "__init__.py", LIBRARY / "__main__.py"}  # stepinfluence.Project, and `python -m stepinfluence`
 
@@ -199,12 +190,24 @@ def test_no_floor_imports_what_is_above_it(floor: str, above: tuple[str, ...]) -
     }[floor]
     assert len(files) >= 20
     offenders = [
-        f"{file.relative_to(ROOT)}:{line}: {module}"
+        f"{file.relative_to(ROOT)}: {module}.{name}"
         for file in sorted(files)
-        for module, line in imported(file)
-        if any(f"{module}.".startswith(f"{name}.") for name in above)
+        for module, name in architecture.imported(ast.parse(file.read_text(encoding="utf-8")), types=True)
+        if any(f"{module}.{name}.".startswith(f"{floor}.") for floor in above)
     ]
     assert offenders == []
+
+
+@pytest.mark.parametrize("of", ["files", "rooms"])
+def test_imports_go_in_no_circle(of: str) -> None:
+    graph = architecture.imports() if of == "files" else architecture.rooms()
+    assert len(graph) > 15
+    assert architecture.circles(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    graph = {"a": {"b", "d"}, "b": {"c"}, "c": {"a"}, "d": {"e"}, "e": set(), "f": {"a"}}
+    assert architecture.circles(graph) == [["a", "b", "c"]]
 
 
 def test_constraints_pin_what_make_installs(wheel: Wheel) -> None:

@@ -8,6 +8,6 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("module", ["preconditioners", "store", "runs"])
+@pytest.mark.parametrize("module", ["attribution.preconditioners", "store", "app.runs"])
 def test_first(module: str) -> None:
     subprocess.run([sys.executable, "-c", f"import stepinfluence.{module}"], check=True, timeout=120)

@@ -10,8 +10,8 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from stepinfluence.attribution.features import Features
-from stepinfluence.capture.batches import is_one_shot, random_sampler
 from stepinfluence.errors import FeatureMismatchError
+from stepinfluence.loaders import is_one_shot, random_sampler
 
 
 def require_repeatable(loader: Any, side: str, *, has_ids: bool) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stepinfluence.errors import FeatureMismatchError
+
+Parameters: TypeAlias = str | Sequence[str] | None
+"""Names of body parameters, ``*`` and ``?`` allowed; None for all."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +58,32 @@ class FeatureSpace:
         shared = len(self.blocks) > 1 and (first.start, first.stop) == (last.start, last.stop)
         return "sum" if shared and first.stop else "concat"
 
-    def select(self, patterns: str | Sequence[str]) -> tuple[Block, ...]:
-        """The blocks of the parameters whose names match a pattern (or one of several), as in ``"blocks.*.weight"``.
+    def select(self, parameters: Parameters, *, shared_columns: bool = False) -> tuple[Block, ...]:
+        """The blocks of some parameters, in the model's order.
+
+        Args:
+            parameters: names or patterns, as in ``"blocks.*.weight"``; None for all.
+            shared_columns: whether it does not matter that all parameters have the same columns (``sum`` layout).
 
         Raises:
-            ValueError: a pattern matches no parameter, or parameters have no columns of their own (``sum`` layout).
+            ValueError: a name or pattern fits none, there are none, or all parameters share their columns.
         """
-        if self.layout == "sum":
+        if parameters is None:
+            return self.blocks
+        if self.layout == "sum" and not shared_columns:
             raise ValueError(
                 "parameters: the features are in the sum layout, in which all parameters share their columns; "
                 "featurize with layout='concat' to look at some of them"
             )
-        chosen: set[Block] = set()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            matching = {block for block in self.blocks if fnmatch.fnmatchcase(block.name, pattern)}
-            if not matching:
-                names = ", ".join(block.name for block in self.blocks[:3])
-                raise ValueError(f"parameters: {pattern!r} matches none; the features are of {names}, ...")
-            chosen |= matching
-        return tuple(block for block in self.blocks if block in chosen)
+        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+        names = [block.name for block in self.blocks]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                some = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
+                raise ValueError(f"parameters: {pattern!r} fits none of {some}")
+        if not patterns:
+            raise ValueError("parameters: got an empty list; give names or patterns of body parameters, or None")
+        return tuple(block for block in self.blocks if any(fnmatchcase(block.name, pattern) for pattern in patterns))
 
     def require_equal(self, other: FeatureSpace) -> None:
         """Raise unless features of the two spaces can be compared.

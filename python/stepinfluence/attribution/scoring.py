@@ -10,24 +10,38 @@ import copy
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepinfluence.attribution.alignment import aligned_to, require_repeatable
 from stepinfluence.attribution.checkpoints import Checkpoint, Etas, PathLike, Reader, load_checkpoint, resolve_etas
-from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.features import Features, FeatureSpace
 from stepinfluence.attribution.preconditioners import KINDS, Kind, Preconditioner, from_optimizer
-from stepinfluence.capture import Capture, ExactCapture
-from stepinfluence.capture.batches import is_one_shot
-from stepinfluence.capture.session import IdsOf, LossFn
+from stepinfluence.loaders import IdsOf, LossFn, is_one_shot
 
 Decompose: TypeAlias = Literal["query", "train", "both"]
-Featurizer: TypeAlias = Capture | ExactCapture
 FeatureList: TypeAlias = Features | Sequence[Features]
 Metric: TypeAlias = Kind | Callable[[Checkpoint], Preconditioner | None]
+
+
+class Featurizer(Protocol):
+    """What features come from: :class:`~stepinfluence.Capture` and :class:`~stepinfluence.ExactCapture` are such."""
+
+    model: nn.Module
+
+    @property
+    def preconditioner(self) -> Preconditioner | None: ...
+
+    def precondition(self, preconditioner: Preconditioner | None) -> None: ...
+
+    def space(self) -> FeatureSpace: ...
+
+    def featurize(
+        self, loader: Iterable[Any], loss_fn: LossFn, *, per_step: bool, ids: IdsOf | None, progress: bool
+    ) -> Features: ...
 
 
 @dataclass(frozen=True)
@@ -292,13 +306,14 @@ def visit_checkpoints(
     eta_of = resolve_etas(checkpoints, etas)
     original = copy.deepcopy(capture.model.state_dict())  # deep: modules may add values that are no tensors
     before = capture.preconditioner
+    body = [block.name for block in capture.space().blocks]
     try:
         for index, path in enumerate(tqdm(checkpoints, desc="checkpoints", delay=2, disable=not progress)):
             checkpoint = load_checkpoint(path, reader=reader)
             eta = eta_of(index, checkpoint)
             if not strict:  # nothing of the checkpoint before may be left
                 capture.model.load_state_dict(original)
-            checkpoint.load_into(capture.model, strict=strict, needed=capture._body_parameters())
+            checkpoint.load_into(capture.model, strict=strict, needed=body)
             if callable(metric):
                 capture.precondition(metric(checkpoint))
             elif metric is not None:

@@ -1,4 +1,4 @@
-"""What can be told of a batch before the model has seen it: its examples, its order, and loaders of any kind."""
+"""What can be told of a batch before the model has seen it: its examples, and how many a loader gives."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
-
-RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def leaves(batch: Any) -> Iterator[Any]:
@@ -66,19 +63,6 @@ def expected_rows(loader: Any) -> int:
         if value is not None and (length := length_of(value)) is not None:
             return length
     return 0
-
-
-def random_sampler(loader: Any) -> str | None:
-    """The name of a loader's sampler, if it draws a new order each time the loader is iterated."""
-    if not isinstance(loader, DataLoader):
-        return None
-    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
-    return next((type(s).__name__ for s in samplers if isinstance(s, RANDOM_SAMPLERS)), None)
-
-
-def is_one_shot(loader: Any) -> bool:
-    """Whether a loader is an iterator (a generator, ``iter(...)``, ``map``): it gives its batches once."""
-    return hasattr(loader, "__next__") and iter(loader) is loader
 
 
 def fingerprints(batch: Any, size: int, batch_dim: int = 0) -> list[int]:

@@ -17,11 +17,9 @@ from stepinfluence.capture import state
 from stepinfluence.capture.batches import expected_rows, fingerprints, length_of, usable
 from stepinfluence.capture.diagnosis import check_parameters
 from stepinfluence.errors import BodyError, LossError
+from stepinfluence.loaders import IdsOf as IdsOf
+from stepinfluence.loaders import LossFn as LossFn
 
-LossFn: TypeAlias = Callable[[Any, Any], Tensor]
-"""``loss_fn(model, batch) -> (B,)``: one loss per example, not reduced over the batch."""
-
-IdsOf: TypeAlias = Callable[[Any], Sequence[Hashable]]
 OnError: TypeAlias = Callable[[Exception], None]
 
 

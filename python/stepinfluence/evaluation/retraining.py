@@ -18,6 +18,7 @@ from torch import nn
 
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.machine import cpu_model
+from stepinfluence.store.files import write_atomically
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
@@ -139,9 +140,7 @@ class Retrainings:
             "correct": self.problem.query_correct(model).tolist() if self.problem.correct else None,
         }
         if digest == self._all:  # before the line that says so
-            path = self._weights(seed, repeat)
-            torch.save(model.state_dict(), path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            write_atomically(self._weights(seed, repeat), lambda aside: torch.save(model.state_dict(), aside))
         with (self.folder / f"seed-{seed}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self._known[key] = record

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from stepinfluence.attribution.scoring import influence
 from stepinfluence.capture import ExactCapture, attach
-from stepinfluence.capture.session import LossFn
 from stepinfluence.capture.targets import Body, body_parameters, find_body
 from stepinfluence.evaluation.metrics import Estimate, bootstrap
 from stepinfluence.evaluation.problem import Problem
+from stepinfluence.loaders import LossFn
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ learning rates; of the state only second moments, as first moments play no part 
 
 from __future__ import annotations
 
-import os
 import re
 import time
 import warnings
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stepinfluence.errors import CheckpointError
+from stepinfluence.store.files import write_atomically
 from stepinfluence.wrappers import canonical_name, unwrap
 
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col")
@@ -172,6 +172,7 @@ class Saver:
 
         Raises:
             CheckpointError: the weights are spread over several devices.
+            StoreError: the file could not be written; none is there then.
         """
         began = time.perf_counter()
         model = unwrap(model)
@@ -184,9 +185,7 @@ class Saver:
             "loop_counts": dict(loop_counts or {}),
         }
         path = self.folder / f"step-{step:07d}.pt"
-        temporary = path.with_suffix(".tmp")
-        torch.save(content, temporary)
-        os.replace(temporary, path)  # noqa: PTH105  # replaces on every system
+        write_atomically(path, lambda aside: torch.save(content, aside))
         self.paths.append(path)
         self.bytes += path.stat().st_size
         self.seconds += time.perf_counter() - began

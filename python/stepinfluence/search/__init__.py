@@ -2,9 +2,22 @@
 
 from stepinfluence.search.energy import checkpoint_energy
 from stepinfluence.search.index import Index
+from stepinfluence.search.question import Question, ask
 from stepinfluence.search.rerank import rerank
 from stepinfluence.search.table import scores
 from stepinfluence.search.topk import TopK, top_k
-from stepinfluence.search.two_stage import TwoStage, two_stage
+from stepinfluence.search.two_stage import Recompute, TwoStage, two_stage
 
-__all__ = ["Index", "TopK", "TwoStage", "checkpoint_energy", "rerank", "scores", "top_k", "two_stage"]
+__all__ = [
+    "Index",
+    "Question",
+    "Recompute",
+    "TopK",
+    "TwoStage",
+    "ask",
+    "checkpoint_energy",
+    "rerank",
+    "scores",
+    "top_k",
+    "two_stage",
+]

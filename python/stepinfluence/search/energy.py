@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepinfluence.search.question import Parameters, ask
+from stepinfluence.attribution.features import Parameters
+from stepinfluence.search.question import ask
 from stepinfluence.search.sources import Rows
 
 MOST_ROWS = 4096

@@ -172,9 +172,8 @@ class Index:
             )
         return cls(source, index, probes=probes)
 
-    def candidates(self, question: Question, k: int, *, harmful: bool = False) -> Tensor:
-        """Rows ``(C, k)`` int64 that probably score highest (lowest) for each ranking of a question; -1 where fewer
-        were found."""
+    def candidates(self, question: Question, k: int) -> Tensor:
+        """Rows ``(C, k)`` int64 that probably come first in each ranking of a question; -1 where fewer were found."""
         heads = []
         for space, head in zip(self.source.spaces, question.heads(), strict=True):
             full = head.new_zeros(len(head), space.width)
@@ -183,5 +182,5 @@ class Index:
         vectors = torch.cat(heads, 1).to("cpu", torch.float32)
         if hasattr(self._index, "nprobe"):
             self._index.nprobe = min(self.probes, self._index.nlist)
-        _, rows = self._index.search((-vectors if harmful else vectors).contiguous().numpy(), k)
+        _, rows = self._index.search((-vectors if question.harmful else vectors).contiguous().numpy(), k)
         return torch.from_numpy(rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import numpy as np
@@ -12,16 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stepinfluence.attribution.features import FeatureSpace
+from stepinfluence.attribution.features import Parameters
 from stepinfluence.errors import FeatureMismatchError
 from stepinfluence.search.sources import FeatureSource, Rows, RowSource, StoreSource, as_source
 from stepinfluence.store import Store
 
 Steps: TypeAlias = int | slice | range | None
 """Query steps, 0-based: one, or a range; None for all."""
-
-Parameters: TypeAlias = str | Sequence[str] | None
-"""Names of body parameters, ``*`` and ``?`` allowed; None for all."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +28,12 @@ class Question:
         train: the rows.
         vectors: by checkpoint ``(Q, S, columns)``: the query's features times the checkpoint's eta, zero in columns of
             other parameters. ``S`` is 1 for queries summed over steps.
+        parameters: that influence is restricted to, as they were asked for.
         columns: the columns of a row that these stand for.
         ranked: the steps that rows are ranked by, 0-based.
         per_step: whether each of them is ranked for itself, rather than their sum.
+        summed: whether the queries' features are summed over steps.
+        harmful: whether the lowest rows come first, rather than the highest.
         valid: ``(Q,)``: False for queries that have no features.
         query_ids, etas: as in results.
         device: where to compute.
@@ -42,9 +41,12 @@ class Question:
 
     train: RowSource
     vectors: tuple[Tensor, ...]
+    parameters: Parameters
     columns: slice
     ranked: tuple[int, ...]
     per_step: bool
+    summed: bool
+    harmful: bool
     valid: npt.NDArray[np.bool_]
     query_ids: tuple[Hashable, ...]
     etas: tuple[float, ...]
@@ -76,32 +78,6 @@ def chosen_steps(steps: Steps, count: int) -> tuple[int, ...]:
     if not len(found) or min(found) < 0 or max(found) >= count:
         raise ValueError(f"steps: got {steps!r}; the queries have steps 0 to {count - 1}")
     return tuple(found)
-
-
-def chosen_blocks(space: FeatureSpace, parameters: Parameters, *, shared_columns: bool = False) -> list[bool]:
-    """Which of a space's blocks ``parameters`` names.
-
-    Args:
-        shared_columns: whether it does not matter that all parameters have the same columns.
-
-    Raises:
-        ValueError: a name or pattern fits none, or the columns are shared by all parameters.
-    """
-    if parameters is None:
-        return [True] * len(space.blocks)
-    if space.layout == "sum" and not shared_columns:
-        raise ValueError(
-            "parameters: these features have one set of columns for all parameters (layout 'sum'); "
-            "featurize with layout='concat' to restrict a search"
-        )
-    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
-    names = [block.name for block in space.blocks]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"parameters: {pattern!r} fits none of {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
-    if not patterns:
-        raise ValueError("parameters: got an empty list; give names or patterns of body parameters, or None")
-    return [any(fnmatchcase(name, pattern) for pattern in patterns) for name in names]
 
 
 def _resolved_etas(train: RowSource, given: float | Sequence[float] | None) -> tuple[float, ...]:
@@ -145,12 +121,16 @@ def ask(
     query: Rows,
     *,
     per_step: bool = False,
+    harmful: bool = False,
     etas: float | Sequence[float] | None = None,
     parameters: Parameters = None,
     steps: Steps = None,
     device: torch.device | str | None = None,
 ) -> Question:
     """Check two sides of a search against each other and prepare the queries.
+
+    Args:
+        train, query, per_step, harmful, etas, parameters, steps, device: as for :func:`stepinfluence.search.top_k`.
 
     Raises:
         FeatureMismatchError: the sides cannot be compared (says what differs).
@@ -166,10 +146,9 @@ def ask(
             "featurize them with per_step=True"
         )
     space = source.spaces[0]
-    wanted = chosen_blocks(space, parameters)
-    blocks = [block for block, chosen in zip(space.blocks, wanted, strict=True) if chosen]
+    blocks = space.select(parameters)
     columns = slice(min(b.start for b in blocks), max(b.stop for b in blocks))
-    outside = [b for b, chosen in zip(space.blocks, wanted, strict=True) if not chosen]
+    outside = [block for block in space.blocks if block not in blocks]
     place = default_device(source) if device is None else torch.device(device)
     everyone = range(len(asked))
     vectors = []
@@ -184,9 +163,12 @@ def ask(
     return Question(
         train=source,
         vectors=tuple(vectors),
+        parameters=parameters,
         columns=columns,
         ranked=chosen_steps(steps, longest) if asked.per_step else (0,),
         per_step=per_step,
+        summed=not asked.per_step,
+        harmful=harmful,
         valid=asked.valid,
         query_ids=asked.ids(),
         etas=weights,

@@ -8,6 +8,9 @@ from torch import Tensor
 NO_ROW = -1
 """In place of a row number where there are fewer than k rows."""
 
+RANKED_TOGETHER = 1 << 18
+"""Scores that are collected before they are ranked: small shards would cost more to rank than to multiply."""
+
 
 class Ranking:
     """Running top-k of ``count`` rankings over rows that come in ascending order.
@@ -19,9 +22,19 @@ class Ranking:
         self._k, self._sign = k, -1 if smallest else 1
         self._scores = torch.full((count, k), -torch.inf, dtype=dtype, device=device)
         self._rows = torch.full((count, k), NO_ROW, dtype=torch.int64, device=device)
+        self._waiting: list[Tensor] = []
+        self._first = 0
 
-    def add(self, first: int, scores: Tensor) -> None:
-        """Take rows ``first, first + 1, ...`` into account; ``scores`` is ``(r, count)``."""
+    def add(self, scores: Tensor) -> None:
+        """Take the next rows into account, counted from 0; ``scores`` is ``(r, count)``."""
+        self._waiting.append(scores)
+        if sum(s.numel() for s in self._waiting) >= RANKED_TOGETHER:
+            self._rank()
+
+    def _rank(self) -> None:
+        """Merge the rows that wait into the best so far."""
+        scores, first = torch.cat(self._waiting), self._first
+        self._waiting, self._first = [], first + len(scores)
         if not len(scores):
             return
         signed = scores.T * self._sign
@@ -41,6 +54,8 @@ class Ranking:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Rows ``(count, k)`` int64 and scores, best first, on the CPU; ``NO_ROW`` and NaN where there is none."""
+        if self._waiting:
+            self._rank()
         missing = self._scores == -torch.inf
         rows = self._rows.masked_fill(missing, NO_ROW)
         scores = (self._scores * self._sign).masked_fill(missing, torch.nan)

@@ -11,13 +11,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepinfluence.attribution.alignment import require_repeatable
+from stepinfluence.attribution.features import Parameters
 from stepinfluence.attribution.scoring import Influence
 from stepinfluence.capture import Capture
 from stepinfluence.capture.batches import fingerprints, length_of
 from stepinfluence.capture.pairs import BatchGradients, PairCapture, PairRoute
-from stepinfluence.capture.session import IdsOf, LossFn, isolated
+from stepinfluence.capture.session import isolated
 from stepinfluence.errors import FeatureMismatchError
-from stepinfluence.search.question import Parameters, chosen_blocks
+from stepinfluence.loaders import IdsOf, LossFn
 
 QUERY_BYTES = 2 << 30
 """Factors of queries that are held at a time, unless told otherwise."""
@@ -65,11 +66,9 @@ def exact_blocks(
         raise TypeError(f"capture: got {type(capture).__name__}; pass what stepinfluence.attach returns")
     if query_bytes < 1:
         raise ValueError(f"query_bytes: got {query_bytes}; give a positive number of bytes")
-    space = capture.space()
     names = None
     if parameters is not None:
-        one_each = chosen_blocks(space, parameters, shared_columns=True)
-        names = [block.name for block, chosen in zip(space.blocks, one_each, strict=True) if chosen]
+        names = [block.name for block in capture.space().select(parameters, shared_columns=True)]
     pairs = PairCapture(capture, route=route, parameters=names)
     with isolated(capture.model, training=capture.training):
         seen: list[tuple[list[Hashable], list[int]]] = []

@@ -38,8 +38,8 @@ def products(block: RawBlock, vectors: Tensor, columns: slice) -> Tensor:
     return found if len(lead) == 1 else found.view(*lead, len(vectors)).sum(1)
 
 
-def score_blocks(question: Question, vectors: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
-    """``(first row, scores (r, C))`` of all rows in order, summed over checkpoints; ``vectors`` are ``(C, columns)`` by
+def score_blocks(question: Question, vectors: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """Scores ``(r, C)`` of all rows in order, summed over checkpoints; ``vectors`` are ``(C, columns)`` by
     checkpoint. Scores of rows without features are NaN."""
     train = question.train
     valid = torch.from_numpy(train.valid)
@@ -59,4 +59,4 @@ def score_blocks(question: Question, vectors: tuple[Tensor, ...]) -> Iterator[tu
             good = valid[first : first + len(scores)]
             if not bool(good.all()):
                 scores[~good.to(scores.device)] = torch.nan
-            yield first, scores
+            yield scores

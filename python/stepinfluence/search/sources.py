@@ -61,6 +61,10 @@ class RowSource(Protocol):
         """The weight of each checkpoint; None if the rows do not tell."""
 
     @property
+    def folded(self) -> tuple[tuple[str, float], ...] | None:
+        """Weights (their digest) and eta of the checkpoints that were folded into the only one; None for others."""
+
+    @property
     def per_step(self) -> bool: ...
 
     @property
@@ -101,7 +105,7 @@ class FeatureSource:
             raise FeatureMismatchError(f"{name}: features per step at some checkpoints and summed at others")
         self._features = list(features)
         self.spaces = tuple(f.space for f in features)
-        self.etas = None
+        self.etas = self.folded = None
         self.per_step = features[0].per_step
         self.valid = ~np.isnan(np.stack([f.losses.cpu().numpy() for f in features])).any(0)
         self.dtype = torch.promote_types(features[0].values.dtype, torch.float32)
@@ -141,6 +145,8 @@ class StoreSource:
         self._store = store
         self.spaces = tuple(c.space for c in store.checkpoints)
         self.etas = tuple(c.eta for c in store.checkpoints)
+        fold = store.manifest.fold
+        self.folded = None if fold is None else tuple((c["weights"], float(c["eta"])) for c in fold["checkpoints"])
         self.per_step = store.per_step
         self.valid = store.valid
         self.dtype = torch.float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stepinfluence.attribution.features import Parameters
 from stepinfluence.attribution.scoring import Influence
-from stepinfluence.search.question import Parameters, Question, Steps, ask
+from stepinfluence.search.question import Question, Steps, ask
 from stepinfluence.search.scan import score_blocks
 from stepinfluence.search.sources import Rows
 from stepinfluence.store.files import write_atomically
@@ -47,7 +48,10 @@ def scores(
     shape = (len(question.train), len(question.query_ids), len(question.ranked))
     if out is None:
         sdi = torch.empty(shape, dtype=question.vectors[0].dtype)
-        _each_block(question, progress, lambda first, block: sdi[first : first + len(block)].copy_(block))
+        first = 0
+        for block in _blocks(question, progress=progress):
+            sdi[first : first + len(block)] = block
+            first += len(block)
     else:
         path = Path(out)
         if path.suffix != ".npy":
@@ -58,22 +62,23 @@ def scores(
             with aside.open("wb") as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                _each_block(question, progress, lambda _, block: file.write(block.float().contiguous().numpy().data))
+                for block in _blocks(question, progress=progress):
+                    file.write(block.float().contiguous().numpy().data)
 
         write_atomically(path, fill)
         sdi = torch.from_numpy(np.load(path, mmap_mode="c"))
     return Influence(sdi, "query", question.train.ids(), question.query_ids, question.etas)
 
 
-def _each_block(question: Question, progress: bool, take: Callable[[int, Tensor], object]) -> None:
-    """Give ``(first row, scores (r, Q, steps))`` of every block to ``take``."""
+def _blocks(question: Question, *, progress: bool) -> Iterator[Tensor]:
+    """Scores ``(r, Q, steps)`` of all rows in order."""
     vectors = tuple(v[:, list(question.ranked)].flatten(0, 1) for v in question.vectors)
     silent = torch.from_numpy(~question.valid)
     shape = (len(question.query_ids), len(question.ranked))
     rows = len(question.train)
     with torch.no_grad(), tqdm(total=rows, desc="scores", unit="row", delay=2, disable=not progress) as bar:
-        for first, block in score_blocks(question, vectors):
+        for block in score_blocks(question, vectors):
             block = block.view(-1, *shape).cpu()
             block[:, silent] = torch.nan
-            take(first, block)
+            yield block
             bar.update(len(block))

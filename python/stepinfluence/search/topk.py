@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stepinfluence.search.question import Parameters, Question, Steps, ask
+from stepinfluence.attribution.features import Parameters
+from stepinfluence.search.question import Question, Steps, ask
 from stepinfluence.search.ranking import NO_ROW, Ranking
 from stepinfluence.search.scan import score_blocks
 from stepinfluence.search.sources import Rows, RowSource
 
 TRAJECTORY_BYTES = 64 << 20
 """Decoded rows that are held at a time when the winners' trajectories are computed."""
-
-RANKED_TOGETHER = 1 << 18
-"""Scores that are collected before they are ranked: small shards would cost more to rank than to multiply."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,28 @@ class TopK:
     @property
     def k(self) -> int:
         return self.rows.shape[-1]
+
+    @classmethod
+    def of(
+        cls,
+        question: Question,
+        rows: Tensor,
+        scores: Tensor,
+        sdi: Tensor,
+        ranked: tuple[int, ...] | None = None,
+    ) -> TopK:
+        """The answer to a question, in the terms of the question (``ranked`` if by other steps than the question's)."""
+        return cls(
+            rows=rows,
+            scores=scores.float(),
+            sdi=sdi,
+            train_ids=_ids_of(question.train, rows),
+            query_ids=question.query_ids,
+            ranked=question.ranked if ranked is None else ranked,
+            per_step=question.per_step,
+            harmful=question.harmful,
+            etas=question.etas,
+        )
 
 
 def top_k(
@@ -97,57 +117,37 @@ def top_k(
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k: got {k!r}; give a positive number of rows")
-    question = ask(train, query, per_step=per_step, etas=etas, parameters=parameters, steps=steps, device=device)
-    rows, scores = scanned(question, k, harmful=harmful, progress=progress)
-    return finished(question, rows, scores, harmful=harmful)
-
-
-def scanned(question: Question, k: int, *, harmful: bool, progress: bool) -> tuple[Tensor, Tensor]:
-    """Rows and scores of the k best of each ranking, ``(Q, k)`` or ``(Q, len(ranked), k)``, by a scan of all rows."""
-    source, heads = question.train, question.heads()
-    k = min(k, int(source.valid.sum()))
-    ranking = Ranking(len(heads[0]), max(1, k), smallest=harmful, dtype=heads[0].dtype, device=question.device)
-    with torch.no_grad(), tqdm(total=len(source), desc="scan", unit="row", delay=2, disable=not progress) as bar:
-        waiting: list[tuple[int, Tensor]] = []
-        for first, block in score_blocks(question, heads):
-            bar.update(len(block))
-            waiting.append((first, block))
-            if sum(b.numel() for _, b in waiting) >= RANKED_TOGETHER:
-                ranking.add(waiting[0][0], torch.cat([b for _, b in waiting]))
-                waiting = []
-        if waiting:
-            ranking.add(waiting[0][0], torch.cat([b for _, b in waiting]))
-    rows, scores = ranking.result()
-    queries = len(question.query_ids)
-    shape = (queries, len(question.ranked), k) if question.per_step else (queries, k)
-    return rows[:, :k].reshape(shape), scores[:, :k].reshape(shape)
-
-
-def finished(question: Question, rows: Tensor, scores: Tensor, *, harmful: bool) -> TopK:
-    """Winners with their trajectories and ids; queries without features have none."""
-    silent = torch.from_numpy(~question.valid)
-    rows, scores = rows.clone(), scores.clone()
-    rows[silent], scores[silent] = NO_ROW, torch.nan
-    return TopK(
-        rows=rows,
-        scores=scores.float(),
-        sdi=trajectories(question, rows),
-        train_ids=ids_of(question.train, rows),
-        query_ids=question.query_ids,
-        ranked=question.ranked,
-        per_step=question.per_step,
-        harmful=harmful,
-        etas=question.etas,
+    question = ask(
+        train, query, per_step=per_step, harmful=harmful, etas=etas, parameters=parameters, steps=steps, device=device
     )
+    return best(question, k, progress=progress)
 
 
-def ids_of(train: RowSource, rows: Tensor) -> npt.NDArray[np.object_]:
-    """Ids of rows, an object array of the same shape; None for no row."""
-    ids = np.full(rows.shape, None, dtype=object)
-    known = {row: train.id_of(row) for row in rows.unique().tolist() if row != NO_ROW}
-    for place, row in np.ndenumerate(rows.numpy()):
-        ids[place] = known.get(int(row))
-    return ids
+def best(question: Question, k: int, *, progress: bool = False) -> TopK:
+    """:func:`top_k` of a question that has been asked already."""
+    rows, scores = best_rows(question, k, progress=progress)
+    return TopK.of(question, rows, scores, trajectories(question, rows))
+
+
+def best_rows(question: Question, k: int, *, progress: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows and scores of the k best of each ranking by a scan of all rows: ``(Q, k)`` or ``(Q, len(ranked), k)``, fewer
+    where there are fewer rows; queries without features have none."""
+    heads = question.heads()
+    k = min(k, int(question.train.valid.sum()))
+    ranking = Ranking(len(heads[0]), max(1, k), smallest=question.harmful, dtype=heads[0].dtype, device=question.device)
+    with (
+        torch.no_grad(),
+        tqdm(total=len(question.train), desc="scan", unit="row", delay=2, disable=not progress) as bar,
+    ):
+        for block in score_blocks(question, heads):
+            ranking.add(block)
+            bar.update(len(block))
+    rows, scores = ranking.result()
+    shape = (len(question.query_ids), len(question.ranked), k) if question.per_step else (len(question.query_ids), k)
+    rows, scores = rows[:, :k].reshape(shape), scores[:, :k].reshape(shape)
+    silent = torch.from_numpy(~question.valid)
+    rows[silent], scores[silent] = NO_ROW, torch.nan
+    return rows, scores
 
 
 def trajectories(question: Question, rows: Tensor) -> Tensor:
@@ -172,3 +172,12 @@ def trajectories(question: Question, rows: Tensor) -> Tensor:
                 term = (values[which[mine].to(values.device)] @ vectors[query].T).float().cpu()
                 out[some[mine]] = term if checkpoint == 0 else out[some[mine]] + term
     return out.reshape(*rows.shape, question.steps)
+
+
+def _ids_of(train: RowSource, rows: Tensor) -> npt.NDArray[np.object_]:
+    """Ids of rows, an object array of the same shape; None for no row."""
+    ids = np.full(rows.shape, None, dtype=object)
+    known = {row: train.id_of(row) for row in rows.unique().tolist() if row != NO_ROW}
+    for place, row in np.ndenumerate(rows.numpy()):
+        ids[place] = known.get(int(row))
+    return ids

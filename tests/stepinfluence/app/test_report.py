@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import multilinear
+from stepinfluence.app.view.page import embed, visible
 from stepinfluence.app.view.report import (
     Accuracy,
     Check,
@@ -29,14 +30,12 @@ from stepinfluence.app.view.report import (
     save_pictures,
 )
 from stepinfluence.app.view.report.payload import (
-    embed,
     find_peaks,
     pack,
     payload,
     signed,
     top_rows,
     unpack,
-    visible,
 )
 
 pytest.importorskip("plotly")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from stepinfluence import load_checkpoint
 from stepinfluence.attribution.preconditioners import Elementwise, from_optimizer
-from stepinfluence.errors import CheckpointError
+from stepinfluence.errors import CheckpointError, StoreError
 from stepinfluence.integrations.checkpointing import LoopCounter, Saver, Schedule, read_loop_counts
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -187,9 +187,10 @@ def test_a_write_that_fails_leaves_nothing_half(tmp_path: Path, monkeypatch: pyt
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StoreError, match="disk full"):
         Saver(tmp_path).save(1, model, optimizer)
     assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_sharded_parameters_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.numeric
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, so that winners are spread over many."""
     monkeypatch.setattr(scan, "BLOCK_BYTES", 4 * 12 * 5)
-    monkeypatch.setattr("stepinfluence.search.topk.RANKED_TOGETHER", 40)
+    monkeypatch.setattr("stepinfluence.search.ranking.RANKED_TOGETHER", 40)
     monkeypatch.setattr(scan, "DECODED_ROWS_BYTES", 4 * made.WIDTH * 3)
 
 
@@ -226,7 +226,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     both = [made.features(f.values, blocks=shared_columns()) for f in (train, query)]
     assert top_k(*both, 2).rows.shape == (2, 2)
-    with pytest.raises(ValueError, match="layout 'sum'"):
+    with pytest.raises(ValueError, match="in the sum layout"):
         top_k(*both, 2, parameters="core.*")
     manifest = Manifest(checkpoints=(StoredCheckpoint("c", 1.0, train.space),), n_rows=5)
     StoreWriter.create(tmp_path / "half", manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import torch
 import zoo
 from accuracy import inner_products, multilinear
 from stepinfluence import Capture, ExactCapture, FeatureMismatchError, Features, StoreError, attach, influence
-from stepinfluence.search import Index, TwoStage, top_k, two_stage
-from stepinfluence.search.question import ask
+from stepinfluence.search import Index, Recompute, TwoStage, ask, top_k, two_stage
 from stepinfluence.store import fold_store
 from torch import Tensor
 
@@ -52,16 +52,11 @@ def featurized(capture: Capture, data: Examples, *, per_step: bool) -> Features:
 
 
 def search(capture: Capture, train: Examples, query: Examples, k: int, **options: Any) -> TwoStage:
-    return two_stage(
-        options.pop("features", None) or featurized(capture, train, per_step=False),
-        featurized(capture, query, per_step=True),
-        k,
-        capture=capture,
-        loss_fn=zoo.squared_error,
-        train_examples=train,
-        query_examples=query,
-        **options,
-    )
+    rows = options.pop("features", None) or featurized(capture, train, per_step=False)
+    question = {name: options.pop(name) for name in ("per_step", "harmful", "steps") if name in options}
+    stages = {name: options.pop(name) for name in ("candidates", "index") if name in options}
+    asked = ask(rows, featurized(capture, query, per_step=options.pop("query_steps", True)), **question)
+    return two_stage(asked, k, exact=Recompute(capture, zoo.squared_error, train, query, **options), **stages)
 
 
 @pytest.mark.parametrize("per_step", [False, True])
@@ -90,9 +85,31 @@ def test_the_short_list_is_recomputed_exactly() -> None:
         best = sorted(found.candidates[q].tolist(), key=lambda r, q=q: -float(full[r, q].sum()))[:4]
         assert found.top.rows[q].tolist() == best
         inner_products("kt->k", full[best, q]).check(found.top.scores[q])
+        sketched = dict(zip(first.rows[q].tolist(), first.scores[q].tolist(), strict=True))
+        assert found.estimates[q].tolist() == pytest.approx([sketched[row] for row in best], rel=1e-5)
     assert set(found.seconds) == {"candidates", "exact"}
     sketched = top_k(featurized(capture, train, per_step=False), featurized(capture, query, per_step=True), 4)
     assert found.top.rows.tolist() != sketched.rows.tolist(), "sketches of this size are wrong about the order"
+
+
+def test_queries_summed_over_steps_get_their_trajectories() -> None:
+    """What the features do not tell, the model does."""
+    capture, train, query, full = setting()
+    summed, found = (search(capture, train, query, 4, candidates=N, query_steps=each) for each in (False, True))
+    assert torch.equal(summed.top.rows, found.top.rows)
+    assert summed.top.sdi.shape == found.top.sdi.shape == (Q, 4, full.shape[2])
+    assert torch.equal(summed.top.sdi, found.top.sdi)
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_estimates_are_what_the_features_say(per_step: bool) -> None:
+    capture, train, query, _ = setting()
+    found = search(capture, train, query, 4, candidates=10, per_step=per_step, steps=slice(0, 2))
+    sdi = influence(featurized(capture, train, per_step=False), featurized(capture, query, per_step=True)).sdi
+    for place in np.ndindex(*found.top.rows.shape):
+        path = sdi[int(found.top.rows[place]), place[0], :2]
+        wanted = path[place[1]] if per_step else path.sum()
+        assert float(found.estimates[place]) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_checkpoints(tmp_path: Path) -> None:
@@ -108,24 +125,24 @@ def test_checkpoints(tmp_path: Path) -> None:
         features.append([featurized(other, data, per_step=side == 1) for side, data in enumerate((train, query))])
     expected = sum(eta * part for eta, part in zip(etas, parts, strict=True))
     sides = [[f[side] for f in features] for side in (0, 1)]
-    options: dict[str, Any] = {
-        "capture": capture, "loss_fn": zoo.squared_error, "train_examples": train, "query_examples": query,
-        "etas": etas, "candidates": N,
-    }  # fmt: skip
-    found = two_stage(*sides, 5, checkpoints=paths, **options)
+    exact = Recompute(capture, zoo.squared_error, train, query, checkpoints=paths)
+    asked = ask(*sides, etas=etas)
+    found = two_stage(asked, 5, exact=exact, candidates=N)
     assert found.top.rows.tolist() == made.by_sorting(expected.sum(2), 5)
     rows = found.top.rows[0]
     added = multilinear(lambda *p: etas[0] * p[0] + etas[1] * p[1], *(part[rows, 0] for part in parts), rows=False)
     added.check(found.top.sdi[0])
     stores = [made.store(tmp_path / f"{k}", side, etas=etas) for k, side in enumerate(sides)]
     folded = [fold_store(s.path, tmp_path / f"folded{k}") for k, s in enumerate(stores)]
-    again = two_stage(*folded, 5, checkpoints=paths, **{**options, "etas": None})
+    again = two_stage(ask(*folded), 5, exact=exact, candidates=N)
     assert again.top.rows.tolist() == found.top.rows.tolist()
-    for given in (sides, folded):
-        with pytest.raises(FeatureMismatchError, match="weights of checkpoint 0"):
-            two_stage(*given, 5, checkpoints=paths[::-1], **{**options, "etas": etas if given is sides else None})
+    for question in (asked, ask(*folded)):
+        with pytest.raises(
+            FeatureMismatchError, match=r"checkpoints: .*1\.pt does not hold the weights of checkpoint 0"
+        ):
+            two_stage(question, 5, exact=replace(exact, checkpoints=paths[::-1]), candidates=N)
     with pytest.raises(ValueError, match="checkpoints: got None"):
-        two_stage(*sides, 5, **options)
+        two_stage(asked, 5, exact=replace(exact, checkpoints=None), candidates=N)
     assert all(torch.equal(v, own[k]) for k, v in capture.model.state_dict().items())
 
 
@@ -138,7 +155,7 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             search(capture, train, query, 4, **options)
-    with pytest.raises(ValueError, match="train_examples: got 3 examples for 40 rows"):
+    with pytest.raises(ValueError, match="train: got 3 examples for 40 rows"):
         search(capture, query, query, 2, features=featurized(capture, train, per_step=False), candidates=2)
     features = featurized(capture, train, per_step=False)
     with torch.no_grad():
@@ -166,8 +183,8 @@ def test_a_flat_index_finds_what_a_scan_finds(tmp_path: Path, dtype: str, per_st
     index = Index.open(tmp_path / "index", train)
     for harmful in (False, True):
         for options in ({}, {"parameters": "core.*"}):
-            question = ask(train, query, per_step=per_step, **options)
-            found = index.candidates(question, 6, harmful=harmful)
+            question = ask(train, query, per_step=per_step, harmful=harmful, **options)
+            found = index.candidates(question, 6)
             scanned = top_k(train, query, 6, per_step=per_step, harmful=harmful, **options)
             assert found.reshape(scanned.rows.shape).tolist() == scanned.rows.tolist()
 

@@ -80,7 +80,7 @@ def run(
             asked = ask_new(opened, new)
         else:
             source = opened.store(query or opened.other(train))
-            asked = ask_rows(source, [*(source.find(i) for i in ids or ()), *(rows or ())])
+            asked = ask_rows(opened, source, [*(source.find(i) for i in ids or ()), *(rows or ())])
     answers = answer(
         opened,
         store,

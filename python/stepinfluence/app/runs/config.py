@@ -14,6 +14,7 @@ import yaml
 
 from sdi_kernels import HashFamily
 from stepinfluence.attribution.preconditioners import Kind
+from stepinfluence.capture.targets import Layout
 from stepinfluence.errors import ConfigError
 from stepinfluence.store import StoreDtype
 from stepinfluence.store.files import make_folder, write_bytes
@@ -23,8 +24,7 @@ HEADER = "# Repeat with: sdi featurize --config {name}\n# Paths are relative to 
 SUMMED_SPLIT = "train"
 """The split whose rows are summed over steps unless told otherwise: the side that is searched."""
 
-Layout: TypeAlias = Literal["concat", "sum"]
-OnError: TypeAlias = Literal["stop", "skip"]
+OnFailure: TypeAlias = Literal["stop", "skip"]
 T = TypeVar("T")
 
 
@@ -84,7 +84,7 @@ class RunConfig:
     fold: bool = False
     metric: Kind = "sgd"
     device: str = "auto"
-    on_error: OnError = "stop"
+    on_error: OnFailure = "stop"
 
     EXECUTION = ("device", "on_error")
     """Fields that may differ between calls of one run."""
@@ -94,7 +94,7 @@ class RunConfig:
         _one_of("hashing", self.hashing, get_args(HashFamily))
         _one_of("layout", self.layout, get_args(Layout))
         _one_of("metric", self.metric, get_args(Kind))
-        _one_of("on_error", self.on_error, get_args(OnError))
+        _one_of("on_error", self.on_error, get_args(OnFailure))
         if not self.splits:
             raise ConfigError("splits: got none; give at least one (--split train)")
         for name in self.splits:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stepinfluence.app.project import MapStyle, describe
-from stepinfluence.app.runs.config import OnError
+from stepinfluence.app.runs.config import OnFailure
 from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import (
@@ -77,7 +77,7 @@ class PartSource:
     """The examples of a range, and which of them have failed so far."""
 
     def __init__(
-        self, prepared: Prepared, data: MapStyle, rows: range, on_error: OnError, done: Callable[[int], object]
+        self, prepared: Prepared, data: MapStyle, rows: range, on_error: OnFailure, done: Callable[[int], object]
     ) -> None:
         self.prepared, self.skip, self.done = prepared, on_error == "skip", done
         self.examples: dict[int, Any] = {}
@@ -137,7 +137,7 @@ def featurize_part(
     *,
     per_step: bool,
     batch_size: int,
-    on_error: OnError,
+    on_error: OnFailure,
     first_batch: int,
     done: Callable[[int], object] = lambda _: None,
 ) -> Part:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from stepinfluence.app.project import RowId
+from stepinfluence.app.project import MapStyle, RowId
 from stepinfluence.app.runs.stored import StoredRun
 from stepinfluence.attribution.aggregation import Dominance, dominating, energy_shares, first_order_unit
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import StoreError
-from stepinfluence.search import checkpoint_energy, top_k
+from stepinfluence.search import TopK, ask, checkpoint_energy, two_stage
+from stepinfluence.search.topk import best
 from stepinfluence.store import Store
 
 CANDIDATES = 4
@@ -29,15 +30,13 @@ class Asked:
     Attributes:
         features: one per checkpoint.
         ids, texts: of the queries.
-        examples: to recompute from; None where they are rows of the store ``rows`` of ``store``.
+        examples: to recompute from.
     """
 
     features: list[Features]
     ids: tuple[RowId, ...]
     texts: tuple[str | None, ...]
-    examples: Sequence[Any] | None = None
-    store: Store | None = None
-    rows: tuple[int, ...] = ()
+    examples: Callable[[], MapStyle]
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ class Answer:
     unit: str
 
 
-def ask_rows(store: Store, rows: Sequence[int]) -> Asked:
-    """Queries that are rows of a store.
+def ask_rows(run: StoredRun, store: Store, rows: Sequence[int]) -> Asked:
+    """Queries that are rows of a store of the run.
 
     Raises:
         IndexError: no such row.
@@ -108,9 +107,8 @@ def ask_rows(store: Store, rows: Sequence[int]) -> Asked:
             raise StoreError(f"row: {row} of {store.path} has no features: {failed[row]}")
     features = [store.features(k, rows=list(rows)) for k in range(len(store.checkpoints))]
     infos = [store.row(row) for row in rows]
-    return Asked(
-        features, tuple(i.id for i in infos), tuple(i.text for i in infos), store=store, rows=tuple(rows)
-    )  # fmt: skip
+    ids, texts = tuple(i.id for i in infos), tuple(i.text for i in infos)
+    return Asked(features, ids, texts, lambda: run.examples(store, rows))
 
 
 def ask_new(run: StoredRun, examples: Sequence[Any]) -> Asked:
@@ -122,7 +120,7 @@ def ask_new(run: StoredRun, examples: Sequence[Any]) -> Asked:
     project = run.prepared.project
     ids = tuple(project.example_id(example, k) for k, example in enumerate(examples))
     texts = tuple(project.text(example) for example in examples)
-    return Asked(run.new_features(examples), ids, texts, examples=examples)
+    return Asked(run.new_features(examples), ids, texts, lambda: examples)
 
 
 def answer(
@@ -147,46 +145,38 @@ def answer(
         parameters: restrict influence to body parameters, ``*`` and ``?`` allowed.
 
     Raises:
-        StepInfluenceError, ValueError: as for :func:`stepinfluence.search.top_k` and :meth:`StoredRun.exact`.
+        StepInfluenceError, ValueError: as for :func:`stepinfluence.search.top_k` and
+            :func:`stepinfluence.search.two_stage`.
     """
-    wanted = k if not exact else max(k, candidates if candidates is not None else CANDIDATES * k)
-    found = top_k(
-        train, asked.features, wanted, steps=steps, harmful=harmful, parameters=parameters, progress=progress
-    )  # fmt: skip
+    question = ask(train, asked.features, steps=steps, harmful=harmful, parameters=parameters)
+    if exact:
+        wanted = max(k, candidates if candidates is not None else CANDIDATES * k)
+        both = two_stage(
+            question, k, exact=run.recompute(train, asked.examples()), candidates=wanted, progress=progress
+        )
+        found, estimates = both.top, both.estimates
+    else:
+        found, estimates = best(question, k, progress=progress), None
     energy = np.nan_to_num(checkpoint_energy(train, asked.features, parameters=parameters))
     names = tuple(checkpoint.name for checkpoint in train.checkpoints)
     unit = first_order_unit([checkpoint.eta for checkpoint in train.checkpoints])
     answers = []
     for q, query_id in enumerate(asked.ids):
-        rows = [int(row) for row in found.rows[q] if row >= 0]
-        trajectories = found.sdi[q, : len(rows)].numpy()
-        estimates = found.scores[q, : len(rows)].tolist()
-        if exact and rows:
-            computed = run.exact(train, rows, [_example(run, asked, q)], parameters=parameters)[:, 0].float()
-            scores = computed[:, list(steps) if steps is not None else slice(None)].sum(1)
-            order = torch.argsort(scores, descending=not harmful, stable=True)[:k].tolist()
-            hits = [
-                _hit(train, rows[n], float(scores[n]), computed[n].numpy(), estimate=estimates[n]) for n in order
-            ]  # fmt: skip
-        else:
-            hits = [_hit(train, row, estimates[n], trajectories[n]) for n, row in enumerate(rows)]
+        hits = _hits(train, found, q, estimates)
         loss = float(asked.features[-1].losses[q])
         shares = tuple(energy_shares(energy[:, q]).tolist())
         owner = dominating(energy[:, q], names)
-        answers.append(Answer(query_id, asked.texts[q], loss, tuple(hits), names, shares, owner, unit))
+        answers.append(Answer(query_id, asked.texts[q], loss, hits, names, shares, owner, unit))
     return answers
 
 
-def _hit(
-    train: Store, row: int, score: float, trajectory: NDArray[np.float32], estimate: float | None = None
-) -> Hit:  # fmt: skip
-    info = train.row(row)
-    return Hit(row, info.id, info.text, score, trajectory, estimate)
-
-
-def _example(run: StoredRun, asked: Asked, q: int) -> Any:
-    if asked.examples is not None:
-        return asked.examples[q]
-    assert asked.store is not None
-    split = str(asked.store.manifest.project.get("split", asked.store.path.name))
-    return run.prepared.project.dataset(split)[asked.rows[q]]
+def _hits(train: Store, found: TopK, q: int, estimates: Tensor | None) -> tuple[Hit, ...]:
+    hits = []
+    for place, row in enumerate(found.rows[q].tolist()):
+        if row < 0:
+            continue
+        info = train.row(row)
+        estimate = None if estimates is None else float(estimates[q, place])
+        score, trajectory = float(found.scores[q, place]), found.sdi[q, place].numpy()
+        hits.append(Hit(row, info.id, info.text, score, trajectory, estimate))
+    return tuple(hits)

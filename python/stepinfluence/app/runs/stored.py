@@ -7,9 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from stepinfluence.app.project import MapStyle, Project
 from stepinfluence.app.runs.config import CONFIG, SUMMED_SPLIT, RunConfig
 from stepinfluence.app.runs.examples import featurize_part
@@ -17,7 +14,7 @@ from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.app.runs.workers import Worker
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import ConfigError, FeatureMismatchError, StoreError
-from stepinfluence.search import rerank
+from stepinfluence.search import Recompute
 from stepinfluence.store import Store, fold
 from stepinfluence.store.manifest import MANIFEST
 
@@ -115,62 +112,54 @@ class StoredRun:
             return [fold(features, [c.eta for c in prepared.stored()], seed=prepared.config.seed)]
         return features
 
-    def exact(
-        self, train: Store, rows: Sequence[int], query: Sequence[Any], *, parameters: str | None = None
-    ) -> Tensor:
-        """Exact influence ``(len(rows), len(query), steps)`` of rows of a store on examples: recomputed from the model,
-        without a sketch, summed over the run's checkpoints.
+    def examples(self, store: Store, rows: Sequence[int] | None = None) -> StoredExamples:
+        """The examples of a store's rows (of all if not given), read from the project's dataset.
 
         Raises:
-            FeatureMismatchError: a checkpoint is not the one that the store was made at, or the dataset has changed.
-            StepInfluenceError: as for :meth:`new_features`.
+            StepInfluenceError: the project is not as it must be.
+        """
+        project = self.prepared.project
+        data = project.dataset(str(store.manifest.project.get("split", store.path.name)))
+        return StoredExamples(store, data, project, rows)
+
+    def recompute(self, train: Store, query: MapStyle) -> Recompute:
+        """What the exact influence of a store's rows on some examples is recomputed from, at the run's checkpoints.
+
+        Raises:
+            StepInfluenceError: as for :attr:`prepared`.
         """
         prepared = self.prepared
-        data = prepared.project.dataset(str(train.manifest.project.get("split", train.path.name)))
-        examples = [self._same(train, data, row) for row in rows]
-        size = int(train.manifest.project.get("batch_size", 32))
-        total: Tensor | None = None
-        for checkpoint in range(prepared.count):
-            stored = prepared.visit(checkpoint)
-            self._require_weights(train, checkpoint, stored.space.weights)
-            sides = [
-                [prepared.batch(side[start : start + size]) for start in range(0, len(side), size)]
-                for side in (examples, list(query))
-            ]
-            found = rerank(
-                prepared.capture, prepared.project.loss, sides[0], sides[1], parameters=parameters, progress=False
-            )  # fmt: skip
-            term = stored.eta * found.sdi.cpu()
-            total = term if total is None else _padded_sum(total, term)
-        assert total is not None
-        return total
+        return Recompute(
+            prepared.capture,
+            prepared.project.loss,
+            self.examples(train),
+            query,
+            collate=prepared.batch,
+            batch_size=int(train.manifest.project.get("batch_size", 32)),
+            checkpoints=prepared.paths or None,
+            metric=prepared.config.metric if prepared.paths else None,
+            reader=prepared.project.reader,
+        )
 
-    def _same(self, store: Store, data: MapStyle, row: int) -> Any:
-        stored = store.row(row).id
-        example = data[row] if row < len(data) else None
-        found = self.prepared.project.example_id(example, row) if row < len(data) else None
+
+class StoredExamples:
+    """The examples of rows of a store; reading one raises where the project's dataset has another one there now."""
+
+    def __init__(self, store: Store, data: MapStyle, project: Project, rows: Sequence[int] | None = None) -> None:
+        self._store, self._data, self._project = store, data, project
+        self._rows = range(len(store)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int, /) -> Any:
+        row = self._rows[index]
+        stored = self._store.row(row).id
+        example = self._data[row] if row < len(self._data) else None
+        found = self._project.example_id(example, row) if row < len(self._data) else None
         if found != stored:
             raise FeatureMismatchError(
-                f"{store.path}: row {row} was {stored!r}, the project's dataset now has {found!r} there; "
+                f"{self._store.path}: row {row} was {stored!r}, the project's dataset now has {found!r} there; "
                 "featurize again, or put the data back"
             )
         return example
-
-    def _require_weights(self, store: Store, checkpoint: int, weights: str) -> None:
-        fold_of = store.manifest.fold
-        known = (
-            [part["weights"] for part in fold_of["checkpoints"]]
-            if fold_of is not None
-            else [c.space.weights for c in store.checkpoints]
-        )
-        if checkpoint >= len(known) or known[checkpoint] != weights:
-            raise FeatureMismatchError(
-                f"{store.path}: the run's checkpoint {checkpoint} is not the one the store was made at; "
-                "put its file back, or featurize again"
-            )
-
-
-def _padded_sum(a: Tensor, b: Tensor) -> Tensor:
-    longest = max(a.shape[-1], b.shape[-1])
-    a, b = (torch.nn.functional.pad(t, (0, longest - t.shape[-1])) for t in (a, b))
-    return a + b

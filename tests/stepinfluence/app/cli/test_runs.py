@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,6 +172,58 @@ def test_query_exact(run: Path) -> None:
     check_influence(torch.tensor([hit["trajectory"] for hit in exact])[:, None], [(1.0, *sides)], "exact:")
     assert all(hit["estimate"] != hit["score"] for hit in exact)
     assert len(exact) == len(estimated) == 3
+
+
+@pytest.mark.parametrize("fold", ["--no-fold", "--fold"])
+def test_query_exact_loads_each_checkpoint_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fold: str
+) -> None:
+    """Whatever the number of queries, the influence of each is that of the model at every checkpoint."""
+    from stepinfluence import ExactCapture, influence_over_checkpoints
+    from stepinfluence.attribution import scoring
+
+    project = Project.load(run.parent / "my_project.py")
+    paths = []
+    for k in range(2):
+        torch.manual_seed(k)
+        paths.append(tmp_path / f"c{k}.pt")
+        torch.save(project.model().state_dict(), paths[-1])
+    options = ("--sketch-size", "16", "--eta", "0.5", "--checkpoints", tmp_path / "c*.pt", fold)
+    invoke("featurize", "-p", project.path, "-s", "train", "-s", "query", *options, "-o", tmp_path / "run")
+    loaded: list[str] = []
+    load = scoring.load_checkpoint
+
+    def counted(path: Path, **options: Any) -> Any:
+        loaded.append(path.name)
+        return load(path, **options)
+
+    monkeypatch.setattr(scoring, "load_checkpoint", counted)
+    ask = ("query", tmp_path / "run", "--row", "3", "--row", "0", "-k", "2", "--candidates", "100", "--exact", "--json")
+    answers = json.loads(invoke(*ask).stdout)
+    assert loaded == ["c0.pt", "c1.pt"]
+    capture = ExactCapture(project.model(), body="core")
+    train, query = (project.collate(list(project.dataset(split))) for split in ("train", "query"))
+    expected = influence_over_checkpoints(capture, paths, [train], [query], project.loss, etas=0.5, progress=False)
+    for one, column in zip(answers, (3, 0), strict=True):
+        assert [hit["row"] for hit in one["hits"]] == expected.top(column, 2)
+        for hit in one["hits"]:
+            np.testing.assert_allclose(hit["trajectory"], expected.sdi[hit["row"], column], rtol=1e-3, atol=1e-5)
+
+
+def test_query_exact_refuses_other_checkpoints_and_other_data(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent, tmp_path / "copy")
+    file, folder = tmp_path / "copy" / "my_project.py", tmp_path / "run"
+    model, saved = Project.load(file).model(), tmp_path / "c.pt"
+    torch.save(model.state_dict(), saved)
+    options = ("--sketch-size", "16", "--eta", "1", "--checkpoints", saved)
+    invoke("featurize", "-p", file, "-s", "train", "-s", "query", *options, "-o", folder)
+    torch.save({name: value + 1 for name, value in model.state_dict().items()}, saved)
+    said = invoke("query", folder, "--row", "0", "--exact", code=2).stderr
+    assert "c.pt does not hold the weights of checkpoint 0 of the features" in " ".join(said.split())
+    torch.save(model.state_dict(), saved)
+    file.write_text(file.read_text() + "\n\ndef example_id(example, row):\n    return f'new {row}'\n")
+    said = invoke("query", folder, "--row", "0", "--exact", code=2).stderr
+    assert "the project's dataset now has 'new" in " ".join(said.split())
 
 
 def test_query_for_people(run: Path) -> None:

@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from torch import Tensor
 
-from stepinfluence.app.view.report.payload import visible
+from stepinfluence import search
+from stepinfluence.app.view.page import visible
 from stepinfluence.attribution.aggregation import dominating, energy_shares, first_order_unit
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import StoreError
-from stepinfluence.search.energy import checkpoint_energy
-from stepinfluence.search.question import ask
-from stepinfluence.search.scan import score_blocks
 from stepinfluence.store import Store, StoredRow
 
 Array = npt.NDArray[np.float32]
@@ -200,7 +198,7 @@ class Explorer:
         self._check_row("query", row)
         self._check_row("train", train)
         by_block: dict[str, npt.NDArray[np.float64]] = {}
-        matrix: torch.Tensor | None = None
+        matrix: Tensor | None = None
         for k, checkpoint in enumerate(self.train.checkpoints):
             left = self.train.features(k, [train]).values[0]
             right = self.query.features(k, [row]).values[0] * checkpoint.eta
@@ -249,15 +247,11 @@ class Explorer:
             if (row, parameters) in self._scores:
                 self._scores.move_to_end((row, parameters))
                 return self._scores[row, parameters]
-            question = ask(self.train, self._features(row), per_step=True, parameters=parameters or None)
-            scores = np.empty((len(self.train), question.steps), dtype=np.float32)
-            with torch.no_grad():
-                for first, block in score_blocks(question, question.heads()):
-                    scores[first : first + len(block)] = block.float().cpu().numpy()
-            self._scores[row, parameters] = scores
+            found = search.scores(self.train, self._features(row), parameters=parameters or None, progress=False)
+            self._scores[row, parameters] = found.sdi[:, 0].float().numpy()
             while len(self._scores) > 1 and sum(s.nbytes for s in self._scores.values()) > CACHE_BYTES:
                 self._scores.popitem(last=False)
-            return scores
+            return self._scores[row, parameters]
 
     def _features(self, row: int) -> Sequence[Features]:
         return [self.query.features(k, [row]) for k in range(len(self.query.checkpoints))]
@@ -266,7 +260,7 @@ class Explorer:
         """``(K,)`` SDI energy of one query by checkpoint."""
         with self._lock:
             if (row, parameters) not in self._energies:
-                found = checkpoint_energy(self.train, self._features(row), parameters=parameters or None)[:, 0]
+                found = search.checkpoint_energy(self.train, self._features(row), parameters=parameters or None)[:, 0]
                 self._energies[row, parameters] = found
             return self._energies[row, parameters]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from stepinfluence.app.view.explore.answers import MOST_ROWS, Explorer
-from stepinfluence.app.view.report.page import allow, report_asset
-from stepinfluence.app.view.report.payload import embed
+from stepinfluence.app.view.page import render
 
 ROWS_PER_SIDE = 20
 PAIRS_PER_SIDE = 5
@@ -21,38 +19,15 @@ PER_STEP = 3
 
 
 def render_page(overview: dict[str, Any], answers: dict[str, Any] | None = None) -> str:
-    """The page as a string (about 5 MB, most of it plotly.js).
-
-    Its content security policy forbids it to load anything (from a server: from elsewhere than that server) and to run
-    any script but its own.
+    """The page as a string; errors as for :func:`stepinfluence.app.view.page.render`.
 
     Args:
         overview: :meth:`Explorer.overview`.
-        answers: everything else, for a page without a server; see :func:`saved_answers`.
-
-    Raises:
-        ModuleNotFoundError: plotly or jinja2 is not installed (the ``report`` extra).
+        answers: everything else, for a page without a server; see :func:`saved_answers`. Others may ask their server.
     """
-    from jinja2 import Environment, FileSystemLoader
-    from plotly.offline import get_plotlyjs
-
-    folder = resources.files("stepinfluence.app.view.explore") / "assets"
     reach = "'none'" if answers else "'self'"
-    plotly = get_plotlyjs().replace("\r\n", "\n")
-    script = (folder / "explore.js").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(str(folder)), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("explore.html.j2").render(
-        title=overview["title"],
-        style=report_asset("report.css") + (folder / "explore.css").read_text(encoding="utf-8"),
-        plotly=plotly,
-        script=script,
-        data=embed({"overview": overview, "answers": answers}),
-        policy="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; base-uri 'none'; "
-        f"form-action 'none'; connect-src {reach}; "
-        f"script-src {allow(plotly)} {allow(script)}",
-    )
+    data = {"overview": overview, "answers": answers}
+    return render(__package__, "explore", data, reach=reach, title=overview["title"])
 
 
 def saved_answers(explorer: Explorer, *, queries: int = 50, progress: bool = True) -> dict[str, Any]:

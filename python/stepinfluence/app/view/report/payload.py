@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import json
-import unicodedata
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stepinfluence.app.view.page import visible
 from stepinfluence.app.view.report.data import Array, QueryItem, Report
 from stepinfluence.attribution.aggregation import dominating
 from stepinfluence.attribution.periods import period_of
@@ -154,29 +153,3 @@ def unpack(packed: dict[str, Any]) -> Array:
     """What :func:`pack` packed."""
     array = np.frombuffer(base64.b64decode(packed["f4"]), dtype="<f4").reshape(packed["shape"])
     return np.asarray(array, dtype=np.float32)
-
-
-def visible(text: str) -> str:
-    """``text`` with control and direction characters spelled out, so that it can only be shown, never act.
-
-    Line breaks and tabs become arrows; a right-to-left override becomes the six characters ``\\u202e``.
-    """
-    arrows = {"\n": "⏎", "\t": "⇥", "\r": ""}
-    return "".join(
-        arrows[c]
-        if c in arrows
-        else (f"\\u{ord(c):04x}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\u200d" else c)
-        for c in text
-    )
-
-
-def embed(value: object) -> str:
-    """JSON that is safe inside a ``<script>`` element: no markup can begin or end in it.
-
-    Raises:
-        ValueError: a number is NaN or infinite.
-    """
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    for character, escape in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
-        text = text.replace(character, escape)
-    return text

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stepinfluence.app.view.page import visible
 from stepinfluence.app.view.report.data import Report
-from stepinfluence.app.view.report.payload import find_peaks, signed, top_rows, visible
+from stepinfluence.app.view.report.payload import find_peaks, signed, top_rows
 from stepinfluence.attribution.periods import period_of
 
 if TYPE_CHECKING:

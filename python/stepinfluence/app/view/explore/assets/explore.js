@@ -1,10 +1,5 @@
-"use strict";
-/* All text of the run reaches the page through textContent; Plotly, which reads some markup, gets numbers and esc(). */
-const $ = (id) => document.getElementById(id);
+/* Asks the server, or the answers in #data, and shows what they say. */
 const { overview, answers } = JSON.parse($("data").textContent);
-const root = document.documentElement;
-const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-const esc = (text) => String(text).replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
 const steps = Array.from({ length: overview.steps }, (_, t) => t + 1);
 const INFLUENCE = "influence, first order";
 const state = { query: null, items: [], total: 0, rows: [], chosen: null, ticket: 0 };
@@ -43,17 +38,9 @@ const source = answers ? {
 };
 
 /* ---- Small things ------------------------------------------------------------------------------------------------ */
-function el(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) if (value !== null) made.setAttribute(key, value);
-  for (const child of children) made.append(child);
-  return made;
-}
-const bdi = (text, cls = null) => { const made = el("bdi", { class: cls }); made.textContent = text; return made; };
-const signed = (v) => (v === 0 ? "0" : (v > 0 ? "+" : "−") + (Math.abs(v) >= 1e-3 && Math.abs(v) < 1e6 ? Number(Math.abs(v).toPrecision(3)).toString() : Math.abs(v).toExponential(2)));
+const bdi = (text, cls = null) => element("bdi", { class: cls }, text ?? "");
 const peak = (values) => 1 + values.reduce((best, v, t) => (Math.abs(v) > Math.abs(values[best]) ? t : best), 0);
 const label = (e) => (e.text && e.text !== e.id ? `${e.id}: ${e.text}` : e.id);
-const short = (text, n) => (text.length > n ? text.slice(0, n - 1) + "…" : text);
 function say(error) { $("notice").hidden = !error; $("notice").textContent = error ? String(error.message || error) : ""; }
 
 function spark(values) {
@@ -65,34 +52,19 @@ function spark(values) {
   values.forEach((v, t) => {
     const bar = document.createElementNS(ns, "rect"), size = Math.max(0.5, (Math.abs(v) / most) * (h / 2 - 1));
     bar.setAttribute("x", t * each); bar.setAttribute("width", Math.max(1, each - 1)); bar.setAttribute("height", size);
-    bar.setAttribute("y", v >= 0 ? h / 2 - size : h / 2); bar.setAttribute("fill", css(v >= 0 ? "--helpful" : "--harmful"));
+    bar.setAttribute("y", v >= 0 ? h / 2 - size : h / 2); bar.setAttribute("fill", ink(v));
     svg.append(bar);
   });
   return svg;
 }
-function draw(id, traces, extra) {
-  const font = { family: css("--sans"), size: 13, color: css("--ink") };
-  const grid = { gridcolor: css("--faint"), zerolinecolor: css("--rule") };
-  Plotly.react($(id), traces, {
-    font, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 64, r: 16, t: 12, b: 44 }, showlegend: false,
-    hoverlabel: { bgcolor: css("--panel"), font }, ...extra, xaxis: { ...grid, ...extra.xaxis }, yaxis: { ...grid, ...extra.yaxis },
-  }, { displayModeBar: false, responsive: true });
-}
+/* Charts can be zoomed into. */
+const plot = (id, traces, extra) => draw(id, traces, { dragmode: "zoom", ...extra });
 const stepAxis = { title: { text: "loop step" }, showgrid: false, zeroline: false, dtick: steps.length > 24 ? 4 : steps.length > 12 ? 2 : 1 };
-const bars = (values) => ({ x: steps, y: values, type: "bar", marker: { color: values.map((v) => css(v >= 0 ? "--helpful" : "--harmful")) },
-  hovertemplate: "step %{x}: <b>%{y:.3g}</b><extra></extra>" });
-function heat(z, x, y, more = {}) {
-  const dark = root.dataset.theme === "dark", sizes = z.flat().map(Math.abs).sort((a, b) => a - b);
-  const limit = sizes[Math.floor(0.985 * (sizes.length - 1))] || sizes.at(-1) || 1;
-  return { type: "heatmap", z, x, y, zmid: 0, zmin: -limit, zmax: limit, xgap: 1, ygap: 1, colorscale: dark
-    ? [[0, "#ffc39a"], [0.25, "#d9671b"], [0.5, css("--mid")], [0.75, "#1f7fbd"], [1, "#9ed8ff"]]
-    : [[0, "#7a2e00"], [0.25, "#e07b35"], [0.5, css("--mid")], [0.75, "#4196cd"], [1, "#003f66"]],
-  colorbar: { thickness: 12, outlinewidth: 0, len: 0.7, tickfont: { color: css("--soft"), size: 11 } }, ...more };
-}
+const bars = (values) => signedBars(steps, values, "step %{x}: <b>%{y:.3g}</b><extra></extra>");
 function describe(list, fields) {
   list.replaceChildren();
   for (const [name, value] of fields) {
-    const dd = el("dd"); dd.append(bdi(value)); const dt = el("dt"); dt.append(bdi(name)); list.append(dt, dd);
+    const dd = element("dd"); dd.append(bdi(value)); const dt = element("dt"); dt.append(bdi(name)); list.append(dt, dd);
   }
 }
 const about = (e) => [["id", e.id], ...Object.entries(e.metadata || {}),
@@ -106,17 +78,17 @@ async function list(more = false) {
   state.items = more ? state.items.concat(found.items) : found.items;
   state.total = found.total;
   $("queries").replaceChildren(...state.items.map((q) => {
-    const who = el("span", { class: "who" }, bdi(q.id)), loss = el("span");
+    const who = element("span", { class: "who" }, bdi(q.id)), loss = element("span");
     loss.textContent = q.failed ? "failed" : q.loss === null ? "" : `loss ${Number(q.loss.toPrecision(3))}`;
     if (q.failed) loss.className = "failed";
     who.append(loss);
-    const item = el("li", { role: "option", id: `item${q.row}`, "aria-selected": String(q.row === state.query) }, who, bdi(q.text, "what"));
+    const item = element("li", { role: "option", id: `item${q.row}`, "aria-selected": String(q.row === state.query) }, who, bdi(q.text, "what"));
     item.addEventListener("click", () => show(q.row));
     return item;
   }));
   $("found").textContent = `${state.items.length} of ${state.total}` + (answers && answers.of > answers.queries.length ? ` (of ${answers.of} in the run)` : "");
   $("more").hidden = state.items.length >= state.total;
-  $("other").replaceChildren(el("option", { value: "" }, "choose a query"), ...state.items.map((q) => el("option", { value: q.row }, short(label(q), 60))));
+  $("other").replaceChildren(element("option", { value: "" }, "choose a query"), ...state.items.map((q) => element("option", { value: q.row }, short(label(q), 60))));
 }
 
 /* ---- One query --------------------------------------------------------------------------------------------------- */
@@ -161,27 +133,27 @@ function drawCurve(curve, { first, last }) {
     `${curve.helpful} examples help, ${curve.harmful} harm. The later half of the steps has ${(100 * curve.lateMass).toFixed(0)} % of the energy.` +
     (curve.shares.length > 1 ? ` By checkpoint: ${curve.shares.map((s, k) => `${overview.checkpoints[k].name} ${(s < 1 ? Math.min(100 * s, 99.9) : 100).toFixed(1)} %`).join(", ")}.` : "");
   $("dominance").textContent = curve.dominance; $("dominance").hidden = !curve.dominance;
-  draw("curve", [bars(curve.signed), { x: steps, y: curve.energy, mode: "lines+markers", line: { color: css("--accent"), width: 2.2 },
+  plot("curve", [bars(curve.signed), { x: steps, y: curve.energy, mode: "lines+markers", line: { color: css("--accent"), width: 2.2 },
     hovertemplate: "step %{x}: energy <b>%{y:.3g}</b><extra></extra>" }], { xaxis: stepAxis, yaxis: { title: { text: INFLUENCE } }, height: 280,
     shapes: first > 1 || last < overview.steps ? [{ type: "rect", xref: "x", yref: "paper", x0: first - 0.5, x1: last + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: css("--faint"), opacity: 0.7, layer: "below" }] : [] });
 }
 function table(id, rows, { first, last }) {
-  const head = el("tr");
+  const head = element("tr");
   const part = first > 1 || last < overview.steps ? `steps ${first}–${last}` : "total";
-  for (const [cls, name] of [["score", part], ["spark", "by loop step"], ["peak", "peak"], ["id", "id"], ["words", "text"]]) head.append(el("th", { class: cls, scope: "col" }, name));
-  $(id).replaceChildren(el("thead", {}, head), el("tbody", {}, ...rows.map((e) => {
-    const line = el("tr", { tabindex: "0", "data-row": e.row, "aria-selected": String(e.row === state.chosen) });
-    line.append(el("td", { class: `score ${e.score >= 0 ? "helpful" : "harmful"}-ink` }, signed(e.score)), el("td", { class: "spark" }, spark(e.sdi)),
-      el("td", { class: "peak" }, String(peak(e.sdi))), el("td", { class: "id" }, bdi(e.id)), el("td", { class: "words" }, bdi(e.text)));
+  for (const [cls, name] of [["score", part], ["spark", "by loop step"], ["peak", "peak"], ["id", "id"], ["words", "text"]]) head.append(element("th", { class: cls, scope: "col" }, name));
+  $(id).replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows.map((e) => {
+    const line = element("tr", { tabindex: "0", "data-row": e.row, "aria-selected": String(e.row === state.chosen) });
+    line.append(element("td", { class: `score ${e.score >= 0 ? "helpful" : "harmful"}-ink` }, signed(e.score)), element("td", { class: "spark" }, spark(e.sdi)),
+      element("td", { class: "peak" }, String(peak(e.sdi))), element("td", { class: "id" }, bdi(e.id)), element("td", { class: "words" }, bdi(e.text)));
     line.addEventListener("click", () => choose(e));
     line.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(e); } });
     return line;
   })));
-  if (!rows.length) $(id).append(el("caption", {}, "none"));
+  if (!rows.length) $(id).append(element("caption", {}, "none"));
 }
 function drawHeat() {
   const z = state.rows.map((e) => e.sdi), text = state.rows.map((e) => steps.map(() => esc(short(label(e), 60))));
-  draw("heat", z.length ? [heat(z, steps, z.map((_, r) => r), { text, hovertemplate: "step %{x}: <b>%{z:.3g}</b><br>%{text}<extra></extra>" })] : [], {
+  plot("heat", z.length ? [heatmap(z, steps, z.map((_, r) => r), { text, hovertemplate: "step %{x}: <b>%{z:.3g}</b><br>%{text}<extra></extra>" })] : [], {
     xaxis: stepAxis, height: Math.max(260, 60 + 22 * z.length), margin: { l: 150, r: 16, t: 8, b: 44 },
     yaxis: { autorange: "reversed", showgrid: false, tickvals: z.map((_, r) => r), ticktext: state.rows.map((e) => esc(short(e.id, 18))) } });
 }
@@ -198,17 +170,17 @@ async function choose(e) {
   $("pair-sub").textContent = `Total ${signed(sum(e.sdi))}, largest at step ${peak(e.sdi)}.` + (found ? "" : " This page holds text in full, parameters and matrix for the first examples only.");
   $("pair-text").textContent = found ? found.train.text || "(no text)" : e.text;
   describe($("pair-meta"), found ? about(found.train) : [["id", e.id]]);
-  draw("pair-line", [bars(e.sdi)], { xaxis: stepAxis, height: 280, yaxis: { title: { text: INFLUENCE } } });
+  plot("pair-line", [bars(e.sdi)], { xaxis: stepAxis, height: 280, yaxis: { title: { text: INFLUENCE } } });
   const groups = found ? [...found.parameters].map((g) => ({ ...g, total: sum(g.sdi) })).sort((a, b) => Math.abs(b.total) - Math.abs(a.total)).slice(0, 12).reverse() : [];
   $("groups-box").hidden = !groups.length;
-  if (groups.length) draw("pair-groups", [{ type: "bar", orientation: "h", x: groups.map((g) => g.total), y: groups.map((g) => esc(short(g.name, 34))),
-    marker: { color: groups.map((g) => css(g.total >= 0 ? "--helpful" : "--harmful")) }, hovertemplate: "%{y}: <b>%{x:.3g}</b><extra></extra>" }],
+  if (groups.length) plot("pair-groups", [{ type: "bar", orientation: "h", x: groups.map((g) => g.total), y: groups.map((g) => esc(short(g.name, 34))),
+    marker: { color: groups.map((g) => ink(g.total)) }, hovertemplate: "%{y}: <b>%{x:.3g}</b><extra></extra>" }],
   { height: Math.max(280, 60 + 22 * groups.length), margin: { l: 8, r: 16, t: 8, b: 40 }, yaxis: { automargin: true, showgrid: false, tickfont: { size: 11 } }, xaxis: { nticks: 5 } });
   const matrix = found && found.matrix;
   $("matrix").hidden = !matrix;
   $("matrix-sub").textContent = matrix ? "Row: the step at which the training example's gradient arises. Column: the step of the query."
     : overview.trainSteps ? "" : "Not stored: featurize the training split with --per-step to see it.";
-  if (matrix) draw("matrix", [heat(matrix, steps, matrix.map((_, t) => t + 1), { hovertemplate: "training step %{y}, query step %{x}: <b>%{z:.3g}</b><extra></extra>" })],
+  if (matrix) plot("matrix", [heatmap(matrix, steps, matrix.map((_, t) => t + 1), { hovertemplate: "training step %{y}, query step %{x}: <b>%{z:.3g}</b><extra></extra>" })],
     { height: 420, xaxis: { ...stepAxis, title: { text: "step of the query" } }, yaxis: { autorange: "reversed", title: { text: "step of the example" }, showgrid: false } });
   $("pair").scrollIntoView({ block: "nearest", behavior: "smooth" });
 }
@@ -221,7 +193,7 @@ async function compare() {
     const found = await source.compare(state.query, Number(other));
     const r = found.correlation === null ? "" : ` Correlation over all examples: ${found.correlation.toFixed(2)}.`;
     $("compare-sub").textContent = `${found.points.length} examples that matter most to either query.${r}`;
-    draw("compare", [{ type: "scatter", mode: "markers", x: found.points.map((p) => p.a), y: found.points.map((p) => p.b), text: found.points.map((p) => esc(short(label(p), 60))),
+    plot("compare", [{ type: "scatter", mode: "markers", x: found.points.map((p) => p.a), y: found.points.map((p) => p.b), text: found.points.map((p) => esc(short(label(p), 60))),
       marker: { size: 8, color: css("--helpful"), opacity: 0.7 }, hovertemplate: "%{text}<br>this %{x:.3g}, other %{y:.3g}<extra></extra>" }],
     { height: 420, xaxis: { title: { text: "influence on this query" } }, yaxis: { title: { text: "influence on the other" } } });
   } catch (error) { say(error); }
@@ -235,11 +207,10 @@ function save(kind) {
   const lines = [["side", "rank", "row", "id", "score", ...steps.map((t) => `step_${t}`), "text"].join(",")];
   for (const side of ["helpful", "harmful"]) found[side].forEach((e, i) => lines.push([side, i + 1, e.row, cell(guard(e.id)), e.score, ...e.sdi, cell(guard(e.text))].join(",")));
   const url = URL.createObjectURL(new Blob([kind === "json" ? JSON.stringify(found, null, 1) : lines.join("\n")]));
-  const link = el("a", { href: url, download: `influence-${state.query}.${kind}` });
+  const link = element("a", { href: url, download: `influence-${state.query}.${kind}` });
   link.click(); URL.revokeObjectURL(url);
 }
 
-/* Charts take their colours when they are drawn. */
 async function recolour() {
   if (state.query === null) return;
   await rank();
@@ -274,12 +245,11 @@ $("more").addEventListener("click", () => list(true).catch(say));
 for (const id of ["first", "last", "k", "parameters"]) $(id).addEventListener("change", () => rank().catch(say));
 $("other").addEventListener("change", compare);
 for (const button of document.querySelectorAll("[data-export]")) button.addEventListener("click", () => save(button.dataset.export));
-$("theme").addEventListener("click", () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; recolour().catch(say); });
-root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+themed(() => recolour().catch(say));
 $("facts").textContent = facts();
 $("unit").textContent = overview.unit;
 $("last").value = overview.steps; $("first").max = overview.steps; $("last").max = overview.steps;
-for (const name of overview.parameters) $("parameters").append(el("option", { value: name }, name));
+for (const name of overview.parameters) $("parameters").append(element("option", { value: name }, name));
 $("by-parameters").hidden = Boolean(answers) || !overview.parameters.length;
 $("comparing").hidden = Boolean(answers); // needs the scores of all examples
 $("limits").textContent = answers ? "Saved page: filters rank the examples kept in it (the leading ones over all steps and at each step)." : "";

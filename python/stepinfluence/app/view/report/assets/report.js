@@ -1,8 +1,5 @@
-"use strict";
-/* Draws the page from the JSON in #data. Texts reach the document through textContent only, and charts through esc(). */
-const data = JSON.parse(document.getElementById("data").textContent);
-const $ = (id) => document.getElementById(id);
-const root = document.documentElement;
+/* Draws the page from the JSON in #data. */
+const data = JSON.parse($("data").textContent);
 const steps = Array.from({ length: data.steps }, (_, t) => t + 1);
 const LINES_PER_SIDE = 5;
 const state = { query: data.first, view: 0, heat: "top", drawn: new Set() };
@@ -28,42 +25,8 @@ function open(index) {
   return opened.get(key);
 }
 const unit = () => data.views[state.view].unit;
-const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-const minus = (text) => text.replaceAll("-", "−");
-function round(x, digits = 3) {
-  const size = Math.abs(x);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return minus(x.toExponential(digits - 2));
-  return minus(Number(x.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: digits }));
-}
-const signed = (x) => (x > 0 ? "+" : "") + round(x);
-const short = (text, n) => (Array.from(text).length > n ? Array.from(text).slice(0, n - 1).join("") + "…" : text);
-/* Chart labels understand a little markup: spell it out. The isolates keep a right-to-left text to itself. */
-const esc = (text) => "\u2068" + text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;") + "\u2069";
-function element(tag, text, attributes = {}) {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  return made;
-}
 
 /* ---- charts ---- */
-function layout(extra) {
-  const axis = {
-    gridcolor: css("--faint"), zerolinecolor: css("--rule"), linecolor: css("--rule"), tickcolor: css("--rule"),
-    tickfont: { color: css("--soft"), size: 12 }, title: { font: { color: css("--soft"), size: 13 } }, automargin: true,
-  };
-  const made = {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 12, t: 26, b: 44 },
-    font: { family: css("--sans"), color: css("--ink"), size: 13 }, hovermode: "closest", showlegend: false, dragmode: false,
-    hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--rule"), align: "left",
-      font: { color: css("--ink"), family: css("--sans"), size: 13 } },
-    ...extra,
-  };
-  for (const name of Object.keys(made)) if (/^[xy]axis/.test(name)) {
-    made[name] = { ...axis, ...made[name], title: { ...axis.title, ...made[name].title } };
-  }
-  return made;
-}
 /* Plain numbers on an axis where they are readable, powers of ten elsewhere. */
 function valueAxis(title, ...arrays) {
   const most = Math.max(...arrays.map((a) => a.reduce((m, v) => Math.max(m, Math.abs(v)), 0)));
@@ -74,9 +37,6 @@ const stepAxis = (extra = {}) => ({
   title: { text: "loop step" }, range: [0.4, data.steps + 0.6], showgrid: false, zeroline: false, fixedrange: true,
   tickmode: "array", tickvals: steps.filter((t) => data.steps <= 24 ? t % 2 === 0 || t === 1 : t % 4 === 0 || t === 1), ...extra,
 });
-function draw(id, traces, extra) {
-  Plotly.react($(id), traces, layout(extra), { displayModeBar: false, responsive: true });
-}
 /* Dotted line at the read-out, a veil over the steps after it. */
 function readout(q, at = q.readStep) {
   const shapes = [{ type: "line", xref: "x", yref: "paper", x0: at, x1: at, y0: 0, y1: 1,
@@ -126,9 +86,7 @@ function drawLines(q) {
 
 function drawProfile(q) {
   const mark = readout(q);
-  const bars = { x: steps, y: q.profile, type: "bar", marker: { color: Array.from(q.profile, (v) => css(v >= 0 ? "--helpful" : "--harmful")) },
-    hovertemplate: "step %{x}: summed influence <b>%{y:.3g}</b><extra></extra>" };
-  const traces = [bars];
+  const traces = [signedBars(steps, q.profile, "step %{x}: summed influence <b>%{y:.3g}</b><extra></extra>")];
   const extra = { height: q.margin ? 440 : 280, bargap: 0.3, xaxis: stepAxis(),
     yaxis: valueAxis(`all examples<br>${esc(unit())}`, q.energy) };
   traces.push({ x: steps, y: q.energy, type: "scatter", mode: "lines", line: { color: css("--ink"), width: 1.6, shape: "hvh" },
@@ -151,30 +109,21 @@ function drawProfile(q) {
   draw("profile", traces, { ...extra, ...mark });
 }
 
-function scale() {
-  const dark = root.dataset.theme === "dark";
-  return dark ? [[0, "#ffc39a"], [0.25, "#d9671b"], [0.5, css("--mid")], [0.75, "#1f7fbd"], [1, "#9ed8ff"]]
-    : [[0, "#7a2e00"], [0.25, "#e07b35"], [0.5, css("--mid")], [0.75, "#4196cd"], [1, "#003f66"]];
-}
 function drawHeat(q) {
   const groups = state.heat === "groups" && q.byGroup;
   $("heat-top").setAttribute("aria-pressed", !groups);
   $("heat-groups").setAttribute("aria-pressed", Boolean(groups));
   const z = groups ? q.byGroup : q.values;
   const labels = groups ? data.groups.map((g) => `${g.name} (${g.count})`) : q.rows.map((_, r) => name(q, r));
-  const sizes = z.flatMap((row) => Array.from(row, Math.abs)).sort((a, b) => a - b);
-  const most = sizes[sizes.length - 1] || 1;
-  const limit = sizes[Math.floor(0.985 * (sizes.length - 1))] || most;
+  const { most, limit } = limits(z);
   const mark = readout(q, q.readStep + 0.5); // between cells
   if (!groups && q.helpful > 0 && q.helpful < labels.length) mark.shapes.push({ type: "line", xref: "paper", yref: "y", x0: 0, x1: 1,
     y0: q.helpful - 0.5, y1: q.helpful - 0.5, line: { color: css("--ink"), width: 1 } });
   const narrow = $("heat").clientWidth < 620;
-  draw("heat", [{
-    type: "heatmap", x: steps, y: labels.map((_, r) => r), z, zmid: 0, zmin: -limit, zmax: limit, colorscale: scale(), xgap: 1, ygap: 1,
+  draw("heat", [heatmap(z, steps, labels.map((_, r) => r), {
     text: labels.map((label) => steps.map(() => esc(short(label, 60)))), hovertemplate: "step %{x}: <b>%{z:.3g}</b><br>%{text}<extra></extra>",
-    colorbar: { thickness: 12, outlinewidth: 0, len: 0.6, title: { text: esc(unit()), side: "right" }, tickformat: valueAxis("", [limit]).tickformat,
-      tickfont: { color: css("--soft"), size: 11 } },
-  }], {
+    colorbar: { title: { text: esc(unit()), side: "right" }, tickformat: valueAxis("", [limit]).tickformat },
+  })], {
     ...mark, height: 110 + Math.max(220, labels.length * (groups ? 19 : 14)), xaxis: stepAxis(),
     yaxis: { autorange: "reversed", fixedrange: true, tickmode: "array", tickvals: labels.map((_, r) => r), showgrid: false, zeroline: false,
       ticktext: labels.map((label) => esc(short(label, narrow ? 14 : 34))), tickfont: { family: css("--mono"), size: groups ? 12 : 10.5, color: css("--soft") } },
@@ -229,29 +178,29 @@ function fillTable(q, id, from, to) {
   const table = $(id);
   table.querySelectorAll("thead, tbody").forEach((part) => part.remove());
   const head = table.createTHead().insertRow();
-  for (const title of ["plot", "example", `total, ${unit()}`, "largest at step"]) head.append(element("th", title, { scope: "col" }));
+  for (const title of ["plot", "example", `total, ${unit()}`, "largest at step"]) head.append(element("th", { scope: "col" }, title));
   const body = table.createTBody();
   for (let r = from; r < Math.min(to, from + 12); r++) {
     const item = data.train[q.rows[r]];
     const row = body.insertRow();
-    const box = element("input", undefined, { type: "checkbox", "aria-label": `Draw the trajectory of ${item.text}` });
+    const box = element("input", { type: "checkbox", "aria-label": `Draw the trajectory of ${item.text}` });
     box.checked = state.drawn.has(r);
     box.addEventListener("change", () => { box.checked ? state.drawn.add(r) : state.drawn.delete(r); drawLines(q); });
     row.insertCell().append(box);
     const text = row.insertCell();
-    text.append(element("bdi", item.text, { title: item.text }), element("small", [item.label, item.group, `id ${item.id}`].filter(Boolean).join(" · ")));
+    text.append(element("bdi", { title: item.text }, item.text), element("small", {}, [item.label, item.group, `id ${item.id}`].filter(Boolean).join(" · ")));
     row.insertCell().textContent = signed(q.totals[r]);
     row.insertCell().textContent = q.peaks[r];
   }
-  if (from === to) body.insertRow().append(element("td", "none", { colspan: 4 }));
+  if (from === to) body.insertRow().append(element("td", { colspan: 4 }, "none"));
 }
 function describe(q) {
   const verdict = $("verdict");
   verdict.replaceChildren(
-    "answers ", element("b", q.prediction), ", truth ", element("b", q.truth), " ",
-    element("span", q.right ? "✓ right" : "✗ wrong", { class: q.right ? "right" : "wrong" }),
+    "answers ", element("b", {}, q.prediction), ", truth ", element("b", {}, q.truth), " ",
+    element("span", { class: q.right ? "right" : "wrong" }, q.right ? "✓ right" : "✗ wrong"),
     `, loss ${round(q.loss)}`);
-  $("tokens").replaceChildren(...(q.tokens.length ? q.tokens : [q.text]).map((token) => element("bdi", token)));
+  $("tokens").replaceChildren(...(q.tokens.length ? q.tokens : [q.text]).map((token) => element("bdi", {}, token)));
   const view = data.views[state.view];
   $("view-note").textContent = `${view.note}${view.note ? " " : ""}Unit: ${view.unit}.`;
   $("dominance").textContent = q.dominance;
@@ -282,13 +231,13 @@ function setHeat(which) {
 const sections = new Map();
 data.queries.forEach((q, index) => {
   if (!sections.has(q.group)) {
-    const section = q.group ? element("optgroup", undefined, { label: q.group }) : $("pick");
+    const section = q.group ? element("optgroup", { label: q.group }) : $("pick");
     sections.set(q.group, section);
     if (q.group) $("pick").append(section);
   }
-  sections.get(q.group).append(element("option", (q.note ? `${q.note}: ` : "") + short(q.text, 44) + (q.right ? "" : "  ✗"), { value: index }));
+  sections.get(q.group).append(element("option", { value: index }, (q.note ? `${q.note}: ` : "") + short(q.text, 44) + (q.right ? "" : "  ✗")));
 });
-data.views.forEach((view, index) => $("view").append(element("option", view.name, { value: index })));
+data.views.forEach((view, index) => $("view").append(element("option", { value: index }, view.name)));
 $("view").parentElement.hidden = data.views.length < 2;
 $("view").addEventListener("change", () => { state.view = Number($("view").value); show(state.query); });
 $("pick").addEventListener("change", () => show(Number($("pick").value)));
@@ -298,13 +247,8 @@ $("heat-top").addEventListener("click", () => setHeat("top"));
 $("heat-groups").addEventListener("click", () => setHeat("groups"));
 if (!data.groups.length) $("heat-groups").parentElement.hidden = true;
 
-const system = matchMedia("(prefers-color-scheme: dark)");
 const asked = new URLSearchParams(location.hash.slice(1)); // #theme=dark&query=3&view=1&rows=groups: to link to a view
-let chosen = asked.get("theme");
-function setTheme() { root.dataset.theme = chosen ?? (system.matches ? "dark" : "light"); }
-system.addEventListener("change", () => { setTheme(); redraw(); });
-$("theme").addEventListener("click", () => { chosen = root.dataset.theme === "dark" ? "light" : "dark"; setTheme(); redraw(); });
-setTheme();
+themed(redraw, asked.get("theme"));
 if (asked.get("rows") === "groups" && data.groups.length) state.heat = "groups";
 state.view = Math.min(Math.max(0, Number(asked.get("view")) || 0), data.views.length - 1);
 $("view").value = state.view;

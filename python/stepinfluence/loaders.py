@@ -1,0 +1,30 @@
+"""What every part of the library takes: loss functions, ids of examples, and loaders of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+LossFn: TypeAlias = Callable[[Any, Any], Tensor]
+"""``loss_fn(model, batch) -> (B,)``: one loss per example, not reduced over the batch."""
+
+IdsOf: TypeAlias = Callable[[Any], Sequence[Hashable]]
+"""``ids(batch)``: one per example."""
+
+RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def random_sampler(loader: Any) -> str | None:
+    """The name of a loader's sampler, if it draws a new order each time the loader is iterated."""
+    if not isinstance(loader, DataLoader):
+        return None
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    return next((type(s).__name__ for s in samplers if isinstance(s, RANDOM_SAMPLERS)), None)
+
+
+def is_one_shot(loader: Any) -> bool:
+    """Whether a loader is an iterator (a generator, ``iter(...)``, ``map``): it gives its batches once."""
+    return hasattr(loader, "__next__") and iter(loader) is loader
