@@ -137,7 +137,8 @@ def influence(
             ``(F + lambda)^-1`` of each checkpoint's train features (:mod:`stepinfluence.attribution.curvature`), which
             predicts retraining better; or what was fitted before, one per checkpoint.
         damping: lambda, relative to the largest eigenvalue; chosen without retraining (``"auto"``) if not given.
-        normalize: ``"train"`` or ``"both"``: divide an example's features by the norm of their sum over steps.
+        normalize: ``"train"`` or ``"both"``: divide an example's features by the norm of their sum over steps. A
+            curvature is then fitted to the normalised rows, and needs a number as its damping.
 
     Returns:
         :class:`Influence`. Beyond the features and the result itself, memory is bounded by one summed copy of one

@@ -77,7 +77,7 @@ def corrected(
     Args:
         train, query: as they were featurized.
         curvature: see :data:`Choice`; each checkpoint gets its own.
-        damping: of a curvature that is fitted here; ``"auto"`` if not given.
+        damping: of a curvature that is fitted here; ``"auto"`` if not given, but a number for normalised rows.
         normalize: see :data:`Normalize`; a curvature is fitted to the normalised rows.
 
     Raises:
@@ -92,6 +92,10 @@ def corrected(
             raise ValueError("normalize: goes with curvature='fisher' or 'block', fitted to the normalised rows")
         trains = [unit_norm(features) for features in trains]
         queries = [unit_norm(features) for features in queries] if normalize == "both" else queries
+        if curvature != "none" and damping in (None, "auto"):
+            raise ValueError(
+                "damping: 'auto' chooses badly for normalised rows (docs/curvature.md); give a number, such as 1e-2"
+            )
     found = fitted(trains, curvature, damping)
     if found is not None:
         queries = [one.transform(features) for one, features in zip(found, queries, strict=True)]

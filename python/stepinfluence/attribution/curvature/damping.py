@@ -104,7 +104,7 @@ def choose(rows: FitRows, factors: Sequence[Factor], columns: Sequence[slice]) -
     left = 1 - CAUTION * leverage / rows.count**2
     errors = torch.where(left > 0, residual / rows.count / left.square(), torch.inf)
     places = sorted(first_minimum(curve) for curve in errors.tolist())
-    return Chosen(GRID[places[len(places) // 2]], tuple(errors.quantile(0.5, 0).tolist()))
+    return Chosen(GRID[places[len(places) // 2]], tuple(errors.sort(0).values[len(places) // 2].tolist()))
 
 
 def first_minimum(errors: Sequence[float]) -> int:
