@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdi_kernels import __version__
     from stepinfluence.app.project import Project
+    from stepinfluence.attribution import curvature
     from stepinfluence.attribution.allocation import allocate_sizes, gradient_energies
     from stepinfluence.attribution.checkpoints import Checkpoint, load_checkpoint
+    from stepinfluence.attribution.curvature import BlockFisher, Fisher
     from stepinfluence.attribution.features import Features, FeatureSpace
     from stepinfluence.attribution.scoring import Influence, influence, influence_over_checkpoints, self_influence
     from stepinfluence.capture import Capture, ExactCapture, attach
@@ -39,6 +41,7 @@ _HOMES = {
     "sdi_kernels": ("__version__",),
     "stepinfluence.attribution.allocation": ("allocate_sizes", "gradient_energies"),
     "stepinfluence.capture": ("Capture", "ExactCapture", "attach"),
+    "stepinfluence.attribution.curvature": ("BlockFisher", "Fisher"),
     "stepinfluence.attribution.checkpoints": ("Checkpoint", "load_checkpoint"),
     "stepinfluence.errors": (
         "BodyError",
@@ -56,9 +59,11 @@ _HOMES = {
     "stepinfluence.app.project": ("Project",),
     "stepinfluence.attribution.scoring": ("Influence", "influence", "influence_over_checkpoints", "self_influence"),
 }
+_MODULES = {"curvature": "stepinfluence.attribution.curvature"}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BlockFisher",
     "BodyError",
     "Capture",
     "Checkpoint",
@@ -68,6 +73,7 @@ __all__ = [
     "FeatureMismatchError",
     "FeatureSpace",
     "Features",
+    "Fisher",
     "Influence",
     "LayoutError",
     "LossError",
@@ -79,6 +85,7 @@ __all__ = [
     "__version__",
     "allocate_sizes",
     "attach",
+    "curvature",
     "gradient_energies",
     "influence",
     "influence_over_checkpoints",
@@ -88,9 +95,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOME and name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = import_module(_MODULES[name]) if name in _MODULES else getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

@@ -38,6 +38,8 @@ class FeatureSpace:
         tables: digest of all hash tables (empty for exact features).
         weights: digest of the body's weights: which checkpoint the features were computed at.
         metric: digest of the optimizer's metric that the gradients were multiplied by; empty for the plain gradient.
+        curvature: digest of the inverse curvature that a query's features were multiplied by; else empty. Only queries
+            have one (:mod:`stepinfluence.attribution.curvature`), and they are compared with plain train features.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class FeatureSpace:
     tables: str
     weights: str
     metric: str = ""
+    curvature: str = ""
 
     @property
     def width(self) -> int:
@@ -117,6 +120,11 @@ class FeatureSpace:
             raise FeatureMismatchError(
                 "query: features under another metric than train's; featurize both with one preconditioner, and with "
                 "the same gradient hooks on parameters"
+            )
+        if self.curvature:
+            raise FeatureMismatchError(
+                "train: features were multiplied by a curvature, which belongs to the query side; pass them as they "
+                "were featurized"
             )
 
 

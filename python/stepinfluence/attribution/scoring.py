@@ -18,6 +18,9 @@ from tqdm.auto import tqdm
 
 from stepinfluence.attribution.alignment import aligned_to, require_repeatable
 from stepinfluence.attribution.checkpoints import Checkpoint, Etas, PathLike, Reader, load_checkpoint, resolve_etas
+from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected
+from stepinfluence.attribution.curvature.damping import Damping
+from stepinfluence.attribution.curvature.fisher import Curvature
 from stepinfluence.attribution.features import Features, FeatureSpace
 from stepinfluence.attribution.preconditioners import KINDS, Kind, Preconditioner, from_optimizer
 from stepinfluence.loaders import IdsOf, LossFn, is_one_shot
@@ -54,6 +57,8 @@ class Influence:
         decompose: which side's loop steps the trailing axes are.
         train_ids, query_ids: ids of the rows and columns.
         etas: learning-rate weight of each checkpoint.
+        energies: ``(K, Q)``: absolute influence by checkpoint, summed over examples and steps; None where several
+            checkpoints were added up by one call of :func:`influence`.
     """
 
     sdi: Tensor
@@ -61,6 +66,15 @@ class Influence:
     train_ids: tuple[Hashable, ...]
     query_ids: tuple[Hashable, ...]
     etas: tuple[float, ...]
+    energies: Tensor | None = None
+
+    @property
+    def shares(self) -> Tensor | None:
+        """Each checkpoint's share ``(K, Q)`` of a query's absolute influence: one near 1 owns the sum."""
+        if self.energies is None:
+            return None
+        total = self.energies.sum(0)
+        return self.energies / torch.where(total > 0, total, torch.ones_like(total))
 
     @property
     def tracin(self) -> Tensor:
@@ -120,6 +134,9 @@ def influence(
     *,
     etas: float | Sequence[float] = 1.0,
     decompose: Decompose = "query",
+    curvature: Choice = "none",
+    damping: Damping | None = None,
+    normalize: Normalize = None,
 ) -> Influence:
     """Step-resolved influence of training examples on queries, summed over checkpoints.
 
@@ -130,14 +147,22 @@ def influence(
         etas: weight of each checkpoint, usually its learning rate (paper, eq. 1).
         decompose: ``"query"``: ``I_t = sum_k eta_k <grad(z), phi_t(z')>`` (default, eqs. 5 and 7); ``"train"``:
             ``<phi_t(z), grad(z')>`` (eq. 8); ``"both"``: ``<phi_s(z), phi_t(z')>`` (eq. 9).
+        curvature: ``"none"``: the paper's estimator. ``"fisher"`` or ``"block"``: the query's features times
+            ``(F + lambda)^-1`` of each checkpoint's train features (:mod:`stepinfluence.attribution.curvature`), which
+            predicts retraining better; or what was fitted before, one per checkpoint.
+        damping: lambda, relative to the largest eigenvalue; chosen without retraining (``"auto"``) if not given.
+        normalize: ``"train"`` or ``"both"``: divide an example's features by the norm of their sum over steps. A
+            curvature is then fitted to the normalised rows, and needs a number as its damping.
 
     Returns:
         :class:`Influence`. Beyond the features and the result itself, memory is bounded by one summed copy of one
-        checkpoint's features ``(N, D)`` or ``(Q, D)``, made only where features are given per step but needed summed.
+        checkpoint's features ``(N, D)`` or ``(Q, D)``, made only where features are given per step but needed summed;
+        with a curvature, by the transformed queries and the eigenvectors; with ``normalize``, by a copy of all.
 
     Raises:
         FeatureMismatchError: features of different sketches, parameters, weights or examples.
-        ValueError: numbers of checkpoints do not fit, or features are summed over steps but needed per step.
+        ValueError: numbers of checkpoints do not fit, or features are summed over steps but needed per step; a
+            curvature cannot be fitted, or was fitted to other checkpoints.
     """
     if decompose not in ("query", "train", "both"):
         raise ValueError(f"decompose: got {decompose!r}; use 'query', 'train' or 'both'")
@@ -147,6 +172,10 @@ def influence(
             raise ValueError(
                 f"{side}: features are summed over steps; featurize with per_step=True for decompose={decompose!r}"
             )
+    sides = corrected(
+        [t for t, _, _ in pairs], [x for _, x, _ in pairs], curvature=curvature, damping=damping, normalize=normalize
+    )
+    pairs = [(t, x, eta) for t, x, (_, _, eta) in zip(*sides, pairs, strict=True)]
     first_train, first_query, _ = pairs[0]
     n, q = len(first_train), len(first_query)
     steps_train = max(t.values.shape[1] if decompose != "query" else 1 for t, _, _ in pairs)
@@ -173,17 +202,34 @@ def influence(
         train_ids=first_train.ids,
         query_ids=first_query.ids,
         etas=tuple(eta for _, _, eta in pairs),
+        energies=_energy(result) if len(pairs) == 1 else None,
     )
 
 
-def self_influence(train: FeatureList, *, etas: float | Sequence[float] = 1.0) -> Tensor:
+def _energy(sdi: Tensor) -> Tensor:
+    """``(1, Q)``: absolute influence, summed example by example so that no second copy of all scores is made."""
+    total = sdi.new_zeros(sdi.shape[1])
+    for one in sdi:
+        total += one.abs().flatten(1).sum(1)
+    return total.unsqueeze(0)
+
+
+def self_influence(
+    train: FeatureList,
+    *,
+    etas: float | Sequence[float] = 1.0,
+    curvature: Choice = "none",
+    damping: Damping | None = None,
+) -> Tensor:
     """Self-influence of each example by its own loop steps: ``sum_k eta_k <phi_t(z), grad(z)>``.
 
-    Its sum over steps is TracIn's self-influence, the diagonal of train x train (paper, section 4).
+    Its sum over steps is TracIn's self-influence, the diagonal of train x train (paper, section 4). With a curvature it
+    is the leverage ``sum_k eta_k <phi_t, (F_k + lambda_k)^-1 grad>``: large for examples that no others explain.
 
     Args:
         train: features, one per checkpoint; summed features give the total only.
         etas: weight of each checkpoint.
+        curvature, damping: as for :func:`influence`.
 
     Returns:
         ``(N, steps)`` for per-step features, ``(N,)`` for summed ones.
@@ -192,13 +238,15 @@ def self_influence(train: FeatureList, *, etas: float | Sequence[float] = 1.0) -
         FeatureMismatchError, ValueError: as for :func:`influence`.
     """
     pairs = _aligned(train, train, etas)
+    grads = [features.summed() for features, _, _ in pairs]
+    _, solved = corrected([t for t, _, _ in pairs], grads, curvature=curvature, damping=damping)
     total: Tensor | None = None
-    for features, _, eta in pairs:
-        grad = features.summed().values
+    for (features, _, eta), summed, other in zip(pairs, grads, solved, strict=True):
+        grad = other.values
         if features.per_step:
             term = eta * torch.einsum("nsd,nd->ns", features.values, grad)
         else:
-            term = eta * (grad * grad).sum(1)
+            term = eta * (summed.values * grad).sum(1)
         if total is not None and total.shape != term.shape:
             raise ValueError(
                 "train: the checkpoints' features have different numbers of loop steps; featurize them alike"
@@ -218,6 +266,9 @@ def influence_over_checkpoints(
     etas: Etas = "optimizer",
     metric: Metric | None = None,
     decompose: Decompose = "query",
+    curvature: Choice = "none",
+    damping: Damping | None = None,
+    normalize: Normalize = None,
     ids: IdsOf | None = None,
     progress: bool = True,
     strict: bool = True,
@@ -238,6 +289,8 @@ def influence_over_checkpoints(
             state has it (:func:`stepinfluence.attribution.preconditioners.from_optimizer`), or a function from
             :class:`~stepinfluence.Checkpoint` to a preconditioner. None: the capture's own, for all checkpoints.
         decompose: as for :func:`influence`; only the side that is decomposed is featurized per step.
+        curvature, damping, normalize: as for :func:`influence`; each checkpoint has a curvature of its own, so that
+            none owns the sum because its gradients are large: see the result's ``shares``.
         ids: as for ``Capture.featurize``.
         progress: show progress bars.
         strict: False for checkpoints with a part of the weights, such as adapters only: all others stay as they are
@@ -256,12 +309,13 @@ def influence_over_checkpoints(
     for side, loader in (("train", train), ("query", query)):
         if len(checkpoints) > 1 or (train is query and is_one_shot(train)):
             require_repeatable(loader, side, has_ids=ids is not None)
+    curvatures: list[Choice] = _one_each(curvature, len(checkpoints))
     rows: list[Features] = []
     total: Influence | None = None
     # Closed at once, also after an error: only then the model has its own weights again.
     visits = visit_checkpoints(capture, checkpoints, etas, metric, progress=progress, strict=strict, reader=reader)
     with closing(visits) as visited:
-        for eta in visited:
+        for eta, one in zip(visited, curvatures, strict=True):
             sides = [
                 capture.featurize(loader, loss_fn, per_step=decompose in (side, "both"), ids=ids, progress=progress)
                 for side, loader in (("train", train), ("query", query))
@@ -271,7 +325,10 @@ def influence_over_checkpoints(
                 sides = [aligned_to(first, found, side) for first, found, side in pairs]
             else:  # what rows are told apart by, without their values
                 rows = [replace(found, values=found.values[:0]) for found in sides]
-            total = _add(total, influence(sides[0], sides[1], etas=eta, decompose=decompose))
+            found = influence(
+                *sides, etas=eta, decompose=decompose, curvature=one, damping=damping, normalize=normalize
+            )
+            total = _add(total, found)
     assert total is not None
     return total
 
@@ -324,9 +381,22 @@ def visit_checkpoints(
         capture.precondition(before)
 
 
+def _one_each(curvature: Choice, count: int) -> list[Choice]:
+    """What each of ``count`` checkpoints is corrected with."""
+    if isinstance(curvature, str) or (isinstance(curvature, Curvature) and count == 1):
+        return [curvature] * count
+    given = [curvature] if isinstance(curvature, Curvature) else list(curvature)
+    if len(given) != count:
+        raise ValueError(f"curvature: got {len(given)} for {count} checkpoints; give one per checkpoint")
+    return list(given)
+
+
 def _add(total: Influence | None, one: Influence) -> Influence:
     if total is None:
         return one
     if one.sdi.shape != total.sdi.shape:
         raise ValueError("query: the checkpoints' features have different numbers of loop steps; featurize them alike")
-    return replace(total, sdi=total.sdi + one.sdi, etas=total.etas + one.etas)
+    assert total.energies is not None
+    assert one.energies is not None
+    energies = torch.cat([total.energies, one.energies])
+    return replace(total, sdi=total.sdi + one.sdi, etas=total.etas + one.etas, energies=energies)

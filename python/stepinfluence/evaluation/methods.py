@@ -12,13 +12,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.attribution.curvature import Choice, Damping, Normalize, corrected
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.scoring import self_influence
 from stepinfluence.capture import Capture, ExactCapture, attach
@@ -44,6 +46,14 @@ class Scored:
     bytes_per_example: int
 
 
+class Correction(TypedDict, total=False):
+    """How scores are corrected, as for :func:`stepinfluence.influence`."""
+
+    curvature: Choice
+    damping: Damping
+    normalize: Normalize
+
+
 Method: TypeAlias = Callable[[Problem, nn.Module], Scored]
 
 
@@ -63,6 +73,20 @@ def _influence(problem: Problem, capture: Capture | ExactCapture, *, cosine: boo
 def _normalized(features: Features) -> Features:
     norms = features.values.norm(dim=1, keepdim=True).clamp_min(torch.finfo(features.values.dtype).tiny)
     return replace(features, values=features.values / norms)
+
+
+def corrected_sdi(problem: Problem, model: nn.Module, *, sketch_size: int = 2048, **how: Unpack[Correction]) -> Scored:
+    """SDI with the query's features times ``(F + lambda)^-1`` of the train features; arguments as for
+    :func:`stepinfluence.influence`. Suspicion is the plain self-influence, and None for unit-norm rows."""
+    began = time.process_time()
+    capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
+    train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
+    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
+    (rows,), (asked,) = corrected([train], [query], **how)
+    scores = (rows.values @ asked.values.T).double().numpy()
+    suspicion = self_influence(train).double().numpy() if how.get("normalize") is None else None
+    width = train.values.shape[1] * train.values.element_size()
+    return Scored(scores, suspicion, time.process_time() - began, width)
 
 
 def sdi(problem: Problem, model: nn.Module) -> Scored:
@@ -153,6 +177,14 @@ def trak(problem: Problem, model: nn.Module) -> Scored:
 METHODS: dict[str, Method] = {
     "SDI, m=2048": sdi,
     "SDI, m=256": sdi_small,
+    "SDI-Fisher, auto": partial(corrected_sdi, curvature="fisher"),
+    "SDI-Fisher, auto, m=256": partial(corrected_sdi, curvature="fisher", sketch_size=256),
+    "SDI-Fisher, 1e-2": partial(corrected_sdi, curvature="fisher", damping=1e-2),
+    "SDI-Fisher, 1e-3": partial(corrected_sdi, curvature="fisher", damping=1e-3),
+    "SDI-Fisher blocks, auto": partial(corrected_sdi, curvature="block"),
+    "SDI-Fisher blocks, 1e-3": partial(corrected_sdi, curvature="block", damping=1e-3),
+    "SDI-Fisher of unit rows, 1e-2": partial(corrected_sdi, curvature="fisher", damping=1e-2, normalize="train"),
+    "SDI, cosine": partial(corrected_sdi, normalize="both"),
     "TracIn, exact": tracin,
     "grad-cosine": grad_cosine,
     "TRAK": trak,

@@ -1,0 +1,38 @@
+r"""Curvature-corrected influence, step by step, from the features that are there (docs/curvature.md).
+
+SDI (paper, eq. 5) is linear in the query's per-step feature. So any linear map of that feature gives scores by step
+that add up to the mapped influence of the whole query. With the damped empirical Fisher of the train features,
+
+    F = (1/N) sum_z g(z) g(z)^T,         I_t(z, z') = <(F + lambda)^-1 phi_t(z'), g(z)>,
+
+the sum over t is the influence function's ``<(F + lambda)^-1 g(z'), g(z)>``: conserved, as eq. 6 is, and so are the
+training-step and step-matrix forms, as ``F + lambda`` is symmetric. Only the *query* side is transformed: whatever
+takes features (scores, top-k scans over stores of any dtype, tables, checkpoints) takes transformed queries unchanged.
+
+:class:`Fisher` is one matrix over all columns, :class:`BlockFisher` one for each parameter tensor. Both are held by
+their eigenvectors, in float64, so that another damping needs no second fit. Damping is relative to the largest
+eigenvalue (of each block, for blocks); ``"auto"`` chooses it without retraining (:mod:`.damping`).
+
+Under an optimizer's metric ``sqrt(P)``, which features then hold, the same formulas give
+``g^T (F + lambda P^-1)^-1 phi_t`` in the plain gradients: the damping is measured in the metric.
+"""
+
+from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected
+from stepinfluence.attribution.curvature.damping import Damping
+from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, Fisher
+from stepinfluence.attribution.curvature.kept import load, save
+from stepinfluence.attribution.curvature.unusual import Outlier, outliers
+
+__all__ = [
+    "BlockFisher",
+    "Choice",
+    "Curvature",
+    "Damping",
+    "Fisher",
+    "Normalize",
+    "Outlier",
+    "corrected",
+    "load",
+    "outliers",
+    "save",
+]

@@ -1,0 +1,102 @@
+"""``curvature=``, ``damping=`` and ``normalize=`` of the functions that score: checked, fitted, and applied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, TypeAlias
+
+import torch
+
+from stepinfluence.attribution.curvature.damping import Damping
+from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, Fisher
+from stepinfluence.attribution.curvature.rows import TrainRows
+from stepinfluence.attribution.features import Features
+from stepinfluence.store import Store
+
+Choice: TypeAlias = Literal["none", "fisher", "block"] | Curvature | Sequence[Curvature]
+"""A kind, fitted to each checkpoint's train features; or what was fitted before, one per checkpoint."""
+
+Normalize: TypeAlias = Literal["train", "both"] | None
+"""Whose features are divided by their norms: all steps of an example by the norm of their sum."""
+
+KINDS: dict[str, type[Curvature]] = {kind.kind: kind for kind in (Fisher, BlockFisher)}
+
+
+def fitted(
+    train: Store | Sequence[Features], curvature: Choice, damping: Damping | None = None
+) -> list[Curvature] | None:
+    """The curvature of each checkpoint; None for ``"none"``.
+
+    Raises:
+        ValueError, TypeError: the curvature is none of :data:`Choice`, not one per checkpoint, or a damping was given
+            for one that is fitted already. Errors of :meth:`.Curvature.fit` pass through.
+    """
+    if isinstance(curvature, str):
+        if curvature != "none" and curvature not in KINDS:
+            raise ValueError(f"curvature: got {curvature!r}; use 'none', {', '.join(map(repr, KINDS))} or a fitted one")
+        if curvature == "none":
+            if damping is not None:
+                raise ValueError("damping: goes with curvature='fisher' or 'block'")
+            return None
+        kind, chosen = KINDS[curvature], "auto" if damping is None else damping
+        count = len(train.checkpoints) if isinstance(train, Store) else len(train)
+        sides: list[TrainRows] = [train] * count if isinstance(train, Store) else list(train)
+        return [
+            kind.fit(rows, checkpoint=k if isinstance(train, Store) else 0, damping=chosen)
+            for k, rows in enumerate(sides)
+        ]
+    given = [curvature] if isinstance(curvature, Curvature) else list(curvature)
+    if not all(isinstance(one, Curvature) for one in given):
+        raise TypeError("curvature: pass 'none', 'fisher', 'block', or fitted ones, one per checkpoint")
+    if damping is not None:
+        raise ValueError("damping: this curvature is fitted already; use its with_damping")
+    count = len(train.checkpoints) if isinstance(train, Store) else len(train)
+    if len(given) != count:
+        raise ValueError(f"curvature: got {len(given)} for {count} checkpoints; give one per checkpoint")
+    return given
+
+
+def unit_norm(features: Features) -> Features:
+    """Each example's features divided by the norm of their sum over steps: steps still add up. Zeros stay."""
+    norms = features.summed().values.norm(dim=1)
+    scale = torch.where(norms > 0, norms, torch.ones_like(norms)).reciprocal()
+    return replace(features, values=features.values * scale.view(-1, *[1] * (features.values.dim() - 1)))
+
+
+def corrected(
+    train: Sequence[Features],
+    query: Sequence[Features],
+    *,
+    curvature: Choice = "none",
+    damping: Damping | None = None,
+    normalize: Normalize = None,
+) -> tuple[list[Features], list[Features]]:
+    """Train and query features, one per checkpoint, whose inner products are the scores that were asked for.
+
+    Args:
+        train, query: as they were featurized.
+        curvature: see :data:`Choice`; each checkpoint gets its own.
+        damping: of a curvature that is fitted here; ``"auto"`` if not given, but a number for normalised rows.
+        normalize: see :data:`Normalize`; a curvature is fitted to the normalised rows.
+
+    Raises:
+        ValueError, TypeError, FeatureMismatchError: as for :func:`fitted`; ``normalize`` is none of those, or goes with
+            a curvature that was fitted to other rows.
+    """
+    trains, queries = list(train), list(query)
+    if normalize not in (None, "train", "both"):
+        raise ValueError(f"normalize: got {normalize!r}; use 'train', 'both' or None")
+    if normalize is not None:
+        if not isinstance(curvature, str):
+            raise ValueError("normalize: goes with curvature='fisher' or 'block', fitted to the normalised rows")
+        trains = [unit_norm(features) for features in trains]
+        queries = [unit_norm(features) for features in queries] if normalize == "both" else queries
+        if curvature != "none" and damping in (None, "auto"):
+            raise ValueError(
+                "damping: 'auto' chooses badly for normalised rows (docs/curvature.md); give a number, such as 1e-2"
+            )
+    found = fitted(trains, curvature, damping)
+    if found is not None:
+        queries = [one.transform(features) for one, features in zip(found, queries, strict=True)]
+    return trains, queries
