@@ -39,6 +39,7 @@ import torch
 from stepinfluence.app.demo.run import DemoConfig
 from stepinfluence.attribution.periods import Period
 from stepinfluence.machine import cpu_model
+from stepinfluence.store.files import write_bytes
 
 from bench.provenance import ROOT, Provenance, machine_line
 
@@ -116,9 +117,7 @@ def collect(cells: Sequence[tuple[int, str]], work: Path, run: Runner, say: Call
         if cell is None:
             say(f"seed {seed}, {capability} ...")
             cell = run(seed, capability)
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
-            aside.replace(path)
+            write_bytes(path, (json.dumps(cell, indent=1) + "\n").encode())
         done.append(cell)
         say(" ".join(row(cell)))
     return done

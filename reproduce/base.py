@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from stepinfluence.machine import machine_facts, versions
 from stepinfluence.provenance import Provenance, checkout
+from stepinfluence.store.files import write_atomically, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +112,8 @@ class Run(Generic[ConfigT]):
                 )
         elif any(folder.iterdir()):
             raise ValueError(f"out: {folder} is not empty and holds no earlier run; choose another folder")
-        _write_text(known, json.dumps({**record, "versions": versions(), "machine": machine_facts()}, indent=2) + "\n")
+        facts = {**record, "versions": versions(), "machine": machine_facts()}
+        write_bytes(known, (json.dumps(facts, indent=2) + "\n").encode())
 
     @property
     def checkpoints(self) -> Path:
@@ -151,12 +152,12 @@ class Run(Generic[ConfigT]):
         self._timings[name], self._sources[name] = timing, checkout()
         kept = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}
         rest = _plain({k: v for k, v in values.items() if not isinstance(v, np.ndarray)})
-        temporary = arrays.with_suffix(".tmp.npz")
-        np.savez_compressed(temporary, **kept)  # type: ignore[arg-type]  # numpy's stub has the flag in mind
-        os.replace(temporary, arrays)  # noqa: PTH105  # replaces on every system
-        _write_text(
-            plain, json.dumps({"values": rest, "timing": timing, "sources": self._sources[name]}, indent=1) + "\n"
+        write_atomically(
+            arrays,
+            lambda aside: np.savez_compressed(aside, **kept),  # type: ignore[arg-type]  # numpy's stub has the flag in mind
         )
+        content = {"values": rest, "timing": timing, "sources": self._sources[name]}
+        write_bytes(plain, (json.dumps(content, indent=1) + "\n").encode())
         return {**rest, **kept}
 
     @property
@@ -199,9 +200,3 @@ def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = earlier.get("config") or {}, now["config"]
     names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     return ", ".join(f"{k}: {old.get(k)}, now {new.get(k)}" for k in names[:3])
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)  # noqa: PTH105

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from stepinfluence.models._validate import non_negative_int, one_of, positive_float, positive_int
 from stepinfluence.models.gpt import sample_loop_counts
+from stepinfluence.store.files import write_atomically
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -212,9 +212,8 @@ def _rows(config: SudokuTrainConfig, size: int, update: int) -> Tensor:
 
 
 def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Tensor) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses.clone()}, temporary)
-    os.replace(temporary, path)  # noqa: PTH105  # replaces on every system
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses.clone()}
+    write_atomically(path, lambda aside: torch.save(content, aside))
 
 
 def _take_up(

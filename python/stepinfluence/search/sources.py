@@ -145,12 +145,15 @@ class StoreSource:
         self._store = store
         self.spaces = tuple(c.space for c in store.checkpoints)
         self.etas = tuple(c.eta for c in store.checkpoints)
-        fold = store.manifest.fold
-        self.folded = None if fold is None else tuple((c["weights"], float(c["eta"])) for c in fold["checkpoints"])
         self.per_step = store.per_step
         self.valid = store.valid
         self.dtype = torch.float32
         self.device = torch.device("cpu")
+
+    @property
+    def folded(self) -> tuple[tuple[str, float], ...] | None:
+        fold = self._store.manifest.fold
+        return None if fold is None else tuple((c["weights"], float(c["eta"])) for c in fold["checkpoints"])
 
     def __len__(self) -> int:
         return len(self._store)
