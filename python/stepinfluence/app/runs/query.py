@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from stepinfluence.app.project import RowId
 from stepinfluence.app.runs.stored import StoredRun
 from stepinfluence.attribution.aggregation import Dominance, dominating, energy_shares, first_order_unit
+from stepinfluence.attribution.curvature import Choice, Curvature
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import StoreError
 from stepinfluence.search import checkpoint_energy, top_k
@@ -20,6 +21,9 @@ from stepinfluence.store import Store
 
 CANDIDATES = 4
 """Rows that are recomputed exactly for each one that is wanted, unless told otherwise."""
+
+
+PLAIN = "SDI (eq. 5), without curvature"
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Answer:
         shares: of each, in the query's SDI energy (from the sketches, also where the hits are exact).
         dominance: the checkpoint that holds most of it, if one does.
         unit: of the influence.
+        score: which score it is, in words.
     """
 
     id: RowId
@@ -91,6 +96,7 @@ class Answer:
     shares: tuple[float, ...]
     dominance: Dominance | None
     unit: str
+    score: str
 
 
 def ask_rows(store: Store, rows: Sequence[int]) -> Asked:
@@ -136,6 +142,7 @@ def answer(
     exact: bool = False,
     candidates: int | None = None,
     parameters: str | None = None,
+    curvature: Sequence[Curvature] | None = None,
     progress: bool = True,
 ) -> list[Answer]:
     """The k training rows that help (or harm) each query most.
@@ -145,15 +152,27 @@ def answer(
         exact: recompute the influence of a short list without sketches, and rank by that.
         candidates: length of the short list; 4 k if not given.
         parameters: restrict influence to body parameters, ``*`` and ``?`` allowed.
+        curvature: of each checkpoint's training rows, to correct influence with; not with ``exact``.
 
     Raises:
         StepInfluenceError, ValueError: as for :func:`stepinfluence.search.top_k` and :meth:`StoredRun.exact`.
     """
     wanted = k if not exact else max(k, candidates if candidates is not None else CANDIDATES * k)
+    if exact and curvature is not None:
+        raise ValueError("exact: recomputes scores without curvature; leave out one of the two")
+    corrections: Choice = "none" if curvature is None else curvature
     found = top_k(
-        train, asked.features, wanted, steps=steps, harmful=harmful, parameters=parameters, progress=progress
-    )  # fmt: skip
-    energy = np.nan_to_num(checkpoint_energy(train, asked.features, parameters=parameters))
+        train,
+        asked.features,
+        wanted,
+        steps=steps,
+        harmful=harmful,
+        parameters=parameters,
+        curvature=corrections,
+        progress=progress,
+    )
+    energy = np.nan_to_num(checkpoint_energy(train, asked.features, parameters=parameters, curvature=corrections))
+    score = PLAIN if curvature is None else _named(curvature)
     names = tuple(checkpoint.name for checkpoint in train.checkpoints)
     unit = first_order_unit([checkpoint.eta for checkpoint in train.checkpoints])
     answers = []
@@ -173,8 +192,14 @@ def answer(
         loss = float(asked.features[-1].losses[q])
         shares = tuple(energy_shares(energy[:, q]).tolist())
         owner = dominating(energy[:, q], names)
-        answers.append(Answer(query_id, asked.texts[q], loss, tuple(hits), names, shares, owner, unit))
+        answers.append(Answer(query_id, asked.texts[q], loss, tuple(hits), names, shares, owner, unit, score))
     return answers
+
+
+def _named(curvature: Sequence[Curvature]) -> str:
+    what = {"fisher": "the train features' Fisher", "block": "the train features' Fisher by parameter"}
+    dampings = ", ".join(f"{one.damping:.2g}" + (" (auto)" if one.damping == one.auto else "") for one in curvature)
+    return f"influence corrected by {what[curvature[0].kind]}, damping {dampings}"
 
 
 def _hit(
