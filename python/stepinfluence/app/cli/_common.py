@@ -60,10 +60,10 @@ def fail(message: str, *, code: int = WRONG_USE) -> None:
 
 def damping_of(text: str | None) -> Any:
     """``--damping``: a number, or ``"auto"`` where nothing or that was given."""
-    if text in (None, "auto"):
+    if text is None or text == "auto":
         return "auto"
     try:
-        return float(text)  # type: ignore[arg-type]
+        return float(text)
     except ValueError:
         fail(f"damping: got {text!r}; give a number relative to the largest eigenvalue, or auto")
 
