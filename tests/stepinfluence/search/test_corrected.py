@@ -8,7 +8,7 @@ import made
 import numpy as np
 import pytest
 import torch
-from stepinfluence import FeatureMismatchError, Features, Fisher, influence
+from stepinfluence import FeatureMismatchError, Features, Fisher, StoreError, influence
 from stepinfluence.attribution.curvature import BlockFisher, factors, outliers
 from stepinfluence.search import checkpoint_energy, scores, top_k
 from stepinfluence.store import Store, fold_store, reader
@@ -96,5 +96,7 @@ def test_wrong_use(tmp_path: Path) -> None:
     assert torch.equal(top_k(train, transformed, 3, etas=ETAS).rows, top_k(train, query, 3, curvature=fitted).rows)
     with pytest.raises(FeatureMismatchError, match="transformed already"):
         top_k(train, transformed, curvature=fitted)
+    with pytest.raises(StoreError, match="transformed by a curvature"):
+        made.store(tmp_path / "x", transformed[:1])
     with pytest.raises(FeatureMismatchError, match="folded checkpoints"):
         Fisher.fit(fold_store(tmp_path / "t", tmp_path / "folded"))
