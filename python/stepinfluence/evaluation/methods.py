@@ -11,9 +11,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.attribution.curvature import Choice, Damping, Normalize, corrected
-from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.curvature.choice import unit_norm
 from stepinfluence.attribution.scoring import self_influence
 from stepinfluence.capture import Capture, ExactCapture, attach
 from stepinfluence.evaluation.problem import Problem
@@ -46,14 +46,6 @@ class Scored:
     bytes_per_example: int
 
 
-class Correction(TypedDict, total=False):
-    """How scores are corrected, as for :func:`stepinfluence.influence`."""
-
-    curvature: Choice
-    damping: Damping
-    normalize: Normalize
-
-
 Method: TypeAlias = Callable[[Problem, nn.Module], Scored]
 
 
@@ -62,7 +54,7 @@ def _influence(problem: Problem, capture: Capture | ExactCapture, *, cosine: boo
     train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
     query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
     if cosine:
-        train, query = _normalized(train), _normalized(query)
+        train, query = unit_norm(train), unit_norm(query)
     # Summed features: one product gives the sum over steps that is compared here.
     scores = (train.values @ query.values.T).double().numpy()
     suspicion = None if cosine else self_influence(train).double().numpy()
@@ -70,21 +62,24 @@ def _influence(problem: Problem, capture: Capture | ExactCapture, *, cosine: boo
     return Scored(scores, suspicion, time.process_time() - began, width)
 
 
-def _normalized(features: Features) -> Features:
-    norms = features.values.norm(dim=1, keepdim=True).clamp_min(torch.finfo(features.values.dtype).tiny)
-    return replace(features, values=features.values / norms)
-
-
-def corrected_sdi(problem: Problem, model: nn.Module, *, sketch_size: int = 2048, **how: Unpack[Correction]) -> Scored:
+def corrected_sdi(
+    problem: Problem,
+    model: nn.Module,
+    *,
+    sketch_size: int = 2048,
+    curvature: Choice = "none",
+    damping: Damping | None = None,
+    normalize: Normalize = None,
+) -> Scored:
     """SDI with the query's features times ``(F + lambda)^-1`` of the train features; arguments as for
     :func:`stepinfluence.influence`. Suspicion is the plain self-influence, and None for unit-norm rows."""
     began = time.process_time()
     capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
     train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
     query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
-    (rows,), (asked,) = corrected([train], [query], **how)
+    (rows,), (asked,) = corrected([train], [query], curvature=curvature, damping=damping, normalize=normalize)
     scores = (rows.values @ asked.values.T).double().numpy()
-    suspicion = self_influence(train).double().numpy() if how.get("normalize") is None else None
+    suspicion = self_influence(train).double().numpy() if normalize is None else None
     width = train.values.shape[1] * train.values.element_size()
     return Scored(scores, suspicion, time.process_time() - began, width)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stepinfluence.attribution.curvature import Choice, Damping
 from stepinfluence.attribution.features import Parameters
 from stepinfluence.search.question import ask
 from stepinfluence.search.sources import Rows
@@ -25,12 +26,14 @@ def checkpoint_energy(
     *,
     etas: float | Sequence[float] | None = None,
     parameters: Parameters = None,
+    curvature: Choice = "none",
+    damping: Damping | None = None,
     most_rows: int = MOST_ROWS,
 ) -> NDArray[np.float64]:
     """SDI energy of each query by checkpoint: absolute influence, summed over training rows and query steps.
 
     Args:
-        train, query, etas, parameters: as for :func:`stepinfluence.search.top_k`.
+        train, query, etas, parameters, curvature, damping: as for :func:`stepinfluence.search.top_k`.
         most_rows: look at this many rows, evenly spread, where there are more: enough for shares.
 
     Returns:
@@ -41,7 +44,7 @@ def checkpoint_energy(
     """
     if isinstance(most_rows, bool) or not isinstance(most_rows, int) or most_rows < 1:
         raise ValueError(f"most_rows: got {most_rows!r}; give a positive number of rows")
-    question = ask(train, query, etas=etas, parameters=parameters)
+    question = ask(train, query, etas=etas, parameters=parameters, curvature=curvature, damping=damping)
     source = question.train
     known = np.flatnonzero(source.valid)
     if len(known) > most_rows:

@@ -11,7 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stepinfluence.attribution.features import Parameters
+from stepinfluence.attribution.curvature import Choice, Curvature, Damping
+from stepinfluence.attribution.curvature.choice import fitted
+from stepinfluence.attribution.features import Features, Parameters
 from stepinfluence.errors import FeatureMismatchError
 from stepinfluence.search.sources import FeatureSource, Rows, RowSource, StoreSource, as_source
 from stepinfluence.store import Store
@@ -109,6 +111,18 @@ def _compare(given: tuple[Rows, Rows], train: RowSource, query: RowSource) -> No
         ours.require_equal(theirs)
 
 
+def _corrections(
+    given: Rows, train: RowSource, query: RowSource, curvature: Choice, damping: Damping | None
+) -> list[Curvature] | None:
+    """What each checkpoint's queries are multiplied by; None for nothing."""
+    found = fitted([given] if isinstance(given, Features) else given, curvature, damping)
+    for one, ours, theirs in zip(found or (), train.spaces, query.spaces, strict=False):
+        one.space.require_equal(ours)
+        if theirs.curvature:
+            raise FeatureMismatchError("query: these features were transformed already; leave curvature='none'")
+    return found
+
+
 def default_device(train: RowSource) -> torch.device:
     """Where rows already are, or a GPU if there is one for rows that are read from disk."""
     if isinstance(train, StoreSource) and torch.cuda.is_available():
@@ -125,6 +139,8 @@ def ask(
     etas: float | Sequence[float] | None = None,
     parameters: Parameters = None,
     steps: Steps = None,
+    curvature: Choice = "none",
+    damping: Damping | None = None,
     device: torch.device | str | None = None,
 ) -> Question:
     """Check two sides of a search against each other and prepare the queries.
@@ -145,6 +161,7 @@ def ask(
             f"{'per_step' if per_step else 'steps'}: the queries' features are summed over steps; "
             "featurize them with per_step=True"
         )
+    corrections = _corrections(train, source, asked, curvature, damping)
     space = source.spaces[0]
     blocks = space.select(parameters)
     columns = slice(min(b.start for b in blocks), max(b.stop for b in blocks))
@@ -154,6 +171,7 @@ def ask(
     vectors = []
     for checkpoint, eta in enumerate(weights):
         values = asked.take(checkpoint, everyone).to(place, source.dtype)
+        values = values if corrections is None else corrections[checkpoint].solve(values)
         values = (values if asked.per_step else values.unsqueeze(1)) * eta
         for block in outside:
             values[:, :, block.start : block.stop] = 0

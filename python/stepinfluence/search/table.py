@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stepinfluence.attribution.curvature import Choice, Damping
 from stepinfluence.attribution.features import Parameters
 from stepinfluence.attribution.scoring import Influence
 from stepinfluence.search.question import Question, Steps, ask
@@ -26,6 +27,8 @@ def scores(
     etas: float | Sequence[float] | None = None,
     parameters: Parameters = None,
     steps: Steps = None,
+    curvature: Choice = "none",
+    damping: Damping | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Influence:
@@ -36,7 +39,7 @@ def scores(
             memory; the result's ``sdi`` is then that file, memory-mapped. In memory if not given. It appears when it
             is whole, and replaces one that is there.
         steps: only these steps of the queries (0-based).
-        train, query, etas, parameters, device, progress: as for :func:`top_k`.
+        train, query, etas, parameters, curvature, damping, device, progress: as for :func:`top_k`.
 
     Returns:
         :class:`~stepinfluence.Influence`. Rows and columns of examples that failed are NaN.
@@ -44,7 +47,16 @@ def scores(
     Raises:
         FeatureMismatchError, StoreError, ValueError, TypeError: as for :func:`top_k`; the file could not be written.
     """
-    question = ask(train, query, etas=etas, parameters=parameters, steps=steps, device=device)
+    question = ask(
+        train,
+        query,
+        etas=etas,
+        parameters=parameters,
+        steps=steps,
+        curvature=curvature,
+        damping=damping,
+        device=device,
+    )
     shape = (len(question.train), len(question.query_ids), len(question.ranked))
     if out is None:
         sdi = torch.empty(shape, dtype=question.vectors[0].dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stepinfluence.attribution.curvature import Choice, Damping
 from stepinfluence.attribution.features import Parameters
 from stepinfluence.search.question import Question, Steps, ask
 from stepinfluence.search.ranking import NO_ROW, Ranking
@@ -89,6 +90,8 @@ def top_k(
     etas: float | Sequence[float] | None = None,
     parameters: Parameters = None,
     steps: Steps = None,
+    curvature: Choice = "none",
+    damping: Damping | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> TopK:
@@ -107,6 +110,8 @@ def top_k(
         etas: weight of each checkpoint; the store's if not given (1 for features).
         parameters: restrict influence to body parameters: a name or several, ``*`` and ``?`` allowed.
         steps: restrict the ranking to query steps (0-based): one, a slice or a range.
+        curvature, damping: as for :func:`stepinfluence.influence`: the queries are transformed once, the rows stay as
+            they are, and the parts of the score by parameter still add up to the whole.
         device: where to compute; a GPU if there is one for stores, else where the features are.
         progress: show a progress bar on work of over two seconds.
 
@@ -118,7 +123,16 @@ def top_k(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k: got {k!r}; give a positive number of rows")
     question = ask(
-        train, query, per_step=per_step, harmful=harmful, etas=etas, parameters=parameters, steps=steps, device=device
+        train,
+        query,
+        per_step=per_step,
+        harmful=harmful,
+        etas=etas,
+        parameters=parameters,
+        steps=steps,
+        curvature=curvature,
+        damping=damping,
+        device=device,
     )
     return best(question, k, progress=progress)
 

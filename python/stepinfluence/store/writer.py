@@ -177,6 +177,8 @@ class StoreWriter:
             except FeatureMismatchError as error:
                 what = str(error).removeprefix("query: ").replace("train's", "the store's")
                 raise StoreError(f"features: not those of the store's checkpoint {checkpoint}: {what}") from None
+            if features.space.curvature:
+                raise StoreError("features: transformed by a curvature, which stores do not record; store plain ones")
             if features.per_step != manifest.per_step:
                 kinds = ("summed over steps", "per step")
                 raise StoreError(

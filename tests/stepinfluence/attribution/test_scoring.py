@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import multilinear
-from stepinfluence import ExactCapture, Features, attach, influence, influence_over_checkpoints, self_influence
+from stepinfluence import ExactCapture, Features, Fisher, attach, influence, influence_over_checkpoints, self_influence
 from stepinfluence.attribution.features import Block, FeatureSpace
 from stepinfluence.errors import CheckpointError, FeatureMismatchError
 from stepinfluence.models import LoopedGPT, LoopedGPTConfig, gpt_loss
@@ -249,3 +249,31 @@ def test_over_checkpoints_bad_input(run: tuple[LoopedGPT, list[Path]], tmp_path:
     scores([plain], etas=1.0)
     with pytest.raises(FeatureMismatchError, match="different examples"):
         scores(paths, train=iter(batches([2], 1)))
+
+
+@pytest.mark.parametrize("metric", [None, "adam"])
+@pytest.mark.parametrize("decompose", ["query", "train", "both"])
+def test_over_checkpoints_each_with_its_own_curvature(
+    run: tuple[LoopedGPT, list[Path]], decompose: Any, metric: Any
+) -> None:
+    """Also under an optimizer's metric: the Fisher is that of the features in the metric."""
+    model, paths = run
+    paths = paths[1:]  # the first has no state of the optimizer yet
+    capture = attach(model, body="core", sketch_size=64)
+    given: dict[str, Any] = {"etas": 0.5, "metric": metric, "decompose": decompose, "progress": False}
+    train, query = batches([3, 2], 1), batches([2], 2)
+    correction: dict[str, Any] = {"curvature": "fisher", "damping": 1e-2}
+    found = influence_over_checkpoints(capture, paths, train, query, gpt_loss, **given, **correction)
+    each = [
+        influence_over_checkpoints(capture, [path], train, query, gpt_loss, **given, **correction) for path in paths
+    ]
+    torch.testing.assert_close(found.sdi, each[0].sdi + each[1].sdi)
+    assert found.energies is not None
+    torch.testing.assert_close(found.energies, torch.cat([one.energies for one in each if one.energies is not None]))
+    assert found.shares is not None
+    torch.testing.assert_close(found.shares.sum(0), torch.ones(2))
+    plain = influence_over_checkpoints(capture, paths, train, query, gpt_loss, **given)
+    assert not torch.allclose(plain.sdi, found.sdi)
+    fitted = Fisher.fit(capture.featurize(train, gpt_loss), damping=1e-2)
+    with pytest.raises(ValueError, match="curvature: got 1 for 2 checkpoints"):
+        influence_over_checkpoints(capture, paths, train, query, gpt_loss, curvature=fitted, **given)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from stepinfluence.app.cli import demo, doctor, evaluate, explore, featurize, influence, init, query, store
+from stepinfluence.app.cli import demo, doctor, evaluate, explore, featurize, influence, init, outliers, query, store
 from stepinfluence.app.cli._common import CommandGroup, show_version
 
 HELP = """Which training examples shaped a looped transformer's answer, and at which loop step.
@@ -56,6 +56,7 @@ app.command("init", help=init.HELP, rich_help_panel="Your own model")(init.run)
 app.command("featurize", help=featurize.HELP, epilog=featurize.EPILOG, rich_help_panel="Your own model")(featurize.run)
 app.command("query", help=query.HELP, epilog=query.EPILOG, rich_help_panel="Your own model")(query.run)
 app.command("influence", help=influence.HELP, epilog=influence.EPILOG, rich_help_panel="Your own model")(influence.run)
+app.command("outliers", help=outliers.HELP, epilog=outliers.EPILOG, rich_help_panel="Your own model")(outliers.run)
 app.add_typer(store.app, name="store", help=store.HELP, epilog=store.EPILOG, rich_help_panel="Your own model")
 
 

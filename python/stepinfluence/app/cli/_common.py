@@ -58,6 +58,16 @@ def fail(message: str, *, code: int = WRONG_USE) -> None:
     raise typer.Exit(code)
 
 
+def damping_of(text: str | None) -> Any:
+    """``--damping``: a number, or ``"auto"`` where nothing or that was given."""
+    if text is None or text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        fail(f"damping: got {text!r}; give a number relative to the largest eigenvalue, or auto")
+
+
 def console(*, json_output: bool = False) -> Console:
     """Where to print for people: stdout, or stderr when stdout is for JSON."""
     return Console(stderr=json_output, highlight=False)

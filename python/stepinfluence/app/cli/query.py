@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stepinfluence.app.bars import HARMFUL, HELPFUL, bars, printable
-from stepinfluence.app.cli._common import console, fail
+from stepinfluence.app.cli._common import console, damping_of, fail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +33,7 @@ Positive influence: training on the example lowers the query's loss. Steps count
   [cyan]sdi query run --id q17 --step 17-32[/cyan]           who matters in the late steps?
   [cyan]sdi query run --id q17 --harmful[/cyan]              who raised the loss?
   [cyan]sdi query run --id q17 --exact[/cyan]                recompute a short list without sketches
+  [cyan]sdi query run --id q17 --curvature fisher[/cyan]     the score that predicts retraining better
   [cyan]sdi query run --input new.jsonl[/cyan]               examples that are in no store
   [cyan]sdi query run --row 0 --json | jq .[0].hits[0][/cyan]
 """.replace("[0]", r"\[0]")
@@ -59,6 +60,13 @@ def run(
     parameters: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Influence through these body parameters only: '*.mlp.*'.")
     ] = None,
+    curvature: Annotated[
+        str, typer.Option(metavar="KIND", help="Correct for curvature: fisher, block (by parameter) or none.")
+    ] = "none",
+    damping: Annotated[
+        str | None,
+        typer.Option(metavar="X", help="With --curvature: auto, or relative to the largest eigenvalue."),
+    ] = None,
     train: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")] = "train",
     query: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. \\[default: the other one]")] = "",
     device: Annotated[str | None, typer.Option(help="For --input and --exact. \\[default: the run's]")] = None,
@@ -68,8 +76,14 @@ def run(
     if sum(given is not None for given in (ids or rows, file)) != 1:
         fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
     steps = _steps(step)
+    if curvature == "none" and damping is not None:
+        fail("damping: goes with --curvature fisher or block")
+    if curvature != "none" and exact:
+        fail("exact: recomputes scores without curvature; leave out --exact or --curvature")
+    number = damping_of(damping)
     screen = console(json_output=True)
     with screen.status("reading"):
+        from stepinfluence.app.runs.curvatures import kept_curvatures
         from stepinfluence.app.runs.query import answer, ask_new, ask_rows
         from stepinfluence.app.runs.stored import StoredRun
 
@@ -81,6 +95,7 @@ def run(
         else:
             source = opened.store(query or opened.other(train))
             asked = ask_rows(opened, source, [*(source.find(i) for i in ids or ()), *(rows or ())])
+        fitted = kept_curvatures(opened, store, curvature, number)
     answers = answer(
         opened,
         store,
@@ -91,6 +106,7 @@ def run(
         exact=exact,
         candidates=candidates,
         parameters=parameters,
+        curvature=fitted,
         progress=sys.stderr.isatty(),
     )
     if as_json:
@@ -136,6 +152,7 @@ def _number(value: float) -> float | None:
 def _json(one: Answer) -> dict[str, Any]:
     return {
         "query": {"id": one.id, "text": one.text, "loss": _number(one.loss)},
+        "score": one.score,
         "unit": one.unit,
         "checkpoints": [
             {"name": name, "share": share} for name, share in zip(one.checkpoints, one.shares, strict=True)
@@ -193,6 +210,7 @@ def _show(screen: Console, one: Answer, *, harmful: bool, step: str | None, exac
         table.add_row(*cells)
     screen.print(table)
     how = "exact, recomputed from the model" if exact else "estimated from sketches"
+    screen.print(Text(f"Score: {one.score}.", style="dim"))
     note = f"Training on these {'raises' if harmful else 'lowers'} the query's loss most; {how}; {one.unit}. "
     if steps > 1:
         note += f"Bars: [{HELPFUL}]helps[/], [{HARMFUL}]harms[/]."

@@ -13,6 +13,7 @@ from torch import Tensor
 from stepinfluence.app.project import MapStyle, RowId
 from stepinfluence.app.runs.stored import StoredRun
 from stepinfluence.attribution.aggregation import Dominance, dominating, energy_shares, first_order_unit
+from stepinfluence.attribution.curvature import Choice, Curvature
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import StoreError
 from stepinfluence.search import TopK, ask, checkpoint_energy, two_stage
@@ -21,6 +22,9 @@ from stepinfluence.store import Store
 
 CANDIDATES = 4
 """Rows that are recomputed exactly for each one that is wanted, unless told otherwise."""
+
+
+PLAIN = "SDI (eq. 5), without curvature"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Answer:
         shares: of each, in the query's SDI energy (from the sketches, also where the hits are exact).
         dominance: the checkpoint that holds most of it, if one does.
         unit: of the influence.
+        score: which score it is, in words.
     """
 
     id: RowId
@@ -90,6 +95,7 @@ class Answer:
     shares: tuple[float, ...]
     dominance: Dominance | None
     unit: str
+    score: str
 
 
 def ask_rows(run: StoredRun, store: Store, rows: Sequence[int]) -> Asked:
@@ -134,6 +140,7 @@ def answer(
     exact: bool = False,
     candidates: int | None = None,
     parameters: str | None = None,
+    curvature: Sequence[Curvature] | None = None,
     progress: bool = True,
 ) -> list[Answer]:
     """The k training rows that help (or harm) each query most.
@@ -143,12 +150,16 @@ def answer(
         exact: recompute the influence of a short list without sketches, and rank by that.
         candidates: length of the short list; 4 k if not given.
         parameters: restrict influence to body parameters, ``*`` and ``?`` allowed.
+        curvature: of each checkpoint's training rows, to correct influence with; not with ``exact``.
 
     Raises:
         StepInfluenceError, ValueError: as for :func:`stepinfluence.search.top_k` and
             :func:`stepinfluence.search.two_stage`.
     """
-    question = ask(train, asked.features, steps=steps, harmful=harmful, parameters=parameters)
+    if exact and curvature is not None:
+        raise ValueError("exact: recomputes scores without curvature; leave out one of the two")
+    corrections: Choice = "none" if curvature is None else curvature
+    question = ask(train, asked.features, steps=steps, harmful=harmful, parameters=parameters, curvature=corrections)
     if exact:
         wanted = max(k, candidates if candidates is not None else CANDIDATES * k)
         both = two_stage(
@@ -157,7 +168,8 @@ def answer(
         found, estimates = both.top, both.estimates
     else:
         found, estimates = best(question, k, progress=progress), None
-    energy = np.nan_to_num(checkpoint_energy(train, asked.features, parameters=parameters))
+    energy = np.nan_to_num(checkpoint_energy(train, asked.features, parameters=parameters, curvature=corrections))
+    score = PLAIN if curvature is None else _named(curvature)
     names = tuple(checkpoint.name for checkpoint in train.checkpoints)
     unit = first_order_unit([checkpoint.eta for checkpoint in train.checkpoints])
     answers = []
@@ -166,7 +178,7 @@ def answer(
         loss = float(asked.features[-1].losses[q])
         shares = tuple(energy_shares(energy[:, q]).tolist())
         owner = dominating(energy[:, q], names)
-        answers.append(Answer(query_id, asked.texts[q], loss, hits, names, shares, owner, unit))
+        answers.append(Answer(query_id, asked.texts[q], loss, hits, names, shares, owner, unit, score))
     return answers
 
 
@@ -180,3 +192,9 @@ def _hits(train: Store, found: TopK, q: int, estimates: Tensor | None) -> tuple[
         score, trajectory = float(found.scores[q, place]), found.sdi[q, place].numpy()
         hits.append(Hit(row, info.id, info.text, score, trajectory, estimate))
     return tuple(hits)
+
+
+def _named(curvature: Sequence[Curvature]) -> str:
+    what = {"fisher": "the train features' Fisher", "block": "the train features' Fisher by parameter"}
+    dampings = ", ".join(f"{one.damping:.2g}" + (" (auto)" if one.damping == one.auto else "") for one in curvature)
+    return f"influence corrected by {what[curvature[0].kind]}, damping {dampings}"

@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from stepinfluence.attribution.curvature.factors import Factor
 from stepinfluence.attribution.curvature.rows import FitRows, TrainRows
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
 from stepinfluence.errors import FeatureMismatchError
+
+Fitted = TypeVar("Fitted", bound="Curvature")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +52,14 @@ class Curvature(ABC):
 
     @classmethod
     def fit(
-        cls,
+        cls: type[Fitted],
         train: TrainRows,
         *,
         checkpoint: int = 0,
         damping: Damping = "auto",
         rank: int | None = None,
         seed: int = 0,
-    ) -> Self:
+    ) -> Fitted:
         """Fit to train features, summed over steps.
 
         Exact where rows or columns are at most :data:`.factors.EXACT_SIDE`; else the leading eigenvectors, by
@@ -93,16 +95,17 @@ class Curvature(ABC):
             errors=() if chosen is None else chosen.errors,
         )
 
-    def with_damping(self, damping: Damping) -> Self:
+    def with_damping(self: Fitted, damping: Damping) -> Fitted:
         """The same matrix with another damping; nothing is fitted again.
 
         Raises:
             ValueError: not a positive number, or ``"auto"`` where it was not asked for at the fit.
         """
         number = checked(damping)
-        if number is None and self.auto is None:
+        number = self.auto if number is None else number
+        if number is None:
             raise ValueError("damping: 'auto' was not chosen when this was fitted; fit with damping='auto'")
-        return replace(self, damping=self.auto if number is None else number)
+        return replace(self, damping=number)
 
     @property
     def digest(self) -> str:

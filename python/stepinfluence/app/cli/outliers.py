@@ -1,0 +1,111 @@
+"""``sdi outliers``: training examples that stand out, by self-influence or leverage."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from stepinfluence.app.bars import bars, printable
+from stepinfluence.app.cli._common import console, damping_of, fail
+
+if TYPE_CHECKING:
+    from stepinfluence.attribution.curvature import Outlier
+
+HELP = """Mislabelled or unusual training examples of a run, by their own loop steps.
+
+[cyan]self-influence[/cyan], the squared gradient, is large for examples that training keeps pulling at: wrong labels \
+and hard cases. [cyan]leverage[/cyan], the same under the curvature of all training rows, is large for examples that \
+no others explain: rare ones.
+
+[bold]Examples[/bold]
+  [cyan]sdi outliers run[/cyan]                       look here first for wrong labels
+  [cyan]sdi outliers run --by leverage -k 50[/cyan]
+  [cyan]sdi outliers run --json | jq .[0][/cyan]
+""".replace("[0]", r"\[0]")
+EPILOG = "Exit status: 0 done, 2 wrong use or input (damaged or incomplete store), 130 interrupted."
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")],
+    k: Annotated[int, typer.Option("-k", "--top-k", metavar="N", min=1, help="How many training examples.")] = 20,
+    by: Annotated[str, typer.Option(metavar="SCORE", help="self-influence or leverage.")] = "self-influence",
+    curvature: Annotated[str, typer.Option(metavar="KIND", help="Of the leverage: fisher or block.")] = "fisher",
+    damping: Annotated[
+        str | None, typer.Option(metavar="X", help="Of the leverage: auto, or relative to the largest eigenvalue.")
+    ] = None,
+    train: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")] = "train",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """See :data:`HELP`."""
+    if by not in ("self-influence", "leverage"):
+        fail(f"by: got {by!r}; use self-influence or leverage")
+    if by != "leverage" and damping is not None:
+        fail("damping: goes with --by leverage")
+    number = damping_of(damping)
+    with console(json_output=True).status("reading"):
+        from stepinfluence.app.runs.curvatures import kept_curvatures
+        from stepinfluence.app.runs.stored import StoredRun
+        from stepinfluence.attribution.curvature import outliers
+
+        opened = StoredRun.open(folder)
+        store = opened.store(train)
+        if by == "leverage":
+            fitted = kept_curvatures(opened, store, curvature, number)
+            if fitted is None:
+                fail("curvature: got 'none'; leverage needs fisher or block")
+            found = outliers(store, k, by="leverage", curvature=fitted)  # type: ignore[arg-type]
+            shown = (
+                f"leverage under curvature {curvature}, damping {', '.join(f'{c.damping:.2g}' for c in fitted or ())}"
+            )
+        else:
+            found = outliers(store, k)
+            shown = "self-influence"
+    if as_json:
+        typer.echo(json.dumps([_json(one, by) for one in found], ensure_ascii=False, indent=2))
+        return
+    _show(found, shown)
+
+
+def _json(one: Outlier, by: str) -> dict[str, object]:
+    return {
+        "row": one.row,
+        "id": one.id,
+        "text": one.text,
+        "by": by,
+        "score": one.score,
+        "loss": one.loss if math.isfinite(one.loss) else None,
+        "steps": one.steps.tolist(),
+    }
+
+
+def _show(found: list[Outlier], shown: str) -> None:
+    screen = console()
+    if not found:
+        screen.print("no training example")
+        return
+    steps = len(found[0].steps)
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("", justify="right", style="dim")
+    table.add_column("id", no_wrap=True, overflow="ellipsis", max_width=24)
+    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("loss", justify="right", no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    each = -(-steps // 24)
+    if steps > 1:
+        table.add_column(f"steps 1–{steps}" + (f", {each} per bar" if each > 1 else ""), no_wrap=True)
+    most = float(np.nanmax(np.abs([one.steps for one in found])))
+    for place, one in enumerate(found, 1):
+        cells: list[Text | str] = [str(place), printable(one.id), printable(one.text or "")]
+        cells += [f"{one.loss:.3g}", f"{one.score:.3g}"]
+        cells += [bars(one.steps.astype(np.float32), most, each=each)] if steps > 1 else []
+        table.add_row(*cells)
+    screen.print(table)
+    note = "" if steps > 1 else " The rows are summed over steps: featurize with --per-step for scores by step."
+    screen.print(Text(f"Score: {shown}.{note}", style="dim"))
