@@ -170,12 +170,10 @@ class Run(Generic[ConfigT]):
         return self._sources
 
     def figure(self, name: str, figure: Figure) -> str:
-        """Save a matplotlib figure as ``figures/<name>.png`` and ``.svg``; returns ``name``, for :class:`Section`."""
+        """Save a matplotlib figure as ``figures/<name>.png``; returns ``name``, for :class:`Section`."""
         folder = self.folder / "figures"
         folder.mkdir(exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=150)
-        # Without a date and with fixed ids: the same figure gives the same file.
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         return name
 
 

@@ -95,7 +95,7 @@ def test_report_shows_our_number_beside_the_papers(tmp_path: Path) -> None:
     assert "<script>" not in page
     assert "A &lt;title&gt;" in page
     assert 'src="data:image/png;base64,' in page
-    assert (run.folder / "figures" / "line.svg").exists()
+    assert (run.folder / "figures" / "line.png").exists()
     results = json.loads((run.folder / "results.json").read_text())
     assert results["comparisons"][0]["paper"] == 0.0388
     assert results["timings"].keys() == {"s"}
@@ -109,7 +109,7 @@ def test_figures_are_the_same_bytes_each_time(tmp_path: Path) -> None:
             drawn, axes = figure()
             axes.plot([1, 2], [3, 4])
             run.figure("line", drawn)
-        files.append((run.folder / "figures" / "line.svg").read_bytes())
+        files.append((run.folder / "figures" / "line.png").read_bytes())
     assert files[0] == files[1]
 
 

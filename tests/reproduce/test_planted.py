@@ -193,4 +193,4 @@ def test_minute_run_end_to_end(tmp_path: Path) -> None:
     report = (folder / "report.md").read_text()
     for name in ("timing", "critical", "trajectories", "mislabelled", "retraining"):
         assert f"figures/{name}.png" in report
-        assert (folder / "figures" / f"{name}.svg").stat().st_size > 1000
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 1000

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -35,8 +37,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+class _NoMathText(Run[Config]):
+    """A run whose figures may not have math text: it is drawn in another typeface than the labels beside it."""
+
+    def figure(self, name: str, figure: Figure) -> str:
+        saved = super().figure(name, figure)  # drawn now, so that ticks have their labels
+        assert not [text for text in figure.findobj(Text) if "$" in text.get_text()]
+        return saved
+
+
 def test_end_to_end(tmp_path: Path) -> None:
-    task = Run(tmp_path / "run", "sudoku", "minute", CONFIGS["minute"])
+    task = _NoMathText(tmp_path / "run", "sudoku", "minute", CONFIGS["minute"])
     with styled():
         outcome = run(task)
     report = write_report(task, outcome, "python -m reproduce sudoku").parent
@@ -50,9 +61,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert sum(c.paper is not None for c in outcome.comparisons) == 17
     for section in outcome.sections:
         for name in section.figures:
-            assert (report / "figures" / f"{name}.svg").stat().st_size > 1000
             assert (report / "figures" / f"{name}.png").stat().st_size > 1000
-            assert "$" not in (report / "figures" / f"{name}.svg").read_text()
 
     # The stages hold what the report says: recompute two statistics from them, without our functions.
     stages = [np.load(path) for path in sorted((report / "stages").glob("influence-*.npz"))]
