@@ -99,6 +99,7 @@ def test_a_missing_solver_is_one_line_with_the_command(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "pysat", None)
     result = CliRunner().invoke(app, ["sudoku", "--scale", "minute", "--out", str(tmp_path / "run")])
     assert result.exit_code == 2
+    assert result.output.startswith("python -m reproduce: ")
     assert "pip install 'sdi-kernels[sudoku]'" in result.output
     assert not (tmp_path / "run").exists()
 
