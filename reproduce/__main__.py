@@ -81,12 +81,14 @@ def run(
         from reproduce.style import styled
 
         need_extra("report,eval", missing_modules((*EXTRAS["report"], "scipy", "sklearn")), program=PROGRAM)
-        module = importlib.import_module(EXPERIMENTS[experiment].module)
+        package = EXPERIMENTS[experiment].package
+        module = importlib.import_module(f"{package}.run")
+        configs = importlib.import_module(f"{package}.config").CONFIGS
         if hasattr(module, "REQUIRES"):
             extra, modules = module.REQUIRES
             need_extra(extra, missing_modules(modules), program=PROGRAM)
     folder = out or Path(f"sdi-{experiment}-{scale}")
-    config = _configure(module.CONFIGS, scale, seed=seed, data=data)
+    config = _configure(configs, scale, seed=seed, data=data)
     if fresh:
         _clear(folder)
     numbers = iter(range(1, 1000))

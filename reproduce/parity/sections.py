@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reproduce.base import Result, Run, Section
-from reproduce.parity import pictures
+from reproduce.parity import figures
 from reproduce.parity.clock import Clock
 from reproduce.parity.config import Config
 from reproduce.parity.profiles import Profiles
@@ -41,7 +41,7 @@ def percent(share: float) -> str:
 def training(run: Run[Config], trained: Result, found: Result, accuracies: Mapping[int, Any]) -> Section:
     """The model and its accuracy by length."""
     config = run.config.training
-    name = run.figure("accuracy", pictures.lengths(accuracies, found["accuracy_lengths"], config.max_digits))
+    name = run.figure("accuracy", figures.lengths(accuracies, found["accuracy_lengths"], config.max_digits))
     text = (
         f"Width {config.model.d_model}, {config.model.n_heads} heads, {trained['parameters']} parameters "
         f"({trained['body_parameters']} in the loop body); {trained['steps']} optimizer steps of {config.batch_size} "
@@ -59,9 +59,9 @@ def influence(run: Run[Config], profiles: Profiles, ours: Readings) -> Section:
     n = config.test_length
     late = profiles.trained
     shown = (
-        run.figure("profile", pictures.profile(profiles.all.values, late.values, ours.margin, late.peaks, n)),
-        run.figure("recurrence", pictures.recurrence(late.values[:n], ours, ours.cosine)),
-        run.figure("self-influence", pictures.own_influence(profiles.own)),
+        run.figure("profile", figures.profile(profiles.all.values, late.values, ours.margin, late.peaks, n)),
+        run.figure("recurrence", figures.recurrence(late.values[:n], ours, ours.cosine)),
+        run.figure("self-influence", figures.own_influence(profiles.own)),
     )
     gaps = ", ".join(map(str, np.diff(late.peaks))) or "none"
     shares = ", ".join(percent(s) for s in profiles.share_by_checkpoint)
@@ -86,7 +86,7 @@ def influence(run: Run[Config], profiles: Profiles, ours: Readings) -> Section:
 
 def states(run: Run[Config], ours: Readings) -> Section:
     """Discrete states and their transitions."""
-    shown = run.figure("portrait", pictures.portrait(ours))
+    shown = run.figure("portrait", figures.portrait(ours))
     rows = "\n".join(f"| {k + 1} | " + " | ".join(f"{v:.2f}" for v in row) + " |" for k, row in enumerate(ours.matrix))
     head = "| from \\ to | " + " | ".join(str(k + 1) for k in range(len(ours.matrix))) + " |"
     best = max(ours.silhouette, key=lambda k: ours.silhouette[k])
@@ -138,7 +138,7 @@ def _row(title: str, s: Scored) -> str:
 def what_turns(run: Run[Config], found: Result, turning: Clock, profiles: Profiles, ours: Readings) -> Section:
     """Two hypotheses on where the period comes from, beyond the paper."""
     n = run.config.test_length
-    shown = run.figure("clock", pictures.clocks(turning, profiles.test_clock))
+    shown = run.figure("clock", figures.clocks(turning, profiles.test_clock))
     start, end = (float(found[f"running_{side}"][: n - 1].mean()) for side in ("start", "end"))
     ones, right = found["count_ones"], found["count_right"]
     wrong = [int(k) for k in np.unique(ones) if right[ones == k].mean() < 0.5]

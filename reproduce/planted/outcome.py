@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from reproduce.base import Comparison, Outcome
-from reproduce.planted import scores
+from reproduce.planted import measure
+from reproduce.planted.analyse import pooled
 from reproduce.planted.config import Config
-from reproduce.planted.findings import pooled
-from reproduce.planted.pictures import REGIMES
+from reproduce.planted.figures import REGIMES
 from reproduce.planted.sections import interval_text, make_sections, mean_of
 from reproduce.planted.statistics import balanced_spearman_ceiling
 
@@ -26,20 +26,20 @@ def make_outcome(numbers: Numbers, config: Config) -> Outcome:
         config: of the run.
     """
     definitions = list(next(iter(numbers.values()))["critical"])
-    largest = scores.sketched(config.sketch_sizes[-1])
+    largest = measure.sketched(config.sketch_sizes[-1])
     worst = max(found["conservation"] for found in numbers.values())
     measures = {
         name: {m: pooled(numbers, name, m, config) for m in ("rank_biserial", "spearman")} for name in definitions
     }
     best = max(definitions, key=lambda name: measures[name]["rank_biserial"][0])
     ours = {
-        name: interval_text(measures[name]["rank_biserial"]) for name in (largest, scores.EXACT, scores.CLASSIC, best)
+        name: interval_text(measures[name]["rank_biserial"]) for name in (largest, measure.EXACT, measure.CLASSIC, best)
     }
     summary = f"""A summary of the paper reports correlations of {CLAIMS["sketched"]} (sketched SDI), {CLAIMS["exact"]}
 (exact SDI) and {CLAIMS["classic"]} (classic TracIn) with ground-truth critical examples of algorithmic tasks, and
 influence spikes exactly at the compare-swap step. The paper itself has no such experiment, and no protocol is
 published. Under the protocol below, sketched SDI has a rank-biserial correlation of {ours[largest]}, exact SDI of
-{ours[scores.EXACT]}, and classic TracIn taken literally (eq. 1, on the loop body) of {ours[scores.CLASSIC]}: summed
+{ours[measure.EXACT]}, and classic TracIn taken literally (eq. 1, on the loop body) of {ours[measure.CLASSIC]}: summed
 over steps, exact SDI *is* TracIn (here to {worst:.0e} of the largest score), so that no data can set the two apart.
 Of the {len(definitions)} definitions compared, “{best}” has the highest mean ({ours[best]})."""
     return Outcome(
@@ -50,7 +50,7 @@ Of the {len(definitions)} definitions compared, “{best}” has the highest mea
         numbers={
             "tasks": {task: {**found, "critical": _means(found["critical"])} for task, found in numbers.items()},
             "pooled": measures,
-            "definitions": scores.DEFINITIONS,
+            "definitions": measure.DEFINITIONS,
         },
     )
 
@@ -59,8 +59,8 @@ def _comparisons(numbers: Numbers, measures: Numbers, config: Config) -> Iterabl
     copies = balanced_spearman_ceiling(config.copies, equal=True)
     rule = balanced_spearman_ceiling(config.rule_examples, equal=False)
     ceiling = f"a perfect ranking gives {copies:.2f} for copies, {rule:.2f} for a rule: half of the truth is tied"
-    largest = scores.sketched(config.sketch_sizes[-1])
-    for name, key in ((largest, "sketched"), (scores.EXACT, "exact"), (scores.CLASSIC, "classic")):
+    largest = measure.sketched(config.sketch_sizes[-1])
+    for name, key in ((largest, "sketched"), (measure.EXACT, "exact"), (measure.CLASSIC, "classic")):
         note = "equals exact SDI, by conservation" if key == "classic" else ""
         found = measures[name]
         yield Comparison(
@@ -77,7 +77,7 @@ def _comparisons(numbers: Numbers, measures: Numbers, config: Config) -> Iterabl
             SUMMARY,
             ceiling,
         )
-    for name in (scores.LAST_CHECKPOINT, scores.LAST_STEP, scores.READ_OUT):
+    for name in (measure.LAST_CHECKPOINT, measure.LAST_STEP, measure.READ_OUT):
         yield Comparison(
             f"rank-biserial correlation: {name}",
             interval_text(measures[name]["rank_biserial"]),

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from reproduce.base import Section
-from reproduce.planted import scores
+from reproduce.planted import measure
+from reproduce.planted.analyse import DETECTORS
 from reproduce.planted.config import Config, make_task
-from reproduce.planted.findings import DETECTORS
-from reproduce.planted.pictures import REGIMES
+from reproduce.planted.figures import REGIMES
 from reproduce.planted.planting import KINDS
 from reproduce.planted.statistics import balanced_spearman_ceiling
 
@@ -110,7 +110,7 @@ def _critical(numbers: Numbers, measures: Numbers, config: Config) -> str:
             name,
             interval_text(m["rank_biserial"]),
             interval_text(m["spearman"]),
-            scores.DEFINITIONS.get(name, "as exact, TensorSketch"),
+            measure.DEFINITIONS.get(name, "as exact, TensorSketch"),
         )
         for name, m in measures.items()
     ]
@@ -129,8 +129,8 @@ is also given, among a query's critical examples and as many random others; as h
 ranking gives {copies:.2f} for {config.copies} copies and {rule:.2f} for {config.rule_examples} examples of a rule,
 not 1. For copies with a wrong answer the sign of the scores is turned.
 
-Summed over steps, SDI is TracIn on the loop body (eq. 6). “{scores.CLASSIC}” is computed here without any notion of
-a step; the largest difference from “{scores.EXACT}”, over the largest score, is
+Summed over steps, SDI is TracIn on the loop body (eq. 6). “{measure.CLASSIC}” is computed here without any notion of
+a step; the largest difference from “{measure.EXACT}”, over the largest score, is
 {", ".join(f"{found['conservation']:.1e} ({task})" for task, found in numbers.items())}. A gap between the two can
 only come from another definition of “classic TracIn”, or of the scalar made from an SDI trajectory; the table has
 several of both.

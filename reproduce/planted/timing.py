@@ -14,9 +14,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from reproduce.planted.config import Config
+from reproduce.planted.measure import energy
 from reproduce.planted.model import LoopedRewriter
 from reproduce.planted.planting import Distinct, Examples, clean
-from reproduce.planted.scores import energy
 from reproduce.planted.tasks.step_task import StepTask
 from reproduce.planted.training import accuracy_of, answer_loss, every_step_loss, to_model, train
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from reproduce.base import Comparison, Section
 from reproduce.sudoku import statistics as st
-from reproduce.sudoku.pictures import label
+from reproduce.sudoku.figures import label
 
 if TYPE_CHECKING:
+    from reproduce.sudoku.analyse import Analysis, Found
     from reproduce.sudoku.config import Config
-    from reproduce.sudoku.findings import Analysis, Found
 
 SCALE_NOTE = "the unit is set by learning rates and checkpoints, which the paper does not give: compare the ratio"
 

@@ -117,6 +117,5 @@ def test_every_experiment_has_every_scale() -> None:
     from importlib import import_module
 
     for name, entry in EXPERIMENTS.items():
-        module = import_module(entry.module)
-        assert set(module.CONFIGS) == set(SCALES), name
-        assert callable(module.run)
+        assert set(import_module(f"{entry.package}.config").CONFIGS) == set(SCALES), name
+        assert callable(import_module(f"{entry.package}.run").run)

@@ -18,8 +18,9 @@ from stepinfluence.models.parity_task import (
 )
 
 from reproduce.base import Outcome, Run
-from reproduce.parity import CONFIGS, Config, run
+from reproduce.parity.config import CONFIGS, Config
 from reproduce.parity.measure import alternating_rows, heldout_strings, running_parity
+from reproduce.parity.run import run
 from reproduce.report import write_report
 from reproduce.style import styled
 

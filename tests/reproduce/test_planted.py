@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from reproduce import planted as experiment
 from reproduce.base import Run
-from reproduce.planted import findings, retraining, scores, timing
+from reproduce.planted import analyse, measure, retraining, timing
+from reproduce.planted import run as experiment
 from reproduce.planted.config import CONFIGS, Config, make_task
 from reproduce.planted.planting import Distinct, Planted, clean, mislabel, plant
 from reproduce.planted.training import accuracy_of, answer_loss, every_step_loss, make_model, train
@@ -135,20 +135,22 @@ def test_training_repeats_learns_and_saves_what_it_says(tmp_path: Path) -> None:
 def test_definitions_agree_where_they_must(tmp_path: Path, planted: Planted) -> None:
     _, paths = train(SORTING, planted.train, MINUTE, loss=answer_loss(SORTING), seed=0, folder=tmp_path)
     config = dataclasses.replace(MINUTE, sketch_sizes=(16, 4096))
-    found = scores.all_scores(SORTING, planted, paths, config)
-    named = scores.by_name(found)
-    largest = np.abs(named[scores.CLASSIC]).max()
-    assert findings.conservation(found) < 1e-5
+    found = measure.all_scores(SORTING, planted, paths, config)
+    named = measure.by_name(found)
+    largest = np.abs(named[measure.CLASSIC]).max()
+    assert analyse.conservation(found) < 1e-5
     # A sketch as long as the largest parameter keeps nearly everything.
-    assert np.abs(named[scores.sketched(4096)] - named[scores.EXACT]).max() < 0.1 * largest
-    np.testing.assert_allclose(found["trajectories"].sum(2), named[scores.sketched(4096)], atol=1e-5 * largest)
-    assert np.abs(named[scores.COSINE]).max() <= 1 + 1e-5
-    last = scores.all_scores(SORTING, planted, paths[-1:], config)
-    np.testing.assert_allclose(named[scores.LAST_CHECKPOINT], scores.by_name(last)[scores.CLASSIC], atol=1e-6 * largest)
+    assert np.abs(named[measure.sketched(4096)] - named[measure.EXACT]).max() < 0.1 * largest
+    np.testing.assert_allclose(found["trajectories"].sum(2), named[measure.sketched(4096)], atol=1e-5 * largest)
+    assert np.abs(named[measure.COSINE]).max() <= 1 + 1e-5
+    last = measure.all_scores(SORTING, planted, paths[-1:], config)
+    np.testing.assert_allclose(
+        named[measure.LAST_CHECKPOINT], measure.by_name(last)[measure.CLASSIC], atol=1e-6 * largest
+    )
     # One checkpoint, a copy of the query: its influence is the query's self-influence.
     column = planted.of_kind("duplicates")[0]
     row = int(np.flatnonzero(planted.critical[:, column])[0])
-    assert scores.by_name(last)[scores.EXACT][row, column] == pytest.approx(last["self_exact"][row].sum(), rel=1e-4)
+    assert measure.by_name(last)[measure.EXACT][row, column] == pytest.approx(last["self_exact"][row].sum(), rel=1e-4)
     assert last["self_last"][row] == pytest.approx(last["self_exact"][row].sum(), rel=1e-4)
 
 

@@ -20,8 +20,10 @@ from reproduce.__main__ import app
 from reproduce.base import Run
 from reproduce.report import write_report
 from reproduce.style import styled
-from reproduce.sudoku import CONFIGS, Config, measure, run
+from reproduce.sudoku import measure
 from reproduce.sudoku import statistics as st
+from reproduce.sudoku.config import CONFIGS, Config
+from reproduce.sudoku.run import run
 
 # Two training puzzles, two test puzzles, four steps.
 SDI = np.array([[[4.0, -2.0, 1.0, 1.0], [0.0, 1.0, 0.0, -1.0]], [[-1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]]])

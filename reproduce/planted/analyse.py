@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from reproduce.planted import statistics
 from reproduce.planted.config import Config
+from reproduce.planted.measure import CLASSIC, EXACT, by_name, sketched
 from reproduce.planted.planting import KINDS, Planted
-from reproduce.planted.scores import CLASSIC, EXACT, by_name, sketched
 
 Stage = Mapping[str, Any]
 Array = npt.NDArray[np.float64]

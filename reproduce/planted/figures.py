@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from reproduce.planted.findings import DETECTORS
+from reproduce.planted.analyse import DETECTORS
 from reproduce.planted.planting import KINDS
 from reproduce.style import ACCENT, SERIES, SOFT, figure
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stepinfluence.models.gpt import LoopedGPTConfig
 
 from reproduce.base import Comparison, Outcome, Run, Section
-from reproduce.nanochat import pictures
+from reproduce.nanochat import figures
 from reproduce.nanochat.config import Config, Variant
 from reproduce.nanochat.corpus import Corpus
 from reproduce.nanochat.statistics import (
@@ -80,11 +80,11 @@ def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Out
         Comparison("held-out loss at 4 loop steps, and at most beyond", _plateau(protocol.loss), "plateau beyond τ = 4",
                    "§4", "nats per token; the paper: task accuracy on GSM8K")
     )  # fmt: skip
-    figures = (
-        run.figure("horizons", pictures.horizons(protocol.sdi)),
+    shown = (
+        run.figure("horizons", figures.horizons(protocol.sdi)),
         run.figure(
             "variants",
-            pictures.variants(
+            figures.variants(
                 {n: f.sdi for n, f in found.items()},
                 {n: np.array(f.loss) for n, f in found.items() if f.variant.trained},
                 protocol.variant.bptt_k,
@@ -92,8 +92,8 @@ def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Out
         ),
     )
     sections = [
-        Section("Influence by loop step", _profile_text(config, own, fits), (figures[0],)),
-        Section("What makes the profile", _variants_text(rows, found), (figures[1],)),
+        Section("Influence by loop step", _profile_text(config, own, fits), (shown[0],)),
+        Section("What makes the profile", _variants_text(rows, found), (shown[1],)),
         Section("Model, data and training", _setting(config, corpus, protocol)),
     ]
     numbers = {

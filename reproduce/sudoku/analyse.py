@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reproduce.base import Outcome, Result, Run, Section
-from reproduce.sudoku import pictures
+from reproduce.sudoku import figures
 from reproduce.sudoku import statistics as st
 
 if TYPE_CHECKING:
@@ -123,18 +123,18 @@ def outcome(run: Run[Config], found: Found) -> Outcome:
         f"train, ≤ {config.easy_at_most} blanks": result.easy,
         f"train, ≥ {config.hard_at_least} blanks": result.hard,
     }
-    figures = {
-        "accuracy": pictures.accuracy_by_steps(
+    drawn = {
+        "accuracy": figures.accuracy_by_steps(
             config.budgets, found.accuracy["test"], split.test.blanks, config.bins, config.train.mean_steps
         ),
-        "energy": pictures.energy_curves(result.energies, test_blanks, config.bins),
-        "memorisation": pictures.memorisation(
+        "energy": figures.energy_curves(result.energies, test_blanks, config.bins),
+        "memorisation": figures.memorisation(
             found.influence["self"], st.cross_mass(found.influence["tracin"]), train_blanks
         ),
-        "training-groups": pictures.by_training_group(found.influence["sdi"], groups, test_blanks, config.bins),
-        "training": pictures.training(found.training["losses"], found.training["loop_counts"]),
+        "training-groups": figures.by_training_group(found.influence["sdi"], groups, test_blanks, config.bins),
+        "training": figures.training(found.training["losses"], found.training["loop_counts"]),
     }
-    for name, made in figures.items():
+    for name, made in drawn.items():
         run.figure(name, made)
     sections: tuple[Section, ...] = (
         set_up_section(config, found),
@@ -156,12 +156,10 @@ def outcome(run: Run[Config], found: Found) -> Outcome:
 def numbers(config: Config, found: Found, result: Analysis) -> dict[str, Any]:
     """Plain values for ``results.json``."""
     test_blanks = found.split.test.blanks
-    curves = {
-        pictures.label(b): found.accuracy["test"][st.in_bin(test_blanks, b)].mean(0).tolist() for b in config.bins
-    }
+    curves = {figures.label(b): found.accuracy["test"][st.in_bin(test_blanks, b)].mean(0).tolist() for b in config.bins}
     sample_blanks = found.split.test_sample.blanks
     bands = {
-        pictures.label(b): [v.tolist() for v in st.band(result.energies[st.in_bin(sample_blanks, b)])]
+        figures.label(b): [v.tolist() for v in st.band(result.energies[st.in_bin(sample_blanks, b)])]
         for b in config.bins
     }
     table = result.table
@@ -174,9 +172,9 @@ def numbers(config: Config, found: Found, result: Analysis) -> dict[str, Any]:
         "cross_mass": [asdict(q) for q in table.mass],
         "p_self": table.self_p,
         "p_mass": table.mass_p,
-        "share": {pictures.label(b): asdict(c) for b, c in table.share.items()},
-        "late_mass_by_training_group": {pictures.label(b): asdict(c) for b, c in table.late.items()},
-        "late_mass": {pictures.label(b): v for b, v in result.late.items()},
+        "share": {figures.label(b): asdict(c) for b, c in table.share.items()},
+        "late_mass_by_training_group": {figures.label(b): asdict(c) for b, c in table.late.items()},
+        "late_mass": {figures.label(b): v for b, v in result.late.items()},
         "late_mass_p": result.late_p,
         "late_mass_by_checkpoint": [
             [float(late[st.in_bin(sample_blanks, b)].mean()) for b in config.bins]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from stepinfluence.models.gpt import LoopedGPTConfig
 
 from reproduce.base import Comparison, Outcome, Result, Run, Section
-from reproduce.fidelity import pictures, timing
+from reproduce.fidelity import figures, timing
 from reproduce.fidelity.config import Config
 from reproduce.fidelity.costs import cost_comparisons, memory_section, timing_section
 from reproduce.fidelity.statistics import (
@@ -168,8 +168,8 @@ def _fidelity_section(
         "out; the paper does not give them. Rankings of weakly related examples need a larger m, or an exact second "
         f"look.\n\nThe second figure shows the scores themselves at m = {config.reference_size}."
     )
-    name = run.figure("errors", pictures.errors(config.sketch_sizes, tables, at))
-    shown = run.figure("trajectories", pictures.trajectories(exact, sketched["balanced"][at], config.reference_size))
+    name = run.figure("errors", figures.errors(config.sketch_sizes, tables, at))
+    shown = run.figure("trajectories", figures.trajectories(exact, sketched["balanced"][at], config.reference_size))
     return Section("Fidelity", text, (name, shown))
 
 
