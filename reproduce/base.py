@@ -58,14 +58,16 @@ class Outcome:
         summary: Markdown: two to five sentences: what was asked, what came out, what differs from the paper.
         comparisons: our numbers beside the paper's.
         sections: in the order of the report.
+        body: Markdown of all sections, for those whose text is a template.
         numbers: everything else worth keeping in ``results.json`` (plain values only).
     """
 
     title: str
     summary: str
     comparisons: tuple[Comparison, ...]
-    sections: tuple[Section, ...]
+    sections: tuple[Section, ...] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    body: str = ""
 
 
 class Run(Generic[ConfigT]):

@@ -55,6 +55,8 @@ def markdown(run: Run[Any], outcome: Outcome, command: str) -> str:
             cells = (c.name, number(c.ours), "–" if c.paper is None else number(c.paper), c.where, c.note)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
+    if outcome.body:
+        lines += [outcome.body, ""]
     for section in outcome.sections:
         lines += [*_section(section), ""]
     lines += ["## How it was run", "", f"Machine: {machine}.", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,9 +62,10 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert 0 < hard < everyone - easy
     assert len(outcome.comparisons) == 17
     assert sum(c.paper is not None for c in outcome.comparisons) == 17
-    for section in outcome.sections:
-        for name in section.figures:
-            assert (report / "figures" / f"{name}.png").stat().st_size > 1000
+    shown = re.findall(r"!\[(.+?)\]\(figures/\1\.png\)", outcome.body)
+    assert len(shown) == 5
+    for name in shown:
+        assert (report / "figures" / f"{name}.png").stat().st_size > 1000
 
     # The stages hold what the report says: recompute two statistics from them, without our functions.
     stages = [np.load(path) for path in sorted((report / "stages").glob("influence-*.npz"))]
