@@ -61,9 +61,9 @@ def finish(config: Config, folder: Path) -> tuple[Path, dict[str, object]]:
     with styled():
         outcome = run(task)
     write_report(task, outcome, "python -m reproduce nanochat")
-    for section in outcome.sections:
-        for name in section.figures:
-            assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
+    for name in ("horizons", "variants"):
+        assert f"![{name}](figures/{name}.png)" in outcome.body
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
     return folder, json.loads((folder / "results.json").read_text())
 
 
