@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from reproduce.base import Comparison, Outcome
 from reproduce.planted import measure
-from reproduce.planted.analyse import pooled
-from reproduce.planted.config import Config
+from reproduce.planted.analyse import DETECTORS, pooled
+from reproduce.planted.config import Config, make_task
 from reproduce.planted.figures import REGIMES
-from reproduce.planted.sections import interval_text, make_sections, mean_of
+from reproduce.planted.planting import KINDS
 from reproduce.planted.statistics import balanced_spearman_ceiling
+from reproduce.template import fill
 
 Numbers = Mapping[str, Any]
 SUMMARY = "summary"
@@ -27,26 +28,38 @@ def make_outcome(numbers: Numbers, config: Config) -> Outcome:
     """
     definitions = list(next(iter(numbers.values()))["critical"])
     largest = measure.sketched(config.sketch_sizes[-1])
-    worst = max(found["conservation"] for found in numbers.values())
     measures = {
         name: {m: pooled(numbers, name, m, config) for m in ("rank_biserial", "spearman")} for name in definitions
     }
     best = max(definitions, key=lambda name: measures[name]["rank_biserial"][0])
-    ours = {
-        name: interval_text(measures[name]["rank_biserial"]) for name in (largest, measure.EXACT, measure.CLASSIC, best)
-    }
-    summary = f"""A summary of the paper reports correlations of {CLAIMS["sketched"]} (sketched SDI), {CLAIMS["exact"]}
-(exact SDI) and {CLAIMS["classic"]} (classic TracIn) with ground-truth critical examples of algorithmic tasks, and
-influence spikes exactly at the compare-swap step. The paper itself has no such experiment, and no protocol is
-published. Under the protocol below, sketched SDI has a rank-biserial correlation of {ours[largest]}, exact SDI of
-{ours[measure.EXACT]}, and classic TracIn taken literally (eq. 1, on the loop body) of {ours[measure.CLASSIC]}: summed
-over steps, exact SDI *is* TracIn (here to {worst:.0e} of the largest score), so that no data can set the two apart.
-Of the {len(definitions)} definitions compared, “{best}” has the highest mean ({ours[best]})."""
+    text = fill(
+        "planted",
+        {
+            "config": config,
+            "numbers": numbers,
+            "measures": measures,
+            "tasks": {name: make_task(name, large=config.large) for name in numbers},
+            "claims": CLAIMS,
+            "definitions": {name: measure.DEFINITIONS.get(name) for name in definitions},
+            "largest": largest,
+            "exact": measure.EXACT,
+            "classic": measure.CLASSIC,
+            "best": best,
+            "worst": max(found["conservation"] for found in numbers.values()),
+            "copies": balanced_spearman_ceiling(config.copies, equal=True),
+            "rule": balanced_spearman_ceiling(config.rule_examples, equal=False),
+            "total": config.examples + config.mislabelled + 2 * config.families * config.copies + config.rule_examples,
+            "feature_share": next(iter(numbers.values()))["feature_share"],
+            "kinds": KINDS,
+            "detectors": DETECTORS,
+        },
+        {"interval": interval_text, "change": change_text, "tested": _tested, "each": _each, "mean": mean_of},
+    )
     return Outcome(
         title="Algorithmic tasks: does influence meet known steps and planted examples?",
-        summary=summary,
+        summary=text.summary,
+        body=text.body,
         comparisons=tuple(_comparisons(numbers, measures, config)),
-        sections=tuple(make_sections(numbers, measures, config)),
         numbers={
             "tasks": {task: {**found, "critical": _means(found["critical"])} for task, found in numbers.items()},
             "pooled": measures,
@@ -112,3 +125,28 @@ def _means(critical: Numbers) -> dict[str, Any]:
         name: {m: {kind: mean_of(values) for kind, values in kinds.items()} for m, kinds in measures.items()}
         for name, measures in critical.items()
     }
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Mean of a list."""
+    return sum(values) / len(values)
+
+
+def interval_text(found: Sequence[float]) -> str:
+    """``"0.50 [0.40, 0.60]"`` from (mean, low, high)."""
+    value, low, high = found
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def change_text(found: Sequence[float]) -> str:
+    """The same of a difference, with signs."""
+    value, low, high = found
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _tested(found: Mapping[str, float] | None) -> str:
+    return "–" if found is None else f"{found['value']:.2f} / {found['null']:.2f} (p {found['p']:.2g})"
+
+
+def _each(values: Sequence[float], spec: str) -> str:
+    return " ".join(format(v, spec) for v in values)
