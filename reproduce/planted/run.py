@@ -10,7 +10,6 @@ from reproduce.base import Outcome, Result, Run
 from reproduce.planted import analyse, figures
 from reproduce.planted.config import Config, make_task
 from reproduce.planted.measure import all_scores, by_name, sketched
-from reproduce.planted.outcome import make_outcome
 from reproduce.planted.planting import KINDS, Planted, plant
 from reproduce.planted.retraining import counterfactuals
 from reproduce.planted.tasks.step_task import StepTask
@@ -26,7 +25,7 @@ def run(run: Run[Config]) -> Outcome:
     run.figure("trajectories", figures.trajectories(numbers))
     run.figure("mislabelled", figures.mislabelled(numbers))
     run.figure("retraining", figures.retraining(numbers))
-    return make_outcome(numbers, run.config)
+    return analyse.make_outcome(numbers, run.config)
 
 
 def _one_task(run: Run[Config], name: str) -> dict[str, Any]:
