@@ -64,9 +64,9 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for search in numbers["memory"].values():
         assert search["feasible"] == 4
         assert search["attempts"][0][1] > 2**20
-    for section in outcome.sections:
-        for name in section.figures:
-            assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
+    for name in ("errors", "trajectories"):
+        assert f"![{name}](figures/{name}.png)" in outcome.body
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
 
     # A second run computes nothing.
     monkeypatch.setattr(measure, "record", pytest.fail)
