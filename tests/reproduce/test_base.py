@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from reproduce import EXPERIMENTS, SCALES
-from reproduce.base import Comparison, Outcome, Run, Section
+from reproduce.base import Comparison, Outcome, Run
 from reproduce.report import write_report
 from reproduce.style import figure, styled
 
@@ -85,7 +85,7 @@ def test_report_shows_our_number_beside_the_papers(tmp_path: Path) -> None:
         title="A <title>",
         summary="What <script>came</script> out.",
         comparisons=(Comparison("error", 0.04321, 0.0388, "Fig. 4"), Comparison("period", "4 | 4", None)),
-        sections=(Section("Part", "Text.", (name,)),),
+        body=f"## Part\n\nText.\n\n![{name}](figures/{name}.png)",
         numbers={"x": 1},
     )
     page = write_report(run, outcome, "python -m reproduce parity").read_text()

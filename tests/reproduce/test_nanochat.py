@@ -161,10 +161,10 @@ def test_learning_rate_and_checkpoints_by_hand() -> None:
 
 def test_data_that_changed_is_refused(tmp_path: Path, conversations: str) -> None:
     config = replace(MINUTE, data=conversations)
-    run = Run(tmp_path / "run", "nanochat", "minute", config)
-    run.stage("data", lambda: {"digest": "another"})
+    task = Run(tmp_path / "run", "nanochat", "minute", config)
+    task.stage("data", lambda: {"digest": "another"})
     with pytest.raises(ValueError, match="data: the text has changed"):
-        run(run)
+        run(task)
 
 
 def test_paper_scale_is_the_paper_s() -> None:
