@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from stepinfluence.models.gpt import LoopedGPTConfig
 
+from reproduce.arrays import Array
 from reproduce.base import Comparison, Outcome, Result, Run
 from reproduce.fidelity import figures, timing
 from reproduce.fidelity.config import Config
@@ -21,8 +21,6 @@ from reproduce.fidelity.statistics import (
     spread_evenly,
 )
 from reproduce.template import fill
-
-Array = NDArray[np.float64]
 
 
 def error_table(exact: Array, sketched: Array) -> dict[str, Array]:

@@ -9,8 +9,8 @@ from reproduce.base import Outcome, Result, Run
 from reproduce.fidelity.config import Config
 
 if TYPE_CHECKING:
+    from reproduce.arrays import Array
     from reproduce.fidelity.memory import Search
-    from reproduce.fidelity.statistics import Array
     from sdi_kernels import HashFamily
 
 FAMILIES: tuple[HashFamily, ...] = ("balanced", "iid")

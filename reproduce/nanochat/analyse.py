@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from stepinfluence.models.gpt import LoopedGPTConfig
 
+from reproduce.arrays import Array
 from reproduce.base import Comparison, Outcome, Run
 from reproduce.nanochat import figures
 from reproduce.nanochat.config import Config, Variant
@@ -26,7 +26,6 @@ from reproduce.nanochat.statistics import (
 )
 from reproduce.template import fill
 
-Array = NDArray[np.float64]
 POOR = 0.9
 """R squared of a geometric fit under which one rate does not describe the profile."""
 Row: TypeAlias = Mapping[str, float]

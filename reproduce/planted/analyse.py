@@ -26,7 +26,6 @@ from reproduce.planted.statistics import balanced_spearman_ceiling
 from reproduce.template import fill
 
 Stage = Mapping[str, Any]
-Array = npt.NDArray[np.float64]
 REGIMES = {"answer": "trained on the answer only", "taught": "taught every step"}
 DETECTORS = {
     "self_exact": "self-influence, SDI exact, summed",
