@@ -1,7 +1,9 @@
 """The paper's experiments (arXiv 2602.10097, appendix D) and the claims made for it, each one command.
 
-A new experiment: a module with ``CONFIGS`` (scale -> frozen dataclass with a ``seed``) and ``run(run) -> Outcome``, and
-a line in ``EXPERIMENTS``.
+Each is a package of the same files: ``config`` (``CONFIGS``: scale -> frozen dataclass with a ``seed``), ``run``
+(``run(run) -> Outcome``: the stages in order), ``measure`` (what the stages compute), ``analyse`` (numbers from them),
+``figures`` and ``report.md.j2`` (the text); beside them what a subject needs of its own. A new one is such a package
+and a line in ``EXPERIMENTS``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 class Entry:
     """Where an experiment lives, and what it asks, in one line."""
 
-    module: str
+    package: str
     question: str
 
 

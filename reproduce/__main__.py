@@ -12,9 +12,18 @@ from typing import Annotated, Any
 import typer
 from rich.markdown import Markdown
 from rich.table import Table
-from stepinfluence.app.cli._common import Command, console, fail, need_extra
+from stepinfluence.app.cli._common import Command, console, need_extra
 
 from reproduce import EXPERIMENTS, SCALES
+
+PROGRAM = "python -m reproduce"
+
+
+class ReproduceCommand(Command):
+    """Errors in one line that begins with this program's name."""
+
+    program = PROGRAM
+
 
 app = typer.Typer(
     add_completion=False,
@@ -43,7 +52,7 @@ Interrupted runs continue where they stopped when repeated with the same --out.
 )
 
 
-@app.command(cls=Command, help=HELP)
+@app.command(cls=ReproduceCommand, help=HELP)
 def run(
     experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="One of: " + ", ".join(EXPERIMENTS) + ".")],
     scale: Annotated[str, typer.Option(help="One of: " + ", ".join(SCALES) + ".")] = "cpu",
@@ -61,7 +70,7 @@ def run(
 ) -> None:
     """See :data:`HELP`."""
     if experiment not in EXPERIMENTS:
-        fail(f"experiment: got {experiment!r}; use one of {', '.join(EXPERIMENTS)}")
+        raise ValueError(f"experiment: got {experiment!r}; use one of {', '.join(EXPERIMENTS)}")
     screen = console(json_output=as_json)
     with screen.status("starting"):
         import torch
@@ -71,13 +80,15 @@ def run(
         from reproduce.report import write_report
         from reproduce.style import styled
 
-        need_extra("report,eval", missing_modules((*EXTRAS["report"], "scipy", "sklearn")))
-        module = importlib.import_module(EXPERIMENTS[experiment].module)
+        need_extra("report,eval", missing_modules((*EXTRAS["report"], "scipy", "sklearn")), program=PROGRAM)
+        package = EXPERIMENTS[experiment].package
+        module = importlib.import_module(f"{package}.run")
+        configs = importlib.import_module(f"{package}.config").CONFIGS
         if hasattr(module, "REQUIRES"):
             extra, modules = module.REQUIRES
-            need_extra(extra, missing_modules(modules))
+            need_extra(extra, missing_modules(modules), program=PROGRAM)
     folder = out or Path(f"sdi-{experiment}-{scale}")
-    config = _configure(module.CONFIGS, scale, seed=seed, data=data)
+    config = _configure(configs, scale, seed=seed, data=data)
     if fresh:
         _clear(folder)
     numbers = iter(range(1, 1000))
@@ -89,7 +100,7 @@ def run(
     try:
         with styled():
             outcome = module.run(task)
-        command = f"python -m reproduce {experiment} --scale {scale} --seed {config.seed}"
+        command = f"{PROGRAM} {experiment} --scale {scale} --seed {config.seed}"
         command += f" --data {data}" if data else ""
         report = write_report(task, outcome, command)
     finally:
@@ -107,11 +118,11 @@ def run(
 
 def _configure(configs: dict[str, Any], scale: str, *, seed: int | None, data: Path | None) -> Any:
     if scale not in configs:
-        fail(f"scale: got {scale!r}; use one of {', '.join(configs)}")
+        raise ValueError(f"scale: got {scale!r}; use one of {', '.join(configs)}")
     changes: dict[str, Any] = {} if seed is None else {"seed": seed}
     if data is not None:
         if "data" not in {f.name for f in dataclasses.fields(configs[scale])}:
-            fail("data: this experiment makes its own data; leave --data out")
+            raise ValueError("data: this experiment makes its own data; leave --data out")
         changes["data"] = str(data)
     return dataclasses.replace(configs[scale], **changes)
 
@@ -125,7 +136,7 @@ def _clear(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         ours = not any(folder.iterdir())
     if not ours:
-        fail(f"out: {folder} holds no earlier run, so --fresh does not touch it; choose another folder")
+        raise ValueError(f"out: {folder} holds no earlier run, so --fresh does not touch it; choose another folder")
     shutil.rmtree(folder)
 
 
@@ -134,4 +145,4 @@ def _show(value: float | str | None) -> str:
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m reproduce")
+    app(prog_name=PROGRAM)

@@ -41,15 +41,6 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Section:
-    """A part of the report: a heading, Markdown text (tables included), and names of figures shown below it."""
-
-    heading: str
-    text: str
-    figures: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What an experiment found.
 
@@ -57,14 +48,14 @@ class Outcome:
         title: of the report.
         summary: Markdown: two to five sentences: what was asked, what came out, what differs from the paper.
         comparisons: our numbers beside the paper's.
-        sections: in the order of the report.
+        body: Markdown of all sections, figures shown as ``![name](figures/name.png)``.
         numbers: everything else worth keeping in ``results.json`` (plain values only).
     """
 
     title: str
     summary: str
     comparisons: tuple[Comparison, ...]
-    sections: tuple[Section, ...]
+    body: str
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -171,12 +162,10 @@ class Run(Generic[ConfigT]):
         return self._sources
 
     def figure(self, name: str, figure: Figure) -> str:
-        """Save a matplotlib figure as ``figures/<name>.png`` and ``.svg``; returns ``name``, for :class:`Section`."""
+        """Save a matplotlib figure as ``figures/<name>.png``; returns ``name``."""
         folder = self.folder / "figures"
         folder.mkdir(exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=150)
-        # Without a date and with fixed ids: the same figure gives the same file.
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         return name
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from stepinfluence.machine import machine_facts, versions
 
 from reproduce import SCALES
-from reproduce.base import Outcome, Run, Section
+from reproduce.base import Outcome, Run
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c1e21; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -55,8 +55,7 @@ def markdown(run: Run[Any], outcome: Outcome, command: str) -> str:
             cells = (c.name, number(c.ours), "–" if c.paper is None else number(c.paper), c.where, c.note)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
-    for section in outcome.sections:
-        lines += [*_section(section), ""]
+    lines += [outcome.body.strip(), ""]
     lines += ["## How it was run", "", f"Machine: {machine}.", ""]
     lines += [f"Computing took {wall:.0f} s by the clock and {cpu:.0f} s of processor time:", ""]
     lines += ["| stage | seconds | processor seconds |", "|---|---|---|"]
@@ -68,11 +67,6 @@ def markdown(run: Run[Any], outcome: Outcome, command: str) -> str:
 def number(value: float | str) -> str:
     """Three significant digits; text as it is."""
     return value if isinstance(value, str) else f"{value:.3g}"
-
-
-def _section(section: Section) -> list[str]:
-    figures = [f"![{name}](figures/{name}.png)" for name in section.figures]
-    return [f"## {section.heading}", "", section.text.strip(), *(line for f in figures for line in ("", f))]
 
 
 def _results(run: Run[Any], outcome: Outcome, command: str) -> dict[str, Any]:

@@ -21,9 +21,7 @@ def styled() -> Iterator[None]:
     import matplotlib as mpl
     from cycler import cycler
 
-    with mpl.rc_context(
-        {**BASE, "axes.prop_cycle": cycler(color=SERIES), "svg.hashsalt": "sdi", "legend.frameon": False}
-    ):
+    with mpl.rc_context({**BASE, "axes.prop_cycle": cycler(color=SERIES), "legend.frameon": False}):
         yield
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from stepinfluence.models.gpt import LoopedGPTConfig
 
-from reproduce.base import Comparison, Result, Section
+from reproduce.base import Comparison, Result
 from reproduce.fidelity.config import Config
 from reproduce.fidelity.memory import METHODS
 from reproduce.fidelity.timing import EXACT, FORWARD, SDI, STEP, TRACIN
@@ -58,112 +59,34 @@ def cost_comparisons(
     return tuple(rows)
 
 
-def memory_section(config: Config, library: Result, saved: int, searches: Mapping[str, Result]) -> Section:
-    """Feasible batches as measured, and the arithmetic at the size of the model that was scored."""
-    lines = []
-    if searches:
-        m = config.memory
-        what = "resident memory above the imports" if config.device == "cpu" else "memory on the GPU"
-        lines += [
-            (
-                f"Largest batch (multiples of {m.step}) whose peak {what} stays below {m.limit / 1e9:.2f} GB, for a "
-                f"looped GPT of width {m.model.d_model} with {m.model.steps} loop steps and {m.model.sequence_len} "
-                "tokens, m = 2048. Each attempt is a process of its own; the times below leave theirs out."
-            ),
-            "",
-            "| method | largest batch | peak at that batch, MB | attempts |",
-            "|---|---|---|---|",
-        ]
-        for name, result in searches.items():
-            peaks = {int(b): p for b, p in result["attempts"]}
-            peak = peaks.get(result["feasible"])
-            shown = "–" if peak is None else f"{peak / 1e6:.0f}"
-            tried = ", ".join(str(b) for b in sorted(peaks))
-            lines.append(f"| {METHODS[name]} | {result['feasible']} | {shown} | {tried} |")
-        lines += [
-            "",
-            (
-                "Gradients and activations both grow with the number of loop steps, so without checkpointing the "
-                "ratio of the two batches is set by width and tokens, not by the steps. With checkpointing the "
-                "activations of one step are alive at a time, and the sketches themselves are what is left."
-            ),
-            "",
-        ]
-    else:
-        lines += ["This system does not tell a process's peak memory, so feasible batches were not measured.", ""]
+def cost_values(
+    config: Config, library: Result, saved: int, timings: Result, searches: Mapping[str, Result]
+) -> dict[str, Any]:
+    """What the report says of memory and time: feasible batches, the arithmetic of the paper's GPU, medians."""
+    found = []
+    for name, result in searches.items():
+        peaks = {int(b): p for b, p in result["attempts"]}
+        feasible = result["feasible"]
+        found.append(
+            {"method": METHODS[name], "feasible": feasible, "peak": peaks.get(feasible), "tried": sorted(peaks)}
+        )
     gradients, features = library["gradient_bytes"], library["feature_bytes"]
-    weights = 4 * library["parameters"]
-    lines += [
-        (
-            f"By arithmetic, for the model whose scores were compared ({config.model.steps} loop steps, "
-            f"{config.model.sequence_len} tokens, float32), bytes of one example:"
-        ),
-        "",
-        "| | MB per example |",
-        "|---|---|",
-        f"| gradients of every step | {gradients / 1e6:.1f} |",
-        f"| sketches, m = {config.reference_size} | {features / 1e6:.1f} |",
-        f"| activations that autograd keeps (counted, CPU) | {saved / 1e6:.1f} |",
-        "",
-        (
-            f"The features of an example take {gradients / features:.0f} times less than its step gradients "
-            f"({library['body_tensors']} weights of {library['body_parameters'] / 1e6:.1f}M parameters together)."
-        ),
-    ]
-    if config.model == LoopedGPTConfig.paper():
-        batches = [_arithmetic(GPU_BYTES - 2 * weights, saved + kept) for kept in (gradients, features)]
-        doubled = _arithmetic(GPU_BYTES - 2 * weights, saved + 2 * gradients)
-        lines += [
-            "",
-            (
-                f"In 48 GB, with weights and one gradient of them, that leaves room for batches of {batches[0]} "
-                f"with full gradients ({doubled} if they are copied once, as joining per-layer gradients into rows "
-                f"does) and of {batches[1]} with sketches, in multiples of 4; the paper measured 4 and 40. A bound "
-                "from counting, not a measurement: it leaves out workspace and fragmentation, and a GPU's "
-                "attention keeps less than the CPU's. The paper's own estimate (48 tensors, a body of the order of "
-                "100M parameters, 1,000 times less memory) counts other than we do: 48 are the matrices of all "
-                "eight blocks, while the loop body that D.1 names, four blocks and the adapter, has 25."
-            ),
-        ]
-    return Section("Memory", "\n".join(lines))
-
-
-def timing_section(config: Config, timings: Result, ratio: Mapping[str, float], *, cpu: bool) -> Section:
-    """Seconds of each contestant and ratios to a training step."""
-    t = config.timing
-    lines = [
-        (
-            f"Looped GPT of width {t.model.d_model}, {t.model.steps} loop steps, {t.model.sequence_len} tokens, "
-            f"batch {t.batch}; medians of {t.rounds} rounds in which the contestants alternate. Ratios are to the "
-            f"training step's {'processor' if cpu else 'clock'} seconds of the same round."
-        ),
-        "",
-        "| | clock, s | processor, s | over a training step |",
-        "|---|---|---|---|",
-    ]
-    for k, name in enumerate(timings["names"]):
-        wall, used = np.median(timings["wall"][k]), np.median(timings["cpu"][k])
-        lines.append(f"| {name} | {wall:.2f} | {used:.2f} | {ratio[name]:.2f} |")
-    slowed = float(np.median(timings["wall"] / np.maximum(timings["cpu"], 1e-9)))
-    if cpu and slowed > 1.2:
-        lines += ["", f"Other programs had the machine, too: the clock ran {slowed:.1f} times the processor seconds."]
-    lines += [
-        "",
-        (
-            f"*{STEP}*: forward and backward pass for all parameters. *{SDI}*: sketches of every step and the "
-            f"scores of all pairs. *{TRACIN}*: the gradient of the loop body per example, kept, and their dot "
-            f"products; no steps. *{EXACT}*: gradients of every step of a single example (`ExactCapture`); for the "
-            f"batch it would be {t.batch} times that."
-        ),
-        "",
-        (
-            "The summary's 1.3 and 1.9 do not say how often attribution is run. If every batch that is trained on "
-            f"is attributed once, training and attribution take {1 + ratio[SDI]:.2f} times as long as training; a "
-            f"total of 1.3 is met when at most {100 * 0.3 / ratio[SDI]:.0f} % of the training batches are "
-            "attributed. The paper attributes a few checkpoints, which costs far less."
-        ),
-    ]
-    return Section("Time", "\n".join(lines))
+    budget = GPU_BYTES - 2 * 4 * library["parameters"]  # weights and one gradient of them, float32
+    return {
+        "is_paper": config.model == LoopedGPTConfig.paper(),
+        "searches": found,
+        "room": {
+            "gradients": _arithmetic(budget, saved + gradients),
+            "copied": _arithmetic(budget, saved + 2 * gradients),
+            "sketches": _arithmetic(budget, saved + features),
+        },
+        "names": {"step": STEP, "sdi": SDI, "tracin": TRACIN, "exact": EXACT},
+        "contestants": [
+            {"name": name, "wall": np.median(timings["wall"][k]), "cpu": np.median(timings["cpu"][k])}
+            for k, name in enumerate(timings["names"])
+        ],
+        "slowed": float(np.median(timings["wall"] / np.maximum(timings["cpu"], 1e-9))),
+    }
 
 
 def _arithmetic(budget: float, per_example: float) -> int:

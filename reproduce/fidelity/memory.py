@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reproduce.fidelity.config import MemoryConfig
-from reproduce.fidelity.scores import make_model, random_batch
+from reproduce.fidelity.measure import make_model, random_batch
 
 METHODS = {
     "training step": "plain forward and backward pass",

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import linregress
 
-Array: TypeAlias = NDArray[np.float64]
+from reproduce.arrays import Array
 
 
 def relative_error(found: Array, exact: Array) -> float:

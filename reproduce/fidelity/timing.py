@@ -14,7 +14,7 @@ from stepinfluence.models.gpt import LoopedGPT, gpt_loss
 from torch import Tensor
 
 from reproduce.fidelity.config import TimingConfig
-from reproduce.fidelity.scores import make_model, random_batch
+from reproduce.fidelity.measure import make_model, random_batch
 
 FORWARD, STEP, SDI = "forward pass, inference only", "training step", "SDI by sketches"
 TRACIN, EXACT = "TracIn by full gradients", "SDI by full gradients, one example"

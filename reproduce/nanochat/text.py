@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from stepinfluence.models._validate import positive_int
+from stepinfluence.arguments import positive_int
 from torch import Tensor
 
 Split = Literal["train", "test", ""]

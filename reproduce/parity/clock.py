@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import linregress
 
-from reproduce.parity.proxy import Array, Integers
+from reproduce.arrays import Array, Integers
 from reproduce.parity.statistics import dominant_frequency
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from stepinfluence.models._validate import positive_int
+from stepinfluence.arguments import positive_int
 from stepinfluence.models.parity import ParityConfig
 from stepinfluence.models.parity_task import ParityTrainConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from stepinfluence.models.parity_task import (
     make_heldout_set,
 )
 
+from reproduce.arrays import Array
 from reproduce.parity.config import Config
 
-Array: TypeAlias = NDArray[np.float64]
 CHUNK = 128
 ORDERS = 4
 """Strings of each number of ones."""

@@ -13,9 +13,9 @@ from scipy.stats import spearmanr
 from stepinfluence.attribution.periods import Period, autocorrelation, period
 from stepinfluence.models.parity_task import ParityExample
 
+from reproduce.arrays import Array, Integers
 from reproduce.parity.clock import Clock, clock
 from reproduce.parity.config import Config
-from reproduce.parity.proxy import Array, Integers
 from reproduce.parity.statistics import delay
 
 

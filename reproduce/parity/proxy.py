@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
-Array: TypeAlias = NDArray[np.float64]
-Integers: TypeAlias = NDArray[np.int64]
+from reproduce.arrays import Array, Integers
 
 UNSEEN = -1
 """Answer of a state that no calibration example ended in; never right."""

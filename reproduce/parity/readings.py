@@ -12,8 +12,9 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 from stepinfluence.attribution.periods import Period, period
 
+from reproduce.arrays import Array, Integers
 from reproduce.parity.config import Config
-from reproduce.parity.proxy import Array, Integers, ProxyCircuit, Scored, score
+from reproduce.parity.proxy import ProxyCircuit, Scored, score
 from reproduce.parity.statistics import (
     determinism,
     dominant_cycle,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.signal import detrend, periodogram
 
-Array: TypeAlias = NDArray[np.float64]
-States: TypeAlias = NDArray[np.int64]
+from reproduce.arrays import Array, Integers
 
 
 def lagged_cosine(hidden: Array, lag: int) -> Array:
@@ -81,7 +78,7 @@ def dominant_frequency(series: Sequence[float] | Array, *, resolution: int = 409
     return float(frequencies[power.argmax()])
 
 
-def transition_matrix(states: Sequence[int] | States, count: int) -> Array:
+def transition_matrix(states: Sequence[int] | Integers, count: int) -> Array:
     """Share of the visits to state i that are followed by state j at the next step (paper, section 4).
 
     Args:
@@ -128,7 +125,7 @@ def dominant_cycle(matrix: Array) -> tuple[int, ...]:
     return max(cycles, key=len, default=())
 
 
-def determinism(states: Sequence[int] | States, count: int) -> float:
+def determinism(states: Sequence[int] | Integers, count: int) -> float:
     """Share of all transitions that are the likeliest of the state they leave: 1 for a deterministic automaton.
 
     Raises:

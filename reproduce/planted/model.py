@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from stepinfluence.models._validate import heads_divide, positive_int
+from stepinfluence.arguments import heads_divide, positive_int
 from stepinfluence.models.blocks import Block, BlockConfig, init_gpt2
 from torch import Tensor, nn
 

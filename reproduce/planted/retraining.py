@@ -8,21 +8,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from reproduce.arrays import Integers
 from reproduce.planted.config import Config
 from reproduce.planted.planting import Planted
 from reproduce.planted.tasks.step_task import StepTask
 from reproduce.planted.training import answer_loss, losses_of, train
 
 Scores = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
-def most_helpful(scores: Scores, count: int) -> Ints:
+def most_helpful(scores: Scores, count: int) -> Integers:
     """Rows with the largest scores ``(N,)``, best first."""
     return np.argsort(-scores, kind="stable")[:count]
 
 
-def most_harmful_each(scores: Scores, count: int) -> Ints:
+def most_harmful_each(scores: Scores, count: int) -> Integers:
     """Rows to remove for a group of queries: every query's most harmful rows in turn, until there are ``count``.
 
     Args:
@@ -67,7 +67,7 @@ def counterfactuals(task: StepTask, planted: Planted, scores: Scores, config: Co
     }
 
 
-def _without(task: StepTask, planted: Planted, rows: Ints, config: Config, repeat: int) -> npt.NDArray[np.float32]:
+def _without(task: StepTask, planted: Planted, rows: Integers, config: Config, repeat: int) -> npt.NDArray[np.float32]:
     kept = np.setdiff1d(np.arange(len(planted.train)), rows)
     model, _ = train(
         task, planted.train[torch.from_numpy(kept)], config, loss=answer_loss(task), seed=config.seed + 1 + repeat

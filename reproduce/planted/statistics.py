@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-Array = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
+from reproduce.arrays import Array, Bools
 
 
 @dataclass(frozen=True)

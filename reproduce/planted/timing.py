@@ -6,22 +6,19 @@ import warnings
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from reproduce.arrays import Array, Integers
 from reproduce.planted.config import Config
+from reproduce.planted.measure import energy
 from reproduce.planted.model import LoopedRewriter
 from reproduce.planted.planting import Distinct, Examples, clean
-from reproduce.planted.scores import energy
 from reproduce.planted.tasks.step_task import StepTask
 from reproduce.planted.training import accuracy_of, answer_loss, every_step_loss, to_model, train
-
-Array = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 def profiles(task: StepTask, config: Config, *, taught: bool) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def profiles(task: StepTask, config: Config, *, taught: bool) -> dict[str, Any]:
 
 def decode(
     model: LoopedRewriter, task: StepTask, examples: Examples, queries: Examples, *, state: bool
-) -> tuple[Ints, Array]:
+) -> tuple[Integers, Array]:
     """What linear probes read from the queries after each step; one probe for each step, shared by all positions.
 
     Args:
@@ -90,7 +87,7 @@ def decode(
     return np.stack(values, 1), np.array(right)
 
 
-def _probe(features: Array, targets: Ints, read_on: Array) -> Ints:
+def _probe(features: Array, targets: Integers, read_on: Array) -> Integers:
     if len(np.unique(targets)) == 1:  # empty slots, before the first step
         return np.full(read_on.shape[:2], targets[0])
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=10.0, max_iter=200))
@@ -98,7 +95,7 @@ def _probe(features: Array, targets: Ints, read_on: Array) -> Ints:
         # Separable data have no optimum: the iterations end where they are told to.
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(features, targets)
-    read: Ints = probe.predict(read_on.reshape(-1, read_on.shape[-1])).reshape(read_on.shape[:2])
+    read: Integers = probe.predict(read_on.reshape(-1, read_on.shape[-1])).reshape(read_on.shape[:2])
     return read
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stepinfluence.models._validate import positive_int
+from stepinfluence.arguments import positive_int
 
 from reproduce.sudoku.model import SudokuConfig
 from reproduce.sudoku.task import SudokuTrainConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from stepinfluence.models._validate import non_negative_int, positive_int
+from stepinfluence.arguments import non_negative_int, positive_int
 from torch import Tensor
 
 from reproduce.sudoku.model import SudokuTransformer, units

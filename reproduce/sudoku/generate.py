@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from stepinfluence.models._validate import non_negative_int, positive_int
+from stepinfluence.arguments import non_negative_int, positive_int
 
 from reproduce.sudoku.data import Boards, SudokuSet
 from reproduce.sudoku.model import units

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
-from stepinfluence.models._validate import heads_divide, one_of, positive_int
+from stepinfluence.arguments import heads_divide, one_of, positive_int
 from stepinfluence.models.blocks import Block, BlockConfig, init_gpt2
 from torch import Tensor, nn
 

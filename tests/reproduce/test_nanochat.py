@@ -13,12 +13,13 @@ import torch
 from stepinfluence.attribution.checkpoints import load_checkpoint
 from stepinfluence.models import LoopedGPT
 
-from reproduce import nanochat
 from reproduce.base import Run
-from reproduce.nanochat import CONFIGS, Config, StageConfig, Variant, training
+from reproduce.nanochat import training
+from reproduce.nanochat.analyse import body_parameters, parameters
+from reproduce.nanochat.config import CONFIGS, Config, StageConfig, Variant
 from reproduce.nanochat.corpus import load
 from reproduce.nanochat.dynamics import dynamics
-from reproduce.nanochat.findings import body_parameters, parameters
+from reproduce.nanochat.run import run
 from reproduce.nanochat.statistics import (
     cancellation,
     energy_profile,
@@ -49,11 +50,11 @@ def conversations(tmp_path: Path) -> str:
 def finish(config: Config, folder: Path) -> tuple[Path, dict[str, object]]:
     task = Run(folder, "nanochat", "minute", config)
     with styled():
-        outcome = nanochat.run(task)
+        outcome = run(task)
     write_report(task, outcome, "python -m reproduce nanochat")
-    for section in outcome.sections:
-        for name in section.figures:
-            assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
+    for name in ("horizons", "variants"):
+        assert f"![{name}](figures/{name}.png)" in outcome.body
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
     return folder, json.loads((folder / "results.json").read_text())
 
 
@@ -151,10 +152,10 @@ def test_learning_rate_and_checkpoints_by_hand() -> None:
 
 def test_data_that_changed_is_refused(tmp_path: Path, conversations: str) -> None:
     config = replace(MINUTE, data=conversations)
-    run = Run(tmp_path / "run", "nanochat", "minute", config)
-    run.stage("data", lambda: {"digest": "another"})
+    task = Run(tmp_path / "run", "nanochat", "minute", config)
+    task.stage("data", lambda: {"digest": "another"})
     with pytest.raises(ValueError, match="data: the text has changed"):
-        nanochat.run(run)
+        run(task)
 
 
 def test_paper_scale_is_the_paper_s() -> None:

@@ -19,8 +19,9 @@ from stepinfluence.models.parity_task import (
 )
 
 from reproduce.base import Outcome, Run
-from reproduce.parity import CONFIGS, Config, run
+from reproduce.parity.config import CONFIGS, Config
 from reproduce.parity.measure import alternating_rows, heldout_strings, running_parity
+from reproduce.parity.run import run
 from reproduce.report import write_report
 from reproduce.style import styled
 
@@ -38,9 +39,9 @@ def test_report(done: tuple[Run[Config], Outcome]) -> None:
     task, outcome = done
     text = write_report(task, outcome, "python -m reproduce parity").with_suffix(".md").read_text(encoding="utf-8")
     assert "| accuracy at 10 bits |" in text
-    for section in outcome.sections:
-        for name in section.figures:
-            assert (task.folder / "figures" / f"{name}.png").stat().st_size > 5000
+    for name in ("accuracy", "profile", "recurrence", "self-influence", "portrait", "clock"):
+        assert f"![{name}](figures/{name}.png)" in outcome.body
+        assert (task.folder / "figures" / f"{name}.png").stat().st_size > 5000
     assert {c.paper for c in outcome.comparisons} >= {"100 %", 4, "about 0.95", "about 93 %"}
     assert "NOT completed" not in text
 

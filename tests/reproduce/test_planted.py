@@ -14,9 +14,9 @@ from compare import FLOAT64
 from stepinfluence import ExactCapture, load_checkpoint
 from torch import Tensor
 
-from reproduce import planted as experiment
 from reproduce.base import Run
-from reproduce.planted import findings, retraining, scores, timing
+from reproduce.planted import analyse, measure, retraining, timing
+from reproduce.planted import run as experiment
 from reproduce.planted.config import CONFIGS, Config, make_task
 from reproduce.planted.planting import Distinct, Planted, clean, mislabel, plant
 from reproduce.planted.training import accuracy_of, answer_loss, every_step_loss, make_model, train
@@ -135,22 +135,24 @@ def test_definitions_agree_where_they_must(tmp_path: Path, planted: Planted) -> 
     torch.set_default_dtype(torch.float64)
     _, paths = train(SORTING, planted.train, MINUTE, loss=answer_loss(SORTING), seed=0, folder=tmp_path)
     config = dataclasses.replace(MINUTE, sketch_sizes=(16, 4096))
-    found = scores.all_scores(SORTING, planted, paths, config)
-    named = scores.by_name(found)
-    largest = np.abs(named[scores.CLASSIC]).max()
-    assert findings.conservation(found) < FLOAT64
+    found = measure.all_scores(SORTING, planted, paths, config)
+    named = measure.by_name(found)
+    largest = np.abs(named[measure.CLASSIC]).max()
+    assert analyse.conservation(found) < FLOAT64
     # A sketch as long as the largest parameter keeps nearly everything.
-    assert np.abs(named[scores.sketched(4096)] - named[scores.EXACT]).max() < 0.1 * largest
-    np.testing.assert_allclose(found["trajectories"].sum(2), named[scores.sketched(4096)], atol=FLOAT64 * largest)
-    assert np.abs(named[scores.COSINE]).max() <= 1 + FLOAT64
-    last = scores.all_scores(SORTING, planted, paths[-1:], config)
+    assert np.abs(named[measure.sketched(4096)] - named[measure.EXACT]).max() < 0.1 * largest
+    np.testing.assert_allclose(found["trajectories"].sum(2), named[measure.sketched(4096)], atol=FLOAT64 * largest)
+    assert np.abs(named[measure.COSINE]).max() <= 1 + FLOAT64
+    last = measure.all_scores(SORTING, planted, paths[-1:], config)
     np.testing.assert_allclose(
-        named[scores.LAST_CHECKPOINT], scores.by_name(last)[scores.CLASSIC], atol=FLOAT64 * largest
+        named[measure.LAST_CHECKPOINT], measure.by_name(last)[measure.CLASSIC], atol=FLOAT64 * largest
     )
     # One checkpoint, a copy of the query: its influence is the query's self-influence.
     column = planted.of_kind("duplicates")[0]
     row = int(np.flatnonzero(planted.critical[:, column])[0])
-    assert scores.by_name(last)[scores.EXACT][row, column] == pytest.approx(last["self_exact"][row].sum(), rel=FLOAT64)
+    assert measure.by_name(last)[measure.EXACT][row, column] == pytest.approx(
+        last["self_exact"][row].sum(), rel=FLOAT64
+    )
     assert last["self_last"][row] == pytest.approx(last["self_exact"][row].sum(), rel=FLOAT64)
 
 
@@ -184,7 +186,7 @@ def check_conservation(found: float, paths: list[Path], planted: Planted) -> Non
         checkpoint = load_checkpoint(path)
         checkpoint.load_into(model.float())
         rates.append(checkpoint.learning_rate)
-        plain.append(scores._plain_tracin(model, loss, planted, rates[-1]))
+        plain.append(measure._plain_tracin(model, loss, planted, rates[-1]))
         capture = ExactCapture(model.double(), body=model.body)
         sides = (planted.train, planted.queries)
         values += [capture.featurize(side.batches(), loss, progress=False).values for side in sides]
@@ -218,4 +220,4 @@ def test_minute_run_end_to_end(tmp_path: Path, planted: Planted) -> None:
     report = (folder / "report.md").read_text()
     for name in ("timing", "critical", "trajectories", "mislabelled", "retraining"):
         assert f"figures/{name}.png" in report
-        assert (folder / "figures" / f"{name}.svg").stat().st_size > 1000
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 1000

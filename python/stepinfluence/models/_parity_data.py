@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepinfluence.models._validate import non_negative_int, positive_int
+from stepinfluence.arguments import non_negative_int, positive_int
 from stepinfluence.models.parity import ParityTransformer
 
 EQUALS = 2

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from stepinfluence.arguments import non_negative_int, positive_float, positive_int
 from stepinfluence.models._parity_data import ParityExample, collate, make_train_set
-from stepinfluence.models._validate import non_negative_int, positive_float, positive_int
 from stepinfluence.models.parity import ParityConfig, ParityTransformer
 
 CheckpointCallback = Callable[[int, ParityTransformer, torch.optim.Optimizer], None]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepinfluence.models._validate import heads_divide, one_of, positive_int
+from stepinfluence.arguments import heads_divide, one_of, positive_int
 
 Norm: TypeAlias = Literal["layernorm", "rmsnorm", "rmsnorm_plain"]
 Activation: TypeAlias = Literal["gelu", "relu2"]

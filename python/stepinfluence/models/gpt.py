@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepinfluence.models._validate import (
+from stepinfluence.arguments import (
     heads_divide,
     non_negative_int,
     one_of,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepinfluence.models._validate import heads_divide, positive_int
+from stepinfluence.arguments import heads_divide, positive_int
 from stepinfluence.models.blocks import Block, BlockConfig, init_gpt2
 
 

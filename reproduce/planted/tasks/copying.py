@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from stepinfluence.models._validate import positive_int
+from stepinfluence.arguments import positive_int
 from torch import Tensor
 
 from reproduce.planted.tasks.step_task import StepTask, place_somewhere

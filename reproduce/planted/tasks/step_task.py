@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from stepinfluence.models._validate import positive_int
+from stepinfluence.arguments import positive_int
 from torch import Tensor
 
 

@@ -16,6 +16,9 @@ WRONG_USE = 2
 class _OneLineErrors:
     """Turns the library's errors into one line on stderr and exit code 2; ``--debug`` anywhere shows the traceback."""
 
+    program = "sdi"
+    """What the line begins with."""
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """People add ``--debug`` at the end of the line that has just failed: take it from there too."""
         self._debug = "--debug" in args
@@ -36,7 +39,7 @@ class _OneLineErrors:
         except (ValueError, OSError) as error:
             if self._debug:
                 raise
-            fail(str(error) or type(error).__name__)
+            fail(str(error) or type(error).__name__, program=self.program)
 
 
 class CommandGroup(_OneLineErrors, TyperGroup):
@@ -47,13 +50,13 @@ class Command(_OneLineErrors, TyperCommand):
     """A command of its own; errors in one line."""
 
 
-def fail(message: str, *, code: int = WRONG_USE) -> None:
+def fail(message: str, *, code: int = WRONG_USE, program: str = "sdi") -> None:
     """Say in one line on stderr what is wrong, and leave.
 
     Raises:
         typer.Exit: with ``code``.
     """
-    typer.secho("sdi: ", fg="red", bold=True, nl=False, err=True)
+    typer.secho(f"{program}: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(" ".join(message.split()), err=True)
     raise typer.Exit(code)
 
@@ -84,11 +87,11 @@ def show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-def need_extra(extra: str, missing: list[str]) -> None:
+def need_extra(extra: str, missing: list[str], *, program: str = "sdi") -> None:
     """Leave with the command that installs an extra, if modules of it are missing.
 
     Raises:
         typer.Exit: with code 2.
     """
     if missing:
-        fail(f"{', '.join(missing)} not installed: run pip install 'sdi-kernels[{extra}]'")
+        fail(f"{', '.join(missing)} not installed: run pip install 'sdi-kernels[{extra}]'", program=program)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from stepinfluence.attribution.periods import autocorrelation
 
+from reproduce.arrays import Array, Integers
 from reproduce.parity.clock import Clock
-from reproduce.parity.proxy import Array, Integers
 from reproduce.parity.readings import Readings
 from reproduce.style import ACCENT, FAINT, INK, SERIES, SOFT, figure
 

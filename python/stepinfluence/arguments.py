@@ -1,4 +1,4 @@
-"""Argument checks shared by the models and tasks: one clear line that names the argument and the fix."""
+"""Checks of arguments: one clear line that names the argument and the fix."""
 
 from __future__ import annotations
 

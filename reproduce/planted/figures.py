@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from reproduce.planted.findings import DETECTORS
+from reproduce.planted.analyse import DETECTORS, REGIMES
 from reproduce.planted.planting import KINDS
 from reproduce.style import ACCENT, SERIES, SOFT, figure
-
-REGIMES = {"answer": "trained on the answer only", "taught": "taught every step"}
 
 
 def timing(numbers: Mapping[str, Any]) -> Any:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from stepinfluence.models.gpt import LoopedGPTConfig
 
-from reproduce.base import Comparison, Outcome, Result, Run, Section
-from reproduce.fidelity import pictures, timing
+from reproduce.arrays import Array
+from reproduce.base import Comparison, Outcome, Result, Run
+from reproduce.fidelity import figures, timing
 from reproduce.fidelity.config import Config
-from reproduce.fidelity.costs import cost_comparisons, memory_section, timing_section
+from reproduce.fidelity.costs import cost_comparisons, cost_values
 from reproduce.fidelity.statistics import (
     loglog_slope,
     mean_absolute_error,
@@ -20,8 +20,7 @@ from reproduce.fidelity.statistics import (
     relative_error,
     spread_evenly,
 )
-
-Array = NDArray[np.float64]
+from reproduce.template import fill
 
 
 def error_table(exact: Array, sketched: Array) -> dict[str, Array]:
@@ -108,86 +107,22 @@ def outcome(
         "timing": {"names": timings["names"], "wall": timings["wall"].tolist(), "cpu": timings["cpu"].tolist()},
         "memory": {k: dict(v) for k, v in searches.items()},
     }
-    sections = (
-        _fidelity_section(run, exact, sketched, tables, at),
-        _conservation_section(library),
-        memory_section(config, library, saved, searches),
-        timing_section(config, timings, ratio, cpu=cpu),
+    run.figure("errors", figures.errors(config.sketch_sizes, tables, at))
+    run.figure("trajectories", figures.trajectories(exact, sketched["balanced"][at], config.reference_size))
+    scores = {"iid": iid, "balanced": balanced, "slopes": slopes, "at": at, "diagonal": _diagonal(exact)}
+    costs = cost_values(config, library, saved, timings, searches)
+    text = fill(
+        "fidelity",
+        {"config": config, "library": library, "saved": saved, "ratio": ratio, "cpu": cpu, **scores, **costs},
+        {"spread": _spread},
     )
-    summary = _summary(config, exact, tables, slopes, library, ratio, at)
-    return Outcome("Fidelity and scalability of sketched influence", summary, comparisons, sections, numbers)
-
-
-def _summary(
-    config: Config,
-    exact: Array,
-    tables: Mapping[str, Mapping[str, Array]],
-    slopes: Mapping[str, tuple[float, float]],
-    library: Result,
-    ratio: Mapping[str, float],
-    at: int,
-) -> str:
-    iid, balanced = tables["iid"], tables["balanced"]
-    size = f"{library['parameters'] / 1e6:.1f}M-parameter looped GPT with {config.model.steps} loop steps"
-    return (
-        f"Sketched scores of a random {size} against exact ones, {config.sketch_seeds} sketches of each size. At m "
-        f"= {config.reference_size} the relative error of SDI is {_spread(iid['sdi'][at])} with the paper's "
-        f"independent hashing and {_spread(balanced['sdi'][at])} with balanced hashing, our default; it falls with "
-        f"m at slopes of {slopes['iid'][0]:.3f} and {slopes['balanced'][0]:.3f}. Self-influence holds "
-        f"{100 * _diagonal(exact):.1f} % of the squared norm behind these figures: over pairs of different examples "
-        f"alone the error is {_spread(iid['sdi_cross'][at])} and {_spread(balanced['sdi_cross'][at])}. An attribution "
-        f"pass takes {ratio[timing.SDI]:.2f} of a training step of the same batch."
-        + (" Model and protocol of the scores are the paper's." if config.model == LoopedGPTConfig.paper() else "")
-        + (
-            " Time and feasible batches were measured on smaller models."
-            if config.model not in (config.timing.model, config.memory.model)
-            else ""
-        )
+    return Outcome(
+        title="Fidelity and scalability of sketched influence",
+        summary=text.summary,
+        comparisons=comparisons,
+        numbers=numbers,
+        body=text.body,
     )
-
-
-def _fidelity_section(
-    run: Run[Config], exact: Array, sketched: Mapping[str, Array], tables: Mapping[str, Mapping[str, Array]], at: int
-) -> Section:
-    config = run.config
-    lines = [
-        "Relative Frobenius error, mean ± standard deviation over sketch seeds.",
-        "",
-        "| m | SDI, iid | SDI, balanced | TracIn, iid | TracIn, balanced | SDI between examples, iid | balanced |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    iid, balanced = tables["iid"], tables["balanced"]
-    for k, size in enumerate(config.sketch_sizes):
-        cells = [t[key][k] for key in ("sdi", "tracin", "sdi_cross") for t in (iid, balanced)]
-        lines.append(f"| {size} | " + " | ".join(_spread(c) for c in cells) + " |")
-    text = (
-        "\n".join(lines) + f"\n\nThe diagonal (an example's influence on itself) holds {100 * _diagonal(exact):.1f} % "
-        "of the squared norm of the exact scores: random examples have nearly orthogonal gradients. The error of a "
-        "sketch goes by the norms of two gradients, not by their inner product, so it is small beside self-influence "
-        "and large beside the influence between unrelated examples. The two columns on the right leave the diagonal "
-        "out; the paper does not give them. Rankings of weakly related examples need a larger m, or an exact second "
-        f"look.\n\nThe second figure shows the scores themselves at m = {config.reference_size}."
-    )
-    name = run.figure("errors", pictures.errors(config.sketch_sizes, tables, at))
-    shown = run.figure("trajectories", pictures.trajectories(exact, sketched["balanced"][at], config.reference_size))
-    return Section("Fidelity", text, (name, shown))
-
-
-def _conservation_section(library: Result) -> Section:
-    difference = library["feature_difference"]
-    agreement = (
-        f"differ from sketches of separately recorded activations by {difference:.1e} at most, relative to a weight's "
-        "features"
-        if difference
-        else "equal sketches of separately recorded activations bit for bit"
-    )
-    text = (
-        "Sketch of the whole gradient, as autograd gives it, against the sum of the step sketches from `attach`, over "
-        f"all {library['body_tensors']} weights of the loop body: largest absolute difference "
-        f"{library['conservation_max_abs']:.1e}, largest relative ℓ2 difference of a weight "
-        f"{library['conservation_relative']:.1e} (float32). The features of `attach` {agreement}."
-    )
-    return Section("Conservation", text)
 
 
 def _diagonal(exact: Array) -> float:

@@ -10,12 +10,26 @@ from stepinfluence.attribution.periods import Period
 from stepinfluence.models.parity_task import ParityExample
 
 from reproduce.base import Comparison, Outcome, Result, Run
-from reproduce.parity import sections
+from reproduce.parity import figures
 from reproduce.parity.clock import Clock, clock
 from reproduce.parity.config import CONFIGS, Config
 from reproduce.parity.profiles import Profiles, summarise
+from reproduce.parity.proxy import UNSEEN
 from reproduce.parity.readings import Readings, read
-from reproduce.parity.sections import lag_text, percent
+from reproduce.template import fill
+
+PAPER_MATRIX = ((0, 0, 1, 0), (0, 0.09, 0, 0.91), (0, 1, 0, 0), (1, 0, 0, 0))
+"""The paper's transition matrix (section 4); the numbering of states is arbitrary."""
+
+
+def lag_text(lag: int) -> str:
+    """A period for people."""
+    return str(lag) if lag else "none"
+
+
+def percent(share: float) -> str:
+    """A share for people."""
+    return "–" if np.isnan(share) else f"{100 * share:.1f} %"
 
 
 def outcome(
@@ -36,18 +50,28 @@ def outcome(
     ours, turning = readings[config.seed], clocks[config.seed]
     profiles = summarise(config, scores, trained["digits"], ours.margin, subset, test)
     accuracies = {config.seed: found["accuracy"]} | {seed: one["accuracy"] for seed, one in others.items()}
+    draw(run, found, ours, turning, profiles, accuracies)
+    text = fill(
+        "parity",
+        {
+            **_values(config, trained, found, ours, turning, profiles),
+            "runs": [
+                {
+                    "seed": seed,
+                    "readings": one,
+                    "cosine": one.cosine.get(config.lag, float("nan")),
+                    "clock": clocks[seed],
+                }
+                for seed, one in readings.items()
+            ],
+        },
+        {"percent": percent, "lag": lag_text},
+    )
     return Outcome(
         title="Parity: from a period in the influence to a mechanism",
-        summary=_summary(config, ours, profiles, turning),
+        summary=text.summary,
+        body=text.body,
         comparisons=_comparisons(config, ours, profiles, turning, readings, trained["digits"]),
-        sections=(
-            sections.training(run, trained, found, accuracies),
-            sections.influence(run, profiles, ours),
-            sections.states(run, ours),
-            sections.proxy_circuit(config, ours),
-            sections.what_turns(run, found, turning, profiles, ours),
-            sections.other_runs(config, readings, clocks),
-        ),
         numbers={
             "training": {k: v for k, v in trained.items() if not isinstance(v, np.ndarray)},
             "accuracy_by_length": {
@@ -65,6 +89,66 @@ def outcome(
             "running_parity": {k: found[k].tolist() for k in ("running_start", "running_end")},
         },
     )
+
+
+def draw(
+    run: Run[Config],
+    found: Result,
+    ours: Readings,
+    turning: Clock,
+    profiles: Profiles,
+    accuracies: Mapping[int, Any],
+) -> None:
+    """Save the figures that the report shows."""
+    n, late = run.config.test_length, profiles.trained
+    run.figure("accuracy", figures.lengths(accuracies, found["accuracy_lengths"], run.config.training.max_digits))
+    run.figure("profile", figures.profile(profiles.all.values, late.values, ours.margin, late.peaks, n))
+    run.figure("recurrence", figures.recurrence(late.values[:n], ours, ours.cosine))
+    run.figure("self-influence", figures.own_influence(profiles.own))
+    run.figure("portrait", figures.portrait(ours))
+    run.figure("clock", figures.clocks(turning, profiles.test_clock))
+
+
+def _values(
+    config: Config, trained: Result, found: Result, ours: Readings, turning: Clock, profiles: Profiles
+) -> dict[str, Any]:
+    """What the report speaks of, of the run's own seed."""
+    n = config.test_length
+    ones, right = found["count_ones"], found["count_right"]
+    away = np.abs(turning.found_outside - turning.expected_outside)
+    start, end = (float(found[f"running_{side}"][: n - 1].mean()) for side in ("start", "end"))
+    return {
+        "config": config,
+        "trained": trained,
+        "ours": ours,
+        "clock": turning,
+        "profiles": profiles,
+        "late": profiles.trained,
+        "gaps": np.diff(profiles.trained.peaks).tolist(),
+        "cosine": ours.cosine.get(config.lag, float("nan")),
+        "cycle": [k + 1 for k in ours.cycle],
+        "paper_matrix": PAPER_MATRIX,
+        "best_k": max(ours.silhouette, key=lambda k: ours.silhouette[k]),
+        "lookup": list(zip(ours.proxy.counts.tolist(), ours.proxy.lookup.tolist(), strict=True)),
+        "unseen": UNSEEN,
+        "n_unseen": int((ours.proxy.lookup == UNSEEN).sum()),
+        "running_start": start,
+        "running_end": end,
+        "order_cosine": found["count_cosine"].mean(),
+        "away": float(away.mean()) if len(away) else None,
+        "wrong": _ranges([int(k) for k in np.unique(ones) if right[ones == k].mean() < 0.5]),
+    }
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0, 2, 28-33``."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)
 
 
 def _clock(found: Result, n: int) -> Clock:
@@ -130,23 +214,6 @@ def _comparisons(
         Comparison("frequency of logits on half the share of ones, slope", turning.slope, None, "",
                    f"r = {turning.correlation:.3f}; 1 for a state that turns by the share of ones"),
     )  # fmt: skip
-
-
-def _summary(config: Config, ours: Readings, profiles: Profiles, turning: Clock) -> str:
-    n = config.test_length
-    cosine = ours.cosine.get(config.lag, float("nan"))
-    return (
-        f"A looped transformer trained on parity of up to {config.training.max_digits} bits answers {n}-bit strings "
-        f"with {percent(ours.accuracy)} accuracy. Its summed SDI profile for 0101… has period "
-        f"{lag_text(profiles.trained.period.lag)} from the end of the curriculum on (all checkpoints: "
-        f"{lag_text(profiles.all.period.lag)}), its logit margin period {lag_text(ours.margin_period.lag)}, and hidden "
-        f"states {config.lag} steps apart have a mean cosine of {cosine:.2f}. The {config.states}-state proxy is "
-        f"right on {percent(ours.scores['out_of_distribution'].accuracy)} of longer alternating strings and "
-        f"{percent(ours.scores['test'].accuracy)} of random test strings. Beyond the paper: the frequency of the "
-        f"logits against half the share of ones in the string has slope {turning.slope:.2f} and r = "
-        f"{turning.correlation:.3f}"
-        + ("; the period of 4 is that of a state which turns by the share of ones." if turning.keeps_time else ".")
-    )
 
 
 def _period(found: Period) -> str:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reproduce.arrays import Array
 from reproduce.fidelity.statistics import spread_evenly
 from reproduce.style import INK, SERIES, SOFT, figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Array = NDArray[np.float64]
 PAPER = {"sdi": (2048, 0.0388, 0.0030), "tracin": (2048, 0.0220, 0.0052)}
 """m, mean and standard deviation as printed in the paper's section 4."""
 

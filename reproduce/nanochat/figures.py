@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from reproduce.arrays import Array
 from reproduce.nanochat.statistics import energy_profile, shares, signed_profile
 from reproduce.style import INK, SERIES, SOFT, figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Array = NDArray[np.float64]
 
 
 def horizons(sdi: Mapping[int, Array]) -> Figure:
