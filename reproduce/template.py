@@ -20,7 +20,9 @@ class Text:
     body: str
 
 
-def fill(experiment: str, values: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None) -> Text:
+def fill(
+    experiment: str, values: Mapping[str, Any], filters: Mapping[str, Callable[..., object]] | None = None
+) -> Text:
     """Fill ``reproduce/<experiment>/report.md.j2``.
 
     Args:

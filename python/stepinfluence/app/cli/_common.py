@@ -23,7 +23,7 @@ class _OneLineErrors:
         """People add ``--debug`` at the end of the line that has just failed: take it from there too."""
         self._debug = "--debug" in args
         rest = [a for a in args if a != "--debug"]
-        return super().parse_args(ctx, rest or args)
+        return super().parse_args(ctx, rest or args)  # type: ignore[misc, no-any-return]  # of click's command
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
@@ -32,7 +32,7 @@ class _OneLineErrors:
             typer.Exit: with code 2, after an error that the user can mend.
         """
         try:
-            return super().invoke(ctx)
+            return super().invoke(ctx)  # type: ignore[misc]
         except BrokenPipeError:  # the reader of stdout has gone (head): typer leaves without a word
             raise
         # StepInfluenceError is a ValueError; naming it would import torch.
