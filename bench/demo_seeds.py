@@ -38,8 +38,8 @@ from typing import Any
 import torch
 from stepinfluence.app.demo.run import DemoConfig
 from stepinfluence.attribution.periods import Period
+from stepinfluence.files import write_bytes
 from stepinfluence.machine import cpu_model
-from stepinfluence.store.files import write_bytes
 
 from bench.provenance import ROOT, Provenance, machine_line
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
+from stepinfluence.files import write_atomically, write_bytes
 from stepinfluence.machine import machine_facts, versions
 from stepinfluence.provenance import Provenance, checkout
-from stepinfluence.store.files import write_atomically, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import torch
 from stepinfluence.arguments import non_negative_int, one_of, positive_float, positive_int
+from stepinfluence.files import write_atomically
 from stepinfluence.models.gpt import sample_loop_counts
-from stepinfluence.store.files import write_atomically
 from torch import Tensor, nn
 from tqdm import tqdm
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from stepinfluence.evaluation.problem import Problem
+from stepinfluence.files import write_atomically
 from stepinfluence.machine import cpu_model
-from stepinfluence.store.files import write_atomically
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stepinfluence.errors import CheckpointError
-from stepinfluence.store.files import write_atomically
+from stepinfluence.files import write_atomically
 from stepinfluence.wrappers import canonical_name, unwrap
 
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col")

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepinfluence.errors import StoreError
+from stepinfluence.files import make_folder, read_sealed, sealed, write_atomically, write_bytes
 from stepinfluence.search.question import Question
 from stepinfluence.search.sources import Rows, RowSource, as_source
-from stepinfluence.store.files import make_folder, read_sealed, sealed, write_atomically, write_bytes
 
 FORMAT = "sdi-index-1"
 FILE, DESCRIPTION = "rows.faiss", "index.json"

@@ -16,8 +16,8 @@ from torch import Tensor
 from stepinfluence.attribution.alignment import aligned_to
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
 from stepinfluence.errors import FeatureMismatchError, StoreError
+from stepinfluence.files import file_digest
 from stepinfluence.store import Store, bytes_per_row
-from stepinfluence.store.files import file_digest
 from stepinfluence.store.manifest import MANIFEST
 from stepinfluence.store.shards import record_path
 

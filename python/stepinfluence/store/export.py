@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepinfluence.errors import StoreError
-from stepinfluence.store.files import write_atomically
+from stepinfluence.files import write_atomically
 from stepinfluence.store.manifest import MANIFEST
 from stepinfluence.store.reader import Store
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from stepinfluence.errors import StoreError
-from stepinfluence.store.files import ASIDE, file_digest, write_atomically, write_bytes
+from stepinfluence.files import ASIDE, file_digest, write_atomically, write_bytes
 from stepinfluence.store.manifest import MANIFEST, Manifest
 from stepinfluence.store.reader import Store
 from stepinfluence.store.rows import RowTable

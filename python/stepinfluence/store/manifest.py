@@ -21,8 +21,8 @@ from stepinfluence.attribution.features import Block, FeatureSpace
 from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.capture.targets import canonical_name
 from stepinfluence.errors import StoreError
+from stepinfluence.files import canonical, read_sealed, sealed
 from stepinfluence.store.codecs import STORE_DTYPES, StoreDtype
-from stepinfluence.store.files import canonical, read_sealed, sealed
 
 FORMAT = "sdi-store-1"
 MANIFEST = "manifest.json"

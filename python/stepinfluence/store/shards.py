@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stepinfluence.errors import StoreError
+from stepinfluence.files import parse_json, read_sealed
 from stepinfluence.store.codecs import NUMPY_DTYPES, SCALED
-from stepinfluence.store.files import parse_json, read_sealed
 from stepinfluence.store.manifest import MAX_STEPS, Manifest
 
 RowId: TypeAlias = str | int

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import FeatureMismatchError, StoreError
+from stepinfluence.files import ASIDE, file_digest, make_folder, sealed, write_atomically, write_bytes
 from stepinfluence.store.codecs import encode
-from stepinfluence.store.files import ASIDE, file_digest, make_folder, sealed, write_atomically, write_bytes
 from stepinfluence.store.manifest import FORMAT, MANIFEST, Manifest
 from stepinfluence.store.shards import (
     FailedRow,

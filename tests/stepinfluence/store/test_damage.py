@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import stores
 from stepinfluence import StoreError
+from stepinfluence.files import canonical, sealed
 from stepinfluence.store import Manifest, Store, StoreWriter, verify
-from stepinfluence.store.files import canonical, sealed
 
 Content = dict[str, Any]
 

@@ -99,7 +99,7 @@ def _output(path: Path | None) -> Iterator[TextIO]:
 
 
 def _write_ids(path: Path, train: Store, query: Store, shape: list[int], parameters: str | None) -> None:
-    from stepinfluence.store.files import write_bytes
+    from stepinfluence.files import write_bytes
 
     content = {
         "shape": shape,

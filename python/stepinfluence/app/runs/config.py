@@ -16,8 +16,8 @@ from sdi_kernels import HashFamily
 from stepinfluence.attribution.preconditioners import Kind
 from stepinfluence.capture.targets import Layout
 from stepinfluence.errors import ConfigError
+from stepinfluence.files import make_folder, write_bytes
 from stepinfluence.store import StoreDtype
-from stepinfluence.store.files import make_folder, write_bytes
 
 CONFIG = "config.yaml"
 HEADER = "# Repeat with: sdi featurize --config {name}\n# Paths are relative to this file.\n"

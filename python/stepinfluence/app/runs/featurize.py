@@ -18,8 +18,8 @@ from stepinfluence.app.runs.examples import Part, featurize_part
 from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.app.runs.workers import Worker
 from stepinfluence.errors import ProjectError
+from stepinfluence.files import write_bytes
 from stepinfluence.store import FailedRow, Manifest, Store, StoreWriter, fold, fold_manifest, is_unwritten
-from stepinfluence.store.files import write_bytes
 from stepinfluence.store.manifest import MANIFEST
 
 SHARD_BYTES = 128 << 20

@@ -11,8 +11,8 @@ import torch
 from stepinfluence.attribution.curvature.damping import Damping
 from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, Fisher
 from stepinfluence.attribution.curvature.rows import TrainRows
+from stepinfluence.attribution.curvature.stored import StoredFeatures
 from stepinfluence.attribution.features import Features
-from stepinfluence.store import Store
 
 Choice: TypeAlias = Literal["none", "fisher", "block"] | Curvature | Sequence[Curvature]
 """A kind, fitted to each checkpoint's train features; or what was fitted before, one per checkpoint."""
@@ -24,7 +24,7 @@ KINDS: dict[str, type[Curvature]] = {kind.kind: kind for kind in (Fisher, BlockF
 
 
 def fitted(
-    train: Store | Sequence[Features], curvature: Choice, damping: Damping | None = None
+    train: StoredFeatures | Sequence[Features], curvature: Choice, damping: Damping | None = None
 ) -> list[Curvature] | None:
     """The curvature of each checkpoint; None for ``"none"``.
 
@@ -40,10 +40,10 @@ def fitted(
                 raise ValueError("damping: goes with curvature='fisher' or 'block'")
             return None
         kind, chosen = KINDS[curvature], "auto" if damping is None else damping
-        count = len(train.checkpoints) if isinstance(train, Store) else len(train)
-        sides: list[TrainRows] = [train] * count if isinstance(train, Store) else list(train)
+        count = len(train.checkpoints) if isinstance(train, StoredFeatures) else len(train)
+        sides: list[TrainRows] = [train] * count if isinstance(train, StoredFeatures) else list(train)
         return [
-            kind.fit(rows, checkpoint=k if isinstance(train, Store) else 0, damping=chosen)
+            kind.fit(rows, checkpoint=k if isinstance(train, StoredFeatures) else 0, damping=chosen)
             for k, rows in enumerate(sides)
         ]
     given = [curvature] if isinstance(curvature, Curvature) else list(curvature)
@@ -51,7 +51,7 @@ def fitted(
         raise TypeError("curvature: pass 'none', 'fisher', 'block', or fitted ones, one per checkpoint")
     if damping is not None:
         raise ValueError("damping: this curvature is fitted already; use its with_damping")
-    count = len(train.checkpoints) if isinstance(train, Store) else len(train)
+    count = len(train.checkpoints) if isinstance(train, StoredFeatures) else len(train)
     if len(given) != count:
         raise ValueError(f"curvature: got {len(given)} for {count} checkpoints; give one per checkpoint")
     return given

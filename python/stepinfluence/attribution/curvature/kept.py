@@ -17,7 +17,7 @@ from stepinfluence.attribution.curvature.factors import Factor
 from stepinfluence.attribution.curvature.fisher import Curvature
 from stepinfluence.attribution.features import Block, FeatureSpace
 from stepinfluence.errors import StoreError
-from stepinfluence.store.files import file_digest, make_folder, read_sealed, sealed, write_atomically, write_bytes
+from stepinfluence.files import file_digest, make_folder, read_sealed, sealed, write_atomically, write_bytes
 
 FORMAT = "sdi-fisher-1"
 FILE, DESCRIPTION = "fisher.safetensors", "fisher.json"

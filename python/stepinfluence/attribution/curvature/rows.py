@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from stepinfluence.attribution.curvature.factors import CHUNK_BYTES
+from stepinfluence.attribution.curvature.stored import StoredFeatures
 from stepinfluence.attribution.features import Features, FeatureSpace
 from stepinfluence.errors import FeatureMismatchError, StoreError
-from stepinfluence.store import Store
 
-TrainRows: TypeAlias = Features | Store
+TrainRows: TypeAlias = Features | StoredFeatures
 """What a Fisher can be fitted to: features at one checkpoint, or a store, of which a checkpoint is named."""
 
 
@@ -52,7 +52,7 @@ class FitRows:
             StoreError: a shard is missing or damaged.
             ValueError: no row, a value that is not finite, or nothing but zeros.
         """
-        if isinstance(train, Store):
+        if isinstance(train, StoredFeatures):
             if train.manifest.fold is not None:
                 raise FeatureMismatchError(
                     f"train: {train.path} holds folded checkpoints, which have no Fisher of their own; "
@@ -85,7 +85,7 @@ class FitRows:
 
     def blocks(self) -> Iterator[Tensor]:
         """``(r, D)`` in order, a bounded number at a time."""
-        if isinstance(self.train, Store):
+        if isinstance(self.train, StoredFeatures):
             for first, values in self.train.blocks(self.checkpoint):
                 good = torch.from_numpy(self.valid[first : first + len(values)])
                 some = values if bool(good.all()) else values[good]

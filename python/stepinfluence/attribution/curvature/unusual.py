@@ -12,8 +12,8 @@ import torch
 
 from stepinfluence.attribution.curvature.choice import Choice, fitted
 from stepinfluence.attribution.curvature.damping import Damping
+from stepinfluence.attribution.curvature.stored import StoredFeatures
 from stepinfluence.attribution.features import Features
-from stepinfluence.store import Store
 
 By: TypeAlias = Literal["self-influence", "leverage"]
 BLOCK_ROWS = 256
@@ -40,7 +40,7 @@ class Outlier:
 
 
 def outliers(
-    train: Store | Features | Sequence[Features],
+    train: StoredFeatures | Features | Sequence[Features],
     k: int = 20,
     *,
     by: By = "self-influence",
@@ -69,13 +69,13 @@ def outliers(
         raise ValueError(f"by: got {by!r}; use 'self-influence' or 'leverage'")
     if by == "self-influence" and damping is not None:
         raise ValueError("damping: goes with by='leverage'")
-    sides: Store | list[Features]
-    sides = train if isinstance(train, Store) else [train] if isinstance(train, Features) else list(train)
-    count = len(sides.checkpoints) if isinstance(sides, Store) else len(sides)
+    sides: StoredFeatures | list[Features]
+    sides = train if isinstance(train, StoredFeatures) else [train] if isinstance(train, Features) else list(train)
+    count = len(sides.checkpoints) if isinstance(sides, StoredFeatures) else len(sides)
     if not count:
         raise ValueError("train: got no features; give one per checkpoint")
     if etas is None:
-        weights = [c.eta for c in sides.checkpoints] if isinstance(sides, Store) else [1.0] * count
+        weights = [c.eta for c in sides.checkpoints] if isinstance(sides, StoredFeatures) else [1.0] * count
     else:
         weights = [float(etas)] * count if isinstance(etas, int | float) else [float(e) for e in etas]
     if len(weights) != count:
@@ -83,13 +83,17 @@ def outliers(
     found = fitted(sides, curvature, damping) if by == "leverage" else None
     if by == "leverage" and found is None:
         raise ValueError("curvature: leverage needs one; use 'fisher' or 'block', or by='self-influence'")
-    n = len(sides) if isinstance(sides, Store) else len(sides[0])
+    n = len(sides) if isinstance(sides, StoredFeatures) else len(sides[0])
     steps: list[torch.Tensor] = []
     for first in range(0, n, BLOCK_ROWS):
         rows = range(first, min(n, first + BLOCK_ROWS))
         total: torch.Tensor | None = None
         for checkpoint, eta in enumerate(weights):
-            part = sides.features(checkpoint, rows) if isinstance(sides, Store) else sides[checkpoint].select(rows)
+            part = (
+                sides.features(checkpoint, rows)
+                if isinstance(sides, StoredFeatures)
+                else sides[checkpoint].select(rows)
+            )
             grad = part.summed().values.double()
             if found is not None:
                 grad = found[checkpoint].solve(grad)
@@ -105,8 +109,8 @@ def outliers(
     return [_outlier(sides, row, float(scores[row]), by_step[row].numpy()) for row in order]
 
 
-def _outlier(train: Store | list[Features], row: int, score: float, steps: npt.NDArray[np.float64]) -> Outlier:
-    if isinstance(train, Store):
+def _outlier(train: StoredFeatures | list[Features], row: int, score: float, steps: npt.NDArray[np.float64]) -> Outlier:
+    if isinstance(train, StoredFeatures):
         info = train.row(row)
         return Outlier(
             row, info.id, info.text, score, steps, float(train.features(-1 + len(train.checkpoints), [row]).losses[0])
