@@ -39,7 +39,7 @@ def grouped_product(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: d
     """``F.grouped_mm(x, P, offs=...)``: the rows of ``x`` ``(S, k)`` up to each offset with a matrix of ``P``
     ``(E, k, n)`` each, as of experts with their tokens side by side."""
     names = ("mat_a", "mat_b", "offs", "bias", "out_dtype")
-    given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
+    given: dict[str, Any] = {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
     x, stack, offsets = given["mat_a"], given["mat_b"], given["offs"]
     form = (x.dim(), stack.dim())
     if it.source(x) is not None or given["bias"] is not None or form not in ((2, 3), (3, 3)):
@@ -125,7 +125,7 @@ def _as_matrix(
         sizes = parameter.shape[1:] if first_in else parameter.shape[:1]
         x, matrix = x.flatten(len(lead)), parameter.flatten(1)
         out = x @ matrix if first_in else F.linear(x, matrix)
-        return out.unflatten(-1, sizes).permute([order.index(c) for c in of_result])
+        return out.unflatten(-1, sizes).permute([order.index(c) for c in of_result])  # type: ignore[no-any-return]
 
 
 def _einsum(names: Sequence[Sequence[str]], *operands: Tensor) -> Tensor:
