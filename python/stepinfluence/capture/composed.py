@@ -87,7 +87,7 @@ def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     ):
         return NotImplemented
     if not both and lead and of_parameter in ([*inner[:1], *outer], [*outer[:1], *inner]) and inner and outer:
-        return _as_matrix(it, parameter, data, (of_data, of_result), (lead, inner, outer))
+        return _as_matrix(it, parameter, data, (of_parameter[0], of_data, of_result), (lead, inner, outer))
     source = it.source(parameter)
     assert source is not None
     apart = next((c for c in both if not it.alike_along(data, of_data.index(c))), None)
@@ -113,15 +113,15 @@ def _as_matrix(
     it: Interceptor,
     parameter: Tensor,
     data: Tensor,
-    names: tuple[Sequence[str], Sequence[str]],
+    names: tuple[str, Sequence[str], Sequence[str]],
     groups: tuple[Sequence[str], Sequence[str], Sequence[str]],
 ) -> Tensor:
     """An einsum that is one linear map: the parameter's first dimension is its one side, all others are the other."""
-    (of_data, of_result), (lead, inner, outer) = names, groups
+    (first, of_data, of_result), (lead, inner, outer) = names, groups
     order = (*lead, *outer)
     with it:
         x = data.permute([of_data.index(c) for c in (*lead, *inner)])
-        first_in = len(inner) == 1
+        first_in = first in inner
         sizes = parameter.shape[1:] if first_in else parameter.shape[:1]
         x, matrix = x.flatten(len(lead)), parameter.flatten(1)
         out = x @ matrix if first_in else F.linear(x, matrix)

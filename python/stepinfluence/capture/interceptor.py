@@ -332,9 +332,10 @@ class Interceptor(TorchFunctionMode):
         if kwargs:
             self._scan(kwargs.values(), found)
         self.usage.looked |= func in LOOKS and bool(found.data)
-        if func in GRADIENT_TAKERS and not in_backward():
-            if any(tensor is self.anchor for tensor in kwargs.get("inputs") or ()):
-                # The capture's own backward pass, with this mode on: a recomputation must tap as the forward did.
+        if func in GRADIENT_TAKERS:
+            if in_backward() or any(tensor is self.anchor for tensor in kwargs.get("inputs") or ()):
+                # The capture's own backward pass, or one within it (a hook's), with this mode on: a recomputation must
+                # tap as the forward did.
                 return self.look_inside(func, args, kwargs)
             self._refuse_inner_gradients(func, args)
         if not found.sources or not torch.is_grad_enabled():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -44,6 +45,20 @@ def hold(spec: Spec) -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_no_number_is_wrong(seed: int) -> None:
     hold(draw(Random(seed), without=OPEN))
+
+
+@pytest.mark.parametrize("around", ["none", "reorder", "unpad"])
+@pytest.mark.parametrize("how", ["grad", "grad in hook"])
+def test_a_hook_that_takes_gradients_of_a_checkpointed_step_is_right(how: str, around: str) -> None:
+    """The gradient taken in the hook runs the step again, which must save what it saved before."""
+    hooked: dict[str, object] = {"op": "hook", "how": how}
+    wrapped: dict[str, dict[str, object]] = {
+        "none": hooked,
+        "reorder": {"op": "reorder", "how": "gather", "back": "narrow", "order": "flip", "inner": [hooked]},
+        "unpad": {"op": "unpad", "how": "rows", "back": "unbind", "inner": [hooked]},
+    }
+    found = check.judge(replace(a_spec(LINEAR, wrapped[around]), loop="checkpointed"))
+    assert {outcome.verdict for outcome in found.values()} == {"right"}, found
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
