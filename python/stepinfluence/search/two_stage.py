@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from stepinfluence.attribution.checkpoints import PathLike, Reader
-from stepinfluence.attribution.scoring import Metric, visit_checkpoints
+from stepinfluence.attribution.visiting import Metric, visit_checkpoints
 from stepinfluence.capture import Capture
 from stepinfluence.capture.pairs import PairRoute
 from stepinfluence.errors import FeatureMismatchError
