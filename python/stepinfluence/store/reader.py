@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepinfluence.attribution.curvature.stored import StoredFeatures
 from stepinfluence.attribution.features import Features
 from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.errors import FeatureMismatchError, StoreError
@@ -32,7 +33,7 @@ BLOCK_BYTES = 32 << 20
 """Decoded bytes of a block of :meth:`Store.blocks`, unless told otherwise."""
 
 
-class Store:
+class Store(StoredFeatures):
     """A store opened for reading; made by :meth:`open`. Values are memory-mapped, rows read one at a time.
 
     Attributes:
