@@ -210,10 +210,12 @@ def problems(cost: Cost) -> list[str]:
     return found
 
 
-def main(names: list[str]) -> int:
-    """All cases, or those with one of ``names`` in their own."""
-    chosen = cases()
-    costs = measure_all([case for case in chosen if not names or any(name in case.name for name in names)])
+def main(arguments: list[str]) -> int:
+    """All cases, or those with one of the given words in their name; never those with WORD of ``--without=WORD``."""
+    without = tuple(a.removeprefix("--without=") for a in arguments if a.startswith("--without="))
+    names = [a for a in arguments if not a.startswith("--without=")]
+    chosen = [case for case in cases() if not names or any(name in case.name for name in names)]
+    costs = measure_all([case for case in chosen if not any(word in case.name for word in without)])
     found = [line for cost in costs for line in problems(cost)]
     sys.stdout.write("\n".join([table(costs), *found]) + "\n")
     return 1 if found else 0

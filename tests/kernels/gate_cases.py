@@ -48,7 +48,7 @@ ANY_MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "MFMA")
 FFT_SPILLS: dict[tuple[Target, int, str, int], tuple[int, int]] = {
     (SM90, 2048, "tf32x3", 1): (8, 0), (SM90, 4096, "tf32x3", 1): (24, 5), (SM90, 4096, "tf32x3", 2): (24, 6),
     (SM90, 8192, "tf32", 2): (96, 28), (SM90, 8192, "tf32", 4): (192, 64), (SM90, 8192, "tf32x3", 1): (128, 32),
-    (SM90, 8192, "tf32x3", 2): (160, 44), (SM90, 8192, "tf32x3", 4): (192, 64), (SM80, 2048, "tf32x3", 1): (8, 0),
+    (SM90, 8192, "tf32x3", 2): (160, 44), (SM90, 8192, "tf32x3", 4): (192, 64), (SM80, 2048, "tf32x3", 1): (16, 0),
     (SM86, 4096, "tf32x3", 1): (8, 0), (SM100, 2048, "tf32x3", 1): (40, 10),
 }  # fmt: skip
 """(Bytes of stack, local loads and stores in the loop) by target, sketch size, precision and sources that are loaded
