@@ -45,7 +45,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = json.loads((folder / "results.json").read_text())["numbers"]
 
     # Recomputed from the stages, without the experiment's own functions.
-    exact = np.load(folder / "stages" / "exact-measure.npz")["sdi"]
+    exact = np.load(folder / "stages" / "exact-scores.npz")["sdi"]
     found = np.load(folder / "stages" / "sketched-scores-iid.npz")["sdi"]
     assert found.shape == (3, 3, *exact.shape)
     assert exact.shape == (config.batch, config.batch, config.model.steps)

@@ -168,10 +168,12 @@ def owners_of_rows(interceptor: Interceptor, losses: Tensor, *, reduced: bool = 
     """
     size = len(losses)
     interceptor.shared.size = size
-    if size <= 1 or followed_to(interceptor, losses):
+    if size <= 1:
         return "followed"
-    if reduced and losses.stride(0) == 0:
+    if reduced and losses.stride(0) == 0:  # made of one number out of sight: it proves nothing about the rows
         _check_followed(interceptor)
+        return "followed"
+    if followed_to(interceptor, losses):
         return "followed"
     scout = Scout()
     interceptor.sink = scout
