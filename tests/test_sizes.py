@@ -25,7 +25,6 @@ INTERFACES = (
 STILL = {
     "python/stepinfluence/capture/interceptor.py",
     "python/stepinfluence/capture/sketched.py",
-    "python/stepinfluence/app/demo/run.py: _run",
 }
 
 

@@ -123,17 +123,11 @@ def _run(config: DemoConfig, checkpoint_dir: Path, progress: bool, announce: Cal
         conservation = _conservation(capture, query_batches, progress=progress)
     rows, columns = _exact_subset(config, len(train), len(examples))
     with stage("compare with exact gradients"):
-        reference = ExactCapture(model, body=model.block)
         some = _batches([train[r] for r in rows], config.batch_size)
         asked = _batches([examples[c] for c in columns], config.batch_size, length=length)
         # Scaled by the energies of the sketched scores: those of all examples, not of the subset.
         weights = equal_weights(energy_of(by_checkpoint[shown]))[:, columns]
-        exact = np.zeros((len(rows), len(columns), length), dtype=np.float32)
-        for k, weight in zip(shown, weights, strict=True):
-            part = influence_over_checkpoints(
-                reference, [checkpoints[k]], some, asked, parity_loss, ids=_ids, progress=progress
-            )
-            exact += part.sdi.numpy() * weight[:, None].astype(np.float32)
+        exact = _exact(model, [checkpoints[k] for k in shown], weights, some, asked, progress=progress)
     sketched = sdi[np.ix_(rows, columns)]
 
     return DemoResult(
@@ -265,6 +259,24 @@ def _exact_subset(config: DemoConfig, n_train: int, n_query: int) -> tuple[NDArr
     rows = sorted(draw.sample(range(n_train), min(config.exact_train, n_train)))
     columns = [0, *sorted(draw.sample(range(1, n_query), min(config.exact_queries, n_query) - 1))]
     return np.array(rows), np.array(columns)
+
+
+def _exact(
+    model: ParityTransformer,
+    checkpoints: Sequence[Path],
+    weights: NDArray[np.float64],
+    train: Sequence[Batch],
+    query: Sequence[Batch],
+    *,
+    progress: bool,
+) -> Array:
+    """Influence ``(N, Q, steps)`` from exact gradients, summed over checkpoints with weights ``(K, Q)``."""
+    reference = ExactCapture(model, body=model.block)
+    parts = []
+    for path, weight in zip(checkpoints, weights, strict=True):
+        part = influence_over_checkpoints(reference, [path], train, query, parity_loss, ids=_ids, progress=progress)
+        parts.append(part.sdi.numpy() * weight[:, None].astype(np.float32))
+    return np.sum(parts, axis=0, dtype=np.float32)
 
 
 def _relative(got: Array, want: Array) -> float:
