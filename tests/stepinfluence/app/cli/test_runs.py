@@ -180,7 +180,7 @@ def test_query_exact_loads_each_checkpoint_once(
 ) -> None:
     """Whatever the number of queries, the influence of each is that of the model at every checkpoint."""
     from stepinfluence import ExactCapture, influence_over_checkpoints
-    from stepinfluence.attribution import scoring
+    from stepinfluence.attribution import visiting
 
     project = Project.load(run.parent / "my_project.py")
     paths = []
@@ -191,13 +191,13 @@ def test_query_exact_loads_each_checkpoint_once(
     options = ("--sketch-size", "16", "--eta", "0.5", "--checkpoints", tmp_path / "c*.pt", fold)
     invoke("featurize", "-p", project.path, "-s", "train", "-s", "query", *options, "-o", tmp_path / "run")
     loaded: list[str] = []
-    load = scoring.load_checkpoint
+    load = visiting.load_checkpoint
 
     def counted(path: Path, **options: Any) -> Any:
         loaded.append(path.name)
         return load(path, **options)
 
-    monkeypatch.setattr(scoring, "load_checkpoint", counted)
+    monkeypatch.setattr(visiting, "load_checkpoint", counted)
     ask = ("query", tmp_path / "run", "--row", "3", "--row", "0", "-k", "2", "--candidates", "100", "--exact", "--json")
     answers = json.loads(invoke(*ask).stdout)
     assert loaded == ["c0.pt", "c1.pt"]
