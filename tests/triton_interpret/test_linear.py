@@ -154,11 +154,15 @@ def test_strided_inputs(route: str) -> None:
     assert route == "fft" or torch.equal(out.double(), expected.exact)
 
 
+TF32 = 2.0**-11
+"""What rounding to nearest loses of an operand of tf32; for 16-bit inputs fft rounds both (test_tf32.py: the bias)."""
+
+
 # Triton's interpreter multiplies the bit patterns of bf16 (3.7.1), so that product is left to tests/gpu.
 @pytest.mark.numeric
 @pytest.mark.parametrize(("dtype", "mixed"), [(torch.float16, False), (torch.float16, True), (torch.bfloat16, True)])
 def test_half_inputs(dtype: torch.dtype, mixed: bool) -> None:
-    """Integers are exact in 16 bits; sums are fp32."""
+    """Integers are exact in 16 bits and sums are fp32, but fft multiplies transforms of 16-bit inputs in tf32."""
     m = 256
     sketch = TensorSketch(20, 30, m)
     a = small_integers(2, 40, 30).to(dtype)
@@ -168,7 +172,7 @@ def test_half_inputs(dtype: torch.dtype, mixed: bool) -> None:
     direct.linear_direct(exact, a, g, sketch.tables(), m)
     fft.linear_fft(close, a, g, sketch.tables(), m)
     assert torch.equal(exact.double(), expected.exact)
-    expected.check(close)
+    (expected if mixed else replace(expected, eps=TF32 / 4)).check(close)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
