@@ -36,6 +36,7 @@ class Question:
         per_step: whether each of them is ranked for itself, rather than their sum.
         summed: whether the queries' features are summed over steps.
         harmful: whether the lowest rows come first, rather than the highest.
+        corrected: whether the queries were corrected for curvature.
         valid: ``(Q,)``: False for queries that have no features.
         query_ids, etas: as in results.
         device: where to compute.
@@ -49,6 +50,7 @@ class Question:
     per_step: bool
     summed: bool
     harmful: bool
+    corrected: bool
     valid: npt.NDArray[np.bool_]
     query_ids: tuple[Hashable, ...]
     etas: tuple[float, ...]
@@ -187,6 +189,7 @@ def ask(
         per_step=per_step,
         summed=not asked.per_step,
         harmful=harmful,
+        corrected=corrections is not None,
         valid=asked.valid,
         query_ids=asked.ids(),
         etas=weights,

@@ -113,6 +113,8 @@ def two_stage(
         raise ValueError(f"k: got {k!r}; give a positive number of rows")
     if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < k:
         raise ValueError(f"candidates: got {candidates!r} for k = {k}; give at least k")
+    if question.corrected:
+        raise ValueError("question: exact influence is recomputed without curvature; ask with curvature='none'")
     for name, data, want in (
         ("train", exact.train, len(question.train)),
         ("query", exact.query, len(question.query_ids)),

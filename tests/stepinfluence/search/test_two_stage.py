@@ -51,9 +51,12 @@ def featurized(capture: Capture, data: Examples, *, per_step: bool) -> Features:
     return capture.featurize([data.batch], zoo.squared_error, per_step=per_step)
 
 
+QUESTION = ("per_step", "harmful", "steps", "curvature", "damping")
+
+
 def search(capture: Capture, train: Examples, query: Examples, k: int, **options: Any) -> TwoStage:
     rows = options.pop("features", None) or featurized(capture, train, per_step=False)
-    question = {name: options.pop(name) for name in ("per_step", "harmful", "steps") if name in options}
+    question = {name: options.pop(name) for name in QUESTION if name in options}
     stages = {name: options.pop(name) for name in ("candidates", "index") if name in options}
     asked = ask(rows, featurized(capture, query, per_step=options.pop("query_steps", True)), **question)
     return two_stage(asked, k, exact=Recompute(capture, zoo.squared_error, train, query, **options), **stages)
@@ -144,6 +147,14 @@ def test_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoints: got None"):
         two_stage(asked, 5, exact=replace(exact, checkpoints=None), candidates=N)
     assert all(torch.equal(v, own[k]) for k, v in capture.model.state_dict().items())
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "block"])
+def test_a_question_corrected_for_curvature_is_refused(curvature: str) -> None:
+    """Its estimates and the exact influence beside them would be two different scores."""
+    capture, train, query, _ = setting()
+    with pytest.raises(ValueError, match=r"^question: exact influence is recomputed without curvature"):
+        search(capture, train, query, 4, candidates=10, curvature=curvature, damping=0.1)
 
 
 def test_what_is_refused() -> None:

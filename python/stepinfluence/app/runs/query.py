@@ -156,8 +156,6 @@ def answer(
         StepInfluenceError, ValueError: as for :func:`stepinfluence.search.top_k` and
             :func:`stepinfluence.search.two_stage`.
     """
-    if exact and curvature is not None:
-        raise ValueError("exact: recomputes scores without curvature; leave out one of the two")
     corrections: Choice = "none" if curvature is None else curvature
     question = ask(train, asked.features, steps=steps, harmful=harmful, parameters=parameters, curvature=corrections)
     if exact:
