@@ -16,9 +16,8 @@ from torch import Tensor
 
 from stepinfluence.attribution.alignment import aligned_to, require_repeatable
 from stepinfluence.attribution.checkpoints import Etas, PathLike, Reader
-from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected
+from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected, one_each
 from stepinfluence.attribution.curvature.damping import Damping
-from stepinfluence.attribution.curvature.fisher import Curvature
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.visiting import Featurizer, Metric, visit_checkpoints
 from stepinfluence.loaders import IdsOf, LossFn, is_one_shot
@@ -289,7 +288,7 @@ def influence_over_checkpoints(
     for side, loader in (("train", train), ("query", query)):
         if len(checkpoints) > 1 or (train is query and is_one_shot(train)):
             require_repeatable(loader, side, has_ids=ids is not None)
-    curvatures: list[Choice] = _one_each(curvature, len(checkpoints))
+    curvatures = one_each(curvature, len(checkpoints))
     rows: list[Features] = []
     total: Influence | None = None
     # Closed at once, also after an error: only then the model has its own weights again.
@@ -311,16 +310,6 @@ def influence_over_checkpoints(
             total = _add(total, found)
     assert total is not None
     return total
-
-
-def _one_each(curvature: Choice, count: int) -> list[Choice]:
-    """What each of ``count`` checkpoints is corrected with."""
-    if isinstance(curvature, str) or (isinstance(curvature, Curvature) and count == 1):
-        return [curvature] * count
-    given = [curvature] if isinstance(curvature, Curvature) else list(curvature)
-    if len(given) != count:
-        raise ValueError(f"curvature: got {len(given)} for {count} checkpoints; give one per checkpoint")
-    return list(given)
 
 
 def _add(total: Influence | None, one: Influence) -> Influence:

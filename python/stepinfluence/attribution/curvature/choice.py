@@ -23,38 +23,47 @@ Normalize: TypeAlias = Literal["train", "both"] | None
 KINDS: dict[str, type[Curvature]] = {kind.kind: kind for kind in (Fisher, BlockFisher)}
 
 
+def one_each(curvature: Choice, count: int) -> list[Choice]:
+    """What each of ``count`` checkpoints is corrected with.
+
+    Raises:
+        ValueError, TypeError: none of :data:`Choice`, or not one per checkpoint.
+    """
+    if isinstance(curvature, str):
+        if curvature != "none" and curvature not in KINDS:
+            raise ValueError(f"curvature: got {curvature!r}; use 'none', {', '.join(map(repr, KINDS))} or a fitted one")
+        return [curvature] * count
+    given = [curvature] if isinstance(curvature, Curvature) else list(curvature)
+    if not all(isinstance(one, Curvature) for one in given):
+        raise TypeError("curvature: pass 'none', 'fisher', 'block', or fitted ones, one per checkpoint")
+    if len(given) != count:
+        raise ValueError(f"curvature: got {len(given)} for {count} checkpoints; give one per checkpoint")
+    return list(given)
+
+
 def fitted(
     train: StoredFeatures | Sequence[Features], curvature: Choice, damping: Damping | None = None
 ) -> list[Curvature] | None:
     """The curvature of each checkpoint; None for ``"none"``.
 
     Raises:
-        ValueError, TypeError: the curvature is none of :data:`Choice`, not one per checkpoint, or a damping was given
-            for one that is fitted already. Errors of :meth:`.Curvature.fit` pass through.
+        ValueError, TypeError: as for :func:`one_each`, or a damping was given for one that is fitted already. Errors of
+            :meth:`.Curvature.fit` pass through.
     """
-    if isinstance(curvature, str):
-        if curvature != "none" and curvature not in KINDS:
-            raise ValueError(f"curvature: got {curvature!r}; use 'none', {', '.join(map(repr, KINDS))} or a fitted one")
-        if curvature == "none":
-            if damping is not None:
-                raise ValueError("damping: goes with curvature='fisher' or 'block'")
-            return None
-        kind, chosen = KINDS[curvature], "auto" if damping is None else damping
-        count = len(train.checkpoints) if isinstance(train, StoredFeatures) else len(train)
-        sides: list[TrainRows] = [train] * count if isinstance(train, StoredFeatures) else list(train)
-        return [
-            kind.fit(rows, checkpoint=k if isinstance(train, StoredFeatures) else 0, damping=chosen)
-            for k, rows in enumerate(sides)
-        ]
-    given = [curvature] if isinstance(curvature, Curvature) else list(curvature)
-    if not all(isinstance(one, Curvature) for one in given):
-        raise TypeError("curvature: pass 'none', 'fisher', 'block', or fitted ones, one per checkpoint")
-    if damping is not None:
-        raise ValueError("damping: this curvature is fitted already; use its with_damping")
-    count = len(train.checkpoints) if isinstance(train, StoredFeatures) else len(train)
-    if len(given) != count:
-        raise ValueError(f"curvature: got {len(given)} for {count} checkpoints; give one per checkpoint")
-    return given
+    stored = isinstance(train, StoredFeatures)
+    sides: Sequence[TrainRows] = [train] * len(train.checkpoints) if isinstance(train, StoredFeatures) else train
+    chosen = one_each(curvature, len(sides))
+    given = [one for one in chosen if isinstance(one, Curvature)]
+    if given:
+        if damping is not None:
+            raise ValueError("damping: this curvature is fitted already; use its with_damping")
+        return given
+    if curvature == "none":
+        if damping is not None:
+            raise ValueError("damping: goes with curvature='fisher' or 'block'")
+        return None
+    kind, number = KINDS[str(curvature)], "auto" if damping is None else damping
+    return [kind.fit(rows, checkpoint=k if stored else 0, damping=number) for k, rows in enumerate(sides)]
 
 
 def unit_norm(features: Features) -> Features:

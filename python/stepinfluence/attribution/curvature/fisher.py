@@ -83,7 +83,7 @@ class Curvature(ABC):
             raise ValueError(f"rank: got {rank!r}; give a positive number of eigenvectors, or None")
         rows = FitRows.of(train, checkpoint)
         columns = cls.ranges(rows.space)
-        factors = fitted(rows, columns, rank, seed)
+        factors = factors_of(rows, columns, rank, seed)
         chosen = choose(rows, factors, columns) if given is None else None
         return cls(
             space=rows.space,
@@ -197,7 +197,7 @@ class BlockFisher(Curvature):
         return tuple(slice(block.start, block.stop) for block in space.blocks if block.stop > block.start)
 
 
-def fitted(rows: FitRows, columns: Sequence[slice], rank: int | None, seed: int) -> list[Factor]:
+def factors_of(rows: FitRows, columns: Sequence[slice], rank: int | None, seed: int) -> list[Factor]:
     """A factor for each range of columns."""
     widths = [cut.stop - cut.start for cut in columns]
     widest, total = max(widths), sum(widths)
