@@ -272,11 +272,11 @@ def _exact(
 ) -> Array:
     """Influence ``(N, Q, steps)`` from exact gradients, summed over checkpoints with weights ``(K, Q)``."""
     reference = ExactCapture(model, body=model.block)
-    parts = []
+    parts: list[Array] = []
     for path, weight in zip(checkpoints, weights, strict=True):
         part = influence_over_checkpoints(reference, [path], train, query, parity_loss, ids=_ids, progress=progress)
         parts.append(part.sdi.numpy() * weight[:, None].astype(np.float32))
-    return np.sum(parts, axis=0, dtype=np.float32)
+    return np.asarray(np.sum(parts, axis=0), dtype=np.float32)
 
 
 def _relative(got: Array, want: Array) -> float:
