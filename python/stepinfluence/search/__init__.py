@@ -7,15 +7,18 @@ from stepinfluence.search.rerank import rerank
 from stepinfluence.search.table import scores
 from stepinfluence.search.topk import TopK, top_k
 from stepinfluence.search.two_stage import Recompute, TwoStage, two_stage
+from stepinfluence.search.unusual import Outlier, outliers
 
 __all__ = [
     "Index",
+    "Outlier",
     "Question",
     "Recompute",
     "TopK",
     "TwoStage",
     "ask",
     "checkpoint_energy",
+    "outliers",
     "rerank",
     "scores",
     "top_k",

@@ -84,7 +84,8 @@ def chosen_steps(steps: Steps, count: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _resolved_etas(train: RowSource, given: float | Sequence[float] | None) -> tuple[float, ...]:
+def resolved_etas(train: RowSource, given: float | Sequence[float] | None) -> tuple[float, ...]:
+    """The weight of each checkpoint: as given, or the rows' own, or 1."""
     count = len(train.spaces)
     if given is None:
         return train.etas if train.etas is not None else (1.0,) * count
@@ -113,15 +114,15 @@ def _compare(given: tuple[Rows, Rows], train: RowSource, query: RowSource) -> No
         ours.require_equal(theirs)
 
 
-def _corrections(
-    given: Rows, train: RowSource, query: RowSource, curvature: Choice, damping: Damping | None
-) -> list[Curvature] | None:
-    """What each checkpoint's queries are multiplied by; None for nothing."""
-    found = fitted([given] if isinstance(given, Features) else given, curvature, damping)
-    for one, ours, theirs in zip(found or (), train.spaces, query.spaces, strict=False):
-        one.space.require_equal(ours)
-        if theirs.curvature:
-            raise FeatureMismatchError("query: these features were transformed already; leave curvature='none'")
+def corrections(train: Rows, curvature: Choice, damping: Damping | None) -> list[Curvature] | None:
+    """What each checkpoint's queries are multiplied by; None for nothing.
+
+    Raises:
+        FeatureMismatchError, ValueError, TypeError: it was fitted to other features, or is no curvature.
+    """
+    found = fitted([train] if isinstance(train, Features) else train, curvature, damping)
+    for one, space in zip(found or (), as_source("train", train).spaces, strict=False):
+        one.space.require_equal(space)
     return found
 
 
@@ -157,13 +158,15 @@ def ask(
     source: FeatureSource | StoreSource = as_source("train", train)
     asked = as_source("query", query)
     _compare((train, query), source, asked)
-    weights = _resolved_etas(source, etas)
+    weights = resolved_etas(source, etas)
     if not asked.per_step and (per_step or steps is not None):
         raise ValueError(
             f"{'per_step' if per_step else 'steps'}: the queries' features are summed over steps; "
             "featurize them with per_step=True"
         )
-    corrections = _corrections(train, source, asked, curvature, damping)
+    found = corrections(train, curvature, damping)
+    if found is not None and any(space.curvature for space in asked.spaces):
+        raise FeatureMismatchError("query: these features were transformed already; leave curvature='none'")
     space = source.spaces[0]
     blocks = space.select(parameters)
     columns = slice(min(b.start for b in blocks), max(b.stop for b in blocks))
@@ -173,7 +176,7 @@ def ask(
     vectors = []
     for checkpoint, eta in enumerate(weights):
         values = asked.take(checkpoint, everyone).to(place, source.dtype)
-        values = values if corrections is None else corrections[checkpoint].solve(values)
+        values = values if found is None else found[checkpoint].solve(values)
         values = (values if asked.per_step else values.unsqueeze(1)) * eta
         for block in outside:
             values[:, :, block.start : block.stop] = 0
@@ -189,7 +192,7 @@ def ask(
         per_step=per_step,
         summed=not asked.per_step,
         harmful=harmful,
-        corrected=corrections is not None,
+        corrected=found is not None,
         valid=asked.valid,
         query_ids=asked.ids(),
         etas=weights,

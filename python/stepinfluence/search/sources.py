@@ -6,7 +6,7 @@ import hashlib
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +84,12 @@ class RowSource(Protocol):
 
     def ids(self) -> tuple[Hashable, ...]: ...
 
+    def text_of(self, row: int) -> str | None:
+        """What a store holds of an example, for people; None if the rows do not tell."""
+
+    def losses(self, checkpoint: int) -> npt.NDArray[np.floating[Any]]:
+        """``(N,)``; NaN for rows that failed."""
+
     def blocks(self, checkpoint: int) -> Iterator[RawBlock]:
         """All rows in order; the same cuts at every checkpoint."""
 
@@ -119,6 +125,12 @@ class FeatureSource:
 
     def ids(self) -> tuple[Hashable, ...]:
         return self._features[0].ids
+
+    def text_of(self, row: int) -> str | None:
+        return None
+
+    def losses(self, checkpoint: int) -> npt.NDArray[np.floating[Any]]:
+        return np.asarray(self._features[checkpoint].losses.detach().cpu().numpy())
 
     def blocks(self, checkpoint: int) -> Iterator[RawBlock]:
         yield RawBlock(0, self._features[checkpoint].values.detach(), None)
@@ -163,6 +175,12 @@ class StoreSource:
 
     def ids(self) -> tuple[Hashable, ...]:
         return tuple(self._store.ids)
+
+    def text_of(self, row: int) -> str | None:
+        return self._store.row(row).text
+
+    def losses(self, checkpoint: int) -> npt.NDArray[np.floating[Any]]:
+        return self._store.losses(checkpoint)
 
     def blocks(self, checkpoint: int) -> Iterator[RawBlock]:
         kept = _KEPT_MAPS.setdefault(self._store, {})

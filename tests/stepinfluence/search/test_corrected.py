@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import made
 import numpy as np
 import pytest
 import torch
 from stepinfluence import FeatureMismatchError, Features, Fisher, StoreError, influence
-from stepinfluence.attribution.curvature import BlockFisher, factors, outliers
-from stepinfluence.search import checkpoint_energy, scores, top_k
+from stepinfluence.attribution.curvature import BlockFisher, factors
+from stepinfluence.search import checkpoint_energy, outliers, scores, top_k
 from stepinfluence.store import Store, fold_store, reader
 
 pytestmark = pytest.mark.numeric
@@ -83,6 +84,22 @@ def test_outliers_of_a_store_have_their_texts(tmp_path: Path) -> None:
     for one, other in zip(found, want, strict=True):
         np.testing.assert_array_equal(one.steps, other.steps)
     assert not {one.row for one in outliers(train, 45)} & set(FAILED)
+
+
+@pytest.mark.parametrize("by", ["self-influence", "leverage"])
+def test_outliers_of_checkpoints_in_another_order_are_matched_by_ids(tmp_path: Path, by: Any) -> None:
+    train, _ = sides(tmp_path, "fp32", 3)
+    good = [row for row in range(len(train)) if row not in FAILED]
+    first, second = (train.features(k).select(good) for k in range(2))
+    backwards = second.select(list(range(len(good)))[::-1])
+    damping = 1e-2 if by == "leverage" else None
+    want, found = (outliers([first, s], 4, by=by, etas=ETAS, damping=damping) for s in (second, backwards))
+    assert [one.id for one in found] == [one.id for one in want]
+    for one, other in zip(found, want, strict=True):
+        np.testing.assert_allclose(
+            one.steps, other.steps, rtol=1e-9
+        )  # float64; only the order of the fit's rows differs
+        assert one.loss == other.loss
 
 
 def test_wrong_use(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from stepinfluence.app.bars import bars, printable
 from stepinfluence.app.cli._common import console, damping_of, fail
 
 if TYPE_CHECKING:
-    from stepinfluence.attribution.curvature import Outlier
+    from stepinfluence.search import Outlier
 
 HELP = """Mislabelled or unusual training examples of a run, by their own loop steps.
 
@@ -52,7 +52,7 @@ def run(
     with console(json_output=True).status("reading"):
         from stepinfluence.app.runs.curvatures import kept_curvatures
         from stepinfluence.app.runs.stored import StoredRun
-        from stepinfluence.attribution.curvature import outliers
+        from stepinfluence.search import outliers
 
         opened = StoredRun.open(folder)
         store = opened.store(train)

@@ -21,7 +21,6 @@ from stepinfluence.attribution.curvature.choice import Choice, Normalize, correc
 from stepinfluence.attribution.curvature.damping import Damping
 from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, Fisher
 from stepinfluence.attribution.curvature.kept import load, save
-from stepinfluence.attribution.curvature.unusual import Outlier, outliers
 
 __all__ = [
     "BlockFisher",
@@ -30,9 +29,7 @@ __all__ = [
     "Damping",
     "Fisher",
     "Normalize",
-    "Outlier",
     "corrected",
     "load",
-    "outliers",
     "save",
 ]
