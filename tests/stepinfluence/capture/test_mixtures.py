@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 from compare import compare
+from language import VOCABULARY, language_batch, language_loss
 from stepinfluence import UnsupportedUseError, attach
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -96,23 +97,6 @@ def test_other_grouped_forms_are_refused() -> None:
             attach(zoo.Looped(core), body="core", sketch_size=16).featurize(BATCHES, zoo.squared_error)
 
 
-TOKENS, VOCABULARY = 5, 23
-
-
-def language_batch(size: int, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(100 * seed + size)
-    ids = torch.randint(3, VOCABULARY, (size, TOKENS), generator=generator)
-    mask = torch.arange(TOKENS) < torch.randint(2, TOKENS + 1, (size, 1), generator=generator)
-    return {"input_ids": ids, "attention_mask": mask.long()}
-
-
-def language_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(**batch, use_cache=False).logits
-    losses = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"], reduction="none")
-    weights = batch["attention_mask"].to(losses.dtype)
-    return (losses * weights).sum(1) / weights.sum(1)
-
-
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -145,6 +129,7 @@ def looped(name: str, experts: str) -> nn.Module:
     torch.manual_seed(0)
     model: Any = getattr(transformers, kind)(config).eval()
     model.model.layers = nn.ModuleList([*model.model.layers] * 2)
+    config.use_cache = False
     config.num_hidden_layers *= 2
     return model  # type: ignore[no-any-return]
 
