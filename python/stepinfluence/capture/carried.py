@@ -9,7 +9,6 @@ leaf takes its place, and the leaf's gradient is taken back to the parameters as
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from stepinfluence.capture.calls import EXPANSIONS, OUTSIDE, STRUCTURE_FACTORIES, changes_in_place
 from stepinfluence.capture.rows import gains_examples
-from stepinfluence.capture.sources import TensorSet, base_of
+from stepinfluence.capture.sources import TensorSet, base_of, tensors_in
 from stepinfluence.capture.steps import StepTracker
 
 SEVERAL = -2
@@ -60,7 +59,7 @@ class Carried(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         steps, data, count = [], False, 0
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             count += 1
             if (held := self._step_of.get(id(tensor))) is not None:
                 steps.append(held[1])
@@ -79,7 +78,7 @@ class Carried(TorchFunctionMode):
         if steps and changes_in_place(func, kwargs):
             self._written(kwargs["out"] if kwargs.get("out") is not None else args[0], step)
             return result
-        for value in _tensors(result):
+        for value in tensors_in(result):
             if id(value) in self._step_of:
                 continue
             if steps and value.requires_grad:
@@ -140,16 +139,3 @@ class Carried(TorchFunctionMode):
     def _sharing(self, tensor: Tensor) -> list[Tensor]:
         held = [t for ref, _ in list(self._step_of.values()) if (t := ref()) is not None]
         return [t for t in held if base_of(t) is base_of(tensor)]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif type(value) in (tuple, list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple):  # a named one, as of max()
-        yield from (v for v in value if isinstance(v, Tensor))

@@ -12,9 +12,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sdi_kernels import CountSketch, TensorSketch
 from stepinfluence.capture.targets import Target
@@ -153,6 +155,11 @@ class TensorSet:
     def held(self) -> list[Tensor]:
         """Those that are still alive."""
         return [tensor for ref in list(self._refs.values()) if (tensor := ref()) is not None]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors among arguments or results of a torch function."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def base_of(tensor: Tensor) -> Tensor:

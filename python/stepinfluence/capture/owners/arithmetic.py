@@ -12,15 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from stepinfluence.capture.owners.follow import Follower, Found, Part, Rule, arguments
 from stepinfluence.capture.owners.indexing import lookup
 from stepinfluence.capture.owners.intervals import Owners
-
-
-def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    return [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+from stepinfluence.capture.sources import tensors_in
 
 
 def pointwise(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
@@ -40,7 +36,7 @@ def copied(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found
 
 def everything(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
     """All elements of all operands meet in every element of the result."""
-    return _whole(f, _tensors(args, kwargs), result)
+    return _whole(f, tensors_in((args, kwargs)), result)
 
 
 def _whole(f: Follower, tensors: Sequence[Tensor], result: Any) -> Found:
@@ -129,7 +125,7 @@ def _normalized(args: Any, kwargs: Any) -> int:
 def per_sample(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
     """Convolutions, group and instance norms, recurrent cells: all but the first dimension meets."""
     x = args[0] if args else kwargs["input"]
-    others = [t for t in _tensors(args[1:], kwargs) if f.part(t) is not None]
+    others = [t for t in tensors_in((args[1:], kwargs)) if f.part(t) is not None]
     owners = f.owners(x)
     if owners is None or others:
         return everything(f, func, args, kwargs, result)
