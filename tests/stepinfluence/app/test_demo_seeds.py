@@ -25,6 +25,8 @@ class Runner:
             "dominated_by": "update 2",
             "period": {"lag": 4, "correlation": 0.7, "p_value": 0.2 if seed % 3 == 0 else 0.001},
             "signed_period": {"lag": 4, "correlation": 0.7, "p_value": 0.02},
+            "plain_period": {"lag": 4, "correlation": 0.7, "p_value": 0.2 if seed == 2 else 0.001},
+            "largest_example": 0.25,
             "margin_period": {"lag": 3, "correlation": 0.7, "p_value": 0.001},
         }
         found = {
@@ -48,11 +50,14 @@ def test_cells_are_kept_and_counted(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(runner.asked) == 8  # six more
     shown = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines()]
-    rest = ["none", "0.020", "3", "0.001"]
-    assert ["2", "avx2", "20 bits", "99.5 %", "yes", "0.90", "4", "0.001", *rest] in lines
-    assert ["0", "default", "20 bits", "99.5 %", "yes", "0.90", "none", "0.200", *rest] in lines
-    assert ["1", "default", "20 bits", "99.5 %", "NO", "0.90", "4", "0.001", *rest] in lines
-    assert "avx2: 3 of 4 solved, 2 of 4 show period 4 in the default view (0 in its signed sum), 1 both" in shown
+    signed, margin = ["none", "0.020"], ["3", "0.001"]
+    rest = [*signed, "4", "0.001", *margin]
+    plain = [*signed, "none", "0.200", *margin]
+    assert ["2", "avx2", "20 bits", "99.5 %", "yes", "0.90", "0.25", "4", "0.001", *plain] in lines
+    assert ["0", "default", "20 bits", "99.5 %", "yes", "0.90", "0.25", "none", "0.200", *rest] in lines
+    assert ["1", "default", "20 bits", "99.5 %", "NO", "0.90", "0.25", "4", "0.001", *rest] in lines
+    assert "avx2: 3 of 4 solved, 2 of 4 show period 4 in the default view (0 in its signed sum; " in shown
+    assert "without curvature 3), 1 both" in shown
     (file,) = (tmp_path / "out").iterdir()
     kept = json.loads(file.read_text())
     assert kept["summary"]["default"] == {
@@ -60,6 +65,7 @@ def test_cells_are_kept_and_counted(tmp_path: Path, capsys: pytest.CaptureFixtur
         "solved": 3,
         "period_of_4": 2,
         "signed_period_of_4": 0,
+        "plain_period_of_4": 3,
         "both": 1,
     }
     assert {"commit", "machine", "versions", "torch_cpu_capability"} <= kept["provenance"].keys()

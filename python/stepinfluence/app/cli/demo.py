@@ -197,7 +197,9 @@ def _json(result: DemoResult, out: Path) -> dict[str, Any]:
                 "harmful": [example(row, column) for row in harmful],
                 "period": asdict(result.energy_period(column)),
                 "signed_period": asdict(result.profile_period(column)),
+                "plain_period": asdict(result.plain_period(column)),
                 "margin_period": asdict(result.margin_period(column)),
+                "largest_example": result.largest_example(column),
                 "checkpoint_shares": energy_shares(result.energy_by_checkpoint[:, column]).tolist(),
                 "dominated_by": None if (owner := result.dominance(column)) is None else owner.name,
             }
@@ -210,6 +212,7 @@ def _json(result: DemoResult, out: Path) -> dict[str, Any]:
         "sdi_error": result.sdi_error,
         "tracin_error": result.tracin_error,
         "convention": "positive = training on the example lowers the query's loss; peak_step counts from 1",
+        "curvature": {"kind": result.config.curvature, "damping": result.damping},
         "aggregation": default_note(result),
         "unit": SHARE,
         "checkpoints": result.checkpoint_names,
