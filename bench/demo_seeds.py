@@ -13,9 +13,9 @@ Columns:
   solved    that, and the mean over the lengths of training, reach 99 %
   share     the largest of a checkpoint in the plain sum over checkpoints, of the probe 0101...
   example   the largest of a training example in the view that is shown first, of the same probe
-  period    of the probe's influence, regardless of sign, in the view that is shown first; p of a permutation test; said
-            to be found where p <= 0.01
-  signed    the same of the signed sum, which is the paper's profile
+  period    of the probe's influence, summed over examples (the paper's profile, appendix D.2), in the view shown
+            first; p of a permutation test; said to be found where p <= 0.01
+  energy    the same regardless of sign
   SDI       the same as period, of the paper's scores, without curvature
   margin    the same of the logit margin
 
@@ -101,10 +101,7 @@ def cell_of(found: Mapping[str, Any]) -> Cell:
         "largest_share": max(probe["checkpoint_shares"]),
         "largest_example": probe["largest_example"],
         "dominated_by": probe["dominated_by"],
-        "period": probe["period"],
-        "signed_period": probe["signed_period"],
-        "plain_period": probe["plain_period"],
-        "margin_period": probe["margin_period"],
+        "periods": probe["periods"],
         "sdi_error": found["sdi_error"],
         "seconds": round(sum(s["seconds"] for s in found["stages"]), 1),
         "cpu_seconds": round(sum(s["cpu_seconds"] for s in found["stages"]), 1),
@@ -141,9 +138,9 @@ def settings(seed: int) -> dict[str, Any]:
     return content
 
 
-def shows_period(cell: Cell, which: str = "period") -> bool:
-    """Whether the test found the paper's period in the view that is shown first."""
-    found = Period(**cell[which])
+def shows_period(cell: Cell, which: str = "profile") -> bool:
+    """Whether the test found the paper's period in a curve of the probe."""
+    found = Period(**cell["periods"][which])
     return found.found and found.lag == WANTED_PERIOD
 
 
@@ -154,8 +151,9 @@ def summary(cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
             "runs": len(mine),
             "solved": sum(c["solved"] for c in mine),
             "period_of_4": sum(map(shows_period, mine)),
-            "signed_period_of_4": sum(shows_period(c, "signed_period") for c in mine),
-            "plain_period_of_4": sum(shows_period(c, "plain_period") for c in mine),
+            "energy_period_of_4": sum(shows_period(c, "energy") for c in mine),
+            "plain_period_of_4": sum(shows_period(c, "plain_profile") for c in mine),
+            "plain_energy_period_of_4": sum(shows_period(c, "plain_energy") for c in mine),
             "both": sum(c["solved"] and shows_period(c) for c in mine),
         }
         for capability in dict.fromkeys(c["capability"] for c in cells)
@@ -163,14 +161,14 @@ def summary(cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
     }
 
 
-PERIODS = {"period": "period", "signed": "signed_period", "SDI": "plain_period", "margin": "margin_period"}
+PERIODS = {"period": "profile", "energy": "energy", "SDI": "plain_profile", "margin": "margin"}
 HEADER = ["seed", "capability", "probe", "accuracy", "solved", "share", "example"]
 HEADER += [text for name in PERIODS for text in (name, "p")]
 
 
 def row(cell: Cell) -> list[str]:
     """A line of the table."""
-    periods = [Period(**cell[name]) for name in PERIODS.values()]
+    periods = [Period(**cell["periods"][name]) for name in PERIODS.values()]
     return [
         str(cell["seed"]),
         cell["capability"],
@@ -192,8 +190,9 @@ def table(cells: Sequence[Cell]) -> str:
     for capability, counts in summary(cells).items():
         lines.append(
             f"{capability}: {counts['solved']} of {counts['runs']} solved, {counts['period_of_4']} of {counts['runs']} "
-            f"show period {WANTED_PERIOD} in the default view ({counts['signed_period_of_4']} in its signed sum; "
-            f"without curvature {counts['plain_period_of_4']}), {counts['both']} both"
+            f"show period {WANTED_PERIOD} in the default view (regardless of sign "
+            f"{counts['energy_period_of_4']}; without curvature {counts['plain_period_of_4']} and "
+            f"{counts['plain_energy_period_of_4']}), {counts['both']} both"
         )
     return "\n".join(lines)
 

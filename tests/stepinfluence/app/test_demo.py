@@ -56,7 +56,7 @@ def test_writes_what_it_says(run: tuple[Path, dict[str, object]]) -> None:
     findings, queries = json.loads((images / "demo-findings.json").read_text()), summary["queries"]
     assert isinstance(queries, list)
     assert findings["query"] == queries[0]["text"]
-    assert findings["period"] == queries[0]["period"]
+    assert findings["periods"] == queries[0]["periods"]
     assert findings["loop_steps"] == 10
 
 
@@ -207,7 +207,7 @@ def test_summary_says_only_what_its_tests_support(again: DemoResult) -> None:
     found = replace(
         again, sdi=np.tile(regular[..., :8], (1, 1, 6))[..., :42], queries=tuple(longer), accuracy_beyond={40: 1.0}
     )
-    assert "regardless of sign, repeats every 4 loop steps" in summary_of(found)
+    assert "summed over all scored strings repeats every 4 loop steps" in summary_of(found)
     assert "permutation test p = 0.001" in summary_of(found)
 
 
@@ -264,7 +264,7 @@ def test_readme_says_what_the_tests_of_its_figure_found() -> None:
     figure = readme[readme.index("![Influence of training") : readme.index("## Two commands")]
     assert f"over its {found['loop_steps']} loop steps" in figure
     assert f"0101… of {found['bits']} bits" in figure
-    tested = Period(**found["period"])
+    tested = Period(**found["periods"]["profile"])
     said = f"repeats every {tested.lag} loop steps (permutation test on this run, p = {tested.p_value:.3f})"
     assert (said in figure) == ("repeats every" in figure) == tested.found
     assert found["command"] == "sdi demo --seed 0"

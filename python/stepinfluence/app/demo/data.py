@@ -279,22 +279,20 @@ class DemoResult:
         energy = np.abs(self.sdi[:, column]).sum(1, dtype=np.float64)
         return float(energy.max() / energy.sum())
 
-    def energy_period(self, column: int) -> Period:
-        """Period of a query's influence regardless of sign, up to its read-out, with its p-value."""
-        return period_of(np.abs(self.sdi[:, column]).sum(0)[: self.queries[column].example.n_digits])
-
-    def plain_period(self, column: int) -> Period:
-        """The same of the plain scores."""
-        return period_of(np.abs(self.plain[:, column]).sum(0)[: self.queries[column].example.n_digits])
-
-    def profile_period(self, column: int) -> Period:
-        """Period of a query's summed influence (the paper's profile), up to its read-out, with its p-value."""
-        return period_of(self.sdi[:, column].sum(0)[: self.queries[column].example.n_digits])
-
-    def margin_period(self, column: int) -> Period:
-        """Period of a query's logit margin up to its read-out, with its p-value."""
+    def periods(self, column: int) -> dict[str, Period]:
+        """Periods of a query's curves up to its read-out, with their p-values: ``profile``, influence summed over
+        examples (the paper's, appendix D.2); ``energy``, the same regardless of sign; both again of the plain scores;
+        and the logit ``margin``."""
         query = self.queries[column]
-        return period_of(query.margin[: query.example.n_digits])
+        shown, plain = self.sdi[:, column], self.plain[:, column]
+        curves = {
+            "profile": shown.sum(0),
+            "energy": np.abs(shown).sum(0),
+            "plain_profile": plain.sum(0),
+            "plain_energy": np.abs(plain).sum(0),
+            "margin": query.margin,
+        }
+        return {name: period_of(curve[: query.example.n_digits]) for name, curve in curves.items()}
 
     def dominance(self, column: int) -> Dominance | None:
         """The checkpoint that would own the plain sum over all of them, if one would."""

@@ -122,9 +122,10 @@ def _origin(result: DemoResult, column: int) -> str:
 
 def _rhythm(result: DemoResult, column: int) -> str:
     """What the tests let one say of periods."""
-    energy = result.energy_period(column).sentence("Influence of all scored strings, regardless of sign,")
-    profile = result.profile_period(column).sentence("Its signed sum")
-    return f"{energy}. {profile}. {result.margin_period(column).sentence('The logit margin')}."
+    found = result.periods(column)
+    profile = found["profile"].sentence("Influence summed over all scored strings")
+    energy = found["energy"].sentence("Regardless of sign, it")
+    return f"{profile}. {energy}. {found['margin'].sentence('The logit margin')}."
 
 
 def _checks(result: DemoResult) -> Table:

@@ -108,21 +108,23 @@ def _profile(report: Report, column: int, figure: Any) -> None:
     panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     panels[0].bar(steps, profile, width=0.7, color=[HELPFUL if v >= 0 else HARMFUL for v in profile])
     panels[0].step(steps, energy, where="mid", color=INK, lw=1.2)
-    panels[0].set_ylabel(f"SDI, all examples\n({report.unit})")
+    panels[0].set_ylabel(f"influence, all examples\n({report.unit})")
     panels[0].yaxis.set_major_formatter("{x:,.6g}")
     if query.margin is not None:
         panels[1].axhline(0, color=FAINT, lw=1.2, zorder=0)
         panels[1].plot(steps, query.margin, "o-", color=ACCENT, lw=2, ms=4)
         panels[1].set_ylabel("logit margin")
-    rhythm = period_of(energy[: query.read_step])
-    peaks = find_peaks(energy[: query.read_step]) if rhythm.found else []
+    rhythm = period_of(profile[: query.read_step])
+    peaks = find_peaks(profile[: query.read_step]) if rhythm.found else []
     for number, axes in enumerate(panels):
         for step in peaks:
             axes.axvspan(step - 0.5, step + 0.5, color=FAINT, alpha=0.8, lw=0, zorder=-1)
         _step_axis(axes, report, column, note=number == 0, label=axes is panels[-1])
     title = f"Influence (bars: sum, line: regardless of sign) and logit margin on {_short(query.text, 13)}"
     panels[0].set_title(title, loc="left", fontsize=13, fontweight="bold", pad=18)
-    figure.supxlabel(f"{rhythm.sentence('Influence, regardless of sign,')}.", fontsize=9, color=SOFT, x=0.02, ha="left")
+    figure.supxlabel(
+        f"{rhythm.sentence('Summed influence')}.", fontsize=9, color=SOFT, x=0.02, ha="left"
+    )
 
 
 def _step_axis(axes: Axes, report: Report, column: int, *, note: bool = True, label: bool = True) -> None:
