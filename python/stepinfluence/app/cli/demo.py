@@ -78,13 +78,15 @@ def run(
         chosen, out / "checkpoints", announce=lambda name: screen.print(f"[dim]{next(numbers)}[/dim] {name}")
     )
     from stepinfluence.app.demo.report import demo_report
-    from stepinfluence.app.view.report import save_pictures, write_report
+    from stepinfluence.app.view.report import write_report
 
     began = time.perf_counter()
     report = demo_report(result, command=_command(chosen))
     save_arrays(result, out / "influence.npz")
     write_report(report, out / "report.html")
     if images is not None:
+        from stepinfluence.app.view.report.pictures import save_pictures
+
         images.mkdir(parents=True, exist_ok=True)
         save_pictures(report, images, prefix="demo-")
         (images / "demo-findings.json").write_text(json.dumps(_findings(result), indent=2) + "\n", "utf-8")
@@ -174,8 +176,8 @@ def _judge(result: DemoResult) -> None:
 
 def _json(result: DemoResult, out: Path) -> dict[str, Any]:
     from stepinfluence.app.demo.report import default_note
-    from stepinfluence.app.view.report.payload import peak_step, top_rows
     from stepinfluence.attribution.aggregation import SHARE, energy_shares
+    from stepinfluence.display.words import peak_step, top_rows
 
     def example(row: int, column: int) -> dict[str, Any]:
         e = result.train[row]

@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from stepinfluence.app.bars import bars, printable
 from stepinfluence.app.cli._common import console, damping_of, fail
+from stepinfluence.display.bars import bars, printable
 
 if TYPE_CHECKING:
     from stepinfluence.search import Outlier

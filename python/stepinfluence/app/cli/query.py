@@ -14,8 +14,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from stepinfluence.app.bars import HARMFUL, HELPFUL, bars, printable
 from stepinfluence.app.cli._common import console, damping_of, fail
+from stepinfluence.display.bars import HARMFUL, HELPFUL, bars, printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stepinfluence.app.bars import HARMFUL, HELPFUL, bars
 from stepinfluence.app.demo.report import WORDS, answer, bits, default_note, demo_checks, percent
 from stepinfluence.app.demo.run import DemoResult
-from stepinfluence.app.view.report.payload import peak_step, signed, top_rows
 from stepinfluence.attribution.aggregation import energy_shares
+from stepinfluence.display.bars import HARMFUL, HELPFUL, bars
+from stepinfluence.display.words import peak_step, signed, top_rows
 
 TOP = 5
 OTHER_COLUMNS = 48  # characters that the columns of the examples' table take, without texts and bars

@@ -205,7 +205,7 @@ def test_query_exact_loads_each_checkpoint_once(
     train, query = (project.collate(list(project.dataset(split))) for split in ("train", "query"))
     expected = influence_over_checkpoints(capture, paths, [train], [query], project.loss, etas=0.5, progress=False)
     for one, column in zip(answers, (3, 0), strict=True):
-        assert [hit["row"] for hit in one["hits"]] == expected.top(column, 2)
+        assert [hit["row"] for hit in one["hits"]] == expected.top(column, 2).rows
         for hit in one["hits"]:
             np.testing.assert_allclose(hit["trajectory"], expected.sdi[hit["row"], column], rtol=1e-3, atol=1e-5)
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from stepinfluence import search
-from stepinfluence.app.view.page import visible
 from stepinfluence.attribution.aggregation import dominating, energy_shares, first_order_unit
 from stepinfluence.attribution.features import Features
+from stepinfluence.display.words import visible
 from stepinfluence.errors import StoreError
 from stepinfluence.store import Store, StoredRow
 
