@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from sdi_kernels import HashFamily
 from stepinfluence.attribution.alignment import places_of, require_repeatable
 from stepinfluence.attribution.checkpoints import load_checkpoint
-from stepinfluence.capture import Capture, ExactCapture, LossFn
+from stepinfluence.capture import Capture, ExactCapture, LossFn, attach
 from stepinfluence.capture.batches import infer_batch_size
 from stepinfluence.capture.targets import body_parameters, canonical_name, unwrap
 from stepinfluence.errors import BodyError, FeatureMismatchError, LossError
@@ -309,7 +309,7 @@ class ProjectedTracInSDI(_Estimator):
         hashing: HashFamily = "balanced",
     ) -> None:
         super().__init__(model, target_modules, loss_reduction, expected_steps, allow_mixed_steps)
-        self._capture = Capture(
+        self._capture = attach(
             model,
             body=self._owners,
             # Given by name, m columns are m columns, for short vectors, too.

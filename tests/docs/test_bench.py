@@ -12,6 +12,7 @@ import kept
 import pytest
 import torch
 from stepinfluence import provenance as facts
+from stepinfluence.capture.verification import Verification
 
 from bench import capture, keep, provenance, soak
 
@@ -47,13 +48,13 @@ def test_first_and_later_calls_are_both_timed(monkeypatch: pytest.MonkeyPatch) -
     """The row of first calls verifies in each of them, the row of later calls in none."""
     case = capture.Case("check", 16, 2, 1, 3, 5, 4, 7, True, 1.0)
     runs = []
-    verify = capture.stepinfluence.capture.Capture._verify  # type: ignore[attr-defined]
+    check = Verification.check
 
-    def counted(self: Any, *args: Any) -> None:
+    def counted(self: Verification, *args: Any) -> None:
         runs.append(1)
-        verify(self, *args)
+        check(self, *args)
 
-    monkeypatch.setattr(capture.stepinfluence.capture.Capture, "_verify", counted)  # type: ignore[attr-defined]
+    monkeypatch.setattr(Verification, "check", counted)
     work = capture.contestants(case)
     for name, count in ((capture.FIRST, 1), (capture.FIRST, 2), (capture.LATER, 2), (capture.SUMMED, 2)):
         work[name]()

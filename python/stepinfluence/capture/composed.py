@@ -90,14 +90,14 @@ def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return _as_matrix(it, parameter, data, (of_parameter[0], of_data, of_result), (lead, inner, outer))
     source = it.source(parameter)
     assert source is not None
-    apart = next((c for c in both if not it.alike_along(data, of_data.index(c))), None)
+    apart = next((c for c in both if not it.owners.alike_along(data, of_data.index(c))), None)
     if apart is not None:  # as of experts with rows of their own: one product for each
         with it:
             rest = [[n for n in part if n != apart] for part in (of_parameter, of_data, of_result)]
             pairs = zip(parameter.unbind(of_parameter.index(apart)), data.unbind(of_data.index(apart)), strict=True)
             return torch.stack([_einsum(rest, *pair) for pair in pairs], of_result.index(apart))
     output = torch.einsum(equation, *(it.detached(t) for t in operands))
-    use = it.use(func, it.lead_owners(data, [of_data.index(c) for c in lead]), source)
+    use = it.use(func, it.owners.lead(data, [of_data.index(c) for c in lead]), source)
     order = [of_data.index(c) for c in (*lead, *both, *inner)]
     shown = [of_result.index(c) for c in (*lead, *both, *outer)]
     back = [(*both, *outer, *inner).index(c) for c in of_parameter]
@@ -197,13 +197,13 @@ def convolution(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
     if places is not None:
         found = places.map(output.shape, lambda ends, _: ends.unsqueeze(1))
         found.along = places.along if not places.along else places.along + 1
-        it.follower.note(output, found, tapped=True)
+        it.owners.follower.note(output, found, tapped=True)
     return output
 
 
 def _owners_of_places(it: Interceptor, x: Tensor, output: Tensor, window: Window) -> Owners | None:
     """Owners ``(N, *places)`` of what a convolution of ``x`` gives; None: not known."""
-    owners = it.lead_owners(x, [0, *range(2, x.dim())])
+    owners = it.owners.lead(x, [0, *range(2, x.dim())])
     if owners is None:
         return None
     shape = (output.shape[0], *output.shape[2:])

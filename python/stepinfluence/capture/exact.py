@@ -8,14 +8,16 @@ get wrong.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+import functools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepinfluence.attribution.features import Block, FeatureBuilder, Features, FeatureSpace, weights_digest
-from stepinfluence.attribution.preconditioners import Preconditioner, prepare
+from stepinfluence.attribution.preconditioners import Preconditioner, Root, prepare
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.batches import infer_batch_size
 from stepinfluence.capture.calls import OUTSIDE
@@ -24,6 +26,21 @@ from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.steps import Loop, StepTracker
 from stepinfluence.capture.targets import Body, body_parameters, find_body, single_device, unwrap
 from stepinfluence.errors import BodyError, UnsupportedUseError
+
+
+@dataclass
+class _Run:
+    """One run through batches.
+
+    Attributes:
+        loss_fn: of the run.
+        roots: what gradients are multiplied by, by name of the parameter.
+        repeats: whether it was seen that a graph can be differentiated again.
+    """
+
+    loss_fn: session.LossFn
+    roots: Mapping[str, Root]
+    repeats: bool = False
 
 
 class ExactCapture(session.LoaderCapture):
@@ -72,7 +89,7 @@ class ExactCapture(session.LoaderCapture):
             start += parameter.numel()
         self._blocks = tuple(blocks)
         double = any(p.dtype == torch.float64 for p in self.parameters.values())
-        self._dtype = torch.float64 if double else torch.float32
+        self.dtype = torch.float64 if double else torch.float32
         self.precondition(preconditioner)
 
     @property
@@ -92,9 +109,14 @@ class ExactCapture(session.LoaderCapture):
             UnsupportedUseError: as for ``Capture.space``.
         """
         factors = read_factors(self.parameters)
-        self._applied = with_factors(self._roots, factors, self._dtype, self.device)
-        metric = weights_digest([t for r in self._applied.values() for t in r.tensors]) if factors else self._metric
+        applied = self._applied(factors)
+        metric = weights_digest([t for r in applied.values() for t in r.tensors]) if factors else self._metric
         return FeatureSpace("exact", self._blocks, "", weights_digest(list(self.parameters.values())), metric)
+
+    def _applied(self, factors: Mapping[str, Tensor] | None = None) -> dict[str, Root]:
+        """What gradients are multiplied by: roots of the metric with the factors of hooks."""
+        factors = read_factors(self.parameters) if factors is None else factors
+        return with_factors(self._roots, factors, self.dtype, self.device)
 
     def _body_parameters(self) -> dict[str, nn.Parameter]:
         return self.parameters
@@ -106,8 +128,7 @@ class ExactCapture(session.LoaderCapture):
 
     def precondition(self, preconditioner: Preconditioner | None) -> None:
         """Featurize under another metric from now on, as for :meth:`stepinfluence.Capture.precondition`."""
-        self._roots, self._metric = prepare(preconditioner, self.parameters, self._dtype, self.device)
-        self._applied = self._roots
+        self._roots, self._metric = prepare(preconditioner, self.parameters, self.dtype, self.device)
         self._preconditioner = preconditioner
 
     def featurize(
@@ -126,11 +147,12 @@ class ExactCapture(session.LoaderCapture):
             LossError, BodyError: as for ``Capture.featurize``.
             UnsupportedUseError: a gradient hook that cannot be applied to single examples (names the parameter).
         """
-        self._first = True
+        space = self.space()
+        run = _Run(loss_fn, self._applied())
         return self._featurize_loader(
             loader,
-            loss_fn,
-            space=self.space(),
+            functools.partial(self._featurize_batch, run),
+            space=space,
             per_step=per_step,
             ids=ids,
             progress=progress,
@@ -139,22 +161,18 @@ class ExactCapture(session.LoaderCapture):
         )
 
     def _featurize_batch(
-        self,
-        builder: FeatureBuilder,
-        batch: Any,
-        loss_fn: session.LossFn,
-        ids: Sequence[Hashable] | None,
-        index: int,
+        self, run: _Run, builder: FeatureBuilder, batch: Any, ids: Sequence[Hashable] | None, index: int
     ) -> Tensor:
         leaves: list[dict[str, Tensor]] = []
-        losses, carried = self._forward(batch, loss_fn, leaves, index)
+        began = diagnosis.now()
+        losses, carried = self._forward(batch, run.loss_fn, leaves, index)
         if not leaves:
             raise diagnosis.never_entered(
-                self.model, lambda: self._count_steps(batch, loss_fn, index), training=self.training
+                self.model, lambda: self._count_steps(batch, run.loss_fn, index), training=self.training
             )
         session.check_losses(losses, infer_batch_size(batch, self.batch_dim), ids)
         for name, user in diagnosis.reaching(losses, {id(p): n for n, p in self.parameters.items()}):
-            diagnosis.refuse_earlier(name, user, self._began)
+            diagnosis.refuse_earlier(name, user, began)
         steps, names = len(leaves), list(self.parameters)
         buffer = builder.reserve(len(losses), steps)
         inputs = [leaf[name] for leaf in leaves for name in names]
@@ -166,16 +184,17 @@ class ExactCapture(session.LoaderCapture):
             first = first or grads
             rows = buffer[k] if buffer.dim() == 3 else buffer[k].expand(steps, -1)
             for at, grad in enumerate(grads[: len(inputs) + len(originals)]):
-                self._add(rows, at // len(names) if at < len(inputs) else OUTSIDE, at % len(names), grad)
+                self._add(run, rows, at // len(names) if at < len(inputs) else OUTSIDE, at % len(names), grad)
             for (tensor, step, _), over in zip(carried, grads[len(wanted) - len(carried) :], strict=True):
                 if over is not None:
                     back = torch.autograd.grad(
                         tensor, [*inputs, *originals], over, retain_graph=True, allow_unused=True
                     )
                     for at, grad in enumerate(back):
-                        self._add(rows, step, at % len(names), grad)
+                        self._add(run, rows, step, at % len(names), grad)
         session.check_features(buffer, ids)
-        if self._first and len(losses) > 1:
+        if not run.repeats and len(losses) > 1:
+            run.repeats = True
             self._check_repeats(losses[0], inputs, first)
         lengths = None
         if buffer.dim() == 3:
@@ -185,7 +204,7 @@ class ExactCapture(session.LoaderCapture):
         builder.commit(given, values, self._steps.labels, lengths)
         return values
 
-    def _add(self, rows: Tensor, step: int, at: int, grad: Tensor | None) -> None:
+    def _add(self, run: _Run, rows: Tensor, step: int, at: int, grad: Tensor | None) -> None:
         """Add the gradient of a parameter, given by its place, to the row of a step.
 
         Raises:
@@ -202,13 +221,12 @@ class ExactCapture(session.LoaderCapture):
             return
         dense = grad.to_dense() if grad.is_sparse else grad  # nn.Embedding(sparse=True)
         flat = dense.flatten().to(rows.dtype)
-        root = self._applied.get(block.name)
+        root = run.roots.get(block.name)
         rows[step, block.start : block.stop] += flat if root is None else flat * root.as_matrix().flatten()
 
     def _check_repeats(self, loss: Tensor, inputs: Sequence[Tensor], before: Sequence[Tensor | None]) -> None:
         """One graph is differentiated once per example: what acts in the first backward pass only (a hook that takes
         itself off, a count) would reach the first example alone."""
-        self._first = False
         names = list(self.parameters)
         for at, (now, was) in enumerate(
             zip(torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True), before, strict=False)
@@ -264,7 +282,6 @@ class ExactCapture(session.LoaderCapture):
                 place(depth[-1] if depth else None)
 
         session.begin_pass(self.model, self.seed, index)
-        self._began = diagnosis.now()
         self._steps.reset()
         handles = []
         for module in self.body:

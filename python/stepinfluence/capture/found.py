@@ -176,14 +176,13 @@ def owners_of_rows(interceptor: Interceptor, losses: Tensor, *, reduced: bool = 
     if followed_to(interceptor, losses):
         return "followed"
     scout = Scout()
-    interceptor.sink = scout
     ones = torch.ones_like(losses)
     try:
         for weights in scout.passes(losses, ones):
-            run_backward(interceptor, losses, weights, keep=True)
+            interceptor.backward(losses, weights, scout, keep=True)
     except LayoutError:
         for weights in scout.proportional(ones):  # another reason, which has another remedy
-            run_backward(interceptor, losses, weights, keep=True)
+            interceptor.backward(losses, weights, scout, keep=True)
         raise
     return "found"
 
@@ -208,8 +207,8 @@ def followed_to(interceptor: Interceptor, losses: Tensor) -> bool:
     Raises:
         LayoutError: losses are those of the batch's examples in another order.
     """
-    interceptor.follower.meets(losses)
-    owners = interceptor.follower.owners(losses)
+    interceptor.owners.follower.meets(losses)
+    owners = interceptor.owners.follower.owners(losses)
     if owners is None or owners.shape != tuple(losses.shape):
         return False
     if any(use.owners is None for use in interceptor.uses if use.step != OUTSIDE):
@@ -224,7 +223,7 @@ def followed_to(interceptor: Interceptor, losses: Tensor) -> bool:
     left = iter(sorted(set(range(len(losses))) - set(places.values())))
     order = [places[a] if a in places else next(left) for a in range(len(losses))]
     if order != sorted(order):
-        if interceptor.labelled:
+        if interceptor.owners.labelled:
             wrong = next(k for k, a in enumerate(order) if k != a)
             raise LayoutError(
                 f"loss_fn: the loss of example {order[wrong]} comes from the rows of example {wrong} of the batch; "
@@ -232,21 +231,3 @@ def followed_to(interceptor: Interceptor, losses: Tensor) -> bool:
             )
         interceptor.shared.relabelled = torch.tensor(order, device=losses.device)
     return True
-
-
-def run_backward(interceptor: Interceptor, losses: Tensor, weights: Tensor, *, keep: bool) -> None:
-    """A backward pass from the losses to the taps alone, weighted ``(B,)``; ``keep`` the graph for another."""
-    shared = interceptor.shared
-
-    def began(_: Tensor) -> None:
-        shared.graph_task = torch._C._current_graph_task_id()
-
-    handle = losses.register_hook(began)
-    try:
-        # The anchor is reached through taps only: nothing but the way from the loss to the taps is computed. The mode
-        # is on because activation checkpointing runs the forward pass again.
-        with interceptor:
-            torch.autograd.backward(losses, weights, inputs=[interceptor.anchor], retain_graph=keep)
-    finally:
-        handle.remove()
-        shared.graph_task = -1

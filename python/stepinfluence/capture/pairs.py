@@ -23,12 +23,13 @@ from torch import Tensor
 
 from sdi_kernels import pairwise_linear_influence
 from stepinfluence.attribution.features import FeatureBuilder
-from stepinfluence.attribution.preconditioners import Elementwise, Factored, Root
+from stepinfluence.attribution.preconditioners import Elementwise, Factored
 from stepinfluence.capture import session
 from stepinfluence.capture.batches import usable
-from stepinfluence.capture.recorder import PULL_BACK_BYTES, SketchRecorder, product_dtype
+from stepinfluence.capture.dense import DenseSink
 from stepinfluence.capture.rows import Use
 from stepinfluence.capture.sketched import Capture
+from stepinfluence.capture.sketched_run import SketchedRun
 from stepinfluence.capture.sources import Piece, Source
 from stepinfluence.capture.targets import Target
 
@@ -101,75 +102,32 @@ class BatchGradients:
         return {step: part for (owner, step), part in self.parts.items() if owner is target}
 
 
-class FactorRecorder(SketchRecorder):
-    """Keeps the factors of gradients where a sketching recorder would sketch them."""
+class FactorRecorder(DenseSink):
+    """Keeps the factors of the gradients of one backward pass, where a sketching recorder would sketch them."""
 
-    def __init__(self, like: SketchRecorder, targets: Sequence[Target], dtype: torch.dtype) -> None:
-        super().__init__(targets, "auto")
-        self.precondition(like._roots)
-        self._dtype = dtype
-        self.kept: BatchGradients | None = None
-
-    def root_of(self, target: Target) -> Root | None:
-        """The square root of the metric of a parameter, if there is one."""
-        return self._roots.get(target.name)
+    def __init__(self, kept: BatchGradients, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self._kept = kept
 
     def _part(self, target: Target, step: int) -> ParameterGradient:
-        assert self.kept is not None
-        return self.kept.parts.setdefault((target, step if self.kept.per_step else 0), ParameterGradient())
+        return self._kept.parts.setdefault((target, step if self._kept.per_step else 0), ParameterGradient())
 
     def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:
+        piece = source.piece
+        if piece is None or piece.dim != 2 or piece.target.parameter.dim() < 2:
+            super().linear(source, use, activations, grad)
+            return
         a, first = use.rows(activations.to(grad.dtype))
         g, _ = use.rows(grad)
-        piece = source.piece
-        if piece is not None and piece.dim == 2 and piece.target.parameter.dim() > 1:
-            assert self.kept is not None
-            rows, columns = (a, g) if piece.transposed else (g, a)
-            shape = piece.target.matrix_shape
-            part = self._part(piece.target, use.step)
-            part.rows.append(_of_all(_spread(rows, piece.rows, shape[0]), first, self.kept.size))
-            part.columns.append(_of_all(_spread(columns, piece.columns, shape[1]), first, self.kept.size))
-            return
-        size = max(1, PULL_BACK_BYTES // max(1, 4 * a.shape[-1] * g.shape[-1]))
-        for k in range(0, len(a), size):
-            dtype = product_dtype(g, self._dtype)
-            outer = torch.bmm(g[k : k + size].to(dtype).transpose(1, 2), a[k : k + size].to(dtype))
-            self._dense(source, use, outer.reshape(len(outer), *source.tensor.shape), first + k)
+        rows, columns = (a, g) if piece.transposed else (g, a)
+        part, shape = self._part(piece.target, use.step), piece.target.matrix_shape
+        part.rows.append(_of_all(_spread(rows, piece.rows, shape[0]), first, self._kept.size))
+        part.columns.append(_of_all(_spread(columns, piece.columns, shape[1]), first, self._kept.size))
 
-    def vector(self, source: Source, use: Use, grads: Tensor) -> None:
-        self.vector_or_dense(source, use, grads)
-
-    def vector_or_dense(self, source: Source, use: Use, grads: Tensor) -> None:
-        g, first = use.rows(grads)
-        total = g.sum(1, dtype=product_dtype(g, self._dtype))
-        self._dense(source, use, total.reshape(len(total), *source.tensor.shape), first)
-
-    def scaled(
-        self, source: Source, use: Use, grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor
-    ) -> None:
-        values = factors if center is None else factors - center.unsqueeze(-1)
-        self.vector_or_dense(source, use, grads * values * scale.unsqueeze(-1))
-
-    def embedding(self, source: Source, use: Use, ids: Tensor, grad: Tensor, padding: int | None) -> None:
-        g, first = use.rows(grad)
-        g = g.to(product_dtype(g, self._dtype))
-        index, _ = use.rows(ids, trailing=0)
-        if padding is not None:
-            g = g * (index != padding).unsqueeze(-1)
-        table = g.new_zeros(len(g), *source.tensor.shape)
-        example = torch.arange(len(g), device=g.device).unsqueeze(1).expand_as(index)
-        table.index_put_((example, index), g, accumulate=True)
-        self._dense(source, use, table, first)
-
-    def dense_rows(self, source: Source, use: Use, grads: Tensor) -> None:
-        rows, first = use.rows(grads, trailing=grads.dim() - 1)
-        self._dense(source, use, rows.sum(1, dtype=product_dtype(rows, self._dtype)), first)
-
-    def _add(self, piece: Piece, step: int, matrices: Tensor, first: int) -> None:
-        assert self.kept is not None
+    def add(self, piece: Piece, step: int, matrices: Tensor, first: int) -> None:
         part = self._part(piece.target, step)
         if part.dense is None:
-            part.dense = matrices.new_zeros(self.kept.size, *piece.target.matrix_shape, dtype=self._dtype)
+            part.dense = matrices.new_zeros(self._kept.size, *piece.target.matrix_shape, dtype=self.dtype)
         place = part.dense[first : first + len(matrices)]
         rows, columns = piece.rows, piece.columns
         view = place[:, rows.start : rows.stop : rows.step, columns.start : columns.stop : columns.step]
@@ -198,12 +156,13 @@ class PairCapture:
     """Keeps gradients of batches in factors, and takes inner products of two such batches.
 
     Args:
-        capture: whose model, body, loop and metric count; its sketches play no part.
+        capture: whose model, body, loop and metric count, as they are now; its sketches play no part.
         route: ``"auto"``, or always one of the two ways of the module's text.
         parameters: the names of those that count; None for all.
 
     Raises:
         ValueError: an unknown route.
+        UnsupportedUseError: as for ``Capture.space``.
     """
 
     def __init__(self, capture: Capture, *, route: PairRoute = "auto", parameters: Sequence[str] | None = None) -> None:
@@ -211,11 +170,10 @@ class PairCapture:
             raise ValueError(f"route: got {route!r}; use one of {', '.join(map(repr, ROUTES))}")
         self._capture = capture
         self._route = route
-        self.dtype = capture._dtype
-        self._recorder = FactorRecorder(capture._recorder, capture.targets, capture._dtype)
-        self._twin = capture.recording_to(self._recorder)
         self._targets = [t for t in capture.targets if parameters is None or t.name in parameters]
-        self._begun: tuple[object, object] | None = None
+        self._space = capture.space()
+        self._roots = capture.sketching.roots
+        self._run: SketchedRun | None = None
 
     def record(
         self,
@@ -238,32 +196,33 @@ class PairCapture:
         Raises:
             LossError, BodyError, UnsupportedUseError, LayoutError: as ``Capture.featurize`` does.
         """
+        run = self._run
+        if run is None or run.loss_fn is not loss_fn:
+            run = self._run = self._capture.begin(loss_fn, self._space)
         with session.one_batch(self._capture.model):
-            return self._record(usable(batch), loss_fn, ids, index, per_step, first)
+            return self._record(run, usable(batch), ids, index, per_step, first)
 
     def _record(
         self,
+        run: SketchedRun,
         batch: Any,
-        loss_fn: session.LossFn,
         ids: Sequence[Hashable] | None,
         index: int,
         per_step: bool,
         first: int,
     ) -> BatchGradients:
-        twin, recorder, capture = self._twin, self._recorder, self._capture
-        if self._begun is None or self._begun[0] is not loss_fn or self._begun[1] is not capture._checked:
-            capture._begin(loss_fn, capture.space())  # at first, and when the capture was used otherwise meanwhile
-            self._begun = loss_fn, capture._checked
-        losses = twin._forward(batch, loss_fn, ids, index)
-        size, steps = len(losses), twin._steps.count
+        capture = self._capture
+        one = capture.tapped.forward(batch, run.loss_fn, ids, index, reduced=run.reduced)
+        size = len(one.losses)
         given = tuple(ids) if ids is not None else tuple(range(first, first + size))
-        kept = recorder.kept = BatchGradients(size, steps, per_step, given)
-        twin._backward(losses, losses.new_zeros(size, 0))
-        recorder.kept = None
-        if capture.verify and size > 1 and not capture._checked.covers(twin.owners):
+        kept = BatchGradients(size, one.steps, per_step, given)
+        one.backward(FactorRecorder(kept, capture.dtype))
+        told = one.told
+        del one
+        if run.verifying and size > 1 and not run.checked.covers(told):
             # Whether examples are told apart is seen on sketches, as when featurizing.
-            builder = FeatureBuilder(capture.width, capture._dtype, capture.device, per_step=True, expected=size)
-            capture._featurize_batch(builder, batch, loss_fn, ids, index)
+            builder = FeatureBuilder(capture.width, capture.dtype, capture.device, per_step=True, expected=size)
+            run.featurize_batch(builder, batch, ids, index)
         wanted = {id(t) for t in self._targets}
         kept.parts = {key: part for key, part in kept.parts.items() if id(key[0]) in wanted}
         for part in kept.parts.values():
@@ -281,7 +240,7 @@ class PairCapture:
             wanted: ``(train.size, query.size)`` bool: pairs that are needed; others may be zero.
         """
         device = self._capture.device
-        out = torch.zeros(train.size, query.size, query.steps, dtype=self.dtype, device=device)
+        out = torch.zeros(train.size, query.size, query.steps, dtype=self._capture.dtype, device=device)
         if not out.numel() or (wanted is not None and not bool(wanted.any())):
             return out
         with torch.no_grad():
@@ -305,7 +264,7 @@ class PairCapture:
     ) -> bool:
         """Whether to go by pairs of tokens: possible with factors only, chosen where it takes fewer products."""
         possible = left.dense is None and all(p.dense is None for p in right.values())
-        if not possible or isinstance(self._recorder.root_of(target), Elementwise):
+        if not possible or isinstance(self._roots.get(target.name), Elementwise):
             return False
         if self._route != "auto":
             return self._route == "tokens"
@@ -325,7 +284,7 @@ class PairCapture:
         wanted: Tensor | None,
         out: Tensor,
     ) -> None:
-        root = self._recorder.root_of(target)
+        root = self._roots.get(target.name)
         g, a = torch.cat(left.rows, 1), torch.cat(left.columns, 1)
         if isinstance(root, Factored):  # both sides are multiplied by it: one by its square is the same
             g, a = g.to(out.dtype) * root.rows.square(), a.to(out.dtype) * root.columns.square()
@@ -345,7 +304,7 @@ class PairCapture:
     ) -> None:
         shape = target.matrix_shape
         some = max(1, GRADIENT_BYTES // (out.element_size() * max(1, math.prod(shape))))
-        root = self._recorder.root_of(target)
+        root = self._roots.get(target.name)
         for start in range(0, out.shape[0], some):
             ours = left.matrices(slice(start, start + some), shape, out.dtype)
             if root is not None:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.owners import Owners, meet
-from stepinfluence.capture.steps import in_backward
 
 KINDS: dict[Any, str] = {
     torch.gru: "gru", torch.lstm: "lstm", torch.rnn_tanh: "tanh", torch.rnn_relu: "relu",
@@ -110,7 +109,7 @@ def _one_way(
     with it:
         inputs = F.linear(tokens, w_x, b_x)  # type: ignore[arg-type]
     shape = inputs.shape[:2]
-    parts = [it.lead_owners(inputs, [1]), *(it.lead_owners(s, [0]) for s in state)]
+    parts = [it.owners.lead(inputs, [1]), *(it.owners.lead(s, [0]) for s in state)]
     known = [p for p in parts if p is not None]
     owners = meet(known, shape[1:]) if len(known) == len(parts) else None
     mapped: list[Tensor] = []
@@ -138,16 +137,16 @@ def _one_way(
         if kept:
             held.append(torch.stack(kept[::-1] if backwards else kept).detach())
     results = [torch.stack(done[::-1] if backwards else done), *now]
-    if it.batch_size is not None and not in_backward():
+    if it.owners.following:
         for result in results:
             if owners is None:
-                it.follower.unknown(result)
+                it.owners.follower.unknown(result)
             else:
                 whole = owners if result.dim() == 2 else _at_times(owners, shape)
                 assert whole is not None
                 found = whole.map(result.shape, lambda ends, _: ends.unsqueeze(-1))
                 found.along = whole.along
-                it.follower.note(result, found, tapped=True)
+                it.owners.follower.note(result, found, tapped=True)
     return results
 
 

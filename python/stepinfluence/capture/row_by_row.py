@@ -28,7 +28,7 @@ def per_row(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     plain = it.without_capture(func, args, kwargs)
     if not isinstance(plain, Tensor):
         raise it.unsupported(sources, func, "it gives several results, and its rule is not known")
-    dims, owners = it.row_dims(func, leaves)
+    dims, owners = it.owners.row_dims(func, leaves)
     count = next((leaf.shape[d] for leaf, d in zip(leaves, dims, strict=True) if d is not None), None)
     if count is None:
         raise it.unsupported(sources, func, "its data has no dimension for the examples")
@@ -71,7 +71,7 @@ def per_row(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if not torch.allclose(result.detach(), plain.detach(), rtol=1e-3, atol=1e-5):
         raise it.unsupported(sources, func, "it mixes the examples of a batch")
     if owners is not None:
-        it.follower.note(result, owners.at(dim, result.shape), tapped=True)
+        it.owners.follower.note(result, owners.at(dim, result.shape), tapped=True)
     return result
 
 

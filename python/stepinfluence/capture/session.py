@@ -21,6 +21,8 @@ from stepinfluence.loaders import IdsOf as IdsOf
 from stepinfluence.loaders import LossFn as LossFn
 
 OnError: TypeAlias = Callable[[Exception], None]
+FeaturizeBatch: TypeAlias = Callable[[FeatureBuilder, Any, "Sequence[Hashable] | None", int], Tensor]
+"""``(builder, batch, ids, index) -> losses (B,)``: adds the features of one batch to the builder."""
 
 
 @contextmanager
@@ -162,7 +164,7 @@ class LoaderCapture(ABC):
     device: torch.device
     training: bool
     batch_dim: int
-    _dtype: torch.dtype
+    dtype: torch.dtype
 
     @property
     @abstractmethod
@@ -177,21 +179,14 @@ class LoaderCapture(ABC):
     def space(self) -> FeatureSpace:
         """What the columns of this capture's features mean, at the model's present weights."""
 
-    @abstractmethod
-    def _featurize_batch(
-        self,
-        builder: FeatureBuilder,
-        batch: Any,
-        loss_fn: LossFn,
-        ids: Sequence[Hashable] | None,
-        index: int,
-    ) -> Tensor:
-        """Add the features of one batch to the builder; returns its losses ``(B,)``."""
+    def _check_parameters(self) -> None:
+        """See :func:`~stepinfluence.capture.diagnosis.check_parameters`."""
+        check_parameters(self.model, self._body_parameters())
 
     def _featurize_loader(
         self,
         loader: Iterable[Any],
-        loss_fn: LossFn,
+        featurize_batch: FeaturizeBatch,
         *,
         space: FeatureSpace,
         per_step: bool,
@@ -204,10 +199,8 @@ class LoaderCapture(ABC):
         """Featurize every batch of a loader; the progress bar shows only on work that takes over two seconds."""
         if first_batch < 0:
             raise ValueError(f"first_batch: got {first_batch}; batches count from 0")
-        check_parameters(self.model, self._body_parameters())
-        builder = FeatureBuilder(
-            self.width, self._dtype, self.device, per_step=per_step, expected=expected_rows(loader)
-        )
+        self._check_parameters()
+        builder = FeatureBuilder(self.width, self.dtype, self.device, per_step=per_step, expected=expected_rows(loader))
         total = length_of(loader)
         with (
             isolated(self.model, training=self.training),
@@ -220,7 +213,7 @@ class LoaderCapture(ABC):
                 given = given.tolist() if isinstance(given, Tensor) else given if given is None else list(given)
                 try:
                     with one_batch(self.model):
-                        losses = self._featurize_batch(builder, batch, loss_fn, given, index)
+                        losses = featurize_batch(builder, batch, given, index)
                     if given is None:
                         builder.fingerprints += fingerprints(batch, len(losses), self.batch_dim)
                 except Exception as error:

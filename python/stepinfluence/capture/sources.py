@@ -167,33 +167,44 @@ def base_of(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
+class ModelTensors:
+    """The tensors of a model, looked through once for all forward passes.
+
+    Attributes:
+        targets: the target parameters as sources, by identity.
+        others: its other parameters, and its buffers.
+    """
+
+    def __init__(self, model: nn.Module, targets: Iterable[Target]) -> None:
+        self.targets = {id(t.parameter): Source(t.parameter, (t,), find_piece(t.parameter, t)) for t in targets}
+        self.others = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in self.targets]
+
+
 class Provenance:
     """What is known of the tensors of one forward pass, by identity.
 
-    Sources are kept alive until :meth:`reset`: their graphs are needed in the backward pass.
+    Sources are kept alive as long as this is: their graphs are needed in the backward pass.
 
     Attributes:
+        source_of: the source that a tensor is, by its identity; None for others.
         constants: batch-free tensors that no target parameter went into.
         doubtful: made without data and of the batch's size: per-example states most likely, a table perhaps.
     """
 
-    def __init__(self, model: nn.Module, targets: Iterable[Target]) -> None:
-        targets = list(targets)
-        self._of_targets = {id(t.parameter): Source(t.parameter, (t,), find_piece(t.parameter, t)) for t in targets}
-        self._of_model = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in self._of_targets]
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what the last forward pass computed."""
-        self._sources = dict(self._of_targets)
+    def __init__(self, tensors: ModelTensors) -> None:
+        self._sources = dict(tensors.targets)
         self.source_of = self._sources.get
         self.constants, self.doubtful = TensorSet(), TensorSet()
-        for tensor in self._of_model:
+        for tensor in tensors.others:
             self.constants.add(tensor)
+
+    def is_constant(self, value: object) -> bool:
+        """Whether a tensor is batch-free without any target parameter having gone into it."""
+        return self.constants.has_id(id(value))
 
     def has(self, tensor: Tensor) -> bool:
         """Whether a tensor is a target, or a parameter or buffer of the model."""
-        return self.source_of(id(tensor)) is not None or self.constants.has_id(id(tensor))
+        return self.source_of(id(tensor)) is not None or self.is_constant(tensor)
 
     def add_derived(self, tensor: Tensor, origins: Iterable[Source]) -> None:
         """Register a tensor computed from ``origins`` (and constants) alone."""

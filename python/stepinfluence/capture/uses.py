@@ -21,7 +21,6 @@ from stepinfluence.capture.composed import batched_product, convolution, einsum,
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.recurrent import cell, recurrent
-from stepinfluence.capture.row_by_row import per_row
 from stepinfluence.capture.rows import gains_examples
 from stepinfluence.capture.sources import Source
 
@@ -32,7 +31,7 @@ def _linear_tap(
     it: Interceptor, func: Any, output: Tensor, x: Tensor, weight: Source | None, bias: Source | None
 ) -> Tensor:
     """Tap ``output = x W^T + b``."""
-    use = it.use(func, it.owners(x, 1), weight, bias)
+    use = it.use(func, it.owners.of(x, 1), weight, bias)
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         if weight is not None:
@@ -68,9 +67,9 @@ def matmul(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return NotImplemented
     output = torch.matmul(it.detached(left), it.detached(right))
     if on_left is not None:
-        use = it.use(func, it.owners_of_columns(right), source)
+        use = it.use(func, it.owners.of_columns(right), source)
     else:
-        use = it.use(func, it.owners(left, 1), source)
+        use = it.use(func, it.owners.of(left, 1), source)
     used = source
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
@@ -94,7 +93,7 @@ def addmm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if it.source(x) is not None or bias.dim() != 1:
         return NotImplemented
     output = torch.addmm(it.detached(bias), x, it.detached(weight))
-    use = it.use(func, it.owners(x, 1), on_weight, on_bias)
+    use = it.use(func, it.owners.of(x, 1), on_weight, on_bias)
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         if on_weight is not None:
@@ -151,7 +150,7 @@ def _lookup(it: Interceptor, func: Any, table: Any, ids: Tensor, padding: int, b
         return NotImplemented
     if by_frequency:
         raise it.unsupported([source], func, "scale_grad_by_freq mixes the examples of a batch")
-    owners = it.owners(ids)
+    owners = it.owners.of(ids)
     # Negative indices of plain indexing count from the end; as a lookup they are wrapped.
     ids = torch.where(ids < 0, ids + len(table), ids) if func is not torch.embedding else ids
     row = tuple(table.shape[1:])
@@ -210,7 +209,7 @@ def _norm_tap(
     bias: Source | None,
     statistics: Callable[[Tensor], tuple[Tensor | None, Tensor]],
 ) -> Any:
-    use = it.use(func, it.owners(x, feature_dims), weight, bias)
+    use = it.use(func, it.owners.of(x, feature_dims), weight, bias)
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         # In single precision at least, as the normalisation itself does whatever the dtype of its input.
@@ -232,7 +231,7 @@ def elementwise(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
         return NotImplemented
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     others = [t for t in tensors if it.source(t) is None and (t.is_floating_point() or t.is_complex())]
-    owners = it.joint_owners([t for t in tensors if it.source(t) is None], shape)
+    owners = it.owners.joint([t for t in tensors if it.source(t) is None], shape)
 
     def expand(value: Any) -> Any:
         source = it.source(value)
@@ -260,7 +259,7 @@ def setitem(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if source is None or it.source(x) is not None:
         return NotImplemented
     places = x.detach()[index]
-    part = it.owners_after(Tensor.__getitem__, (x, index), places)
+    part = it.owners.after(Tensor.__getitem__, (x, index), places)
     func(x, index, expanded(it, func, source, tuple(places.shape), part))
     return x
 
@@ -275,8 +274,8 @@ def expand_to_batch(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: d
         return NotImplemented
     shape = tuple(func(value.detach(), *args[1:], **kwargs).shape)
     aligned = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
-    likely = (*it.example_dims, *range(max(1, len(shape) - 1)))
-    dim = gains_examples(value.shape, shape, it.batch_size, likely)
+    likely = (*it.owners.example_dims, *range(max(1, len(shape) - 1)))
+    dim = gains_examples(value.shape, shape, it.owners.batch_size, likely)
     if dim is None:
         return NotImplemented
     if any(a not in (1, s) for a, s in zip(aligned, shape, strict=True)):  # tiled along other dimensions
@@ -285,8 +284,8 @@ def expand_to_batch(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: d
     result = expanded(it, func, source, shape, owners)
     # A repeated tensor has memory of its own: the model may change it in place.
     result = result.clone(memory_format=torch.contiguous_format) if func is Tensor.repeat else result
-    it.follower.note(result, owners, tapped=True)
-    it.doubted = True
+    it.owners.follower.note(result, owners, tapped=True)
+    it.owners.doubted = True
     return result
 
 
@@ -347,7 +346,5 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d], convolution),
     **dict.fromkeys([torch.gru_cell, torch.lstm_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell], cell),
     **dict.fromkeys([torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu], recurrent),
-    "expand": expand_to_batch,
-    "any": per_row,
 }
-"""Rules by function; ``"expand"`` and ``"any"`` are the two that do not go by the function alone."""
+"""Rules by function. Two do not go by the function alone: :func:`expand_to_batch`, and ``per_row`` for any other."""

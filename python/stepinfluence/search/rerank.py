@@ -190,7 +190,7 @@ def rerank(
     rows = max((b.rows.stop for b in blocks), default=0)
     queries = max((b.queries.stop for b in blocks), default=0)
     steps = max((b.sdi.shape[2] for b in blocks), default=0)
-    sdi = torch.zeros(rows, queries, steps, dtype=capture._dtype, device=capture.device)
+    sdi = torch.zeros(rows, queries, steps, dtype=capture.dtype, device=capture.device)
     train_ids: dict[int, Hashable] = {}
     query_ids: dict[int, Hashable] = {}
     for b in blocks:

@@ -8,6 +8,8 @@ import pytest
 import torch
 import zoo
 from stepinfluence import LossError, attach
+from stepinfluence.capture.passes import TappedPass
+from stepinfluence.capture.recorder import SketchRecorder
 from torch import Tensor
 
 BATCH = zoo.make_batch(4)
@@ -34,16 +36,16 @@ def make(fn: Any) -> Any:
 def test_gradients_of_the_second_pass_only(value: float, ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an overflow when losses are multiplied, or a state of its own, would have it."""
     capture = make(lambda s, x: s.mix(x).tanh())
-    backward, calls = capture._backward, []
+    backward, calls = TappedPass.backward, []
 
-    def spoilt(losses: Tensor, buffer: Tensor, weights: Tensor | None = None) -> bool:
-        coarse = backward(losses, buffer, weights)
+    def spoilt(self: TappedPass, sink: SketchRecorder, weights: Tensor | None = None) -> bool:
+        coarse = backward(self, sink, weights)
         calls.append(1)
         if len(calls) == 2:
-            buffer[2, 0, 3] = value
-        return bool(coarse)
+            sink.buffer[2, 0, 3] = value
+        return coarse
 
-    monkeypatch.setattr(capture, "_backward", spoilt)
+    monkeypatch.setattr(TappedPass, "backward", spoilt)
     with pytest.raises(LossError, match="was finite and is NaN or infinite") as caught:
         capture.featurize([BATCH], zoo.squared_error, ids=ids)
     assert f"for example {2 if ids is None else repr('c')} " in str(caught.value)

@@ -84,6 +84,16 @@ def test_fixed_factors_are_applied(name: str) -> None:
     assert float((exact.sdi - wanted).norm()) <= FLOAT64 * (float(wanted.norm()) + 1e-30)
 
 
+def test_exact_influence_has_hooks_before_anything_was_featurized() -> None:
+    given = model()
+    for parameter in given.core.parameters():
+        parameter.register_hook(FACTORS["rows masked"])
+    first, later = (attach(given, body="core", sketch_size=64) for _ in range(2))
+    later.featurize([BATCH], zoo.squared_error)
+    ours, theirs = (rerank(c, zoo.squared_error, [BATCH], [BATCH], progress=False).sdi for c in (first, later))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_hooks_and_a_metric_together() -> None:
     given = model()
     roots = {n: Elementwise(torch.rand_like(p) + 0.5) for n, p in given.named_parameters() if n.startswith("core.")}

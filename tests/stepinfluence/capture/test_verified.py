@@ -12,6 +12,7 @@ import torch
 import zoo
 from stepinfluence.attribution.preconditioners import from_optimizer
 from stepinfluence.capture import Capture, attach
+from stepinfluence.capture.verification import Verification
 from stepinfluence.capture.verified import Memory
 from stepinfluence.search import rerank
 from torch import Tensor, nn
@@ -23,13 +24,13 @@ BATCHES = [zoo.make_batch(4, seed=k) for k in range(2)]
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever a capture verifies."""
     seen: list[int] = []
-    verify = Capture._verify
+    check = Verification.check
 
-    def counted(self: Capture, *args: Any) -> None:
+    def counted(self: Verification, *args: Any) -> None:
         seen.append(1)
-        verify(self, *args)
+        check(self, *args)
 
-    monkeypatch.setattr(Capture, "_verify", counted)
+    monkeypatch.setattr(Verification, "check", counted)
     return seen
 
 

@@ -63,11 +63,8 @@ class Follower:
         calls: names of functions without a rule that tapped data went through.
     """
 
-    def __init__(self, rules: dict[Any, Rule]) -> None:
+    def __init__(self, rules: dict[Any, Rule], batch_size: int | None) -> None:
         self._rules = rules
-        self.reset(None)
-
-    def reset(self, batch_size: int | None) -> None:
         self.batch_size = batch_size
         self.in_use = False
         self.calls: set[str] = set()

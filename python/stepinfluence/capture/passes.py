@@ -1,0 +1,180 @@
+"""Forward passes of a batch in which every use of a body parameter is tapped, and backward passes into a sink."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from stepinfluence.capture import diagnosis, session
+from stepinfluence.capture.batches import infer_batch_size, leaves
+from stepinfluence.capture.found import owners_of_rows
+from stepinfluence.capture.interceptor import Interceptor, Tapping, nested
+from stepinfluence.capture.row_by_row import per_row
+from stepinfluence.capture.rows import Use
+from stepinfluence.capture.sinks import GradientSink
+from stepinfluence.capture.sources import ModelTensors
+from stepinfluence.capture.steps import StepTracker
+from stepinfluence.capture.targets import Target
+from stepinfluence.capture.usage import Usage
+from stepinfluence.capture.uses import RULES, expand_to_batch
+from stepinfluence.errors import LayoutError, UnsupportedUseError
+
+Told: TypeAlias = Literal["followed", "found"]
+"""How the owners of rows became known: followed through the forward pass, or found by gradients."""
+
+
+@dataclass(frozen=True)
+class TappedPass:
+    """One forward pass of a batch. It holds the graph behind the losses: let go of it when it is done with.
+
+    Attributes:
+        losses: of the examples, ``(B,)``.
+        told: how the owners of rows became known.
+        steps: number of loop steps.
+        labels: the body module of each step.
+    """
+
+    losses: Tensor
+    told: Told
+    steps: int
+    labels: list[str]
+    _interceptor: Interceptor
+
+    @property
+    def uses(self) -> Sequence[Use]:
+        """All uses of body parameters."""
+        return self._interceptor.uses
+
+    @property
+    def usage(self) -> Usage:
+        """Which body parameters were used, and how."""
+        return self._interceptor.usage
+
+    def backward(self, sink: GradientSink, weights: Tensor | None = None) -> bool:
+        """Hand the gradients of the losses at all uses to a sink; the graph is gone afterwards.
+
+        Args:
+            weights: of the losses, ``(B,)``; all one if not given.
+
+        Returns:
+            Whether some gradients were of reduced precision.
+        """
+        ones = torch.ones_like(self.losses) if weights is None else weights
+        self._interceptor.backward(self.losses, ones, sink, keep=False)
+        return self._interceptor.shared.coarse
+
+
+class TappedModel:
+    """A model whose forward passes can be tapped; it is not changed.
+
+    Args:
+        model, targets, steps: the model, its body's parameters, and what counts loop steps.
+        outside, batch_dim, seed: as for :func:`~stepinfluence.attach`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        steps: StepTracker,
+        *,
+        outside: str,
+        batch_dim: int,
+        seed: int,
+    ) -> None:
+        self.model, self.targets, self.steps, self.seed = model, list(targets), steps, seed
+        # One anchor for all passes: a tensor that was kept from an earlier one is told by reaching it.
+        anchor = torch.zeros((), device=self.targets[0].parameter.device, requires_grad=True)
+        self._tapping = Tapping(
+            tensors=ModelTensors(model, self.targets),
+            steps=steps,
+            rules=RULES,
+            expand=expand_to_batch,
+            otherwise=per_row,
+            anchor=anchor,
+            outside=outside,
+            batch_dim=batch_dim,
+        )
+        self._doubt = True
+
+    def forward(
+        self,
+        batch: Any,
+        loss_fn: session.LossFn,
+        ids: Sequence[Hashable] | None,
+        index: int,
+        *,
+        reduced: bool = False,
+    ) -> TappedPass:
+        """Run a batch; within :func:`~stepinfluence.capture.session.isolated`.
+
+        Args:
+            batch, loss_fn, ids: as for ``Capture.featurize``.
+            index: position of the batch, for the random state.
+            reduced: take one number that is repeated for the loss of the whole batch.
+
+        Raises:
+            LossError, BodyError, UnsupportedUseError, LayoutError: as ``Capture.featurize`` does.
+        """
+        if any(isinstance(t, Tensor) and t.is_nested for t in leaves(batch)):
+            raise nested("in the batch")
+        size = infer_batch_size(batch, self._tapping.batch_dim)
+        if size is None:  # nothing in the batch tells, only the losses do
+            size = len(session.check_losses(self.plain(batch, loss_fn, index), None, ids))
+        losses, interceptor = self._run(batch, loss_fn, ids, index, size)
+        try:
+            told = owners_of_rows(interceptor, losses, reduced=reduced)
+        except LayoutError:
+            if not interceptor.owners.doubted:
+                raise
+            # Tensors made without data had the batch's size by chance: taken for constants from now on.
+            self._doubt = False
+            losses, interceptor = self._run(batch, loss_fn, ids, index, size)
+            told = owners_of_rows(interceptor, losses, reduced=reduced)
+        return TappedPass(losses, told, self.steps.count, list(self.steps.labels), interceptor)
+
+    def plain(self, batch: Any, loss_fn: session.LossFn, index: int) -> Tensor:
+        """The losses of a batch without tapping anything."""
+        session.begin_pass(self.model, self.seed, index)
+        with session.watched(self.model):
+            return loss_fn(self.model, batch)
+
+    def _run(
+        self, batch: Any, loss_fn: session.LossFn, ids: Sequence[Hashable] | None, index: int, size: int
+    ) -> tuple[Tensor, Interceptor]:
+        self.steps.reset()
+        inputs = [t for t in leaves(batch) if isinstance(t, Tensor)]
+        interceptor = Interceptor(self._tapping, size, inputs, doubt=self._doubt)
+        session.begin_pass(self.model, self.seed, index)
+        began = diagnosis.now()
+        with self.steps.watching(), interceptor, session.watched(self.model):
+            losses = loss_fn(self.model, batch)
+        if self.steps.count == 0:
+            raise diagnosis.never_entered(
+                self.model, lambda: self._count_steps(batch, loss_fn, index), training=self.model.training
+            )
+        losses = session.check_losses(losses, size, ids)
+        self._check_uses(losses, began)
+        return losses, interceptor
+
+    def _count_steps(self, batch: Any, loss_fn: session.LossFn, index: int) -> int:
+        session.begin_pass(self.model, self.seed, index)
+        with self.steps.watching(), session.watched(self.model):
+            loss_fn(self.model, batch)
+        return self.steps.count
+
+    def _check_uses(self, losses: Tensor, began: int) -> None:
+        anchor = self._tapping.anchor
+        names = {id(t.parameter): t.name for t in self.targets} | {id(anchor): "model"}
+        for name, user in diagnosis.reaching(losses, names):
+            diagnosis.refuse_earlier(name, user, began)
+            if name == "model":  # a tap of this pass, as they all should be
+                continue
+            raise UnsupportedUseError(
+                f"{name}: reaches the loss through {user.name()} in a way that cannot be seen from Python "
+                "(a custom autograd function or a scripted part); rewrite that use with torch functions"
+            )

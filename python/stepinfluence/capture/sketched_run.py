@@ -1,0 +1,99 @@
+"""One run through batches with one loss function: features, and what was seen and verified on the way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepinfluence.attribution.features import FeatureBuilder, FeatureSpace
+from stepinfluence.capture import session
+from stepinfluence.capture.passes import TappedModel, Told
+from stepinfluence.capture.recorder import SketchRecorder
+from stepinfluence.capture.sketching import Sketching
+from stepinfluence.capture.told import Ledger
+from stepinfluence.capture.usage import Usage
+from stepinfluence.capture.verification import Verification
+from stepinfluence.capture.verified import Checked
+
+VERIFIED_SHARE = 1 / 64
+"""Share of the batches after the first that are verified again, picked by seed and position."""
+
+
+@dataclass
+class SketchedRun:
+    """Featurizes batches one after the other; made by :meth:`Capture.begin`.
+
+    Attributes:
+        tapped, sketching: what features are made with.
+        space: what their columns mean.
+        loss_fn: of the run.
+        checked: the ways of telling examples apart that were verified.
+        verifying: whether others are verified.
+        reduced: whether a loss may be one number for the batch, repeated.
+        usage: which parameters were used.
+        ledger: counts uses.
+        told: how the owners of the last batch's rows were known.
+    """
+
+    tapped: TappedModel
+    sketching: Sketching
+    space: FeatureSpace
+    loss_fn: session.LossFn
+    checked: Checked
+    verifying: bool
+    reduced: bool
+    usage: Usage = field(default_factory=Usage)
+    ledger: Ledger = field(default_factory=Ledger)
+    told: Told = "followed"
+
+    def featurize_batch(
+        self, builder: FeatureBuilder, batch: Any, ids: Sequence[Hashable] | None, index: int
+    ) -> Tensor:
+        """Add the features of one batch to the builder; returns its losses ``(B,)``.
+
+        Args:
+            ids: of the examples; running numbers if not given.
+            index: position of the batch, for the random state.
+
+        Raises:
+            LossError, BodyError, UnsupportedUseError, LayoutError: as ``Capture.featurize`` does.
+        """
+        one = self.tapped.forward(batch, self.loss_fn, ids, index, reduced=self.reduced)
+        losses, labels, self.told = one.losses.detach(), one.labels, one.told
+        size, first = len(losses), not self.usage.used
+        self.usage.add(one.usage)
+        if first and size > 1 and self.told == "followed" and self.verifying:
+            self.usage.check(self.tapped.model, self.tapped.targets, last=False)
+        given = list(ids) if ids is not None else list(range(builder.count, builder.count + size))
+        buffer = builder.reserve(size, one.steps)
+        seen = self.ledger.add(one.uses, self.told)
+        one.backward(SketchRecorder(self.sketching, buffer))
+        del one  # and with it what the forward pass computed from parameters
+        session.check_features(buffer, ids)
+        if size > 1 and self.wants_verification(index):
+            again = Verification(self.tapped, self.sketching, batch, self.loss_fn, index, self.reduced)
+            again.check(buffer, given, losses)
+            self.checked.add(self.told)
+            self.ledger.add_verified(seen)
+        values = losses.to("cpu", torch.float32)
+        builder.commit(given, values, labels, self._lengths(buffer) if buffer.dim() == 3 else None)
+        return values
+
+    def wants_verification(self, index: int) -> bool:
+        """Whether a batch is to be verified: one for each way in which owners became known, and then a batch now and
+        then, by seed and position."""
+        picked = random.Random(f"{self.tapped.seed}, batch {index}").random() < VERIFIED_SHARE
+        return self.verifying and (not self.checked.covers(self.told) or picked)
+
+    def _lengths(self, buffer: Tensor) -> Tensor:
+        """Number of steps up to the last with a gradient, for each example ``(B,)``."""
+        active = (buffer[:, :, self.sketching.probe] != 0).any(-1)
+        # Dead units or tokens that do not occur leave the probed columns empty: then all columns decide.
+        active[~active] = (buffer[~active] != 0).any(-1)
+        last = torch.arange(1, buffer.shape[1] + 1, device=buffer.device) * active
+        return last.amax(1).cpu() if buffer.shape[1] else torch.zeros(len(buffer), dtype=torch.int64)

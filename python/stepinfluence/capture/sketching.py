@@ -1,0 +1,107 @@
+"""What the sketches of a body's parameters are, under which metric, and which columns of a feature row they fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sdi_kernels import CountSketch, Route, TensorSketch
+from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.preconditioners import Elementwise, Root
+from stepinfluence.capture.sources import Piece
+from stepinfluence.capture.targets import Layout, Target
+
+
+def make_blocks(targets: Sequence[Target], layout: Layout) -> list[Block]:
+    """Columns of each parameter, in the model's order.
+
+    ``concat``: ``m`` columns of its own for each (paper, section 3). ``sum``: the same M columns for all, into which
+    their independent sketches add up.
+    """
+    blocks, start = [], 0
+    for target in targets:
+        stop = start + target.sketch.m
+        blocks.append(Block(target.name, tuple(target.parameter.shape), start, stop))
+        start = stop if layout == "concat" else 0
+    return blocks
+
+
+class Sketching:
+    """How a capture sketches, the same for all batches until the metric is changed.
+
+    Attributes:
+        blocks: the columns of each parameter.
+        route: kernel route of linear layers.
+        layout: ``"concat"`` or ``"sum"``.
+        roots: what gradients are multiplied by, by name of the target.
+        probe: a few columns of each block that mostly hold something, ascending: a cheap first look at whether the
+            gradient of a step is zero.
+    """
+
+    def __init__(self, targets: Sequence[Target], route: Route, layout: Layout) -> None:
+        self.blocks = make_blocks(targets, layout)
+        self.route: Route = route
+        self.layout: Layout = layout
+        self._columns = {id(t): slice(b.start, b.stop) for t, b in zip(targets, self.blocks, strict=True)}
+        self._sketches: dict[Piece, CountSketch | TensorSketch | None] = {}
+        self.probe = self._probe_columns(targets)
+        self.precondition({})
+
+    def _probe_columns(self, targets: Sequence[Target]) -> Tensor:
+        columns = []
+        for target, block in zip(targets, self.blocks, strict=True):
+            sketch = target.sketch
+            side = sketch.bucket if isinstance(sketch, CountSketch) else range(sketch.m)
+            columns += [block.start + int(side[k]) for k in range(min(8, len(side)))]
+        return torch.tensor(sorted(set(columns)), device=targets[0].parameter.device)
+
+    def precondition(self, roots: Mapping[str, Root]) -> None:
+        """Multiply the gradients by these from now on, by name of the target; targets without one stay as they are.
+
+        Raises:
+            ValueError: an elementwise root of a matrix under ``route="fft"``, which never has single entries.
+        """
+        elementwise = [b.name for b in self.blocks if len(b.shape) > 1 and isinstance(roots.get(b.name), Elementwise)]
+        if elementwise and self.route == "fft":
+            raise ValueError(
+                f"route: got 'fft', which cannot apply the elementwise preconditioner (or gradient hook) of "
+                f"{elementwise[0]}; "
+                "use 'auto' or 'direct'"
+            )
+        self.roots = roots
+        self._root_parts: dict[Piece, Root] = {}
+
+    @property
+    def width(self) -> int:
+        """D, the length of a feature row."""
+        return self.blocks[-1].stop
+
+    def columns_of(self, target: Target) -> slice:
+        """The columns of a feature row that the sketch of a parameter fills."""
+        return self._columns[id(target)]
+
+    def root_of(self, piece: Piece) -> Root | None:
+        """What the gradient of a piece is multiplied by, oriented as the piece is."""
+        root = self.roots.get(piece.target.name)
+        if root is None:
+            return None
+        if piece not in self._root_parts:
+            self._root_parts[piece] = root.part(piece.rows, piece.columns, piece.transposed)
+        return self._root_parts[piece]
+
+    def times_root(self, piece: Piece, grads: Tensor) -> Tensor:
+        """Gradients ``(..., d)`` of a piece of a vector, multiplied by its root."""
+        root = self.root_of(piece)
+        return grads if root is None else grads * root.as_matrix().flatten()
+
+    def sketch_of(self, piece: Piece | None) -> CountSketch | TensorSketch | None:
+        """The sketch of a piece, oriented as it is; None where a source is no piece of a parameter."""
+        if piece is None:
+            return None
+        if piece.whole:
+            return piece.target.sketch
+        if piece not in self._sketches:
+            self._sketches[piece] = piece.vector_sketch() or piece.matrix_sketch()
+        return self._sketches[piece]
