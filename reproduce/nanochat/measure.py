@@ -1,4 +1,4 @@
-"""What is measured of a trained looped language model: influence by loop step, loss at each loop count, and how its loop
+"""What is measured of a trained looped language model: influence by loop step, loss at each loop count, how its loop
 treats its own state: what the adapter lets in, and how fast changes of the state die out."""
 
 from __future__ import annotations
