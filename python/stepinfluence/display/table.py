@@ -166,7 +166,8 @@ def sparkline(trajectory: NDArray[Any], most: float, *, width: int = 160, height
     step = width / count
     parts = [f'<line x1="0" x2="{width}" y1="{middle:g}" y2="{middle:g}" stroke="#9a9a9a" stroke-width="0.5"/>']
     for k, value in enumerate(np.asarray(trajectory, dtype=np.float64)):
-        size = min(1.0, abs(float(value)) / most) * (middle - 1) if most > 0 else 0.0
+        # A square root, as in a terminal: steps a tenth as strong as the strongest can still be seen.
+        size = min(1.0, abs(float(value)) / most) ** 0.5 * (middle - 1) if most > 0 else 0.0
         top = middle - size if value >= 0 else middle
         parts.append(
             f'<rect x="{k * step + 0.1 * step:.2f}" y="{top:.2f}" width="{0.8 * step:.2f}" height="{size:.2f}" '

@@ -86,7 +86,7 @@ def test_html_holds_the_numbers_and_no_markup_of_an_example(scores: Influence) -
 
 
 def test_a_sparkline_goes_up_where_it_helps() -> None:
-    drawn = sparkline(np.array([2.0, -1.0, 0.0]), 2.0, width=30, height=20)
+    drawn = sparkline(np.array([4.0, -1.0, 0.0]), 4.0, width=30, height=20)
     bars = [
         {k: float(v) for k, v in re.findall(r'(x|y|width|height)="([\d.]+)"', bar)}
         for bar in re.findall(r"<rect[^>]*>", drawn)
