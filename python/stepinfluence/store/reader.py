@@ -16,7 +16,8 @@ from stepinfluence.attribution.features import Features
 from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.store.codecs import decode
-from stepinfluence.store.manifest import Manifest, StoredCheckpoint, model_fingerprint
+from stepinfluence.store.manifest import Manifest, StoredCheckpoint, checkpoint_of
+from stepinfluence.store.models import model_fingerprint
 from stepinfluence.store.rows import RowIds, RowTable, StoredRow
 from stepinfluence.store.shards import (
     Record,
@@ -321,7 +322,9 @@ class Store(StoredFeatures):
         """
         if self.manifest.model and model_fingerprint(capture.model) != self.manifest.model:
             raise FeatureMismatchError(f"{self.path}: made with another model (names, shapes or dtypes differ)")
-        space = capture.space()
+        space = checkpoint_of(capture, "present", 1.0).space
         matching = [k for k, c in enumerate(self.checkpoints) if c.space.weights == space.weights]
-        self.checkpoints[matching[0] if matching else 0].space.require_equal(space)
-        return matching[0]
+        whole = [k for k in matching if self.checkpoints[k].space.model_weights in ("", space.model_weights)]
+        chosen = (whole or matching or [0])[0]
+        self.checkpoints[chosen].space.require_equal(space)
+        return chosen

@@ -114,7 +114,7 @@ def _block(**fields: Any) -> Callable[[Content], Content]:
 
 HOSTILE: dict[str, Callable[[Content], Content]] = {
     "no field": lambda content: {k: v for k, v in content.items() if k != "blocks"},
-    "another format": _set("format", "sdi-store-2"),
+    "another format": _set("format", "sdi-store-9"),
     "more fields": _set("values_path", "../../etc/passwd"),
     "rows without end": _set("n_rows", 1 << 62),
     "more shards than there can be": lambda c: {**c, "n_rows": 1 << 40, "shard_rows": 1},
@@ -171,6 +171,14 @@ def test_a_manifest_that_lies_is_refused(path: Path, name: str) -> None:
 def test_a_manifest_that_is_none_is_refused(path: Path, raw: bytes) -> None:
     (path / "manifest.json").write_bytes(raw)
     with pytest.raises(StoreError, match=r"manifest\.json"):
+        Store.open(path)
+
+
+def test_a_store_of_an_earlier_version_says_what_to_do(path: Path) -> None:
+    content = json.loads((path / "manifest.json").read_bytes())
+    del content["sha256"]
+    (path / "manifest.json").write_bytes(sealed({**content, "format": "sdi-store-1"}))
+    with pytest.raises(StoreError, match=r"did not record the weights outside of the body; featurize again"):
         Store.open(path)
 
 

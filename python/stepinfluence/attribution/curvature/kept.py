@@ -98,7 +98,14 @@ def _parsed(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     given = content["space"]
     blocks = tuple(Block(b["name"], tuple(b["shape"]), b["start"], b["stop"]) for b in given["blocks"])
     return KINDS[content["kind"]](
-        space=FeatureSpace(given["kind"], blocks, given["tables"], given["weights"], given["metric"]),
+        space=FeatureSpace(
+            given["kind"],
+            blocks,
+            given["tables"],
+            given["weights"],
+            given["metric"],
+            model_weights=given["model_weights"],
+        ),
         rows=content["rows"],
         factors=tuple(
             Factor(tensors[f"basis.{k}"], tensors[f"values.{k}"], float(rest)) for k, rest in enumerate(content["rest"])
