@@ -152,6 +152,14 @@ class Store(StoredFeatures):
                 reasons.setdefault(failure.row, failure.reason)
         return reasons
 
+    def machine_of(self, checkpoint: int, shard: int) -> str:
+        """What the last bits of a shard depend on: the machine that it was written on, in words.
+
+        Raises:
+            StoreError: the shard is missing.
+        """
+        return self._record(checkpoint, shard).machine
+
     @property
     def valid(self) -> npt.NDArray[np.bool_]:
         """``(n,)``: which rows have features at every checkpoint."""
@@ -184,7 +192,7 @@ class Store(StoredFeatures):
     # ------------------------------------------------------------------------------------------------------------
     # What it holds
 
-    def _arrays(self, checkpoint: int, shard: int) -> dict[str, npt.NDArray[Any]]:
+    def _record(self, checkpoint: int, shard: int) -> Record:
         if not 0 <= checkpoint < len(self.checkpoints):
             raise IndexError(f"checkpoint: got {checkpoint}; the store has {len(self.checkpoints)}, counted from 0")
         record = self._records.get((checkpoint, shard))
@@ -193,6 +201,10 @@ class Store(StoredFeatures):
                 f"{self.path}: incomplete: shard {shard} of checkpoint {checkpoint} is missing, and "
                 f"{len(self.missing()) - 1} more; featurize again to resume"
             )
+        return record
+
+    def _arrays(self, checkpoint: int, shard: int) -> dict[str, npt.NDArray[Any]]:
+        record = self._record(checkpoint, shard)
         return map_arrays(values_path(self.path, checkpoint, shard), expected_arrays(self.manifest, record))
 
     def losses(self, checkpoint: int = 0) -> npt.NDArray[np.float32]:

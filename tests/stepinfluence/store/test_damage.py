@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import struct
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stores
-from stepinfluence import StoreError
+from stepinfluence import StoreError, writers
 from stepinfluence.files import canonical, sealed
 from stepinfluence.store import Manifest, Store, StoreWriter, verify
 
@@ -99,8 +102,23 @@ def test_a_record_at_another_place_is_told_apart(path: Path) -> None:
 
 def test_finish_removes_what_was_left_behind(path: Path) -> None:
     before = stores.content(path)
-    (path / "c000/.aside-12-shard-00000000.json").write_text("half")
-    StoreWriter.resume(path).finish()
+    with subprocess.Popen(["true"]) as dead:  # noqa: S607
+        pass
+    days = 2 * 24 * 3600
+    for age, name, stays in (
+        (0, f".aside-{writers.host()}-{dead.pid}-00000000-shard-00000000.json", False),
+        (days, f".aside-{writers.host()}-{os.getpid()}-00000000-shard-00000000.json", True),  # alive: this process
+        (0, ".aside-ffffffff-1-00000000-shard-00000000.json", True),  # on another machine: it cannot be asked
+        (days, ".aside-ffffffff-1-00000000-shard-00000000.json", False),
+        (days, ".aside-0123456789abcdef-shard-00000000.json", False),  # as earlier versions named them
+    ):
+        left = path / "c000" / name
+        left.write_text("half")
+        os.utime(left, (time.time() - age,) * 2)
+        for use in (StoreWriter.resume, lambda p: StoreWriter(p, Manifest.read(p)).finish()):
+            use(path)
+            assert left.exists() == stays
+        left.unlink(missing_ok=True)
     assert stores.content(path) == before
 
 

@@ -18,6 +18,7 @@ from stepinfluence.attribution.curvature.fisher import Curvature
 from stepinfluence.attribution.features import Block, FeatureSpace
 from stepinfluence.errors import StoreError
 from stepinfluence.files import file_digest, make_folder, read_sealed, sealed, write_atomically, write_bytes
+from stepinfluence.writers import unknown_files
 
 FORMAT = "sdi-fisher-1"
 FILE, DESCRIPTION = "fisher.safetensors", "fisher.json"
@@ -35,7 +36,7 @@ def save(curvature: Curvature, path: str | Path, *, of: str = "") -> None:
         StoreError: the folder holds other files, or could not be written.
     """
     path = Path(path)
-    strange = [p.name for p in path.iterdir() if p.name not in (FILE, DESCRIPTION)] if path.is_dir() else []
+    strange = unknown_files(path, (FILE, DESCRIPTION))
     if strange:
         raise StoreError(f"{path}: holds other files ({strange[0]}); give a new folder for the curvature")
     make_folder(path)
