@@ -21,6 +21,7 @@ from stepinfluence.errors import StoreError
 from stepinfluence.files import make_folder, read_sealed, sealed, write_atomically, write_bytes
 from stepinfluence.search.question import Question
 from stepinfluence.search.sources import Rows, RowSource, as_source
+from stepinfluence.writers import unknown_files
 
 FORMAT = "sdi-index-1"
 FILE, DESCRIPTION = "rows.faiss", "index.json"
@@ -137,7 +138,7 @@ class Index:
 
     def _save(self, path: Path, factory: str) -> None:
         faiss = _faiss()
-        strange = [p.name for p in path.iterdir() if p.name not in (FILE, DESCRIPTION)] if path.is_dir() else []
+        strange = unknown_files(path, (FILE, DESCRIPTION))
         if strange:
             raise StoreError(f"{path}: holds other files ({strange[0]}); give a new folder for the index")
         make_folder(path)

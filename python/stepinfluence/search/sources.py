@@ -49,6 +49,15 @@ class RawBlock:
         return RawBlock(self.first + start, self.codes[start:stop], scales)
 
 
+@dataclass(frozen=True)
+class FoldedPart:
+    """One of the checkpoints that were folded into one: digests of its weights (see ``FeatureSpace``), and its eta."""
+
+    weights: str
+    model_weights: str
+    eta: float
+
+
 class RowSource(Protocol):
     """Rows of features at one or more checkpoints, read block by block or a few at a time."""
 
@@ -61,8 +70,8 @@ class RowSource(Protocol):
         """The weight of each checkpoint; None if the rows do not tell."""
 
     @property
-    def folded(self) -> tuple[tuple[str, float], ...] | None:
-        """Weights (their digest) and eta of the checkpoints that were folded into the only one; None for others."""
+    def folded(self) -> tuple[FoldedPart, ...] | None:
+        """The checkpoints that were folded into the only one; None for others."""
 
     @property
     def per_step(self) -> bool: ...
@@ -163,9 +172,11 @@ class StoreSource:
         self.device = torch.device("cpu")
 
     @property
-    def folded(self) -> tuple[tuple[str, float], ...] | None:
+    def folded(self) -> tuple[FoldedPart, ...] | None:
         fold = self._store.manifest.fold
-        return None if fold is None else tuple((c["weights"], float(c["eta"])) for c in fold["checkpoints"])
+        if fold is None:
+            return None
+        return tuple(FoldedPart(c["weights"], c["model_weights"], float(c["eta"])) for c in fold["checkpoints"])
 
     def __len__(self) -> int:
         return len(self._store)

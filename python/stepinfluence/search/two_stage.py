@@ -23,6 +23,7 @@ from stepinfluence.search.question import Question
 from stepinfluence.search.ranking import NO_ROW, Ranking
 from stepinfluence.search.rerank import QUERY_BYTES, exact_blocks
 from stepinfluence.search.topk import TopK, best_rows, trajectories
+from stepinfluence.store import checkpoint_of
 
 
 class Dataset(Protocol):
@@ -198,7 +199,7 @@ class _Batches:
 def _exact_sdi(question: Question, lists: Tensor, exact: Recompute, *, progress: bool) -> Tensor:
     """``(*lists.shape, steps)``: each query's exact influence of its candidates, summed over checkpoints."""
     train, pairs = question.train, _Pairs(lists, question)
-    weights = question.etas if train.folded is None else tuple(eta for _, eta in train.folded)
+    weights = question.etas if train.folded is None else tuple(part.eta for part in train.folded)
     sdi = torch.zeros(*lists.shape, question.steps)
     visits = visit_checkpoints(exact.capture, exact.checkpoints, weights, exact.metric, reader=exact.reader)
     with closing(visits) as visited:
@@ -227,10 +228,11 @@ def _exact_sdi(question: Question, lists: Tensor, exact: Recompute, *, progress:
 
 def _require_weights(question: Question, exact: Recompute, checkpoint: int) -> None:
     """Raise unless the model has the weights, and the metric, that the features were computed with."""
-    train, present = question.train, exact.capture.space()
+    train, present = question.train, checkpoint_of(exact.capture, "present", 1.0).space
     space = train.spaces[checkpoint if train.folded is None else 0]
-    weights = space.weights if train.folded is None else train.folded[checkpoint][0]
-    if weights != present.weights:
+    wanted = space if train.folded is None else train.folded[checkpoint]
+    # Features in memory do not tell the weights outside of the body.
+    if wanted.weights != present.weights or wanted.model_weights not in ("", present.model_weights):
         if exact.checkpoints is None:
             raise FeatureMismatchError(
                 f"capture: its model does not have the weights of checkpoint {checkpoint} of the features; "

@@ -99,6 +99,10 @@ def run(
         str | None,
         typer.Option(help="stop at an example that fails, or skip it and record why. \\[default: stop]"),
     ] = None,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Go on though code, data or losses have changed since; it is recorded."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a report as JSON on stdout at the end.")] = False,
 ) -> None:
     """See :data:`HELP`."""
@@ -139,8 +143,8 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
     for report in run_splits(
         prepared,
         folder,
-        earlier=earlier,
         worker=worker,
+        accept_changes=given["accept_changes"],
         progress=terminal and worker.local_rank == 0,
         on_start=on_start,
         log=None if terminal else lambda line: screen.print(f"{who}{line}", soft_wrap=True),

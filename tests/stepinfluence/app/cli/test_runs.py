@@ -115,6 +115,31 @@ def test_wrong_use_of_featurize(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_a_first_call_that_fails_leaves_nothing_that_binds(run: Path, tmp_path: Path) -> None:
+    """The product's own advice can be followed: nothing of the first call is held against the second."""
+    project, out, options = run.parent / "my_project.py", tmp_path / "run", ("--sketch-size", "16")
+    command = ("featurize", "-p", project, "-s", "query", *options, "-o", out)
+    refused(*command, "--checkpoints", tmp_path / "wrong.pt")
+    assert not out.exists()
+    torch.save(Project.load(project).model().state_dict(), tmp_path / "c.pt")
+    assert "--eta 1" in refused(*command, "--checkpoints", tmp_path / "c.pt")
+    assert not out.exists()
+    invoke(*command, "--checkpoints", tmp_path / "c.pt", "--eta", "1")
+    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "query", "query.pinned.json"]
+
+
+def test_a_changed_project_is_accepted_knowingly(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent, tmp_path / "copy")
+    project, out = tmp_path / "copy" / "my_project.py", tmp_path / "copy" / "run"
+    project.write_text(project.read_text() + "\n# a remark\n")
+    said = invoke("featurize", "--config", out / "config.yaml", code=2).stderr
+    assert "the project's code (my_project.py)" in said
+    assert "--accept-changes" in said
+    invoke("featurize", "--config", out / "config.yaml", "--accept-changes")
+    assert "nothing left to do" in invoke("featurize", "--config", out / "config.yaml").stderr
+    assert json.loads((out / "train.pinned.json").read_text())["accepted"][0]["changed"]
+
+
 @pytest.mark.numeric
 def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     def first(*arguments: str | Path, input: str | None = None) -> dict[str, object]:  # noqa: A002
