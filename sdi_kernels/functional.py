@@ -113,7 +113,8 @@ def sketch_linear_grads(
     entries: Tensor | None = None
     if metric is not None:
         entries = _checks.entry_metric(metric, sketch.d_out, sketch.d_in, route, activations=a)
-        entries, route = entries.to(_checks.sketch_dtype(a, g)), "direct"
+        entries = entries.to(_checks.sketch_dtype(a, g))
+        route = "direct" if route == "auto" else route
     chosen = plan_linear(a3.shape[0], a3.shape[1], sketch, a.device, route, dtype=a.dtype).route
     return _finish(
         out,

@@ -63,7 +63,7 @@ def sketch_steps(
     entries: Tensor | None = None
     if metric is not None:
         entries = _checks.entry_metric(metric, sketch.d_out, sketch.d_in, route, activations=acts[0]).to(dtype)
-        route = "direct"
+        route = "direct" if route == "auto" else route
     total, longest = sum(a.shape[0] for a in acts), max(a.shape[1] for a in acts)
     chosen = plan_linear(total, longest, sketch, device, route, dtype=acts[0].dtype).route
     tables = sketch.tables(device)

@@ -144,6 +144,7 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "out of another size": ({"out": OUT[..., 1:]}, ValueError, "out: got shape (2, 2, 15) torch.float32 on cpu; pass"),
     "out of another dtype": ({"out": OUT.double()}, ValueError, "out: got shape (2, 2, 16) torch.float64 on cpu; pass"),
     "a metric and fft": ({"metric": torch.ones(5, 4), "route": "fft"}, ValueError, "route: got 'fft' with metric; the"),
+    "a metric and no route": ({"metric": torch.ones(5, 4), "route": "dense"}, ValueError, "route: got 'dense'"),
     "steps of tensors": ({"activations": A, "grad_outputs": G, "steps": [0]}, ValueError, "steps, rows: got them with"),
 }  # fmt: skip
 
