@@ -43,7 +43,7 @@ class Cost(NamedTuple):
     error: str = ""
 
 
-PLAIN = ("tokens", "tokens_per_split", "lines_per_split", "width_in", "width_out", "splits", "query_tokens",
+PLAIN = ("i_begin", "parts", "rows", "tokens", "tokens_per_split", "lines_per_split", "width_in", "width_out", "splits", "query_tokens",
          "queries_per_split")  # fmt: skip
 """Arguments that the kernels ask the launcher not to specialize on."""
 
