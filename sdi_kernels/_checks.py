@@ -90,3 +90,14 @@ def output_buffer(
 def sketch_dtype(*inputs: Tensor) -> torch.dtype:
     """Sketches accumulate and come out in float32, or in float64 where an input is float64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
+
+
+def entry_metric(metric: object, d_out: int, d_in: int, route: str, **like: Tensor) -> Tensor:
+    """The checked ``metric`` of one number per weight, detached; ``like``: a tensor on its device, by its name."""
+    value = float_tensor("metric", metric, min_dim=2)
+    if value.shape != (d_out, d_in):
+        raise ValueError(f"metric: got shape {tuple(value.shape)}; pass one number per weight, shape {(d_out, d_in)}")
+    if route in ("fft", "shear"):
+        raise ValueError(f"route: got {route!r} with metric; the {route} route cannot apply it, use 'auto' or 'direct'")
+    same_device(metric=value, **like)
+    return value.detach()

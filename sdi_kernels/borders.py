@@ -115,9 +115,11 @@ def _floats(**tensors: Tensor) -> None:
             raise TypeError(f"{name}: got dtype {value.dtype}; pass float32, bfloat16, float16 or float64")
 
 
-def _out(out: Tensor, rows: int, m: int, *inputs: Tensor) -> None:
-    _shaped("out", out, (rows, m), inputs[0].device)
-    if m < 1:
+def _out(out: Tensor, shape: tuple[int | None, ...], *inputs: Tensor) -> None:
+    """``shape``: (rows, m), or (rows, steps, m)."""
+    _shaped("out", out, shape, inputs[0].device)
+    m = shape[-1]
+    if m is None or m < 1:
         raise ValueError(f"m: got {m}; pass the sketch's number of buckets")
     if out.dtype != sketch_dtype(*inputs):
         raise TypeError(f"out: got dtype {out.dtype}; pass {sketch_dtype(*inputs)}")
@@ -145,10 +147,16 @@ def linear(
     _shaped("activations", activations, (None, None, None), out.device)
     rows, tokens, d_in = activations.shape
     _shaped("grad_outputs", grad_outputs, (rows, tokens, None), out.device)
-    _out(out, rows, m, activations, grad_outputs)
-    d_out = grad_outputs.shape[2]
-    in_order = _tables(tables, (("outputs", d_out), ("inputs", d_in)), m, out.device)
-    _metric(metric, d_out, d_in, out.device)
+    _out(out, (rows, m), activations, grad_outputs)
+    _route(tables, grad_outputs.shape[2], d_in, m, route, metric, out.device)
+
+
+def _route(
+    tables: Sequence[Tensor], d_out: int, d_in: int, m: int, route: str, metric: Tensor | None, device: torch.device
+) -> None:
+    """Check the tables and metric of a linear layer, and that ``route`` can take them."""
+    in_order = _tables(tables, (("outputs", d_out), ("inputs", d_in)), m, device)
+    _metric(metric, d_out, d_in, device)
     if route not in ROUTES:
         raise ValueError(f"route: got {route!r}; the operator takes {', '.join(map(repr, ROUTES))}")
     if route == "fft" and metric is not None:
@@ -159,12 +167,67 @@ def linear(
         )
 
 
+def pairs(activations: Sequence[Tensor], grad_outputs: Sequence[Tensor], d_in: int, d_out: int) -> None:
+    """Raises ValueError or TypeError where pairs of a list are not ``(n, T, d_in)`` and ``(n, T, d_out)``, all of one
+    dtype a side and on one device."""
+    if len(activations) != len(grad_outputs) or not activations:
+        raise ValueError(
+            f"activations, grad_outputs: got lists of {len(activations)} and {len(grad_outputs)}; pass as many of both"
+        )
+    a0, g0 = activations[0], grad_outputs[0]
+    _floats(**{"activations[0]": a0, "grad_outputs[0]": g0})
+    device, types = a0.device, (a0.dtype, g0.dtype)
+    for k, (a, g) in enumerate(zip(activations, grad_outputs, strict=True)):
+        if (a.dtype, g.dtype) != types:
+            name, value, wanted = ("activations", a, types[0]) if a.dtype != types[0] else ("grad_outputs", g, types[1])
+            raise TypeError(f"{name}[{k}]: got dtype {value.dtype}, {name}[0] has {wanted}; pass all in one dtype")
+        shape = a.shape
+        # Asked in one go: a call may have hundreds of pairs.
+        if len(shape) != 3 or shape[2] != d_in or g.shape != (*shape[:2], d_out) or not a.device == device == g.device:
+            _shaped(f"activations[{k}]", a, (None, None, d_in), device)
+            _shaped(f"grad_outputs[{k}]", g, (*a.shape[:2], d_out), device)
+
+
+def slots(steps: Sequence[int], rows: Sequence[int], activations: Sequence[Tensor], size: Sequence[int]) -> None:
+    """Raises ValueError where a pair's rows and step do not lie in an ``out`` of ``size`` (rows, steps)."""
+    if not len(steps) == len(rows) == len(activations):
+        raise ValueError(
+            f"steps, rows: got {len(steps)} and {len(rows)} numbers for {len(activations)} pairs; pass one for each"
+        )
+    for k, (step, row, a) in enumerate(zip(steps, rows, activations, strict=True)):
+        if step < 0 or step >= size[1]:
+            raise ValueError(f"steps[{k}]: got {step}; out has room for steps 0 to {size[1] - 1}, pass one of them")
+        if row < 0 or row + a.shape[0] > size[0]:
+            raise ValueError(
+                f"rows[{k}]: got {row} for a pair of {a.shape[0]} rows; out has {size[0]} rows, pass where they fit"
+            )
+
+
+def linear_steps(
+    out: Tensor,
+    activations: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    m: int,
+    route: str,
+    steps: Sequence[int],
+    rows: Sequence[int],
+    metric: Tensor | None = None,
+) -> None:
+    """As :func:`linear`, for ``linear_steps_sketch_``."""
+    d_in, d_out = (x[0].shape[-1] if x and x[0].dim() else 0 for x in (activations, grad_outputs))
+    pairs(activations, grad_outputs, d_in, d_out)
+    _out(out, (None, None, m), activations[0], grad_outputs[0])
+    slots(steps, rows, activations, out.shape[:2])
+    _route(tables, d_out, d_in, m, route, metric, out.device)
+
+
 def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
     """As :func:`linear`, for ``matrix_sketch_``."""
     _floats(grads=grads)
     _shaped("grads", grads, (None, None, None), out.device)
     rows, d_out, d_in = grads.shape
-    _out(out, rows, m, grads)
+    _out(out, (rows, m), grads)
     _tables(tables, (("rows", d_out), ("columns", d_in)), m, out.device)
     _metric(metric, d_out, d_in, out.device)
 
@@ -177,7 +240,7 @@ def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequ
     _shaped("token_ids", token_ids, (rows, tokens), out.device)
     if token_ids.dtype != torch.int64:
         raise TypeError(f"token_ids: got dtype {token_ids.dtype}; pass int64")
-    _out(out, rows, m, grad_outputs)
+    _out(out, (rows, m), grad_outputs)
     vocabulary = tables[0].numel() if tables else 0
     _tables(tables, (("the vocabulary", vocabulary), ("inputs", d)), m, out.device)
 
@@ -186,7 +249,7 @@ def vector(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None
     """As :func:`linear`, for ``vector_sketch_``."""
     _floats(grads=grads)
     _shaped("grads", grads, (None, None, None), out.device)
-    _out(out, grads.shape[0], m, grads)
+    _out(out, (grads.shape[0], m), grads)
     _tables(tables, (("the vector", grads.shape[2]),), m, out.device)
 
 
@@ -206,5 +269,5 @@ def scaled_vector(
     for name, value in (("center", center), ("scale", scale)):
         if value is not None:
             _shaped(name, value, tuple(grads.shape[:2]), out.device)
-    _out(out, grads.shape[0], m, grads, factors)
+    _out(out, (grads.shape[0], m), grads, factors)
     _tables(tables, (("the vector", grads.shape[2]),), m, out.device)

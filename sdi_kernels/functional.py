@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from sdi_kernels import _checks, ops
 from sdi_kernels.plan import Route, plan_linear
 from sdi_kernels.sketches import CountSketch, TensorSketch
+from sdi_kernels.steps import sketch_steps
 
 
 def _merge_leading(value: Tensor) -> Tensor:
@@ -46,28 +47,15 @@ def _accumulate(
     return buffer
 
 
-def _entry_metric(metric: object, sketch: TensorSketch, route: Route, **like: Tensor) -> Tensor:
-    """The checked ``metric`` of one number per weight, detached; ``like``: a tensor on its device, by its name."""
-    value = _checks.float_tensor("metric", metric, min_dim=2)
-    if value.shape != (sketch.d_out, sketch.d_in):
-        raise ValueError(
-            f"metric: got shape {tuple(value.shape)}; pass one number per weight, shape {(sketch.d_out, sketch.d_in)}"
-        )
-    if route == "fft":
-        raise ValueError("route: got 'fft' with metric; the fft route cannot apply it, use 'auto' or 'direct'")
-    if route == "shear":
-        raise ValueError("route: got 'shear' with metric; the shear route cannot apply it, use 'auto' or 'direct'")
-    _checks.same_device(metric=value, **like)
-    return value.detach()
-
-
 def sketch_linear_grads(
-    activations: Tensor,
-    grad_outputs: Tensor,
+    activations: Tensor | Sequence[Tensor],
+    grad_outputs: Tensor | Sequence[Tensor],
     sketch: TensorSketch,
     *,
     route: Route = "auto",
     metric: Tensor | None = None,
+    steps: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """TensorSketch of the weight gradients of a linear layer, without forming them in memory (paper, eq. 4, Alg. 1).
@@ -75,24 +63,40 @@ def sketch_linear_grads(
     One sketch per leading index, summed over tokens: ``TS(sum_l grad_outputs[..., l, :] (x) activations[..., l, :])``;
     with ``metric``, ``TS(metric * sum_l ...)``.
 
+    The uses of a looped layer come as lists, one pair of tensors for each, and are worked off by one operator (on a GPU
+    one launch) that reads them where they lie. Sketches of pair ``k`` are added to
+    ``out[rows[k] : rows[k] + n_k, steps[k]]``; pairs with the same ``steps`` add up where their rows meet.
+
     Args:
-        activations: the layer's input, ``(..., T, d_in)``; float32, bfloat16, float16 or float64.
-        grad_outputs: gradient at the layer's output, ``(..., T, d_out)``, same leading dimensions.
+        activations: the layer's input, ``(..., T, d_in)``; float32, bfloat16, float16 or float64. Or a list of
+            ``(n_k, T_k, d_in)``, all of one dtype; a pair's rows and tokens are its own.
+        grad_outputs: gradient at the layer's output, ``(..., T, d_out)``, same leading dimensions. Or a list of
+            ``(n_k, T_k, d_out)``.
         sketch: the tables for this weight.
         route: ``"auto"`` (planner), ``"direct"``, ``"fft"`` or ``"shear"`` (:mod:`sdi_kernels.plan`).
         metric: optional ``(d_out, d_in)``, any floating dtype, multiplied elementwise into every gradient (that of
             an optimizer); not differentiable, and by the ``direct`` route only, which ``"auto"`` then takes. A metric
             that is an outer product is cheaper multiplied into ``grad_outputs`` and ``activations`` beforehand.
-        out: optional buffer ``(..., m)`` to accumulate into (it is returned); not differentiable.
+        steps: for lists, the column of ``out`` that each pair is added to; 0, 1, 2, ... if not given.
+        rows: for lists, the first row of ``out`` of each pair; all 0 if not given.
+        out: optional buffer ``(..., m)``, for lists ``(B, S, m)``, to accumulate into (it is returned); not
+            differentiable.
 
     Returns:
-        ``(..., m)``, float32 (float64 if an input is). Differentiable in both inputs where ``out`` is not given.
+        ``(..., m)``, for lists ``(B, S, m)`` as small as holds every pair; float32 (float64 if an input is).
+        Differentiable in all activations and gradients where ``out`` is not given.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, ``route`` is unknown or cannot take this sketch, or
             it is ``"fft"`` or ``"shear"`` with ``metric``.
     """
     _checks.instance("sketch", sketch, TensorSketch)
+    if not isinstance(activations, Tensor) and isinstance(activations, Sequence):
+        return sketch_steps(
+            activations, grad_outputs, sketch, route=route, metric=metric, steps=steps, rows=rows, out=out
+        )
+    if steps is not None or rows is not None:
+        raise ValueError("steps, rows: got them with tensors; pass lists of tensors, or slice out")
     a = _checks.float_tensor("activations", activations, min_dim=2)
     g = _checks.float_tensor("grad_outputs", grad_outputs, min_dim=2)
     if a.shape[:-1] != g.shape[:-1]:
@@ -108,7 +112,8 @@ def sketch_linear_grads(
     tables = sketch.tables(a.device)
     entries: Tensor | None = None
     if metric is not None:
-        entries = _entry_metric(metric, sketch, route, activations=a).to(_checks.sketch_dtype(a, g))
+        entries = _checks.entry_metric(metric, sketch.d_out, sketch.d_in, route, activations=a)
+        entries = entries.to(_checks.sketch_dtype(a, g))
         route = "direct" if route == "auto" else route
     chosen = plan_linear(a3.shape[0], a3.shape[1], sketch, a.device, route, dtype=a.dtype).route
     return _finish(
@@ -151,7 +156,7 @@ def sketch_matrix_grads(
         )
     entries: Tensor | None = None
     if metric is not None:
-        entries = _entry_metric(metric, sketch, "auto", grads=g).to(_checks.sketch_dtype(g))
+        entries = _checks.entry_metric(metric, sketch.d_out, sketch.d_in, "auto", grads=g).to(_checks.sketch_dtype(g))
     lead, m = g.shape[:-2], sketch.m
     g3 = _merge_leading(g)
     tables = sketch.tables(g.device)

@@ -6,8 +6,9 @@ plain torch, so every device works; faster kernels are registered for a device t
 
 Canonical shapes: activations (rows, tokens, d_in), grad_outputs (rows, tokens, d_out), token_ids (rows, tokens),
 grads (rows, tokens, d) for vectors and (rows, d_out, d_in) for matrices; metric (d_out, d_in) of the sketch's dtype;
-sketches (rows, m). ``tables`` as given by
-:meth:`TensorSketch.tables`. The checked, shape-polymorphic functions are in :mod:`sdi_kernels.functional`.
+sketches (rows, m). ``linear_steps_sketch`` takes lists of activations and grad_outputs, each with rows and tokens of
+its own, and sketches are (rows, steps, m): pair k goes to its rows from ``rows[k]`` on, at ``steps[k]``. ``tables`` as
+given by :meth:`TensorSketch.tables`. The checked, shape-polymorphic functions are in :mod:`sdi_kernels.functional`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,22 @@ def linear_sketch_(
     if activations.shape[0] == 0 or activations.shape[1] == 0:
         return
     torch_routes.linear(out, activations, grad_outputs, tables, m, route, metric)
+
+
+@torch.library.custom_op("sdi_kernels::linear_steps_sketch_", mutates_args={"out"})
+def linear_steps_sketch_(
+    out: Tensor,
+    activations: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    m: int,
+    route: str,
+    steps: Sequence[int],
+    rows: Sequence[int],
+    metric: Tensor | None = None,
+) -> None:
+    borders.linear_steps(out, activations, grad_outputs, tables, m, route, steps, rows, metric)
+    torch_routes.linear_steps(out, activations, grad_outputs, tables, m, route, steps, rows, metric)
 
 
 @torch.library.custom_op("sdi_kernels::matrix_sketch_", mutates_args={"out"})
@@ -77,11 +94,13 @@ def scaled_vector_sketch_(
 
 # On the CPU: compiled kernels where they are built and apply, the same torch routes elsewhere.
 linear_sketch_.register_kernel("cpu")(borders.guarded(borders.linear, cpu_routes.linear))
+linear_steps_sketch_.register_kernel("cpu")(borders.guarded(borders.linear_steps, cpu_routes.linear_steps))
 vector_sketch_.register_kernel("cpu")(borders.guarded(borders.vector, cpu_routes.vector))
 scaled_vector_sketch_.register_kernel("cpu")(borders.guarded(borders.scaled_vector, cpu_routes.scaled_vector))
 
 
 @linear_sketch_.register_fake
+@linear_steps_sketch_.register_fake
 @matrix_sketch_.register_fake
 @embedding_sketch_.register_fake
 @vector_sketch_.register_fake
@@ -106,6 +125,7 @@ def _on_cuda(name: str) -> Callable[..., None]:
 
 
 linear_sketch_.register_kernel("cuda")(borders.guarded(borders.linear, _on_cuda("linear_sketch_")))
+linear_steps_sketch_.register_kernel("cuda")(borders.guarded(borders.linear_steps, _on_cuda("linear_steps_sketch_")))
 matrix_sketch_.register_kernel("cuda")(borders.guarded(borders.matrix, _on_cuda("matrix_sketch_")))
 embedding_sketch_.register_kernel("cuda")(borders.guarded(borders.embedding, _on_cuda("embedding_sketch_")))
 vector_sketch_.register_kernel("cuda")(borders.guarded(borders.vector, _on_cuda("vector_sketch_")))
@@ -137,6 +157,42 @@ def linear_sketch(
 @linear_sketch.register_fake
 def _(activations: Tensor, grad_outputs: Tensor, _tables: Sequence[Tensor], m: int, *_: Any) -> Tensor:
     return _zeros(activations, m, activations, grad_outputs)
+
+
+@torch.library.custom_op("sdi_kernels::linear_steps_sketch", mutates_args=())
+def linear_steps_sketch(
+    activations: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    m: int,
+    route: str,
+    steps: Sequence[int],
+    rows: Sequence[int],
+    size: Sequence[int],
+    metric: Tensor | None = None,
+) -> Tensor:
+    if not activations or not grad_outputs or len(size) != 2:
+        raise ValueError(
+            f"size: got {size} for {len(activations)} pairs; pass rows and steps of the result, and a pair"
+        )
+    out = activations[0].new_zeros(*size, m, dtype=sketch_dtype(activations[0], grad_outputs[0]))
+    linear_steps_sketch_(out, activations, grad_outputs, tables, m, route, steps, rows, metric)
+    return out
+
+
+@linear_steps_sketch.register_fake
+def _(
+    activations: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    _tables: Sequence[Tensor],
+    m: int,
+    _route: str,
+    _steps: Sequence[int],
+    _rows: Sequence[int],
+    size: Sequence[int],
+    *_: Any,
+) -> Tensor:
+    return activations[0].new_empty(*size, m, dtype=sketch_dtype(activations[0], grad_outputs[0]))
 
 
 @torch.library.custom_op("sdi_kernels::matrix_sketch", mutates_args=())
@@ -183,28 +239,51 @@ NO_TABLE_GRADS: list[None] = [None] * 6
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    activations, grad_outputs, tables, ctx.m, _, metric = inputs
+    activations, grad_outputs, tables, _, _, metric = inputs
     ctx.save_for_backward(activations, grad_outputs, metric, *tables)
+
+
+def _pair_backward(
+    grad: Tensor, a: Tensor, delta: Tensor, tables: Sequence[Tensor], metric: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a pair of activations and output gradients, where needed, from ``grad``, (rows, m)."""
+    rows = max(1, workspace_bytes(grad.device) // (2 * grad.element_size() * delta.shape[-1] * a.shape[-1]))
+    grads_a, grads_g = [], []
+    for g, some_a, some_delta in zip(grad.split(rows), a.split(rows), delta.split(rows), strict=True):
+        weight = torch_routes.linear_adjoint(g, tables, grad.shape[-1])
+        if metric is not None:
+            weight = weight * metric.to(weight.dtype)
+        if needs[0]:
+            grads_a.append((some_delta.to(g.dtype) @ weight).to(a.dtype))
+        if needs[1]:
+            grads_g.append((some_a.to(g.dtype) @ weight.transpose(1, 2)).to(delta.dtype))
+    return torch.cat(grads_a) if needs[0] else None, torch.cat(grads_g) if needs[1] else None
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     activations, grad_outputs, metric, *tables = ctx.saved_tensors
-    d_out, d_in = grad_outputs.shape[-1], activations.shape[-1]
-    need_a, need_g = ctx.needs_input_grad[:2]
-    rows = max(1, workspace_bytes(grad.device) // (2 * grad.element_size() * d_out * d_in))
-    grads_a, grads_g = [], []
-    for g, a, delta in zip(grad.split(rows), activations.split(rows), grad_outputs.split(rows), strict=True):
-        weight = torch_routes.linear_adjoint(g, tables, ctx.m)
-        if metric is not None:
-            weight = weight * metric.to(weight.dtype)
-        if need_a:
-            grads_a.append((delta.to(g.dtype) @ weight).to(a.dtype))
-        if need_g:
-            grads_g.append((a.to(g.dtype) @ weight.transpose(1, 2)).to(delta.dtype))
-    grad_a = torch.cat(grads_a) if need_a else None
-    grad_g = torch.cat(grads_g) if need_g else None
+    grads = _pair_backward(grad, activations, grad_outputs, tables, metric, ctx.needs_input_grad[:2])
     # As many as the call had arguments: torch does not count defaults that were left out.
-    return (grad_a, grad_g, NO_TABLE_GRADS, None, None, None)[: len(ctx.needs_input_grad)]
+    return (*grads, NO_TABLE_GRADS, None, None, None)[: len(ctx.needs_input_grad)]
+
+
+def _linear_steps_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    activations, grad_outputs, tables, _, _, ctx.steps, ctx.rows, _, metric = inputs
+    ctx.save_for_backward(*activations, *grad_outputs, metric, *tables)
+
+
+def _linear_steps_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    pairs = len(ctx.steps)
+    saved = ctx.saved_tensors
+    activations, grad_outputs, (metric, *tables) = saved[:pairs], saved[pairs : 2 * pairs], saved[2 * pairs :]
+    found = [
+        _pair_backward(grad[row : row + a.shape[0], step], a, g, tables, metric, needs)
+        for a, g, step, row, *needs in zip(
+            activations, grad_outputs, ctx.steps, ctx.rows, *ctx.needs_input_grad[:2], strict=True
+        )
+    ]
+    grads_a, grads_g = ([pair[side] for pair in found] for side in (0, 1))
+    return (grads_a, grads_g, NO_TABLE_GRADS, *[None] * 6)[: len(ctx.needs_input_grad)]
 
 
 def _matrix_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -247,6 +326,7 @@ def _vector_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 linear_sketch.register_autograd(_linear_backward, setup_context=_linear_setup)
+linear_steps_sketch.register_autograd(_linear_steps_backward, setup_context=_linear_steps_setup)
 matrix_sketch.register_autograd(_matrix_backward, setup_context=_matrix_setup)
 embedding_sketch.register_autograd(_embedding_backward, setup_context=_embedding_setup)
 vector_sketch.register_autograd(_vector_backward, setup_context=_vector_setup)

@@ -68,6 +68,23 @@ def linear(
         raise ValueError("metric: the fft route cannot apply it; use route='direct'")
 
 
+def linear_steps(
+    out: Tensor,
+    activations: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    m: int,
+    route: str,
+    steps: Sequence[int],
+    rows: Sequence[int],
+    metric: Tensor | None = None,
+) -> None:
+    """:func:`linear` of every pair ``k``, added to ``out[rows[k] :, steps[k]]``; ``out`` is (rows, steps, m)."""
+    for a, g, step, row in zip(activations, grad_outputs, steps, rows, strict=True):
+        if a.shape[0] and a.shape[1]:
+            linear(out[row : row + a.shape[0], step], a, g, tables, m, route, metric)
+
+
 def linear_direct(
     out: Tensor,
     activations: Tensor,

@@ -56,6 +56,22 @@ def linear(
         torch_routes.linear(o, a, g, tables, m, route, metric)
 
 
+def linear_steps(
+    out: Tensor,
+    activations: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    m: int,
+    route: str,
+    steps: Sequence[int],
+    rows: Sequence[int],
+    metric: Tensor | None = None,
+) -> None:
+    """:func:`linear` of every pair ``k``, added to ``out[rows[k] :, steps[k]]``."""
+    for a, g, step, row in zip(activations, grad_outputs, steps, rows, strict=True):
+        linear(out[row : row + a.shape[0], step], a, g, tables, m, route, metric)
+
+
 def vector(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
     """``out[r] += CS(sum_l grads[r, l])``."""
     if grads.shape[0] == 0 or grads.shape[1] == 0:

@@ -48,6 +48,21 @@ def linear_sketch_(
     torch_routes.linear(out, activations, grad_outputs, tables, m, route, metric)
 
 
+def linear_steps_sketch_(
+    out: Tensor,
+    activations: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    m: int,
+    route: str,
+    steps: Sequence[int],
+    rows: Sequence[int],
+    metric: Tensor | None = None,
+) -> None:
+    for a, g, step, row in zip(activations, grad_outputs, steps, rows, strict=True):
+        linear_sketch_(out[row : row + a.shape[0], step], a, g, tables, m, route, metric)
+
+
 def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
     if available() and common.supported(grads):
         from sdi_kernels.triton import matrix

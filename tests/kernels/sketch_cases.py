@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -148,3 +149,38 @@ def call(kind: str, lead: tuple[int, ...], tokens: int = 3, dtype: torch.dtype =
         return lambda **kw: sk.sketch_vector_grads(g, SKETCH.out, **kw), want
     want = reference.sketch_linear_grads(a, g, SKETCH)
     return lambda **kw: sk.sketch_linear_grads(a, g, SKETCH, route=kind, **kw), want
+
+
+class Uses(NamedTuple):
+    """The uses of a looped layer, as lists of pairs, and where their sketches go: ``out`` is (rows, steps, m)."""
+
+    activations: list[Tensor]
+    grad_outputs: list[Tensor]
+    steps: list[int]
+    rows: list[int]
+    size: tuple[int, int]
+
+    def expected(self, sketch: TensorSketch, *, before: float = 0, metric: Tensor | None = None) -> Expected:
+        """Every slot's tokens one after another, with zeros in the rows that a pair has not."""
+        tokens = sum(a.shape[1] for a in self.activations)
+        sides = []
+        for values in (self.activations, self.grad_outputs):
+            side, at = torch.zeros(*self.size, tokens, values[0].shape[2], dtype=torch.float64), 0
+            for x, step, row in zip(values, self.steps, self.rows, strict=True):
+                side[row : row + x.shape[0], step, at : at + x.shape[1]] = x.detach().double()
+                at += x.shape[1]
+            sides.append(side)
+        return expected_linear(*sides, sketch, metric=metric, before=before)
+
+
+def uses(kind: str, d_in: int, d_out: int, dtype: torch.dtype = torch.float32, make: Call = torch.randn) -> Uses:
+    """``equal`` pairs, one a step; ``summed`` in one slot; or ``ragged``: rows, tokens and places of their own."""
+    shapes, steps, rows = [(2, 3)] * 5, [0, 1, 2, 3, 4], [0] * 5
+    size = 2, 5
+    if kind == "summed":
+        steps, size = [0] * 5, (2, 1)
+    if kind == "ragged":
+        shapes = [(2, 3), (1, 7), (4, 1), (0, 4), (3, 0), (2, 5), (4, 2)]
+        steps, rows, size = [2, 0, 2, 1, 1, 2, 0], [1, 3, 0, 2, 1, 2, 0], (4, 4)
+    acts, grads = ([make(*shape, d).to(dtype) for shape in shapes] for d in (d_in, d_out))
+    return Uses(acts, grads, steps, rows, size)

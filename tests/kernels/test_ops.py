@@ -67,6 +67,36 @@ OPCHECKS: dict[str, tuple[CustomOpDef, Args]] = {
         ops.linear_sketch_,
         lambda: (values(2, 6, M)[:, 4], values(2, 3, 4), values(2, 3, 5), SKETCH.tables(), M, "fft"),
     ),
+    "linear steps": (
+        ops.linear_steps_sketch,
+        lambda: (
+            [values(2, 3, 4, grad=True), values(1, 2, 4)],
+            [values(2, 3, 5, grad=True), values(1, 2, 5, grad=True)],
+            SKETCH.tables(),
+            M,
+            "direct",
+            [0, 2],
+            [0, 1],
+            [2, 3],
+        ),
+    ),
+    "linear steps: metric, no tokens": (
+        ops.linear_steps_sketch,
+        lambda: ([values(2, 0, 4)], [values(2, 0, 5)], SKETCH.tables(), M, "direct", [0], [0], [2, 1], values(5, 4)),
+    ),
+    "linear steps in place": (
+        ops.linear_steps_sketch_,
+        lambda: (
+            values(3, 6, 2, M)[:, :, 1],
+            [values(2, 3, 4), values(1, 4, 2).mT],
+            [values(2, 3, 5).bfloat16(), values(1, 2, 5).bfloat16()],
+            SKETCH.tables(),
+            M,
+            "fft",
+            [5, 5],
+            [1, 2],
+        ),
+    ),
     "matrix": (ops.matrix_sketch, lambda: (values(2, 5, 4, grad=True), SKETCH.tables(), M)),
     "matrix: float16, strides": (
         ops.matrix_sketch,

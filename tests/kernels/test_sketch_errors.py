@@ -91,9 +91,9 @@ ERRORS: dict[str, Case] = {
         "sketch: got TensorSketch; pass a CountSketch",
     ),
     "linear: no tensor": (
-        lambda: linear([1.0], G, SKETCH),  # type: ignore[arg-type]
+        lambda: linear(1.0, G, SKETCH),  # type: ignore[arg-type]
         TypeError,
-        "activations: got list; pass a torch.Tensor",
+        "activations: got float; pass a torch.Tensor",
     ),
     "linear: dtype": (
         lambda: linear(A, G.long(), SKETCH),

@@ -15,7 +15,14 @@ import sdi_kernels as sk
 from sdi_kernels import CountSketch, TensorSketch, ops, pairwise, reference, torch_routes, triton
 from sdi_kernels.triton import cost, launch
 
-ACCUMULATING = ["linear_sketch_", "matrix_sketch_", "embedding_sketch_", "vector_sketch_", "scaled_vector_sketch_"]
+ACCUMULATING = [
+    "linear_sketch_",
+    "linear_steps_sketch_",
+    "matrix_sketch_",
+    "embedding_sketch_",
+    "vector_sketch_",
+    "scaled_vector_sketch_",
+]
 
 
 def test_importing_everything_imports_no_triton() -> None:
