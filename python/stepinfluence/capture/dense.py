@@ -42,7 +42,7 @@ class DenseSink(ABC):
         """Add gradients ``(n, R, C)`` of a piece of a parameter, oriented as the piece is, of the examples
         ``first : first + n`` in a loop step."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027  # for most there is nothing to do
         """Nothing waits."""
 
     def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:

@@ -25,13 +25,14 @@ from stepinfluence.capture.waiting import Layer, WaitingUses
 class SketchRecorder(DenseSink):
     """Adds the sketches of one backward pass to a buffer ``(B, steps, D)``, or ``(B, D)`` summed over steps.
 
-    Uses of linear layers wait for each other as far as ``sketching.workspace`` bytes go
-    (:mod:`stepinfluence.capture.waiting`); all else is sketched at once."""
+    Uses of linear layers wait for each other as far as the capture's workspace goes
+    (:mod:`stepinfluence.capture.waiting`); all else is sketched at once.
+    """
 
     def __init__(self, sketching: Sketching, buffer: Tensor) -> None:
         super().__init__(buffer.dtype)
         self._sketching, self.buffer = sketching, buffer
-        self._waiting = WaitingUses(sketching.workspace)
+        self._waiting = WaitingUses(sketching.share)
         self._layers: dict[Piece, Layer | None] = {}
 
     def finish(self) -> None:
@@ -44,16 +45,18 @@ class SketchRecorder(DenseSink):
             return None
         if piece not in self._layers:
             sketch, root = self._sketching.sketch_of(piece), self._sketching.root_of(piece)
-            columns = self._sketching.columns_of(piece.target)
+            by_step, columns = self.buffer.dim() == 3, self._sketching.columns_of(piece.target)
             self._layers[piece] = (
-                Layer(
+                None
+                if not isinstance(sketch, TensorSketch)
+                else Layer(
+                    piece,
                     sketch,
-                    (self.buffer if self.buffer.dim() == 3 else self.buffer.unsqueeze(1))[:, :, columns],
-                    self._sketching.route,
-                    root.sqrt if isinstance(root, Elementwise) else None,
+                    out=(self.buffer if by_step else self.buffer.unsqueeze(1))[:, :, columns],
+                    by_step=by_step,
+                    route=self._sketching.route,
+                    metric=root.sqrt if isinstance(root, Elementwise) else None,
                 )
-                if isinstance(sketch, TensorSketch)
-                else None
             )
         return self._layers[piece]
 
@@ -68,18 +71,18 @@ class SketchRecorder(DenseSink):
         return tensor.to(product_dtype(tensor, self.dtype)) if double else tensor
 
     def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:
-        piece, layer = source.piece, self._layer(source)
-        if piece is None or layer is None:
+        layer = self._layer(source)
+        if layer is None:
             super().linear(source, use, activations, grad)
             return
         # The product the model computed used activations in its own precision (autocast).
         a, first = use.rows(self._cast(activations.to(grad.dtype)))
         g, _ = use.rows(self._cast(grad))
-        root = self._sketching.root_of(piece)
+        root = self._sketching.root_of(layer.piece)
         if isinstance(root, Factored):
             a, g = a * root.columns, g * root.rows
         if g.numel():
-            self._waiting.add(piece, layer, use, first, a, g)
+            self._waiting.add(layer, use, first, a, g)
 
     def vector(self, source: Source, use: Use, grads: Tensor) -> None:
         self.vector_or_dense(source, use, grads)

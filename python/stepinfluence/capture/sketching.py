@@ -13,7 +13,6 @@ from stepinfluence.attribution.preconditioners import Elementwise, Root
 from stepinfluence.capture.sources import Piece
 from stepinfluence.capture.targets import Layout, Target
 
-
 WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 """What ``attach(workspace=None)`` stands for, by device type."""
 
@@ -40,6 +39,7 @@ class Sketching:
         route: kernel route of linear layers.
         layout: ``"concat"`` or ``"sum"``.
         workspace: bytes that uses of linear layers may keep alive while they wait to be sketched together.
+        share: what each weight has of it.
         roots: what gradients are multiplied by, by name of the target.
         probe: a few columns of each block that mostly hold something, ascending: a cheap first look at whether the
             gradient of a step is zero.
@@ -52,6 +52,7 @@ class Sketching:
         if isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 0:
             raise ValueError(f"workspace: got {workspace!r}; give a number of bytes, 0 to sketch every use at once")
         self.workspace = workspace
+        self.share = workspace // max(1, sum(isinstance(t.sketch, TensorSketch) for t in targets))
         self.blocks = make_blocks(targets, layout)
         self.route: Route = route
         self.layout: Layout = layout

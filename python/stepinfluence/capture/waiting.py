@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from sdi_kernels import Route, TensorSketch, sketch_linear_grads
 from stepinfluence.capture.rows import Use
+from stepinfluence.capture.sources import Piece
+from stepinfluence.capture.targets import Target
 from stepinfluence.errors import UnsupportedUseError
 
 
@@ -16,14 +19,18 @@ class Layer:
     """Where and how the gradients of a weight, or of a piece of it, are sketched.
 
     Attributes:
+        piece: of a parameter, a matrix.
         sketch: oriented as the piece is.
         out: ``(B, steps, m)``, or ``(B, 1, m)`` summed over steps.
+        by_step: which of the two.
         route: of the kernels.
         metric: one number for each weight, or None.
     """
 
+    piece: Piece
     sketch: TensorSketch
     out: Tensor
+    by_step: bool
     route: Route
     metric: Tensor | None
 
@@ -73,52 +80,59 @@ class _Group:
 class WaitingUses:
     """The uses of one backward pass that wait.
 
-    When the next would not fit beside those that wait, all of them are sketched, one call for each layer; one that does
-    not fit by itself is sketched at once. So what is in a call follows from shapes and ``limit`` alone.
+    Each weight has a share of memory. When the next use of a weight would not fit in it beside those that wait, these
+    are sketched, in one call for each layer; a use of which not even two would fit does not wait. So what is in a call
+    follows from shapes and ``share`` alone, and all that waits is smaller than the shares together.
 
     Args:
-        limit: bytes of memory that waiting tensors keep alive; what several share counts once.
+        share: bytes that the waiting uses of one weight may keep alive; memory that they have in common counts once.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._groups: dict[object, _Group] = {}
-        self._held: dict[int, int] = {}
-        self._bytes = 0
+    def __init__(self, share: int) -> None:
+        self._share = share
+        self._of: dict[Target, _Waiting] = {}
 
-    def add(self, key: object, layer: Layer, use: Use, first: int, activations: Tensor, grads: Tensor) -> None:
+    def add(self, layer: Layer, use: Use, first: int, activations: Tensor, grads: Tensor) -> None:
         """A use of a layer, ``(n, T, d_in)`` and ``(n, T, d_out)``, of the examples ``first : first + n``.
-
-        Args:
-            key: of the layer.
 
         Raises:
             UnsupportedUseError: a tensor that waited was changed in place.
         """
-        tensors = activations, grads
-        needed = self._needed(tensors)
-        if self._bytes + sum(needed.values()) > self._limit:
-            self.sketch()
-            needed = self._needed(tensors)
-        self._held |= needed
-        self._bytes += sum(needed.values())
-        group = self._groups.setdefault((key, activations.dtype, grads.dtype), _Group(layer))
-        group.activations.append(activations)
-        group.grads.append(grads)
-        group.steps.append(use.step if layer.out.shape[1] > 1 else 0)
+        waiting = self._of.setdefault(layer.piece.target, _Waiting())
+        needed = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in (activations, grads))}
+        if waiting.bytes_with(needed) > self._share:
+            waiting.sketch()
+        group = waiting.add(layer, needed, activations, grads)
+        group.steps.append(use.step if layer.by_step else 0)
         group.rows.append(first)
         group.versions.append((use.name, activations._version, grads._version))
-        if self._bytes > self._limit:
-            self.sketch()
-
-    def _needed(self, tensors: tuple[Tensor, ...]) -> dict[int, int]:
-        """Memory that these would keep alive besides what is kept already: bytes by address."""
-        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
-        return {place: size for place, size in storages.items() if place not in self._held}
+        if 2 * sum(needed.values()) > self._share:
+            waiting.sketch()
 
     def sketch(self) -> None:
         """Sketch all that wait."""
-        groups, self._groups = self._groups, {}
-        self._held, self._bytes = {}, 0
+        for waiting in self._of.values():
+            waiting.sketch()
+
+
+class _Waiting:
+    """The waiting uses of one weight, and the memory that they keep alive: bytes by address."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[Piece, torch.dtype], _Group] = {}
+        self._held: dict[int, int] = {}
+
+    def bytes_with(self, needed: dict[int, int]) -> int:
+        return sum((self._held | needed).values())
+
+    def add(self, layer: Layer, needed: dict[int, int], activations: Tensor, grads: Tensor) -> _Group:
+        self._held |= needed
+        group = self._groups.setdefault((layer.piece, grads.dtype), _Group(layer))
+        group.activations.append(activations)
+        group.grads.append(grads)
+        return group
+
+    def sketch(self) -> None:
+        groups, self._groups, self._held = self._groups, {}, {}
         for group in groups.values():
             group.sketch()
