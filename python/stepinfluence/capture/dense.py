@@ -42,6 +42,9 @@ class DenseSink(ABC):
         """Add gradients ``(n, R, C)`` of a piece of a parameter, oriented as the piece is, of the examples
         ``first : first + n`` in a loop step."""
 
+    def finish(self) -> None:  # noqa: B027  # for most there is nothing to do
+        """Nothing waits."""
+
     def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:
         a, first = use.rows(activations.to(grad.dtype))
         g, _ = use.rows(grad)

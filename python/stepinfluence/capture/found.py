@@ -100,6 +100,9 @@ class Scout:
             self._passes += 1
             yield weights * self._factor
 
+    def finish(self) -> None:
+        """Nothing waits."""
+
     def _scout(self, use: Use, grad: Tensor, trailing: int) -> None:
         lead = grad.dim() - trailing
         if grad.is_complex():  # as pairs of numbers

@@ -137,6 +137,7 @@ class Interceptor(TorchFunctionMode):
             # mode is on because activation checkpointing runs the forward pass again.
             with self:
                 torch.autograd.backward(losses, weights, inputs=[self._tapping.anchor], retain_graph=keep)
+            sink.finish()
         finally:
             handle.remove()
             shared.graph_task = -1

@@ -9,7 +9,6 @@ from sdi_kernels import (
     CountSketch,
     TensorSketch,
     sketch_embedding_grads,
-    sketch_linear_grads,
     sketch_matrix_grads,
     sketch_scaled_vector_grads,
     sketch_vector_grads,
@@ -20,14 +19,46 @@ from stepinfluence.capture.rows import Use
 from stepinfluence.capture.sketching import Sketching
 from stepinfluence.capture.sources import Piece, Source
 from stepinfluence.capture.targets import Target
+from stepinfluence.capture.waiting import Layer, WaitingUses
 
 
 class SketchRecorder(DenseSink):
-    """Adds the sketches of one backward pass to a buffer ``(B, steps, D)``, or ``(B, D)`` summed over steps."""
+    """Adds the sketches of one backward pass to a buffer ``(B, steps, D)``, or ``(B, D)`` summed over steps.
+
+    Uses of linear layers wait for each other as far as the capture's workspace goes
+    (:mod:`stepinfluence.capture.waiting`); all else is sketched at once.
+    """
 
     def __init__(self, sketching: Sketching, buffer: Tensor) -> None:
         super().__init__(buffer.dtype)
         self._sketching, self.buffer = sketching, buffer
+        self._waiting = WaitingUses(sketching.share)
+        self._layers: dict[Piece, Layer | None] = {}
+
+    def finish(self) -> None:
+        self._waiting.sketch()
+
+    def _layer(self, source: Source) -> Layer | None:
+        """How a source is sketched that is used as a linear map; None where it is no matrix, or piece of one."""
+        piece = source.piece
+        if piece is None or piece.dim != 2:
+            return None
+        if piece not in self._layers:
+            sketch, root = self._sketching.sketch_of(piece), self._sketching.root_of(piece)
+            by_step, columns = self.buffer.dim() == 3, self._sketching.columns_of(piece.target)
+            self._layers[piece] = (
+                None
+                if not isinstance(sketch, TensorSketch)
+                else Layer(
+                    piece,
+                    sketch,
+                    out=(self.buffer if by_step else self.buffer.unsqueeze(1))[:, :, columns],
+                    by_step=by_step,
+                    route=self._sketching.route,
+                    metric=root.sqrt if isinstance(root, Elementwise) else None,
+                )
+            )
+        return self._layers[piece]
 
     def _out(self, target: Target, step: int, first: int, count: int) -> Tensor:
         """Where the gradients of ``count`` examples go, beginning with ``first``."""
@@ -40,19 +71,18 @@ class SketchRecorder(DenseSink):
         return tensor.to(product_dtype(tensor, self.dtype)) if double else tensor
 
     def linear(self, source: Source, use: Use, activations: Tensor, grad: Tensor) -> None:
-        piece = source.piece
-        sketch = self._sketching.sketch_of(piece) if piece is not None and piece.dim == 2 else None
-        if piece is None or not isinstance(sketch, TensorSketch):
+        layer = self._layer(source)
+        if layer is None:
             super().linear(source, use, activations, grad)
             return
         # The product the model computed used activations in its own precision (autocast).
         a, first = use.rows(self._cast(activations.to(grad.dtype)))
         g, _ = use.rows(self._cast(grad))
-        root, out = self._sketching.root_of(piece), self._out(piece.target, use.step, first, len(g))
+        root = self._sketching.root_of(layer.piece)
         if isinstance(root, Factored):
             a, g = a * root.columns, g * root.rows
-        metric = root.sqrt if isinstance(root, Elementwise) else None
-        sketch_linear_grads(a, g, sketch, route=self._sketching.route, metric=metric, out=out)
+        if g.numel():
+            self._waiting.add(layer, use, first, a, g)
 
     def vector(self, source: Source, use: Use, grads: Tensor) -> None:
         self.vector_or_dense(source, use, grads)

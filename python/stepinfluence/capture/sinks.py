@@ -51,3 +51,6 @@ class GradientSink(Protocol):
 
     def dense_rows(self, source: Source, use: Use, grads: Tensor) -> None:
         """Gradients by row as they are: ``(rows, *source shape)``."""
+
+    def finish(self) -> None:
+        """The backward pass is over: whatever waits is dealt with."""

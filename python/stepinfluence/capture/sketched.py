@@ -253,6 +253,7 @@ def attach(
     route: Route = "auto",
     preconditioner: Preconditioner | None = None,
     layout: Layout = "concat",
+    workspace: int | None = None,
 ) -> Capture:
     """Make a capture for the loop body of a model.
 
@@ -296,7 +297,7 @@ def attach(
         model,
         targets,
         StepTracker(model, modules, loop),
-        Sketching(targets, route, layout),
+        Sketching(targets, route, layout, workspace),
         hashing=hashing,
         seed=seed,
         outside=outside,

@@ -13,6 +13,9 @@ from stepinfluence.attribution.preconditioners import Elementwise, Root
 from stepinfluence.capture.sources import Piece
 from stepinfluence.capture.targets import Layout, Target
 
+WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+"""What ``attach(workspace=None)`` stands for, by device type."""
+
 
 def make_blocks(targets: Sequence[Target], layout: Layout) -> list[Block]:
     """Columns of each parameter, in the model's order.
@@ -35,12 +38,21 @@ class Sketching:
         blocks: the columns of each parameter.
         route: kernel route of linear layers.
         layout: ``"concat"`` or ``"sum"``.
+        workspace: bytes that uses of linear layers may keep alive while they wait to be sketched together.
+        share: what each weight has of it.
         roots: what gradients are multiplied by, by name of the target.
         probe: a few columns of each block that mostly hold something, ascending: a cheap first look at whether the
             gradient of a step is zero.
     """
 
-    def __init__(self, targets: Sequence[Target], route: Route, layout: Layout) -> None:
+    def __init__(self, targets: Sequence[Target], route: Route, layout: Layout, workspace: int | None) -> None:
+        device = targets[0].parameter.device
+        if workspace is None:
+            workspace = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
+        if isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 0:
+            raise ValueError(f"workspace: got {workspace!r}; give a number of bytes, 0 to sketch every use at once")
+        self.workspace = workspace
+        self.share = workspace // max(1, sum(isinstance(t.sketch, TensorSketch) for t in targets))
         self.blocks = make_blocks(targets, layout)
         self.route: Route = route
         self.layout: Layout = layout
