@@ -91,6 +91,10 @@ def run(
     shard_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Examples per shard. \\[default: as many as make 128 MiB]")
     ] = None,
+    curvature: Annotated[
+        str | None,
+        typer.Option(help="What query and explore show first: fisher, block or none. \\[default: fisher]"),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. \\[default: auto]")] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads of this process. \\[default: torch's]")

@@ -57,7 +57,7 @@ def run(
         opened = StoredRun.open(folder)
         store = opened.store(train)
         if by == "leverage":
-            fitted = kept_curvatures(opened, store, curvature, number)
+            fitted = kept_curvatures(opened.path, store, curvature, number)
             if fitted is None:
                 fail("curvature: got 'none'; leverage needs fisher or block")
             found = outliers(store, k, by="leverage", curvature=fitted)  # type: ignore[arg-type]

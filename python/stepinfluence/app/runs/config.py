@@ -69,6 +69,7 @@ class RunConfig:
         layout: ``"concat"``: each parameter's sketch in columns of its own; ``"sum"``: all in the same ones.
         fold: add all checkpoints into one set of columns, under random signs.
         metric: the inner product that influence is taken under: ``"sgd"``, or an optimizer's second moments.
+        curvature: what the scores that people see first are corrected with: ``"fisher"``, ``"block"`` or ``"none"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         on_error: what to do with an example that cannot be featurized: ``"stop"``, or ``"skip"`` it and record why.
     """
@@ -83,10 +84,11 @@ class RunConfig:
     layout: Layout = "concat"
     fold: bool = False
     metric: Kind = "sgd"
+    curvature: Literal["fisher", "block", "none"] = "fisher"
     device: str = "auto"
     on_error: OnFailure = "stop"
 
-    EXECUTION = ("device", "on_error")
+    EXECUTION = ("curvature", "device", "on_error")
     """Fields that may differ between calls of one run."""
 
     def __post_init__(self) -> None:
@@ -94,6 +96,7 @@ class RunConfig:
         _one_of("hashing", self.hashing, get_args(HashFamily))
         _one_of("layout", self.layout, get_args(Layout))
         _one_of("metric", self.metric, get_args(Kind))
+        _one_of("curvature", self.curvature, ("fisher", "block", "none"))
         _one_of("on_error", self.on_error, get_args(OnFailure))
         if not self.splits:
             raise ConfigError("splits: got none; give at least one (--split train)")
@@ -212,7 +215,7 @@ TYPES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("shard_rows", "threads"), (int, type(None))),
     "fold": (bool,),
     "per_step": (bool, type(None)),
-    **dict.fromkeys(("hashing", "layout", "metric", "device", "on_error", "dtype"), (str,)),
+    **dict.fromkeys(("hashing", "layout", "metric", "curvature", "device", "on_error", "dtype"), (str,)),
 }
 
 

@@ -143,7 +143,9 @@ def test_a_changed_project_is_accepted_knowingly(run: Path, tmp_path: Path) -> N
 @pytest.mark.numeric
 def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     def first(*arguments: str | Path, input: str | None = None) -> dict[str, object]:  # noqa: A002
-        found: dict[str, object] = json.loads(invoke("query", run, *arguments, "--json", input=input).stdout)[0]
+        found: dict[str, object] = json.loads(
+            invoke("query", run, *arguments, "--curvature", "none", "--json", input=input).stdout
+        )[0]
         return found
 
     by_row, by_id = first("--row", "3"), first("--id", "3")
@@ -171,7 +173,7 @@ def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(config.replace("../my_project.py", str(file)))
     line = json.dumps({"x": inputs.tolist(), "label": label})
-    done = invoke("query", tmp_path / "run", "--input", "-", "--json", input=line + "\n")
+    done = invoke("query", tmp_path / "run", "--input", "-", "--curvature", "none", "--json", input=line + "\n")
     project = Project.load(file)
     capture = attach(project.model(), body="core", sketch_size=64)
     sketches = {target.name: target.sketch for target in capture.targets}
@@ -271,7 +273,8 @@ def test_query_names_a_checkpoint_that_owns_the_sum(run: Path, tmp_path: Path) -
     shown = " ".join(invoke("query", tmp_path / "run", "--row", "0", "-k", "1").stdout.split())
     assert "Checkpoint c1.pt holds 99.9 % of this query's SDI energy" in shown
     assert "first order, weighted by learning rate" in shown
-    (found,) = json.loads(invoke("query", tmp_path / "run", "--row", "0", "-k", "1", "--json").stdout)
+    done = invoke("query", tmp_path / "run", "--row", "0", "-k", "1", "--curvature", "none", "--json")
+    (found,) = json.loads(done.stdout)
     assert found["dominated_by"] == "c1.pt"
     assert [c["name"] for c in found["checkpoints"]] == ["c0.pt", "c1.pt"]
     assert found["checkpoints"][1]["share"] == pytest.approx(1 / 1.001, rel=1e-4)
@@ -284,7 +287,7 @@ def test_query_names_a_checkpoint_that_owns_the_sum(run: Path, tmp_path: Path) -
         (("--row", "99"), "row: got 99;"),
         (("--id", "nobody"), "no row with id 'nobody'"),
         (("--row", "0", "--step", "0"), "counted from 1"),
-        (("--row", "0", "--step", "9"), "steps: got range(8, 9); the queries have steps 0 to 3"),
+        (("--row", "0", "--step", "9"), "step: got '9'; the queries have steps 1 to 4"),
         (("--row", "0", "--train", "no"), "no split 'no' in it; it has train, query"),
         (("--input", "missing.jsonl"), "missing.jsonl could not be read"),
         (("--row", "0", "--parameters", "*.qqq"), "fits none of"),
