@@ -175,6 +175,69 @@ def test_what_is_refused() -> None:
         search(capture, train, query, 2, features=features, candidates=2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "folded"), [("fp32", False), ("fp16", False), ("bf16", False), ("int8", False), ("fp32", True)]
+)
+def test_examples_that_have_changed_are_refused(tmp_path: Path, dtype: str, folded: bool) -> None:
+    """Of each side, at every checkpoint: those that are recomputed are those that the rows were computed from."""
+    capture, train, query, _ = setting(sketch_size=64)
+    paths, features = [], []
+    for seed in range(2):
+        other = setting(seed + 1, sketch_size=64)[0]
+        paths.append(tmp_path / f"{seed}.pt")
+        torch.save(other.model.state_dict(), paths[-1])
+        features.append([featurized(other, data, per_step=side == 1) for side, data in enumerate((train, query))])
+    sides = [
+        made.store(tmp_path / f"{side}", [f[side] for f in features], etas=(0.1, 0.4), dtype=dtype) for side in (0, 1)
+    ]
+    if folded:
+        sides = [fold_store(side.path, tmp_path / f"folded{k}") for k, side in enumerate(sides)]
+    exact = Recompute(capture, zoo.squared_error, train, query, checkpoints=paths)
+
+    # The queries as the command line reads them, in memory.
+    asked = ask(sides[0], [sides[1].features(k) for k in range(len(sides[1].checkpoints))])
+
+    def found() -> TwoStage:
+        return two_stage(asked, 2, exact=exact, candidates=N, progress=False)
+
+    first = found()
+    for name, data, row in (("train", train, 7), ("query", query, 1)):
+        for field in ("x", "y"):
+            before = data.batch[field].clone()
+            data.batch[field][row] *= 1 + 1e-12  # rounding
+            if field == "x":
+                assert torch.equal(found().top.rows, first.top.rows)
+            data.batch[field][row] *= 1.1
+            with pytest.raises(FeatureMismatchError, match=rf"^{name}: row {row} \(id .*\) is not the example that"):
+                found()
+            data.batch[field].copy_(before)
+    swapped = {field: values.clone() for field, values in train.batch.items()}
+    for values in train.batch.values():
+        values[[3, 4]] = values[[4, 3]]
+    with pytest.raises(FeatureMismatchError, match="train: row 3 "):
+        found()
+    train.batch.update(swapped)
+    capture.training = True
+    found()  # dropout would differ: nothing can be compared
+
+
+def test_a_gradient_that_changed_under_an_equal_loss_is_refused() -> None:
+    capture, train, query, _ = setting(sketch_size=64)
+    rows = featurized(capture, train, per_step=False)
+
+    def other(model: Any, batch: Any) -> Tensor:
+        losses = zoo.squared_error(model, batch)
+        return 2 * losses - losses.detach()
+
+    exact = Recompute(capture, other, train, query)
+    asked = ask(rows, featurized(capture, query, per_step=True))
+    with pytest.raises(FeatureMismatchError, match=r"train: row 0 .* its gradient at checkpoint 0 is another one"):
+        two_stage(asked, 2, exact=exact, candidates=N)
+    # With sketches of another size, losses alone can be compared.
+    small = Recompute(attach(capture.model, body="core", sketch_size=8), other, train, query)
+    two_stage(asked, 2, exact=small, candidates=N)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The index
 
