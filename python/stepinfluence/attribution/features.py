@@ -177,6 +177,7 @@ class Features:
         step_labels: name of each step (the body module that was entered), of the batch with the most steps.
         content: where no ids were given, a number per example made from what its batch held: features of several
             checkpoints are of the same examples only if these are equal. Empty otherwise.
+        stored_as: dtype of the store that the values were read from, which has rounded them; empty from a capture.
     """
 
     values: Tensor
@@ -187,6 +188,7 @@ class Features:
     space: FeatureSpace
     step_labels: tuple[str, ...] = ()
     content: tuple[int, ...] = ()
+    stored_as: str = ""
 
     @property
     def per_step(self) -> bool:

@@ -294,6 +294,7 @@ class Store(StoredFeatures):
             ids=tuple(self.ids) if rows is None else tuple(self._table[int(row)].id for row in wanted),
             space=self.checkpoints[checkpoint].space,
             step_labels=self.step_labels,
+            stored_as=self.manifest.dtype,
         )
 
     # ------------------------------------------------------------------------------------------------------------

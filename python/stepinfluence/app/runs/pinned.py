@@ -25,6 +25,7 @@ from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.app.runs.sources import sources_of
 from stepinfluence.app.runs.workers import Worker
 from stepinfluence.attribution.features import weights_digest
+from stepinfluence.attribution.sameness import losses_differ, precision
 from stepinfluence.capture.batches import leaves
 from stepinfluence.errors import StoreError
 from stepinfluence.files import read_sealed, sealed, write_bytes
@@ -36,9 +37,6 @@ FORMAT = "sdi-pins-1"
 LIMIT = 64 << 20
 PROBES = 32
 """Shards whose rows and losses are looked at again, at most, evenly spread over those that are there."""
-
-TF32_EPS = 2.0**-10
-"""Of float32 products on GPUs, unless they are told to be exact."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +162,6 @@ def _same_batch(pinned: Mapping[str, Any], now: Mapping[str, Any], *, same_machi
     return all(abs(a - b) <= half * max(size_a, size_b) for (a, size_a), (b, size_b) in pairs)
 
 
-def _precision(prepared: Prepared) -> float:
-    """The relative precision of the model's arithmetic: that of its least precise parameter."""
-    found = [torch.finfo(p.dtype).eps for p in prepared.capture.model.parameters() if p.is_floating_point()]
-    exact_products = prepared.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest"
-    return max([torch.finfo(torch.float32).eps, *found, *([] if exact_products else [TF32_EPS])])
-
-
 def checked_pins(
     prepared: Prepared, path: Path, data: MapStyle, batch_size: int, worker: Worker, *, accept_changes: bool
 ) -> Pins:
@@ -280,11 +271,9 @@ def _changed_loss(
         before = store.features(column, rows=cut).losses
         now = torch.stack(losses[shard]).mean(0) if folded else losses[shard][0]
         same_machine = prepared.device.type == "cpu" and store.machine_of(column, shard) == arithmetic()
-        bound = torch.zeros(())
-        if not same_machine:  # half the digits; and where a loss is small, because what it came from cancelled
-            eps = _precision(prepared)
-            bound = eps**0.5 * torch.maximum(before.abs(), now.abs()) + 64 * eps
-        wrong = ((before - now).abs() > bound).nonzero().flatten().tolist()
+        eps = precision(prepared.capture.model, prepared.device)
+        differ = before != now if same_machine else losses_differ(before, now, eps)
+        wrong = differ.nonzero().flatten().tolist()
         if wrong:
             k = wrong[0]
             name = store.checkpoints[column].name

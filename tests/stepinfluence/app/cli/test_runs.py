@@ -336,6 +336,11 @@ def test_store_commands(run: Path, tmp_path: Path) -> None:
     assert [(f["rows"], f["per_step"], f["complete"]) for f in facts] == [(8, True, True), (64, False, True)]
     assert "summed over loop steps" in invoke("store", "info", run / "train").stdout
     assert invoke("store", "verify", run).stdout == ""
+    shutil.copytree(run, tmp_path / "scored")
+    invoke("influence", tmp_path / "scored")
+    assert invoke("store", "verify", tmp_path / "scored").stdout == ""
+    (tmp_path / "scored" / "influence.json").unlink()
+    assert "has no influence.json" in invoke("store", "verify", tmp_path / "scored", code=1).stdout
     invoke("store", "export", run / "query", tmp_path / "query.npz")
     assert np.load(tmp_path / "query.npz")["features_0"].shape[:2] == (8, 4)
     assert "exists" in refused("store", "export", run / "query", tmp_path / "query.npz")
