@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from sdi_kernels import _checks, borders, ops
@@ -48,27 +50,44 @@ def sketch_steps(
     """:func:`sdi_kernels.sketch_linear_grads` of lists. The route is planned for all pairs together."""
     acts = _listed("activations", activations)
     grads = _listed("grad_outputs", grad_outputs, len(acts))
-    borders.pairs(acts, grads, sketch.d_in, sketch.d_out)
+    # The operator looks at every pair, in every mode: here at the first only, and at what planning needs.
+    borders.pairs(acts[:1], grads[:1], sketch.d_in, sketch.d_out)
+    shapes = [a.shape for a in acts]
+    if any(len(shape) != 3 for shape in shapes):
+        borders.pairs(acts, grads, sketch.d_in, sketch.d_out)
     columns = _numbers("steps", steps, range(len(acts)))
     first_rows = _numbers("rows", rows, [0] * len(acts))
     dtype, device, m = _checks.sketch_dtype(acts[0], grads[0]), acts[0].device, sketch.m
     buffer: Tensor | None = None
     if out is None:
-        size = [max(r + a.shape[0] for r, a in zip(first_rows, acts, strict=True)), max(columns) + 1]
+        size = [max(row + shape[0] for row, shape in zip(first_rows, shapes, strict=True)), max(columns) + 1]
     else:
         buffer = _checks.float_tensor("out", out, min_dim=3)
         size = list(buffer.shape[:2])
         _checks.output_buffer(buffer, (*size, m), dtype, device)
-    borders.slots(columns, first_rows, acts, size)
     entries: Tensor | None = None
     if metric is not None:
         entries = _checks.entry_metric(metric, sketch.d_out, sketch.d_in, route, activations=acts[0]).to(dtype)
         route = "direct" if route == "auto" else route
-    total, longest = sum(a.shape[0] for a in acts), max(a.shape[1] for a in acts)
+    total, longest = sum([shape[0] for shape in shapes]), max([shape[1] for shape in shapes])
     chosen = plan_linear(total, longest, sketch, device, route, dtype=acts[0].dtype).route
     tables = sketch.tables(device)
     if buffer is None:
         return ops.linear_steps_sketch(acts, grads, tables, m, chosen, columns, first_rows, size, entries)
-    acts, grads = [a.detach() for a in acts], [g.detach() for g in grads]
-    ops.linear_steps_sketch_(buffer, acts, grads, tables, m, chosen, columns, first_rows, entries)
+    acts, grads = ([x.detach() if x.requires_grad else x for x in values] for values in (acts, grads))
+    _add(buffer, acts, grads, tables, m, chosen, columns, first_rows, entries)
     return buffer
+
+
+def _add(out: Tensor, *arguments: Any) -> None:
+    """The operator that adds to ``out``.
+
+    Lists of a hundred tensors pass torch's dispatcher slowly, a third of that for each of autograd's two keys. For
+    tensors that need no gradient, those have nothing to do but to count that ``out`` was written to.
+    """
+    if torch.compiler.is_compiling() or out.is_inference():
+        ops.linear_steps_sketch_(out, *arguments)
+        return
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        ops.linear_steps_sketch_(out, *arguments)
+    torch.autograd.graph.increment_version(out)

@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -114,11 +115,12 @@ def work(
         return Work(out, activations, grad_outputs, out, 1, count, 1, tokens, tokens, strides, constants)
     assert steps is not None
     assert rows is not None
-    return _many(out, [_dense(a) for a in activations], [_dense(g) for g in grad_outputs], steps, rows)
+    return _many(out, _dense(activations), _dense(grad_outputs), steps, rows)
 
 
-def _dense(values: Tensor) -> Tensor:
-    return values if values.stride(2) == 1 or values.shape[2] == 1 else values.contiguous()
+def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """With dense features: those that are not are copied."""
+    return [x if x.stride()[2] == 1 or x.shape[2] == 1 else x.contiguous() for x in tensors]
 
 
 def _slots(activations: Sequence[Tensor], steps: Sequence[int], rows: Sequence[int]) -> list[tuple[int, int, int, Any]]:
@@ -130,6 +132,10 @@ def _slots(activations: Sequence[Tensor], steps: Sequence[int], rows: Sequence[i
             by_step.setdefault(step, []).append((row, row + count, k))
     found = []
     for step, runs in by_step.items():
+        if len(runs) == 1:
+            begin, end, k = runs[0]
+            found.append((step, begin, end, [k]))
+            continue
         cuts = sorted({cut for run in runs for cut in run[:2]})
         for first, last in itertools.pairwise(cuts):
             if inside := [k for begin, end, k in runs if begin <= first and last <= end]:
@@ -149,44 +155,54 @@ def _many(
         return None
     size_a, size_g = activations[0].element_size(), grad_outputs[0].element_size()
     stride_or, stride_os, _ = out.stride()
+    # A call may have hundreds of pairs: nothing is done for each of them that can be done once.
     numbers: list[int] = []
     pairs: list[int] = []
-    tokens, longest, misaligned = 0, 0, 0
+    most, longest, ends = 0, 0, 0
+    strides: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    stride_ar = stride_at = stride_gr = stride_gt = 0
     for step, first, last, inside in slots:
         at = SLOT.value * len(slots) + len(pairs)
         numbers += (at, len(inside), last - first, first * stride_or + step * stride_os)
-        start = 0
+        before = 0
         for k in inside:
             a, g = activations[k], grad_outputs[k]
-            stride_ar, stride_at, _ = a.stride()
-            stride_gr, stride_gt, _ = g.stride()
-            skipped, length = first - rows[k], a.shape[1]
-            p_a, p_g = a.data_ptr() + skipped * stride_ar * size_a, g.data_ptr() + skipped * stride_gr * size_g
-            pairs += (p_a, p_g, length, start, stride_ar, stride_at, stride_gr, stride_gt)
-            misaligned |= p_a | p_g | (stride_ar | stride_at) * size_a | (stride_gr | stride_gt) * size_g
-            start += length
-            longest = max(longest, length)
-        tokens = max(tokens, start)
+            p_a, p_g, length = a.data_ptr(), g.data_ptr(), a.shape[1]
+            stride_a, stride_g = a.stride(), g.stride()
+            if (stride_a, stride_g) != strides:
+                strides = stride_a, stride_g
+                stride_ar, stride_at, _ = stride_a
+                stride_gr, stride_gt, _ = stride_g
+                ends |= (stride_ar | stride_at) * size_a | (stride_gr | stride_gt) * size_g
+            if skipped := first - rows[k]:
+                p_a += skipped * stride_ar * size_a
+                p_g += skipped * stride_gr * size_g
+            pairs += (p_a, p_g, length, before, stride_ar, stride_at, stride_gr, stride_gt)
+            ends |= p_a | p_g
+            before += length
+            if length > longest:
+                longest = length
+        most = max(most, before)
     return Work(
         out[:, 0],
         activations[0],
         grad_outputs[0],
         _sent(numbers + pairs, out.device),
         len(slots),
-        max(last - first for _, first, last, _ in slots),
-        max(len(inside) for *_, inside in slots),
-        tokens,
+        max([last - first for _, first, last, _ in slots]),
+        max([len(inside) for *_, inside in slots]),
+        most,
         longest,
         (0, 0, 1, 0, 0, 1),
-        {"IS_LIST": True, "IS_ALIGNED": misaligned % ALIGNMENT == 0},
+        {"IS_LIST": True, "IS_ALIGNED": ends % ALIGNMENT == 0},
         (*activations, *grad_outputs),
     )
 
 
 def _sent(numbers: list[int], device: torch.device) -> Tensor:
     if device.type != "cuda":  # interpreted
-        return torch.tensor(numbers, dtype=torch.int64)
-    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+        return torch.from_numpy(np.array(numbers, dtype=np.int64))
+    host = torch.from_numpy(np.array(numbers, dtype=np.int64)).pin_memory()
     if torch.cuda.is_current_stream_capturing():
         _captured.append(host)
     return host.to(device, non_blocking=True)
