@@ -176,16 +176,23 @@ def pairs(activations: Sequence[Tensor], grad_outputs: Sequence[Tensor], d_in: i
         )
     a0, g0 = activations[0], grad_outputs[0]
     _floats(**{"activations[0]": a0, "grad_outputs[0]": g0})
-    device, types = a0.device, (a0.dtype, g0.dtype)
+    device, type_a, type_g = a0.device, a0.dtype, g0.dtype
+    right: tuple[torch.Size, torch.Size] | None = None
     for k, (a, g) in enumerate(zip(activations, grad_outputs, strict=True)):
-        if (a.dtype, g.dtype) != types:
-            name, value, wanted = ("activations", a, types[0]) if a.dtype != types[0] else ("grad_outputs", g, types[1])
-            raise TypeError(f"{name}[{k}]: got dtype {value.dtype}, {name}[0] has {wanted}; pass all in one dtype")
-        shape = a.shape
-        # Asked in one go: a call may have hundreds of pairs.
-        if len(shape) != 3 or shape[2] != d_in or g.shape != (*shape[:2], d_out) or not a.device == device == g.device:
-            _shaped(f"activations[{k}]", a, (None, None, d_in), device)
-            _shaped(f"grad_outputs[{k}]", g, (*a.shape[:2], d_out), device)
+        # A call may have hundreds of pairs: most are like the one before.
+        shapes = a.shape, g.shape
+        if shapes != right:
+            _shaped(f"activations[{k}]", a, (None, None, d_in), a.device)
+            _shaped(f"grad_outputs[{k}]", g, (*a.shape[:2], d_out), g.device)
+            right = shapes
+        if a.dtype != type_a or g.dtype != type_g or a.device != device or g.device != device:
+            for name, value, dtype in (("activations", a, type_a), ("grad_outputs", g, type_g)):
+                if value.dtype != dtype:
+                    raise TypeError(f"{name}[{k}]: got dtype {value.dtype}, {name}[0] has {dtype}; pass all in one")
+                if value.device != device:
+                    raise ValueError(
+                        f"{name}[{k}]: got a tensor on {value.device}, activations[0] is on {device}; pass all on one"
+                    )
 
 
 def slots(steps: Sequence[int], rows: Sequence[int], activations: Sequence[Tensor], size: Sequence[int]) -> None:
@@ -194,13 +201,23 @@ def slots(steps: Sequence[int], rows: Sequence[int], activations: Sequence[Tenso
         raise ValueError(
             f"steps, rows: got {len(steps)} and {len(rows)} numbers for {len(activations)} pairs; pass one for each"
         )
+    count, columns = size
     for k, (step, row, a) in enumerate(zip(steps, rows, activations, strict=True)):
-        if step < 0 or step >= size[1]:
-            raise ValueError(f"steps[{k}]: got {step}; out has room for steps 0 to {size[1] - 1}, pass one of them")
-        if row < 0 or row + a.shape[0] > size[0]:
+        if not 0 <= step < columns:
+            raise ValueError(f"steps[{k}]: got {step}; out has room for steps 0 to {columns - 1}, pass one of them")
+        if row < 0 or row + a.shape[0] > count:
             raise ValueError(
-                f"rows[{k}]: got {row} for a pair of {a.shape[0]} rows; out has {size[0]} rows, pass where they fit"
+                f"rows[{k}]: got {row} for a pair of {a.shape[0]} rows; out has {count} rows, pass where they fit"
             )
+
+
+def linear_pairs(
+    activations: Sequence[Tensor], grad_outputs: Sequence[Tensor], tables: Sequence[Tensor]
+) -> tuple[int, int]:
+    """:func:`pairs` of a layer with these tables: its outputs and inputs."""
+    d_out, d_in = (tables[0].numel(), tables[3].numel()) if len(tables) == 6 else (0, 0)
+    pairs(activations, grad_outputs, d_in, d_out)
+    return d_out, d_in
 
 
 def linear_steps(
@@ -215,8 +232,7 @@ def linear_steps(
     metric: Tensor | None = None,
 ) -> None:
     """As :func:`linear`, for ``linear_steps_sketch_``."""
-    d_in, d_out = (x[0].shape[-1] if x and x[0].dim() else 0 for x in (activations, grad_outputs))
-    pairs(activations, grad_outputs, d_in, d_out)
+    d_out, d_in = linear_pairs(activations, grad_outputs, tables)
     _out(out, (None, None, m), activations[0], grad_outputs[0])
     slots(steps, rows, activations, out.shape[:2])
     _route(tables, d_out, d_in, m, route, metric, out.device)

@@ -100,13 +100,19 @@ scaled_vector_sketch_.register_kernel("cpu")(borders.guarded(borders.scaled_vect
 
 
 @linear_sketch_.register_fake
-@linear_steps_sketch_.register_fake
 @matrix_sketch_.register_fake
 @embedding_sketch_.register_fake
 @vector_sketch_.register_fake
 @scaled_vector_sketch_.register_fake
 def _(*_args: Any) -> None:
     return None
+
+
+@linear_steps_sketch_.register_fake
+def _(out: Tensor, activations: Sequence[Tensor], grad_outputs: Sequence[Tensor], *rest: Any) -> None:
+    tables, _, _, steps, rows, *_ = rest
+    borders.linear_pairs(activations, grad_outputs, tables)
+    borders.slots(steps, rows, activations, out.shape[:2])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -184,14 +190,16 @@ def linear_steps_sketch(
 def _(
     activations: Sequence[Tensor],
     grad_outputs: Sequence[Tensor],
-    _tables: Sequence[Tensor],
+    tables: Sequence[Tensor],
     m: int,
     _route: str,
-    _steps: Sequence[int],
-    _rows: Sequence[int],
+    steps: Sequence[int],
+    rows: Sequence[int],
     size: Sequence[int],
     *_: Any,
 ) -> Tensor:
+    borders.linear_pairs(activations, grad_outputs, tables)
+    borders.slots(steps, rows, activations, size)
     return activations[0].new_empty(*size, m, dtype=sketch_dtype(activations[0], grad_outputs[0]))
 
 

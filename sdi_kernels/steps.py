@@ -48,27 +48,30 @@ def sketch_steps(
     """:func:`sdi_kernels.sketch_linear_grads` of lists. The route is planned for all pairs together."""
     acts = _listed("activations", activations)
     grads = _listed("grad_outputs", grad_outputs, len(acts))
-    borders.pairs(acts, grads, sketch.d_in, sketch.d_out)
+    # The operator looks at every pair, in every mode: here at the first only, and at what planning needs.
+    borders.pairs(acts[:1], grads[:1], sketch.d_in, sketch.d_out)
+    shapes = [a.shape for a in acts]
+    if any(len(shape) != 3 for shape in shapes):
+        borders.pairs(acts, grads, sketch.d_in, sketch.d_out)
     columns = _numbers("steps", steps, range(len(acts)))
     first_rows = _numbers("rows", rows, [0] * len(acts))
     dtype, device, m = _checks.sketch_dtype(acts[0], grads[0]), acts[0].device, sketch.m
     buffer: Tensor | None = None
     if out is None:
-        size = [max(r + a.shape[0] for r, a in zip(first_rows, acts, strict=True)), max(columns) + 1]
+        size = [max(row + shape[0] for row, shape in zip(first_rows, shapes, strict=True)), max(columns) + 1]
     else:
         buffer = _checks.float_tensor("out", out, min_dim=3)
         size = list(buffer.shape[:2])
         _checks.output_buffer(buffer, (*size, m), dtype, device)
-    borders.slots(columns, first_rows, acts, size)
     entries: Tensor | None = None
     if metric is not None:
         entries = _checks.entry_metric(metric, sketch.d_out, sketch.d_in, route, activations=acts[0]).to(dtype)
         route = "direct" if route == "auto" else route
-    total, longest = sum(a.shape[0] for a in acts), max(a.shape[1] for a in acts)
+    total, longest = sum([shape[0] for shape in shapes]), max([shape[1] for shape in shapes])
     chosen = plan_linear(total, longest, sketch, device, route, dtype=acts[0].dtype).route
     tables = sketch.tables(device)
     if buffer is None:
         return ops.linear_steps_sketch(acts, grads, tables, m, chosen, columns, first_rows, size, entries)
-    acts, grads = [a.detach() for a in acts], [g.detach() for g in grads]
+    acts, grads = ([x.detach() if x.requires_grad else x for x in values] for values in (acts, grads))
     ops.linear_steps_sketch_(buffer, acts, grads, tables, m, chosen, columns, first_rows, entries)
     return buffer

@@ -18,36 +18,22 @@ from torch import Tensor
 
 from sdi_kernels.triton import common, configs, tuning
 from sdi_kernels.triton.rounding import operand
+from sdi_kernels.triton.uses import PAIR, Tensors, pair, slot, work
 
 
-# Token counts vary from call to call and gain nothing from a program of their own.
-@triton.jit(do_not_specialize=["tokens", "tokens_per_split"])
-def direct_sketch_kernel(
-    p_out, p_a, p_g, p_h_out, p_s_out, p_h_in, p_s_in, p_metric, tokens, tokens_per_split, d_out, d_in, m,
-    stride_or, stride_om, stride_ar, stride_at, stride_ad, stride_gr, stride_gt, stride_gd, stride_mo, stride_mi,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
-    HAS_METRIC: tl.constexpr, IS_HALF: tl.constexpr, IS_WIDE: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _add_products(
+    b_acc, p_a, p_g, stride_at, stride_ad, stride_gt, stride_gd, i_first, i_last, o_o, o_i, d_out, d_in,
+    BLOCK_T: tl.constexpr, IS_HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the sketch of one [BLOCK_O, BLOCK_I] tile of one row's gradient. Grid: (rows * tiles, splits)."""
-    tiles_in = tl.cdiv(d_in, BLOCK_I)
-    tiles = tl.cdiv(d_out, BLOCK_O) * tiles_in
-    # Tiles of a row run next to each other, so that its activations are read from L2 but once from memory.
-    i_row = (tl.program_id(0) // tiles).to(tl.int64)
-    i_tile = tl.program_id(0) % tiles
-    i_first = tl.program_id(1) * tokens_per_split
-    i_last = tl.minimum(i_first + tokens_per_split, tokens)
-
-    o_o = (i_tile // tiles_in) * BLOCK_O + tl.arange(0, BLOCK_O)
-    o_i = (i_tile % tiles_in) * BLOCK_I + tl.arange(0, BLOCK_I)
+    """Add ``sum_l delta_l (x) a_l`` over tokens ``i_first`` to ``i_last`` of one row."""
     o_t = i_first + tl.arange(0, BLOCK_T)
-    m_o = o_o < d_out
-    m_i = o_i < d_in
-    p_ax = p_a + i_row * stride_ar + o_t.to(tl.int64)[:, None] * stride_at + o_i.to(tl.int64)[None, :] * stride_ad
-    p_gx = p_g + i_row * stride_gr + o_t.to(tl.int64)[:, None] * stride_gt + o_o.to(tl.int64)[None, :] * stride_gd
+    p_ax = p_a + o_t.to(tl.int64)[:, None] * stride_at + o_i.to(tl.int64)[None, :] * stride_ad
+    p_gx = p_g + o_t.to(tl.int64)[:, None] * stride_gt + o_o.to(tl.int64)[None, :] * stride_gd
     step_a = BLOCK_T * tl.cast(stride_at, tl.int64)
     step_g = BLOCK_T * tl.cast(stride_gt, tl.int64)
-
-    b_acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    m_o = o_o < d_out
+    m_i = o_i < d_in
     for i_t in range(i_first, i_last, BLOCK_T):
         m_t = i_t + tl.arange(0, BLOCK_T) < i_last
         b_a = tl.load(p_ax, mask=m_t[:, None] & m_i[None, :], other=0.0)
@@ -58,7 +44,52 @@ def direct_sketch_kernel(
         b_acc = tl.dot(tl.trans(b_g), b_a, b_acc, input_precision=PRECISION)
         p_ax += step_a
         p_gx += step_g
+    return b_acc
 
+
+# Counts of rows and tokens vary from call to call and gain nothing from a program of their own.
+@triton.jit(do_not_specialize=["rows", "tokens", "tokens_per_split"])
+def direct_sketch_kernel(
+    p_out, p_a, p_g, p_table, p_h_out, p_s_out, p_h_in, p_s_in, p_metric, rows, tokens, tokens_per_split, d_out, d_in,
+    m, stride_or, stride_om, stride_ar, stride_at, stride_ad, stride_gr, stride_gt, stride_gd, stride_mo, stride_mi,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, HAS_METRIC: tl.constexpr,
+    IS_HALF: tl.constexpr, IS_WIDE: tl.constexpr, PRECISION: tl.constexpr, IS_LIST: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Add the sketch of one [BLOCK_O, BLOCK_I] tile of one row's gradient. Grid: (slots * rows * tiles, splits)."""
+    tiles_in = tl.cdiv(d_in, BLOCK_I)
+    tiles = tl.cdiv(d_out, BLOCK_O) * tiles_in
+    # Tiles of a row run next to each other, so that its activations are read from L2 but once from memory.
+    i_tile = tl.program_id(0) % tiles
+    i_row = (tl.program_id(0) // tiles).to(tl.int64)
+    i_first = tl.program_id(1) * tokens_per_split
+    i_last = i_first + tokens_per_split
+    o_o = (i_tile // tiles_in) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_i = (i_tile % tiles_in) * BLOCK_I + tl.arange(0, BLOCK_I)
+
+    b_acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    if IS_LIST:
+        p_pair, pairs, slot_rows, offset = slot(p_table, i_row // rows)
+        i_row %= rows
+        if i_row >= slot_rows:
+            return
+        p_out += offset
+        for _ in range(pairs):
+            p_ax, p_gx, step_a, step_g, length, before = pair(p_pair, p_a, p_g, i_row, IS_ALIGNED)
+            i_t, i_end = tl.maximum(i_first - before, 0), tl.minimum(i_last - before, length)
+            b_acc = _add_products(
+                b_acc, p_ax, p_gx, step_a, stride_ad, step_g, stride_gd, i_t, i_end, o_o, o_i, d_out, d_in,
+                BLOCK_T, IS_HALF, PRECISION,
+            )  # fmt: skip
+            p_pair += PAIR
+    else:
+        b_acc = _add_products(
+            b_acc, p_a + i_row * stride_ar, p_g + i_row * stride_gr, stride_at, stride_ad, stride_gt, stride_gd,
+            i_first, tl.minimum(i_last, tokens), o_o, o_i, d_out, d_in, BLOCK_T, IS_HALF, PRECISION,
+        )  # fmt: skip
+
+    m_o = o_o < d_out
+    m_i = o_i < d_in
     m_tile = m_o[:, None] & m_i[None, :]
     if HAS_METRIC:
         p_tile = p_metric + o_o.to(tl.int64)[:, None] * stride_mo + o_i.to(tl.int64)[None, :] * stride_mi
@@ -78,41 +109,45 @@ def direct_sketch_kernel(
 
 def linear_direct(
     out: Tensor,
-    activations: Tensor,
-    grad_outputs: Tensor,
+    activations: Tensors,
+    grad_outputs: Tensors,
     tables: Sequence[Tensor],
     m: int,
     *,
     metric: Tensor | None = None,
+    steps: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> None:
-    """Add the TensorSketch of each row's weight gradient ``G`` (or ``metric * G``) to ``out``.
+    """Add the TensorSketch of each row's weight gradient ``G`` (or ``metric * G``) to ``out``, by one launch.
 
     Args:
-        out: (rows, m) float32, any strides.
+        out: (rows, m) float32, any strides; with lists (rows, steps, m).
         activations: (rows, tokens, d_in); grad_outputs: (rows, tokens, d_out): float32, bfloat16 or float16, strided.
+            Or lists of them.
         tables: the six tables of :meth:`TensorSketch.tables`.
         m: number of buckets.
         metric: optional (d_out, d_in), multiplied elementwise into every row's gradient before it is sketched.
+        steps, rows: for lists, where each pair goes, see :func:`sdi_kernels.triton.uses.work`.
     """
-    rows, tokens, d_in = activations.shape
-    d_out = grad_outputs.shape[-1]
-    if rows == 0 or tokens == 0:
+    found = work(out, activations, grad_outputs, steps, rows)
+    if found is None:
         return
     h_out, s_out, _, h_in, s_in, _ = tables
-    precision = common.dot_precision(activations, grad_outputs)
-    kind = configs.kind(activations.dtype, grad_outputs.dtype)
+    d_out, d_in = len(h_out), len(h_in)
+    a, g = found.activations, found.grad_outputs
+    kind = configs.kind(a.dtype, g.dtype)
     config = tuning.tuned(out.device).tile(configs.direct_key(d_out, d_in, kind))
     assert isinstance(config, configs.DirectConfig)
-    programs = rows * common.cdiv(d_out, config.block_out) * common.cdiv(d_in, config.block_in)
+    programs = found.slots * found.rows * common.cdiv(d_out, config.block_out) * common.cdiv(d_in, config.block_in)
     # Every split pays the epilogue's atomics again, so parts are kept long.
-    splits, per_split = common.parts(programs, tokens, config.block_tokens, 8, out.device)
-    entries = out if metric is None else metric  # a pointer that stands in is never read
+    splits, per_split = common.parts(programs, found.tokens, config.block_tokens, 8, out.device)
+    entries = found.out if metric is None else metric  # a pointer that stands in is never read
     direct_sketch_kernel[(programs, splits)](
-        out, activations, grad_outputs, h_out, s_out, h_in, s_in, entries, tokens, per_split, d_out, d_in, m,
-        *out.stride(), *activations.stride(), *grad_outputs.stride(), *entries.stride(),
+        found.out, a, g, found.table, h_out, s_out, h_in, s_in, entries, found.rows, found.tokens, per_split,
+        d_out, d_in, m, *found.out.stride(), *found.strides, *entries.stride(),
         BLOCK_O=config.block_out, BLOCK_I=config.block_in, BLOCK_T=config.block_tokens,
         HAS_METRIC=metric is not None,
         IS_HALF=kind == "half",
-        IS_WIDE=common.wide(out), PRECISION=precision,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        IS_WIDE=common.wide(found.out), PRECISION=common.dot_precision(a, g),
+        num_warps=config.num_warps, num_stages=config.num_stages, **found.constants,
     )  # fmt: skip

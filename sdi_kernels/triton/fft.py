@@ -23,6 +23,7 @@ from torch import Tensor
 from sdi_kernels.triton import common
 from sdi_kernels.triton.rounding import operand
 from sdi_kernels.triton.transforms import configs, constants, finish_precision
+from sdi_kernels.triton.uses import PAIR, Tensors, pair, slot, work
 
 MAX_UNROLL = 4
 """Sources of a bucket that are loaded together; fuller buckets take several rounds."""
@@ -150,23 +151,36 @@ def _inverse(b_re, b_im, p_const, N1: tl.constexpr, N2: tl.constexpr, PRECISION:
     return _complex_dot(b_vr, b_vi, b_f0, b_f2, b_f1, True, PRECISION)
 
 
-# Token counts vary from call to call and gain nothing from a program of their own.
-@triton.jit(do_not_specialize=["tokens", "tokens_per_split", "width_in", "width_out"])
+# Counts of rows and tokens vary from call to call and gain nothing from a program of their own.
+@triton.jit(do_not_specialize=["i_begin", "rows", "tokens", "splits", "tokens_per_split", "width_in", "width_out"])
 def fft_sketch_kernel(
-    p_work, p_a, p_g, p_table_in, p_table_out, p_const, tokens, tokens_per_split, width_in, width_out,
-    stride_ar, stride_at, stride_ad, stride_gr, stride_gt, stride_gd,
+    p_work, p_a, p_g, p_table, p_table_in, p_table_out, p_const, i_begin, rows, tokens, splits,
+    tokens_per_split, width_in, width_out, stride_ar, stride_at, stride_ad, stride_gr, stride_gt, stride_gd,
     N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
     UNROLL_IN: tl.constexpr, UNROLL_OUT: tl.constexpr, IS_WIDE: tl.constexpr, PREFETCH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, IS_LIST: tl.constexpr, IS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Sum over one row's tokens (or one split of them) of the squared spectra, for one frequency residue.
 
-    Grid: (rows, splits, R). Each program writes its [2, N1, N2] of the workspace.
+    Grid: (some of slots * rows, from ``i_begin`` on, pairs * splits, R). Each program writes its [2, N1, N2] of the
+    workspace.
     """
     M: tl.constexpr = N1 * N2
-    i_row = tl.program_id(0).to(tl.int64)
-    i_split = tl.program_id(1)
+    i_work = tl.program_id(0).to(tl.int64)
+    i_part = tl.program_id(1)
     i_residue = tl.program_id(2)
+    i_row = i_begin + i_work
+    i_split = i_part % splits
+    if IS_LIST:
+        p_pair, pairs, slot_rows, _ = slot(p_table, i_row // rows)
+        i_row %= rows
+        if (i_row >= slot_rows) | (i_part // splits >= pairs):
+            return
+        p_pair += (i_part // splits) * PAIR
+        p_a, p_g, stride_at, stride_gt, tokens, _ = pair(p_pair, p_a, p_g, i_row, IS_ALIGNED)
+    else:
+        p_a += i_row * stride_ar
+        p_g += i_row * stride_gr
 
     o_1 = tl.arange(0, N1)
     o_2 = tl.arange(0, N2)
@@ -186,14 +200,11 @@ def fft_sketch_kernel(
 
     i_first = i_split * tokens_per_split
     i_last = tl.minimum(i_first + tokens_per_split, tokens)
-    p_a += i_row * stride_ar
-    p_g += i_row * stride_gr
     o_at = (i_first + o_token).to(tl.int64)
     p_ax = p_a + o_at * stride_at
     p_gx = p_g + o_at * stride_gt
     step_a = BLOCK_T * tl.cast(stride_at, tl.int64)
     step_g = BLOCK_T * tl.cast(stride_gt, tl.int64)
-
     b_acc_re = tl.zeros((BLOCK_T * N1, N2), tl.float32)
     b_acc_im = tl.zeros((BLOCK_T * N1, N2), tl.float32)
     if PREFETCH:  # the next token's values are loaded while this one is transformed
@@ -243,19 +254,31 @@ def fft_sketch_kernel(
         b_acc_re = tl.sum(b_acc_re.reshape(BLOCK_T, N1, N2), 0)
         b_acc_im = tl.sum(b_acc_im.reshape(BLOCK_T, N1, N2), 0)
     o_freq = o_1[:, None] * N2 + o_2[None, :]
-    p_part = p_work + ((i_row * tl.num_programs(1) + i_split) * R + i_residue) * (2 * M) + o_freq
+    p_part = p_work + ((i_work * tl.num_programs(1) + i_part) * R + i_residue) * (2 * M) + o_freq
     tl.store(p_part, b_acc_re)
     tl.store(p_part + M, b_acc_im)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["i_begin", "rows", "splits", "parts"])
 def fft_finish_kernel(
-    p_out, p_work, p_const, splits, stride_or, stride_om,
-    N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    p_out, p_work, p_table, p_const, i_begin, rows, splits, parts, stride_or, stride_om,
+    N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, IS_LIST: tl.constexpr,
 ):  # fmt: skip
-    """Sum the splits' spectra, invert, add positions [q M, (q + 1) M) to ``p_out``. Grid: (rows, R)."""
+    """Sum the spectra of a row's pairs and splits, invert, add positions [q M, (q + 1) M) to ``p_out``.
+
+    Grid: (some of slots * rows, from ``i_begin`` on, R).
+    """
     M: tl.constexpr = N1 * N2
-    i_row = tl.program_id(0).to(tl.int64)
+    i_work = tl.program_id(0).to(tl.int64)
+    i_row = i_begin + i_work
+    count = parts
+    if IS_LIST:
+        _, pairs, slot_rows, offset = slot(p_table, i_row // rows)
+        i_row %= rows
+        if i_row >= slot_rows:
+            return
+        p_out += offset
+        count = pairs * splits
     i_chunk = tl.program_id(1)
     o_pos = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     _, _, _, p_fold, p_weights = _places(p_const, N1, N2, R)
@@ -265,8 +288,8 @@ def fft_finish_kernel(
     for i_residue in range(R):
         b_re = tl.zeros((N1, N2), tl.float32)
         b_im = tl.zeros((N1, N2), tl.float32)
-        for i_split in range(splits):
-            p_part = p_work + ((i_row * splits + i_split) * R + i_residue) * (2 * M) + o_pos
+        for i_part in range(count):
+            p_part = p_work + ((i_work * parts + i_part) * R + i_residue) * (2 * M) + o_pos
             b_re += tl.load(p_part)
             b_im += tl.load(p_part + M)
         b_xr, b_xi = _inverse(b_re, b_im, p_const, N1, N2, PRECISION)
@@ -286,45 +309,56 @@ def _unroll(width: int) -> int:
 
 def linear_fft(
     out: Tensor,
-    activations: Tensor,
-    grad_outputs: Tensor,
+    activations: Tensors,
+    grad_outputs: Tensors,
     tables: Sequence[Tensor],
     m: int,
     *,
+    steps: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
     workspace: int = 64 << 20,
 ) -> None:
-    """Add the TensorSketch of each row's weight gradient to ``out``.
+    """Add the TensorSketch of each row's weight gradient to ``out``, by two launches.
 
     Args:
-        out: (rows, m) float32, any strides.
+        out: (rows, m) float32, any strides; with lists (rows, steps, m).
         activations: (rows, tokens, d_in); grad_outputs: (rows, tokens, d_out): float32, bfloat16 or float16, strided.
+            Or lists of them.
         tables: the six tables of :meth:`TensorSketch.tables`.
         m: a key of :func:`configs`.
-        workspace: bytes of temporary memory; more rows are worked off in several launches.
+        steps, rows: for lists, where each pair goes, see :func:`sdi_kernels.triton.uses.work`.
+        workspace: bytes of temporary memory, 8 a bucket of each row and part (a pair's tokens, or a split of them);
+            more rows take two launches more.
     """
-    rows, tokens, _ = activations.shape
-    if rows == 0 or tokens == 0:
+    found = work(out, activations, grad_outputs, steps, rows)
+    if found is None:
         return
+    a, g = found.activations, found.grad_outputs
     config = configs(out.device)[m]
     table_out, table_in = tables[2], tables[5]
-    precision = common.dot_precision(activations, grad_outputs)
+    precision = common.dot_precision(a, g)
     const = constants(config, out.device, precision)
     inverse = finish_precision(precision)
     inverse_const = constants(config, out.device, inverse)
-    splits, per_split = common.parts(rows * config.residues, tokens, config.tokens, 16, out.device)
-    chunk = min(rows, max(1, workspace // (8 * m * splits)))
-    work = out.new_empty(chunk * splits * 2 * m)
+    total = found.slots * found.rows
+    programs = total * found.pairs * config.residues
+    splits, per_split = common.parts(programs, found.longest, config.tokens, 16, out.device)
+    parts = found.pairs * splits
+    chunk = min(total, max(1, workspace // (8 * m * parts)))
+    spectra = out.new_empty(chunk * parts * 2 * m)
     shape: dict[str, Any] = {
         "N1": config.n1, "N2": config.n2, "R": config.residues, "num_warps": config.num_warps, "num_stages": 1,
     }  # fmt: skip
-    for start in range(0, rows, chunk):
-        o, a, g = (t[start : start + chunk] for t in (out, activations, grad_outputs))
-        fft_sketch_kernel[(o.shape[0], splits, config.residues)](
-            work, a, g, table_in, table_out, const, tokens, per_split, table_in.shape[1], table_out.shape[1],
-            *a.stride(), *g.stride(),
+    for begin in range(0, total, chunk):
+        count = min(chunk, total - begin)
+        fft_sketch_kernel[(count, parts, config.residues)](
+            spectra, a, g, found.table, table_in, table_out, const, begin, found.rows, found.longest, splits,
+            per_split, table_in.shape[1], table_out.shape[1], *found.strides,
             BLOCK_T=config.tokens, UNROLL_IN=_unroll(table_in.shape[1]), UNROLL_OUT=_unroll(table_out.shape[1]),
-            IS_WIDE=common.wide(a) or common.wide(g), PREFETCH=config.prefetch, PRECISION=precision, **shape,
+            IS_WIDE=common.wide(a) or common.wide(g), PREFETCH=config.prefetch, PRECISION=precision,
+            **shape, **found.constants,
         )  # fmt: skip
-        fft_finish_kernel[(o.shape[0], config.residues)](
-            o, work, inverse_const, splits, *o.stride(), PRECISION=inverse, **shape
-        )
+        fft_finish_kernel[(count, config.residues)](
+            found.out, spectra, found.table, inverse_const, begin, found.rows, splits, parts, *found.out.stride(),
+            PRECISION=inverse, IS_LIST=found.constants["IS_LIST"], **shape,
+        )  # fmt: skip

@@ -7,13 +7,36 @@ Triton is imported on the first call, not before; it launches on the current dev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from sdi_kernels import torch_routes
 from sdi_kernels.triton import available, common
+
+
+def _linear(
+    out: Tensor, first: tuple[Tensor, Tensor], m: int, route: str, metric: Tensor | None
+) -> Callable[..., None] | None:
+    """The kernel's launcher that serves ``route`` for inputs of these dtypes; None where the torch route does.
+
+    ``direct`` and ``shear`` add with float atomics: under ``torch.use_deterministic_algorithms`` ``fft`` stands in for
+    them, or the torch route where there is a ``metric``.
+    """
+    if not available() or not common.supported(*first):
+        return None
+    from sdi_kernels.triton import direct, fft, shear, transforms
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if metric is None and (route == "fft" or deterministic) and m in transforms.configs(out.device):
+        return fft.linear_fft
+    if route == "fft" or deterministic:
+        return None
+    if metric is not None:
+        return functools.partial(direct.linear_direct, metric=metric)
+    return shear.linear_shear if route == "shear" else direct.linear_direct
 
 
 def linear_sketch_(
@@ -25,27 +48,13 @@ def linear_sketch_(
     route: str,
     metric: Tensor | None = None,
 ) -> None:
-    """``direct`` and ``shear`` add with float atomics: under ``torch.use_deterministic_algorithms`` ``fft`` stands in
-    for them, or the torch route where there is a ``metric``."""
     if activations.shape[0] == 0 or activations.shape[1] == 0:
         return
-    if available() and common.supported(activations, grad_outputs):
-        from sdi_kernels.triton import direct, fft, shear, transforms
-
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        if metric is None and m in transforms.configs(out.device) and (route == "fft" or deterministic):
-            with torch.cuda.device(out.device):
-                fft.linear_fft(out, activations, grad_outputs, tables, m)
-            return
-        if route == "shear" and metric is None and not deterministic:
-            with torch.cuda.device(out.device):
-                shear.linear_shear(out, activations, grad_outputs, tables, m)
-            return
-        if route != "fft" and not deterministic:
-            with torch.cuda.device(out.device):
-                direct.linear_direct(out, activations, grad_outputs, tables, m, metric=metric)
-            return
-    torch_routes.linear(out, activations, grad_outputs, tables, m, route, metric)
+    if kernel := _linear(out, (activations, grad_outputs), m, route, metric):
+        with torch.cuda.device(out.device):
+            kernel(out, activations, grad_outputs, tables, m)
+    else:
+        torch_routes.linear(out, activations, grad_outputs, tables, m, route, metric)
 
 
 def linear_steps_sketch_(
@@ -59,8 +68,12 @@ def linear_steps_sketch_(
     rows: Sequence[int],
     metric: Tensor | None = None,
 ) -> None:
-    for a, g, step, row in zip(activations, grad_outputs, steps, rows, strict=True):
-        linear_sketch_(out[row : row + a.shape[0], step], a, g, tables, m, route, metric)
+    """All pairs by one launch, and by one more to finish ``fft``."""
+    if kernel := _linear(out, (activations[0], grad_outputs[0]), m, route, metric):
+        with torch.cuda.device(out.device):
+            kernel(out, activations, grad_outputs, tables, m, steps=steps, rows=rows)
+    else:
+        torch_routes.linear_steps(out, activations, grad_outputs, tables, m, route, steps, rows, metric)
 
 
 def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:

@@ -38,13 +38,15 @@ class Cost(NamedTuple):
     """Local loads and stores among them."""
     shared_cycles: float = 0.0
     """Cycles of a multiprocessor's shared memory a token, at 128 bytes each and without conflicts."""
+    wide_loads: int = 0
+    """Loads of 128 bits in the loop, from global memory."""
     atomics: tuple[str, ...] = ()
     """Problems of the atomics, in words."""
     error: str = ""
 
 
-PLAIN = ("tokens", "tokens_per_split", "lines_per_split", "width_in", "width_out", "splits", "query_tokens",
-         "queries_per_split")  # fmt: skip
+PLAIN = ("rows", "tokens", "tokens_per_split", "lines_per_split", "width_in", "width_out", "splits", "parts", "i_begin",
+         "query_tokens", "queries_per_split")  # fmt: skip
 """Arguments that the kernels ask the launcher not to specialize on."""
 
 
@@ -130,6 +132,7 @@ def _nvidia(found: Cost, binary: bytes) -> Cost:
         matrix={name: n for name, n in count.items() if name.endswith("MMA")},
         instructions=len(lines), loop=loop.total(),
         local=sum(n for opcode, n in loop.items() if opcode.split(".")[0] in ("LDL", "STL")),
+        wide_loads=sum(n for opcode, n in loop.items() if opcode.startswith("LDG") and "128" in opcode.split(".")),
         shared_cycles=_shared_cycles(loop) * found.case.num_warps / found.case.tokens,
     )  # fmt: skip
 
@@ -204,6 +207,8 @@ def problems(cost: Cost) -> list[str]:
         found.append(f"{name}: {cost.local} local loads and stores in the loop, {case.local} allowed")
     if case.shared_cycles is not None and cost.shared_cycles > case.shared_cycles:
         found.append(f"{name}: {cost.shared_cycles:.0f} cycles of shared memory a token, {case.shared_cycles} allowed")
+    if cost.wide_loads < case.wide_loads:
+        found.append(f"{name}: {cost.wide_loads} loads of 128 bits in the loop, {case.wide_loads} wanted")
     found += [f"{name}: {problem}" for problem in cost.atomics]
     if case.matrix and not any(cost.matrix.get(kind) for kind in case.matrix):
         found.append(f"{name}: none of {', '.join(case.matrix)} in the machine code, found {cost.matrix}")

@@ -35,6 +35,8 @@ class Case(NamedTuple):
     """Tokens that one pass of the loop works off."""
     shared_cycles: int | None = None
     """Cycles of shared memory a token that are allowed, where they are counted."""
+    wide_loads: int = 0
+    """Loads of 128 bits that have to be in the loop."""
     unit: bool = False
     """All sizes and strides are 1: the launcher then passes them as constants, which is another program to compile."""
 
@@ -54,6 +56,11 @@ FFT_SPILLS: dict[tuple[Target, int, str, int], tuple[int, int]] = {
 """(Bytes of stack, local loads and stores in the loop) by target, sketch size, precision and sources that are loaded
 together: the most that Triton 3.6.0 and 3.7.1 need, a few values in a loop of more than a thousand instructions. All
 others need none."""
+
+LIST_SPILLS: dict[tuple[Target, str], dict[str, int]] = {
+    (SM90, "fft m=2048 tf32x3"): {"stack": 16}, (SM90, "fft m=8192 tf32x3"): {"stack": 168, "local": 41},
+}  # fmt: skip
+"""What lists of pairs need beyond one pair."""
 
 FFT_SHARED = {
     (256, "tf32"): 228, (256, "tf32x3"): 348, (512, "tf32"): 736, (512, "tf32x3"): 1264,
@@ -77,7 +84,7 @@ def _fft_cases(
             for unroll in unrolls:
                 constants = {
                     **shape, "BLOCK_T": config.tokens, "UNROLL_IN": unroll, "UNROLL_OUT": unroll, "IS_WIDE": False,
-                    "PREFETCH": config.prefetch, "PRECISION": precision, "stride_ad": 1, "stride_gd": 1,
+                    "PREFETCH": config.prefetch, "PRECISION": precision, "stride_ad": 1, "stride_gd": 1, **ONE_PAIR,
                 }  # fmt: skip
                 stack, local = FFT_SPILLS.get((target, m, precision, unroll), (0, 0))
                 cases.append(
@@ -86,7 +93,7 @@ def _fft_cases(
                          config.tokens, FFT_SHARED.get((m, precision)) if target == SM90 and unroll == 1 else None)
                 )  # fmt: skip
         # By three products, whatever the inputs; the stack is paid once per row, not per token.
-        constants = {**shape, "PRECISION": transforms.finish_precision(precisions[0]), "stride_om": 1}
+        constants = {**shape, "PRECISION": transforms.finish_precision(precisions[0]), "stride_om": 1, "IS_LIST": False}
         cases.append(
             Case(f"fft m={m} finish", target, "fft", "fft_finish_kernel", constants, {}, config.num_warps, 1,
                  ANY_MATRIX, 16, 8)
@@ -107,6 +114,29 @@ def _tuned(kernel: str, kinds: tuple[str, ...], all_candidates: bool) -> list[tu
     return found
 
 
+ONE_PAIR = {"IS_LIST": False, "IS_ALIGNED": False}
+
+
+def _lists(found: list[Case]) -> list[Case]:
+    """Cases of the linear kernels as they read lists of pairs, with rows that allow wide loads."""
+    return [
+        case._replace(
+            name=f"{case.name}, list", dtypes={**case.dtypes, "p_table": "i64"},
+            constants={**case.constants, **{name: True for name in ONE_PAIR if name in case.constants}},
+            **LIST_SPILLS.get((case.target, case.name), {}),
+        )
+        for case in found
+    ]  # fmt: skip
+
+
+def _wide_loads(config: Any, kind: str) -> int:
+    """Of ``direct``: a thread's share of a block of both sides. Of fp32, the side that a product takes transposed is
+    loaded number by number."""
+    size = 2 if kind == "half" else 4
+    features = config.block_in + (config.block_out if kind == "half" else 0)
+    return config.block_tokens * features * size // (16 * 32 * config.num_warps)
+
+
 def _half(kind: str, *pointers: str) -> dict[str, str]:
     return dict.fromkeys(pointers, "bf16") if kind == "half" else {}
 
@@ -121,12 +151,13 @@ def _direct_cases(
                 "BLOCK_O": config.block_out, "BLOCK_I": config.block_in, "BLOCK_T": config.block_tokens,
                 "HAS_METRIC": weighted, "IS_HALF": kind == "half", "IS_WIDE": False,
                 "PRECISION": "tf32" if kind == "half" else kind,
-                "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "stride_mi": 1,
+                "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "stride_mi": 1, **ONE_PAIR,
             }  # fmt: skip
             cases.append(
                 Case(name + (" metric" if weighted else ""), target, "direct", "direct_sketch_kernel", constants,
                      _half(kind, "p_a", "p_g"), config.num_warps, config.num_stages, _wanted(target), EPILOGUE_STACK,
-                     8 if target == SM100 else 0)  # there the longest loop holds more than the tokens'
+                     8 if target == SM100 else 0,  # there the longest loop holds more than the tokens'
+                     wide_loads=_wide_loads(config, kind) if target == SM90 else 0)
             )  # fmt: skip
     return cases
 
@@ -140,7 +171,7 @@ def _shear_cases(
             constants = {
                 "BLOCKS": config.blocks, "COLUMNS": config.columns, "BLOCK_T": config.tokens, "GROUPS": m // 16,
                 "R": 16, "IS_HALF": kind == "half", "IS_WIDE": False, "PRECISION": "tf32" if kind == "half" else kind,
-                "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "width": 1,
+                "stride_om": 1, "stride_ad": 1, "stride_gd": 1, "width": 1, **ONE_PAIR,
             }  # fmt: skip
             cases.append(
                 Case(f"{name} m={m}", target, "shear", "shear_sketch_kernel", constants, _half(kind, "p_a", "p_g"),
@@ -221,7 +252,10 @@ def _wanted(target: Target) -> tuple[str, ...]:
 def cases() -> list[Case]:
     """Every kernel x configuration for sm_90; every kernel at its main configurations for the other targets."""
     kinds, half = ("half", "tf32", "tf32x3"), ("half",)
-    found = _fft_cases(SM90, (256, 512, 1024, 2048, 4096, 8192), (1, 2, 4), "CONFIGS")
+    sizes = 256, 512, 1024, 2048, 4096, 8192
+    found = _lists(_fft_cases(SM90, sizes, (1,), "CONFIGS") + _direct_cases(SM90, kinds) + _shear_cases(SM90, kinds))
+    found += _lists(_fft_cases(SM80, (2048,), (1,), "CONFIGS") + _direct_cases(SM80, kinds, (False,)))
+    found += _fft_cases(SM90, sizes, (1, 2, 4), "CONFIGS")
     found += _direct_cases(SM90, kinds, all_candidates=True) + _shear_cases(SM90, kinds, (2048, 8192), True)
     found += _pairwise_cases(SM90, kinds, True) + _other_cases(SM90)
     found += _fft_cases(SM80, (512, 2048), (1,), "CONFIGS")
@@ -236,10 +270,10 @@ def cases() -> list[Case]:
     found += _other_cases(GFX942)
     first: dict[str, Case] = {}
     for case in found:
-        if case.target == SM90:
+        if case.target == SM90 and not case.constants.get("IS_LIST"):
             first.setdefault(case.kernel, case)
     found += [
-        c._replace(name=f"{c.name}, sizes 1", unit=True, matrix=(), stack=64, shared_cycles=None)
+        c._replace(name=f"{c.name}, sizes 1", unit=True, matrix=(), stack=64, shared_cycles=None, wide_loads=0)
         for c in first.values()
     ]
     return found

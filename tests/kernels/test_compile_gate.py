@@ -34,8 +34,8 @@ def test_kernels_compile_within_their_limits() -> None:
     assert result.returncode == 0, result.stdout.rpartition("|\n")[2]
 
 
-CASE = Case("fft", SM90, "fft", "kernel", {}, {}, 8, 1, ("HGMMA",), shared_cycles=100)
-FINE = compile_gate.Cost(CASE, matrix={"HGMMA": 1}, shared_cycles=100)
+CASE = Case("fft", SM90, "fft", "kernel", {}, {}, 8, 1, ("HGMMA",), shared_cycles=100, wide_loads=2)
+FINE = compile_gate.Cost(CASE, matrix={"HGMMA": 1}, shared_cycles=100, wide_loads=2)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,7 @@ FINE = compile_gate.Cost(CASE, matrix={"HGMMA": 1}, shared_cycles=100)
         ({"local": 1}, "1 local loads and stores in the loop"),
         ({"shared": 1 << 20}, "of shared memory, 227 KB are there"),
         ({"shared_cycles": 101}, "101 cycles of shared memory a token"),
+        ({"wide_loads": 1}, "1 loads of 128 bits in the loop, 2 wanted"),
         ({"matrix": {"HMMA": 3}}, "none of HGMMA"),
         ({"atomics": ("lanes go down",)}, "lanes go down"),
         ({"error": "no"}, "does not compile"),

@@ -131,7 +131,7 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "two dimensions": ({"activations": [A, A[0]]}, ValueError, "activations[1]: got shape (3, 4) on cpu; pass a t"),
     "width": ({"activations": [A, G]}, ValueError, "activations[1]: got shape (2, 3, 5) on cpu; pass a tensor of sh"),
     "tokens": ({"grad_outputs": [G, G[:, 1:]]}, ValueError, "grad_outputs[1]: got shape (2, 2, 5) on cpu; pass a te"),
-    "device": ({"grad_outputs": [G, G.to("meta")]}, ValueError, "grad_outputs[1]: got shape (2, 3, 5) on meta; pass"),
+    "device": ({"grad_outputs": [G, G.to("meta")]}, ValueError, "grad_outputs[1]: got a tensor on meta, activations["),
     "a step less": ({"steps": [0]}, ValueError, "steps: got 1 numbers for 2 pairs; pass one for each"),
     "steps as a tensor": ({"steps": torch.arange(2)}, TypeError, "steps: got Tensor; pass a list of integers"),
     "half a step": ({"steps": [0, 1.5]}, TypeError, "steps[1]: got float 1.5; pass an integer"),
