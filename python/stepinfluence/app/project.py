@@ -51,6 +51,7 @@ FORBIDDEN_OPTIONS = {
     "hashing": "sdi featurize --hashing",
     "seed": "sdi featurize --seed",
     "layout": "sdi featurize --layout",
+    "workspace": "sdi featurize --workspace",
     "preconditioner": "sdi featurize --metric",
 }
 

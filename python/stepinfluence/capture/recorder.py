@@ -32,7 +32,7 @@ class SketchRecorder(DenseSink):
     def __init__(self, sketching: Sketching, buffer: Tensor) -> None:
         super().__init__(buffer.dtype)
         self._sketching, self.buffer = sketching, buffer
-        self._waiting = WaitingUses(sketching.share)
+        self._waiting = WaitingUses(sketching.share, buffer)
         self._layers: dict[Piece, Layer | None] = {}
 
     def finish(self) -> None:

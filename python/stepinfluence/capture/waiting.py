@@ -77,19 +77,27 @@ class _Group:
         )
 
 
+def stream_of(tensor: Tensor) -> torch.cuda.Stream | None:
+    """The stream that kernels on a tensor are launched on now; None on a CPU."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
 class WaitingUses:
     """The uses of one backward pass that wait.
 
     Each weight has a share of memory. When the next use of a weight would not fit in it beside those that wait, these
     are sketched, in one call for each layer; a use of which not even two would fit does not wait. So what is in a call
-    follows from shapes and ``share`` alone, and all that waits is smaller than the shares together.
+    follows from shapes and ``share`` alone, and all that waits is smaller than the shares together. On a GPU a use on
+    another stream than the pass was begun on does not wait either.
 
     Args:
         share: bytes that the waiting uses of one weight may keep alive; memory that they have in common counts once.
+        buffer: that sketches are added to, where the pass is begun.
     """
 
-    def __init__(self, share: int) -> None:
+    def __init__(self, share: int, buffer: Tensor) -> None:
         self._share = share
+        self._stream = stream_of(buffer)
         self._of: dict[Target, _Waiting] = {}
 
     def add(self, layer: Layer, use: Use, first: int, activations: Tensor, grads: Tensor) -> None:
@@ -106,7 +114,7 @@ class WaitingUses:
         group.steps.append(use.step if layer.by_step else 0)
         group.rows.append(first)
         group.versions.append((use.name, activations._version, grads._version))
-        if 2 * sum(needed.values()) > self._share:
+        if 2 * sum(needed.values()) > self._share or stream_of(grads) != self._stream:
             waiting.sketch()
 
     def sketch(self) -> None:

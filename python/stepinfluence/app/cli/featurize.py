@@ -76,6 +76,13 @@ def run(
         str | None,
         typer.Option(help="concat: columns for each parameter; sum: all share M columns. \\[default: concat]"),
     ] = None,
+    workspace: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Memory for gradients that wait to be sketched together. \\[default: 8 MiB on a CPU, 1 GiB on a GPU]",
+        ),
+    ] = None,
     fold: Annotated[
         bool | None,
         typer.Option("--fold/--no-fold", help="Add all checkpoints into one set of columns. \\[default: no]"),

@@ -67,6 +67,8 @@ class RunConfig:
         sketch_size: buckets per parameter (paper: 2048).
         hashing, seed: of the sketches.
         layout: ``"concat"``: each parameter's sketch in columns of its own; ``"sum"``: all in the same ones.
+        workspace: bytes that uses of linear layers may keep alive while they wait to be sketched together. Features
+            depend on it in their last bits. None: :func:`stepinfluence.attach`'s for the device, recorded as a number.
         fold: add all checkpoints into one set of columns, under random signs.
         metric: the inner product that influence is taken under: ``"sgd"``, or an optimizer's second moments.
         curvature: what the scores that people see first are corrected with: ``"fisher"``, ``"block"`` or ``"none"``.
@@ -82,6 +84,7 @@ class RunConfig:
     hashing: HashFamily = "balanced"
     seed: int = 0
     layout: Layout = "concat"
+    workspace: int | None = None
     fold: bool = False
     metric: Kind = "sgd"
     curvature: Literal["fisher", "block", "none"] = "fisher"
@@ -95,6 +98,8 @@ class RunConfig:
         _positive("sketch_size", self.sketch_size)
         _one_of("hashing", self.hashing, get_args(HashFamily))
         _one_of("layout", self.layout, get_args(Layout))
+        if self.workspace is not None and self.workspace < 0:
+            raise ConfigError(f"workspace: got {self.workspace}; give a number of bytes, 0 to sketch every use at once")
         _one_of("metric", self.metric, get_args(Kind))
         _one_of("curvature", self.curvature, ("fisher", "block", "none"))
         _one_of("on_error", self.on_error, get_args(OnFailure))
@@ -212,7 +217,7 @@ TYPES: dict[str, tuple[Any, ...]] = {
     "eta": (float, int, type(None)),
     "splits": (Mapping,),
     **dict.fromkeys(("sketch_size", "seed", "batch_size"), (int,)),
-    **dict.fromkeys(("shard_rows", "threads"), (int, type(None))),
+    **dict.fromkeys(("shard_rows", "threads", "workspace"), (int, type(None))),
     "fold": (bool,),
     "per_step": (bool, type(None)),
     **dict.fromkeys(("hashing", "layout", "metric", "curvature", "device", "on_error", "dtype"), (str,)),
