@@ -148,6 +148,9 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
             note = _checkpoints_note(prepared.count, bool(prepared.paths))
             per_step = "per step" if prepared.config.splits[split].per_step else "summed over steps"
             columns = f"{prepared.capture.width:,} columns {per_step}"
+            body = ", ".join(prepared.capture.step_log.names.values())
+            parameters = len(prepared.capture.targets)
+            screen.print(f"[dim]loop body: {body} ({parameters} parameters)[/]", soft_wrap=True)
             screen.print(f"[dim]{split}: {rows:,} examples, {columns}, {note}, on {prepared.device}[/]", soft_wrap=True)
 
     reports = []

@@ -1,7 +1,7 @@
 """A run's whole score table on disk: ``influence.npy``, and ``influence.json`` that says what is in it.
 
-The description is the commit record of both: it is written last, with size and SHA-256 of the scores, and removed before
-they are replaced. Scores without a description, or with one that does not fit, do not count.
+The description is the commit record of both: it is written last, with size and SHA-256 of the scores, and removed
+before they are replaced. Scores without a description, or with one that does not fit, do not count.
 """
 
 from __future__ import annotations
