@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,3 +51,14 @@ def top_rows(totals: NDArray[Any], per_side: int) -> tuple[list[int], list[int]]
     helpful = [int(i) for i in order[:per_side] if totals[i] > 0]
     harmful = [int(i) for i in order[::-1][:per_side] if totals[i] < 0]
     return helpful, harmful
+
+
+def harmless(cell: Any) -> Any:
+    """Text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    return f"'{cell}" if isinstance(cell, str) and cell.lstrip()[:1] in tuple("=+-@＝＋－＠") else cell
+
+
+def one_type(values: Sequence[Any]) -> list[Any]:
+    """Ids as a column of a table can hold them: as they are if all are text or all integers, else all as text."""
+    same = len({type(value) for value in values}) <= 1 and (not values or isinstance(values[0], str | int))
+    return list(values) if same else [str(value) for value in values]

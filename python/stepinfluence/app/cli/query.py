@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from stepinfluence.app.cli._answers import show
 from stepinfluence.app.cli._common import console, damping_of, fail
 
 if TYPE_CHECKING:
@@ -126,6 +125,8 @@ def run(
         lines = [_json(one) | {"also": [_json(other) for other in rest]} for one, *rest in zip(*answers, strict=True)]
         typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))
         return
+    from stepinfluence.app.cli._answers import show
+
     for together in zip(*answers, strict=True):
         show(console(), together, harmful=harmful, step=step, exact=exact)
     if why:

@@ -324,11 +324,25 @@ def test_influence_full_and_leading(run: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(invoke("influence", run, "-k", "3", "--format", "csv").stdout)))
     order = (-expected.sum(2)).argsort(0)[:3].T
     assert [int(row["train_row"]) for row in rows] == order.flatten().tolist()
+    stores = [Store.open(run / split) for split in ("train", "query")]
+    for row in rows:
+        assert row["train_text"] == stores[0].row(int(row["train_row"])).text
+        assert row["query_text"] == stores[1].row(int(row["query_row"])).text
+    parquet = pytest.importorskip("pyarrow.parquet")
+    invoke("influence", run, "-k", "3", "--format", "parquet", "--out", tmp_path / "top.parquet")
+    table = parquet.read_table(tmp_path / "top.parquet").to_pylist()
+    assert [(r["query_row"], r["train_row"], r["train_text"]) for r in table] == [
+        (int(r["query_row"]), int(r["train_row"]), r["train_text"]) for r in rows
+    ]
+    np.testing.assert_allclose(table[0]["trajectory"], expected[table[0]["train_row"], 0], rtol=1e-4, atol=1e-5)
     entries = json.loads(invoke("influence", run, "-k", "1", "--per-step", "--harmful").stdout)
     assert [e["step"] for e in entries] == [1, 2, 3, 4] * 8
     assert [e["hits"][0]["row"] for e in entries] == expected.argmin(0).flatten().tolist()
+    assert entries[0]["hits"][0]["text"] == stores[0].row(entries[0]["hits"][0]["row"]).text
+    assert entries[0]["query"]["text"] == stores[1].row(0).text
     assert "go with --top-k" in refused("influence", run, "--harmful")
-    assert "use json or csv" in refused("influence", run, "-k", "2", "--format", "xml")
+    assert "use json, csv or parquet" in refused("influence", run, "-k", "2", "--format", "xml")
+    assert "into a file" in refused("influence", run, "-k", "2", "--format", "parquet")
 
 
 def test_store_commands(run: Path, tmp_path: Path) -> None:

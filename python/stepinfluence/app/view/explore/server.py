@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepinfluence.app.view.explore.answers import Explorer
 from stepinfluence.app.view.explore.page import render_page
+from stepinfluence.display.words import harmless
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -143,13 +144,8 @@ def as_csv(found: dict[str, Any]) -> str:
     for side, examples in found.items():
         for rank, e in enumerate(examples, 1):
             cells = [side, rank, e["row"], e["id"], e["score"], *e["sdi"], e["text"]]
-            writer.writerow([_harmless(c) for c in cells])
+            writer.writerow([harmless(c) for c in cells])
     return out.getvalue()
-
-
-def _harmless(cell: Any) -> Any:
-    """Text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") else cell
 
 
 def _int(request: Request, name: str, default: int | None = None) -> int:
