@@ -108,7 +108,12 @@ def run_splits(
         split: settle(settings, split, width=prepared.capture.width, rows=len(data[split]))
         for split, settings in config.splits.items()
     }
-    config = replace(config, splits=splits, checkpoints=tuple(str(path) for path in prepared.paths))
+    config = replace(
+        config,
+        splits=splits,
+        checkpoints=tuple(str(path) for path in prepared.paths),
+        workspace=prepared.capture.sketching.workspace,
+    )
     alone = worker is None or worker.world_size == 1
     begun = {} if earlier is None else earlier.splits
     if alone:
