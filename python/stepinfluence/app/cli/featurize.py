@@ -80,7 +80,7 @@ def run(
         int | None,
         typer.Option(
             metavar="BYTES",
-            help="Memory for gradients that wait to be sketched together. \\[default: 8 MiB on a CPU, 1 GiB on a GPU]",
+            help="Memory for gradients that wait to be sketched together. \\[default: 32 MiB on a CPU, 1 GiB on a GPU]",
         ),
     ] = None,
     fold: Annotated[
