@@ -22,6 +22,7 @@ from bench.provenance import RESULTS, ROOT
 COMMANDS: dict[str, list[str]] = {
     "capture": ["-m", "bench.capture", "--keep"],
     "sketch": ["-m", "bench.bench_sketch", "--keep"],
+    "host-overhead": ["-m", "bench.host_overhead", "--keep"],
     "scale": ["-m", "bench.scale", "--keep"],
     "sketch-sizes": ["-m", "bench.sketch_sizes", "--keep"],
     "store-layouts": ["-m", "bench.store_layouts", "--keep"],

@@ -4,7 +4,7 @@
     python -m bench.workspace --keep    # kept: docs/capture.md states its figures
 
 The Sudoku-like model of bench.capture at a batch of 8, features by step. For each number of loop steps: calls of linear
-layers' operators a batch, featurize time over plain forward and backward (processor time; medians of alternating rounds)
+layers' operators a batch, featurize time over a plain step (processor time, medians of alternating rounds)
 and what a call adds to the resident set of a fresh process at its peak, without and with activation checkpointing of
 every step (features summed over steps, whose buffer is small).
 """

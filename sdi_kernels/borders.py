@@ -101,7 +101,7 @@ def _tables(tables: Sequence[Tensor], sides: Sequence[tuple[str, int]], m: int, 
 
 
 def _shaped(name: str, value: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
-    fits = value.dim() == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
+    fits = value.dim() == len(shape) and all(b is None or a == b for a, b in zip(value.shape, shape, strict=True))
     if not fits or value.device != device:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(

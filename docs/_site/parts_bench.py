@@ -63,6 +63,21 @@ def _gflops(row: dict[str, Any], who: str) -> float:
     return float(2 * d_out * d_in * rows * tokens / row["ms"][who] / 1e6)
 
 
+def host_overhead() -> str:
+    """docs/kernels.md: host time of a batch."""
+    texts = []
+    for name, result in machines("host-overhead"):
+        texts.append(f"{result['weights']} weights × {result['steps']} steps. {source(name, False, result)}")
+        rows = [
+            [f"`{row['route']}`, {calls}", f"{row[key]['launches']}", f"{row[key]['batch_ms']:.1f}", f"{row[key]['use_us']:.0f}",
+             f"{row['ratio']:.1f}" if key == "grouped" else ""]
+            for row in result["rows"]
+            for key, calls in (("per use", "one call a use"), ("grouped", "one call a weight"))
+        ]  # fmt: skip
+        texts.append(table(["route, calls", "launches", "ms a batch", "µs a use", "times faster"], rows))
+    return "\n\n".join(texts)
+
+
 def scale() -> str:
     """docs/scale.md: the measured rates and the table."""
     from bench.scale import Rates, tables
@@ -171,6 +186,7 @@ def peers() -> str:
 
 PARTS: Parts = {
     "kernels": kernels,
+    "host-overhead": host_overhead,
     "scale": scale,
     "variance": variance,
     "search": search,

@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -114,11 +115,12 @@ def work(
         return Work(out, activations, grad_outputs, out, 1, count, 1, tokens, tokens, strides, constants)
     assert steps is not None
     assert rows is not None
-    return _many(out, [_dense(a) for a in activations], [_dense(g) for g in grad_outputs], steps, rows)
+    return _many(out, _dense(activations), _dense(grad_outputs), steps, rows)
 
 
-def _dense(values: Tensor) -> Tensor:
-    return values if values.stride(2) == 1 or values.shape[2] == 1 else values.contiguous()
+def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """With dense features: those that are not are copied."""
+    return [x if x.stride()[2] == 1 or x.shape[2] == 1 else x.contiguous() for x in tensors]
 
 
 def _slots(activations: Sequence[Tensor], steps: Sequence[int], rows: Sequence[int]) -> list[tuple[int, int, int, Any]]:
@@ -157,20 +159,26 @@ def _many(
     numbers: list[int] = []
     pairs: list[int] = []
     most, longest, ends = 0, 0, 0
+    strides: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    stride_ar = stride_at = stride_gr = stride_gt = 0
     for step, first, last, inside in slots:
         at = SLOT.value * len(slots) + len(pairs)
         numbers += (at, len(inside), last - first, first * stride_or + step * stride_os)
         before = 0
         for k in inside:
             a, g = activations[k], grad_outputs[k]
-            stride_ar, stride_at, _ = a.stride()
-            stride_gr, stride_gt, _ = g.stride()
             p_a, p_g, length = a.data_ptr(), g.data_ptr(), a.shape[1]
+            stride_a, stride_g = a.stride(), g.stride()
+            if (stride_a, stride_g) != strides:
+                strides = stride_a, stride_g
+                stride_ar, stride_at, _ = stride_a
+                stride_gr, stride_gt, _ = stride_g
+                ends |= (stride_ar | stride_at) * size_a | (stride_gr | stride_gt) * size_g
             if skipped := first - rows[k]:
                 p_a += skipped * stride_ar * size_a
                 p_g += skipped * stride_gr * size_g
             pairs += (p_a, p_g, length, before, stride_ar, stride_at, stride_gr, stride_gt)
-            ends |= p_a | p_g | (stride_ar | stride_at) * size_a | (stride_gr | stride_gt) * size_g
+            ends |= p_a | p_g
             before += length
             if length > longest:
                 longest = length
@@ -193,8 +201,8 @@ def _many(
 
 def _sent(numbers: list[int], device: torch.device) -> Tensor:
     if device.type != "cuda":  # interpreted
-        return torch.tensor(numbers, dtype=torch.int64)
-    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+        return torch.from_numpy(np.array(numbers, dtype=np.int64))
+    host = torch.from_numpy(np.array(numbers, dtype=np.int64)).pin_memory()
     if torch.cuda.is_current_stream_capturing():
         _captured.append(host)
     return host.to(device, non_blocking=True)

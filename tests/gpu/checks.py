@@ -164,6 +164,34 @@ def check_shear(shape: Shape, dtype: torch.dtype) -> None:
     assert found <= tolerance("direct", dtype), f"{label(shape, dtype, 'shear')}: error {found:.2e}"
 
 
+def check_steps(shape: Shape, dtype: torch.dtype, route: str) -> None:
+    """Lists of pairs with rows and tokens of their own, added to slots where some meet; and a captured graph of it."""
+    sketch = TensorSketch(shape.d_out, shape.d_in, shape.m, hashing=shape.hashing, name="w")
+    a, g = inputs(shape, dtype)
+    acts = [a, a[:1, 1:], a.flip(0), a.transpose(0, 1).contiguous().transpose(0, 1), a]
+    grads = [g, g[:1, 1:], g.flip(0), g, g]
+    steps, rows = [0, 0, 2, 0, 1], [0, shape.rows, 1, 1, 0]
+    want = torch.zeros(shape.rows + 1, 4, shape.m, dtype=torch.float64, device="cuda")
+    for x, y, step, row in zip(acts, grads, steps, rows, strict=True):
+        want[row : row + len(x), step] += expected_linear(x, y, sketch)
+    got = torch.zeros_like(want, dtype=torch.float32)
+
+    def add() -> None:
+        sk.sketch_linear_grads(acts, grads, sketch, route=route, steps=steps, rows=rows, out=got)  # type: ignore[arg-type]
+
+    add()
+    found = error(got, want)
+    assert found <= tolerance(route, dtype), f"{label(shape, dtype, route, 'list')}: error {found:.2e}"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        add()
+    for _ in range(2):
+        got.zero_()
+        graph.replay()
+        found = error(got, want)
+        assert found <= tolerance(route, dtype), f"{label(shape, dtype, route, 'list, replayed')}: error {found:.2e}"
+
+
 def check_pairwise(shape: Shape, dtype: torch.dtype) -> None:
     (a, g), queries = inputs(shape, dtype), max(1, shape.tokens // 2)
     qa, qg = a.flip(1)[:, :queries], g.flip(1)[:, :queries]
@@ -265,6 +293,8 @@ def all_checks(small: bool, few: bool = False) -> Iterator[tuple[str, Callable[[
         for dtype in dtypes:
             yield label(shape, dtype, "integers"), lambda s=shape, d=dtype: check_integers(s, d)
             yield label(shape, dtype, "shear"), lambda s=shape, d=dtype: check_shear(s, d)
+            for route in ROUTES:
+                yield label(shape, dtype, route, "list"), lambda s=shape, d=dtype, r=route: check_steps(s, d, r)
             yield label(shape, dtype, "pairwise"), lambda s=shape, d=dtype: check_pairwise(s, d)
     if few:
         return

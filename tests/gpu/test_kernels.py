@@ -57,6 +57,13 @@ def test_shear(shape: object, dtype: torch.dtype) -> None:
 
 
 @dtypes
+@routes
+@pytest.mark.parametrize("shape", [*checks.SMALL, checks.FULL[1]], ids=str)
+def test_lists_of_steps(shape: object, dtype: torch.dtype, route: str) -> None:
+    checks.check_steps(shape, dtype, route)
+
+
+@dtypes
 @pytest.mark.parametrize("shape", [*checks.SMALL, checks.FULL[1]], ids=str)
 def test_pairwise(shape: object, dtype: torch.dtype) -> None:
     checks.check_pairwise(shape, dtype)

@@ -186,3 +186,31 @@ def test_the_operator_that_returns_refuses() -> None:
     for size, acts in (([2], [A]), ([2, 1], [])):
         with pytest.raises(ValueError, match="size: got"):
             ops.linear_steps_sketch(acts, [G], SKETCH.tables(), M, "direct", [0], [0], size)
+
+
+def test_autograd_sees_that_out_was_written_to() -> None:
+    out = torch.zeros(2, 3, M)
+    version, weight = out._version, torch.ones(2, 2, M, requires_grad=True)
+    product = weight * out[:, 1:]
+    with torch.inference_mode():
+        sk.sketch_linear_grads([A], [G], SKETCH, out=torch.zeros(2, 1, M))
+    sk.sketch_linear_grads([A.requires_grad_(), A], [G, G], SKETCH, out=out[:, 1:])
+    A.requires_grad_(False)
+    assert out._version == version + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@pytest.mark.numeric
+def test_compiles_for_any_batch_size() -> None:
+    torch._dynamo.reset()
+    f = torch.compile(lambda a, g: sk.sketch_linear_grads(a, g, SKETCH), dynamic=True, fullgraph=True, backend="eager")
+    for rows, tokens in ((2, 3), (7, 5)):
+        made = Uses(
+            [torch.randn(rows, tokens, D_IN) for _ in range(2)],
+            [torch.randn(rows, tokens, D_OUT) for _ in range(2)],
+            [0, 1],
+            [0, 0],
+            (rows, 2),
+        )
+        made.expected(SKETCH).check(f(made.activations, made.grad_outputs))
