@@ -12,9 +12,11 @@ Columns:
   accuracy  lowest of the lengths that were asked about: those of the queries, the probe's among them
   solved    that, and the mean over the lengths of training, reach 99 %
   share     the largest of a checkpoint in the plain sum over checkpoints, of the probe 0101...
-  period    of the probe's influence, regardless of sign, in the view that is shown first; p of a permutation test; said
-            to be found where p <= 0.01
-  signed    the same of the signed sum, which is the paper's profile
+  example   the largest of a training example in the view that is shown first, of the same probe
+  period    of the probe's influence, summed over examples (the paper's profile, appendix D.2), in the view shown
+            first; p of a permutation test; said to be found where p <= 0.01
+  energy    the same regardless of sign
+  SDI       the same as period, of the paper's scores, without curvature
   margin    the same of the logit margin
 
 What is kept: bench/results/demo-seeds-<CPU>.json with the cells, how many of them are solved and show period 4, and the
@@ -97,10 +99,9 @@ def cell_of(found: Mapping[str, Any]) -> Cell:
         "accuracy": known,
         "probe_bits": len(probe["text"]) - 1,
         "largest_share": max(probe["checkpoint_shares"]),
+        "largest_example": probe["largest_example"],
         "dominated_by": probe["dominated_by"],
-        "period": probe["period"],
-        "signed_period": probe["signed_period"],
-        "margin_period": probe["margin_period"],
+        "periods": probe["periods"],
         "sdi_error": found["sdi_error"],
         "seconds": round(sum(s["seconds"] for s in found["stages"]), 1),
         "cpu_seconds": round(sum(s["cpu_seconds"] for s in found["stages"]), 1),
@@ -137,9 +138,9 @@ def settings(seed: int) -> dict[str, Any]:
     return content
 
 
-def shows_period(cell: Cell, which: str = "period") -> bool:
-    """Whether the test found the paper's period in the view that is shown first."""
-    found = Period(**cell[which])
+def shows_period(cell: Cell, which: str = "profile") -> bool:
+    """Whether the test found the paper's period in a curve of the probe."""
+    found = Period(**cell["periods"][which])
     return found.found and found.lag == WANTED_PERIOD
 
 
@@ -150,7 +151,9 @@ def summary(cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
             "runs": len(mine),
             "solved": sum(c["solved"] for c in mine),
             "period_of_4": sum(map(shows_period, mine)),
-            "signed_period_of_4": sum(shows_period(c, "signed_period") for c in mine),
+            "energy_period_of_4": sum(shows_period(c, "energy") for c in mine),
+            "plain_period_of_4": sum(shows_period(c, "plain_profile") for c in mine),
+            "plain_energy_period_of_4": sum(shows_period(c, "plain_energy") for c in mine),
             "both": sum(c["solved"] and shows_period(c) for c in mine),
         }
         for capability in dict.fromkeys(c["capability"] for c in cells)
@@ -158,12 +161,14 @@ def summary(cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
     }
 
 
-HEADER = ("seed", "capability", "probe", "accuracy", "solved", "share", "period", "p", "signed", "p", "margin", "p")
+PERIODS = {"period": "profile", "energy": "energy", "SDI": "plain_profile", "margin": "margin"}
+HEADER = ["seed", "capability", "probe", "accuracy", "solved", "share", "example"]
+HEADER += [text for name in PERIODS for text in (name, "p")]
 
 
 def row(cell: Cell) -> list[str]:
     """A line of the table."""
-    periods = [Period(**cell[name]) for name in ("period", "signed_period", "margin_period")]
+    periods = [Period(**cell["periods"][name]) for name in PERIODS.values()]
     return [
         str(cell["seed"]),
         cell["capability"],
@@ -171,21 +176,23 @@ def row(cell: Cell) -> list[str]:
         f"{100 * min(cell['asked'].values()):.1f} %",
         "yes" if cell["solved"] else "NO",
         f"{cell['largest_share']:.2f}",
+        f"{cell['largest_example']:.2f}",
         *(text for p in periods for text in (str(p.lag) if p.found else "none", f"{p.p_value:.3f}")),
     ]
 
 
 def table(cells: Sequence[Cell]) -> str:
     """For a terminal, or as Markdown."""
-    rows = [list(HEADER), *map(row, cells)]
+    rows = [HEADER, *map(row, cells)]
     widths = [max(len(r[k]) for r in rows) for k in range(len(HEADER))]
     lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(r, widths, strict=True)) + " |" for r in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     for capability, counts in summary(cells).items():
         lines.append(
             f"{capability}: {counts['solved']} of {counts['runs']} solved, {counts['period_of_4']} of {counts['runs']} "
-            f"show period {WANTED_PERIOD} in the default view ({counts['signed_period_of_4']} in its signed sum), "
-            f"{counts['both']} both"
+            f"show period {WANTED_PERIOD} in the default view (regardless of sign "
+            f"{counts['energy_period_of_4']}; without curvature {counts['plain_period_of_4']} and "
+            f"{counts['plain_energy_period_of_4']}), {counts['both']} both"
         )
     return "\n".join(lines)
 

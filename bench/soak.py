@@ -25,7 +25,7 @@ import torch
 from stepinfluence import attach
 from stepinfluence.evaluation.builtin import make_problem
 from stepinfluence.search import top_k
-from stepinfluence.store import Manifest, RowInfo, Store, StoredCheckpoint, StoreWriter
+from stepinfluence.store import Manifest, RowInfo, Store, StoreWriter, checkpoint_of
 from torch import nn
 
 from bench.provenance import Provenance, write
@@ -66,7 +66,7 @@ def one_round(model: nn.Module, folder: Path) -> None:
     problem = PROBLEM
     capture = attach(model, body=model.core, sketch_size=512)
     query = capture.featurize(problem.batches("query"), problem.loss, progress=False)
-    checkpoint = StoredCheckpoint("soak", 1.0, capture.space())
+    checkpoint = checkpoint_of(capture, "soak", 1.0)
     writer = StoreWriter.create(folder / "train", Manifest((checkpoint,), ROWS, 32))
     for shard in writer.pending(0):
         rows = writer.manifest.rows_of(shard)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from stepinfluence.app.view.report.pictures import ACCENT, FAINT, HARMFUL, HELPFUL, INK, SOFT
-from stepinfluence.app.view.report.pictures import STYLE as BASE
+from stepinfluence.display.style import ACCENT, FAINT, HARMFUL, HELPFUL, INK, SOFT
+from stepinfluence.display.style import STYLE as BASE
 
 __all__ = ["ACCENT", "FAINT", "HARMFUL", "HELPFUL", "INK", "SERIES", "SOFT", "figure", "styled"]
 

@@ -110,7 +110,8 @@ def demo_seeds() -> str:
             texts.append(
                 f"The same with {found['runs']} seeds ({capability}): {found['solved']} of {found['runs']} runs answer at least 99 % at "
                 f"every length they are asked about; {found['period_of_4']} show the period of 4 in this view, "
-                f"{found['signed_period_of_4']} in its signed sum (bars); a run took {seconds[0]:.0f} to {seconds[-1]:.0f} s of processor time"
+                f"{found['energy_period_of_4']} regardless of sign (line), and {found['plain_period_of_4']} in the paper's scores, without "
+                f"curvature; a run took {seconds[0]:.0f} to {seconds[-1]:.0f} s of processor time"
             )
         texts[-1] += f" ({source(name, True, result).rstrip('.')})."
     return "\n\n".join(texts)

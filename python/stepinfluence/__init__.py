@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from stepinfluence.attribution.checkpoints import Checkpoint, load_checkpoint
     from stepinfluence.attribution.curvature import BlockFisher, Fisher
     from stepinfluence.attribution.features import Features, FeatureSpace
-    from stepinfluence.attribution.scoring import Influence, influence, influence_over_checkpoints, self_influence
+    from stepinfluence.attribution.result import Influence
+    from stepinfluence.attribution.scoring import influence, influence_over_checkpoints, self_influence
     from stepinfluence.capture import Capture, ExactCapture, attach
     from stepinfluence.errors import (
         BodyError,
@@ -57,7 +58,8 @@ _HOMES = {
     ),
     "stepinfluence.attribution.features": ("FeatureSpace", "Features"),
     "stepinfluence.app.project": ("Project",),
-    "stepinfluence.attribution.scoring": ("Influence", "influence", "influence_over_checkpoints", "self_influence"),
+    "stepinfluence.attribution.result": ("Influence",),
+    "stepinfluence.attribution.scoring": ("influence", "influence_over_checkpoints", "self_influence"),
 }
 _MODULES = {"curvature": "stepinfluence.attribution.curvature"}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, and JSON that knows when it was changed.
 
-A file is written aside under a name of its own, fsynced and renamed; its folder is fsynced after it. A reader
-therefore sees no half-written file, whenever a writer is killed or the disk fills up.
+A file is written aside under a name that tells its writer, fsynced and renamed; its folder is fsynced after it. So a
+reader sees no half-written file, whenever a writer is killed or the disk fills up.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from stepinfluence.errors import StoreError
-
-ASIDE = ".aside-"
-"""Start of the names of files that are still being written, or were when their writer was killed."""
+from stepinfluence.writers import aside
 
 SEAL = "sha256"
 """The field of a JSON file that holds the checksum of the others."""
@@ -44,12 +41,12 @@ def write_atomically(path: Path, fill: Callable[[Path], object]) -> None:
     Raises:
         StoreError: the file could not be written (disk full, no permission); ``path`` is then as it was.
     """
-    aside = path.with_name(f"{ASIDE}{secrets.token_hex(8)}-{path.name}")
+    made = aside(path)
     try:
-        fill(aside)
-        with aside.open("rb") as file:
+        fill(made)
+        with made.open("rb") as file:
             os.fsync(file.fileno())
-        aside.replace(path)
+        made.replace(path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise StoreError(
@@ -57,12 +54,12 @@ def write_atomically(path: Path, fill: Callable[[Path], object]) -> None:
         ) from (error)
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+            made.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """:func:`write_atomically` of bytes."""
-    write_atomically(path, lambda aside: aside.write_bytes(content))
+    write_atomically(path, lambda made: made.write_bytes(content))
 
 
 def make_folder(path: Path) -> None:

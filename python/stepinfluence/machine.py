@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -60,6 +61,33 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine() or "unknown"
+
+
+LIMITS = (
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "SDI_KERNELS_CPU",
+    "OMP_NUM_THREADS", "SDI_TEST_THREADS",
+)  # fmt: skip
+"""Variables that change which instructions or how many threads are used; named where they are set."""
+
+
+@functools.cache
+def arithmetic() -> str:
+    """What the last bits of a result depend on, apart from the number of threads: CPU, instructions, versions."""
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ and "THREADS" not in name]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ", ".join(
+        [cpu_model(), capability, f"torch {torch.__version__}", f"sdi-kernels {sdi_kernels.__version__}", *limits]
+    )
+
+
+def cpu_flags() -> str:
+    """The CPU's vector instructions, as Linux names them; ``n/a`` elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("flags"):
+                wanted = ("sse", "ssse", "avx", "fma", "amx", "f16c")
+                return " ".join(sorted(f for f in line.partition(":")[2].split() if f.startswith(wanted)))
+    return "n/a"
 
 
 def _usable_cores() -> int:

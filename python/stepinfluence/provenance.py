@@ -11,14 +11,9 @@ from typing import Any
 
 import torch
 
-from stepinfluence.machine import machine_facts, versions
+from stepinfluence.machine import LIMITS, cpu_flags, machine_facts, versions
 
 SOURCES = Path(__file__).resolve().parent
-LIMITS = (
-    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "SDI_KERNELS_CPU",
-    "OMP_NUM_THREADS", "SDI_TEST_THREADS",
-)  # fmt: skip
-"""Variables that change which instructions or how many threads are used; named where they are set."""
 
 
 class Provenance:
@@ -58,16 +53,6 @@ def load_average() -> float | str:
     """Processes that wanted the CPU in the last minute; ``n/a`` where the system does not tell."""
     with contextlib.suppress(AttributeError, OSError):
         return round(os.getloadavg()[0], 2)
-    return "n/a"
-
-
-def cpu_flags() -> str:
-    """The CPU's vector instructions, as Linux names them; ``n/a`` elsewhere."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("flags"):
-                wanted = ("sse", "ssse", "avx", "fma", "amx", "f16c")
-                return " ".join(sorted(f for f in line.partition(":")[2].split() if f.startswith(wanted)))
     return "n/a"
 
 

@@ -14,7 +14,7 @@ from stepinfluence.models.gpt import LoopedGPT, gpt_loss, sample_loop_counts
 from torch import Tensor, nn
 
 from reproduce.nanochat.config import Config, StageConfig, Variant
-from reproduce.nanochat.corpus import Batch, Corpus, batches
+from reproduce.nanochat.corpus import Batch, Corpus
 
 WARMDOWN = 0.2
 """Share of the updates in which the learning rates fall linearly to zero, as in nanochat."""
@@ -128,17 +128,6 @@ def at_depth(steps: int) -> Callable[[nn.Module, Batch], Tensor]:
         return gpt_loss(partial(model, steps=steps), batch)
 
     return loss_fn
-
-
-@torch.no_grad()
-def loss_by_depth(model: LoopedGPT, rows: Batch, depths: list[int], config: Config) -> list[float]:
-    """Mean loss of the rows at each loop count, in nats per token."""
-    parts = batches(rows, config.batch, config.device)
-    found = []
-    for steps in depths:
-        losses = torch.cat([at_depth(steps)(model, part) for part in parts])
-        found.append(float(losses.mean()))
-    return found
 
 
 def _save(path: Path, model: LoopedGPT, body_optimizer: torch.optim.Optimizer, update: int) -> None:

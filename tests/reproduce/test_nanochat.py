@@ -18,7 +18,7 @@ from reproduce.nanochat import training
 from reproduce.nanochat.analyse import body_parameters, parameters
 from reproduce.nanochat.config import CONFIGS, Config, StageConfig, Variant
 from reproduce.nanochat.corpus import load
-from reproduce.nanochat.dynamics import dynamics
+from reproduce.nanochat.measure import dynamics
 from reproduce.nanochat.run import run
 from reproduce.nanochat.statistics import (
     cancellation,

@@ -37,6 +37,8 @@ class FeatureSpace:
         blocks: one per body parameter, in the model's order.
         tables: digest of all hash tables (empty for exact features).
         weights: digest of the body's weights: which checkpoint the features were computed at.
+        model_weights: digest of all that the model's state dict holds (:func:`stepinfluence.store.model_digest`);
+            empty where it is not known, as for features in memory.
         metric: digest of the optimizer's metric that the gradients were multiplied by; empty for the plain gradient.
         curvature: digest of the inverse curvature that a query's features were multiplied by; else empty. Only queries
             have one (:mod:`stepinfluence.attribution.curvature`), and they are compared with plain train features.
@@ -48,6 +50,7 @@ class FeatureSpace:
     weights: str
     metric: str = ""
     curvature: str = ""
+    model_weights: str = ""
 
     @property
     def width(self) -> int:
@@ -116,6 +119,11 @@ class FeatureSpace:
             raise FeatureMismatchError(
                 "query: features computed at other weights than train's; featurize both at the same checkpoint"
             )
+        if self.model_weights and other.model_weights and self.model_weights != other.model_weights:
+            raise FeatureMismatchError(
+                "query: features computed with other weights outside of the body than train's (embeddings, heads or "
+                "buffers); featurize both at the same checkpoint"
+            )
         if self.metric != other.metric:
             raise FeatureMismatchError(
                 "query: features under another metric than train's; featurize both with one preconditioner, and with "
@@ -128,14 +136,27 @@ class FeatureSpace:
             )
 
 
+DIGEST_ENTRIES = 1 << 16
+"""Entries of a tensor that are widened to 64 bits at a time for a digest: as many as stay in a CPU's cache. Other
+devices take 256 times as many, to be asked less often."""
+
+
 def weights_digest(parameters: Sequence[Tensor]) -> str:
     """Digest of tensors' exact bits: the same on every device (integer arithmetic modulo 2**64 only)."""
     digest = hashlib.blake2b(digest_size=16)
     for parameter in parameters:
-        data = parameter.detach().reshape(-1)
-        bits = data.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]).long()
-        place = torch.arange(1, 2 * len(bits), 2, device=bits.device)
-        mixed = torch.stack([bits.sum(), (bits * place).sum(), (bits * place * place).sum()])
+        data = parameter.detach()
+        if data.layout != torch.strided:
+            data = data.to_dense()
+        data = (torch.view_as_real(data.resolve_conj()) if data.is_complex() else data).reshape(-1)
+        data = data.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
+        mixed = torch.zeros(3, dtype=torch.int64, device=data.device)
+        size = DIGEST_ENTRIES if data.device.type == "cpu" else DIGEST_ENTRIES << 8
+        for start in range(0, len(data), size):
+            bits = data[start : start + size].long()
+            place = torch.arange(2 * start + 1, 2 * (start + len(bits)), 2, device=bits.device)
+            weighted = bits * place
+            mixed += torch.stack([bits.sum(), weighted.sum(), (weighted * place).sum()])
         digest.update(repr((tuple(parameter.shape), mixed.tolist())).encode())
     return digest.hexdigest()
 
@@ -156,6 +177,7 @@ class Features:
         step_labels: name of each step (the body module that was entered), of the batch with the most steps.
         content: where no ids were given, a number per example made from what its batch held: features of several
             checkpoints are of the same examples only if these are equal. Empty otherwise.
+        stored_as: dtype of the store that the values were read from, which has rounded them; empty from a capture.
     """
 
     values: Tensor
@@ -166,6 +188,7 @@ class Features:
     space: FeatureSpace
     step_labels: tuple[str, ...] = ()
     content: tuple[int, ...] = ()
+    stored_as: str = ""
 
     @property
     def per_step(self) -> bool:

@@ -6,10 +6,10 @@ query (a proponent), negative = raises it. Step axes are 0-based in tensors, 1-b
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,64 +19,11 @@ from stepinfluence.attribution.checkpoints import Etas, PathLike, Reader
 from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected, one_each
 from stepinfluence.attribution.curvature.damping import Damping
 from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.result import Decompose, Influence
 from stepinfluence.attribution.visiting import Featurizer, Metric, visit_checkpoints
 from stepinfluence.loaders import IdsOf, LossFn, is_one_shot
 
-Decompose: TypeAlias = Literal["query", "train", "both"]
 FeatureList: TypeAlias = Features | Sequence[Features]
-
-
-@dataclass(frozen=True)
-class Influence:
-    """Influence of N training examples on Q queries, summed over checkpoints.
-
-    Attributes:
-        sdi: ``(N, Q, steps)``: by query step (eq. 7) or by training step (eq. 8), as ``decompose`` says;
-            ``(N, Q, train steps, query steps)`` for ``decompose="both"`` (eq. 9).
-        decompose: which side's loop steps the trailing axes are.
-        train_ids, query_ids: ids of the rows and columns.
-        etas: learning-rate weight of each checkpoint.
-        energies: ``(K, Q)``: absolute influence by checkpoint, summed over examples and steps; None where several
-            checkpoints were added up by one call of :func:`influence`.
-    """
-
-    sdi: Tensor
-    decompose: Decompose
-    train_ids: tuple[Hashable, ...]
-    query_ids: tuple[Hashable, ...]
-    etas: tuple[float, ...]
-    energies: Tensor | None = None
-
-    @property
-    def shares(self) -> Tensor | None:
-        """Each checkpoint's share ``(K, Q)`` of a query's absolute influence: one near 1 owns the sum."""
-        if self.energies is None:
-            return None
-        total = self.energies.sum(0)
-        return self.energies / torch.where(total > 0, total, torch.ones_like(total))
-
-    @property
-    def tracin(self) -> Tensor:
-        """TracIn ``(N, Q)``: the sum over steps (eq. 6)."""
-        return self.sdi.flatten(2).sum(2)
-
-    def top(self, query: int, k: int = 10, *, step: int | None = None, largest: bool = True) -> list[int]:
-        """Training rows with the largest (helpful) or smallest (harmful) influence on query ``query``.
-
-        Args:
-            query: column.
-            k: how many.
-            step: rank by the influence at this 0-based step instead of the sum over steps.
-            largest: False for the most harmful.
-        """
-        scores = self.tracin[:, query] if step is None else self.sdi[:, query, step]
-        return [int(i) for i in scores.topk(min(k, len(scores)), largest=largest).indices]
-
-    def energy(self) -> Tensor:
-        """SDI energy ``(Q, steps)``: sum over training examples of the absolute step influence (paper, D.3)."""
-        if self.decompose == "both":
-            raise ValueError("energy: defined for one step axis; compute influence with decompose='query' or 'train'")
-        return self.sdi.abs().sum(0)
 
 
 def _as_list(features: FeatureList) -> list[Features]:

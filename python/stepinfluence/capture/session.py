@@ -206,6 +206,7 @@ class LoaderCapture(ABC):
             isolated(self.model, training=self.training),
             _progress_bar(loader, total, description, shown=progress) as bar,
         ):
+            index = -1
             for index, whatever in enumerate(bar, first_batch):
                 batch = usable(whatever)
                 given = ids(batch) if ids is not None else None
@@ -223,6 +224,10 @@ class LoaderCapture(ABC):
                     builder.discard()
                     continue
                 bar.set_postfix(examples=builder.count, loss=f"{float(losses.mean()):.3g}", refresh=False)
+        if index < 0:
+            raise ValueError(
+                "loader: gave no batch; pass a loader with examples (one that gives its batches once is empty now)"
+            )
         if weights_digest(list(self._body_parameters().values())) != space.weights:
             raise BodyError(
                 "body: its weights are others than before (the forward pass or the loss changes them, through .data or "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, prepare
 from stepinfluence.capture import session
+from stepinfluence.capture.discovery import PendingCapture
 from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.passes import TappedModel, Told
 from stepinfluence.capture.sketched_run import SketchedRun
@@ -238,10 +239,18 @@ class Capture(session.LoaderCapture):
         return self._last
 
 
+@overload
+def attach(model: nn.Module, *, body: Body, **options: Any) -> Capture: ...
+
+
+@overload
+def attach(model: nn.Module, **options: Any) -> PendingCapture[Capture]: ...
+
+
 def attach(
     model: nn.Module,
     *,
-    body: Body,
+    body: Body | None = None,
     sketch_size: int | Mapping[str, int] = 2048,
     hashing: HashFamily = "balanced",
     seed: int = 0,
@@ -254,13 +263,15 @@ def attach(
     preconditioner: Preconditioner | None = None,
     layout: Layout = "concat",
     workspace: int | None = None,
-) -> Capture:
+) -> Capture | PendingCapture[Capture]:
     """Make a capture for the loop body of a model.
 
     Args:
         model: any PyTorch module; DDP and ``torch.compile`` wrappers are looked through.
         body: the module(s) that the loop applies at every step, or their names. Their trainable parameters are what
-            influence is measured on; a step is one entry into a body module, however often a layer is used in it.
+            influence is measured on; a step is one entry into a body module, however often a layer is used in it. If
+            not given, the first batch that is featurized shows it: the outermost modules that its forward pass enters
+            several times (:class:`~stepinfluence.capture.discovery.PendingCapture`).
         sketch_size: m, buckets per parameter (paper: 2048), or a mapping from parameter name to m, as
             :func:`~stepinfluence.allocate_sizes` makes them. A number is the most that a vector gets under balanced
             hashing: a shorter one is kept without loss in as many columns as it has entries.
@@ -293,21 +304,25 @@ def attach(
     if outside not in ("error", "ignore"):
         raise ValueError(f"outside: got {outside!r}; use 'error' or 'ignore'")
     model = unwrap(model)
-    modules = find_body(model, body)
-    parameters = body_parameters(model, modules)
-    single_device(parameters)
-    targets = make_targets(parameters, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout)
-    capture = Capture(
-        model,
-        targets,
-        StepTracker(model, modules, loop),
-        Sketching(targets, route, layout, workspace),
-        hashing=hashing,
-        seed=seed,
-        outside=outside,
-        batch_dim=batch_dim,
-        training=training,
-        verify=verify,
-    )
-    capture.precondition(preconditioner)
-    return capture
+
+    def of(body: Body) -> Capture:
+        modules = find_body(model, body)
+        parameters = body_parameters(model, modules)
+        single_device(parameters)
+        targets = make_targets(parameters, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout)
+        capture = Capture(
+            model,
+            targets,
+            StepTracker(model, modules, loop),
+            Sketching(targets, route, layout, workspace),
+            hashing=hashing,
+            seed=seed,
+            outside=outside,
+            batch_dim=batch_dim,
+            training=training,
+            verify=verify,
+        )
+        capture.precondition(preconditioner)
+        return capture
+
+    return PendingCapture(model, of, training=training) if body is None else of(body)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepinfluence.attribution.features import FeatureBuilder, FeatureSpace
 from stepinfluence.capture import session
+from stepinfluence.capture.discovery import warn_if_the_loop_is_elsewhere
 from stepinfluence.capture.passes import TappedModel, Told
 from stepinfluence.capture.recorder import SketchRecorder
 from stepinfluence.capture.sketching import Sketching
@@ -64,7 +65,7 @@ class SketchedRun:
             LossError, BodyError, UnsupportedUseError, LayoutError: as ``Capture.featurize`` does.
         """
         one = self.tapped.forward(batch, self.loss_fn, ids, index, reduced=self.reduced)
-        losses, labels, self.told = one.losses.detach(), one.labels, one.told
+        losses, labels, self.told, steps = one.losses.detach(), one.labels, one.told, one.steps
         size, first = len(losses), not self.usage.used
         self.usage.add(one.usage)
         if first and size > 1 and self.told == "followed" and self.verifying:
@@ -75,6 +76,8 @@ class SketchedRun:
         one.backward(SketchRecorder(self.sketching, buffer))
         del one  # and with it what the forward pass computed from parameters
         session.check_features(buffer, ids)
+        if first and steps == 1 and self.verifying:
+            self._look_for_a_loop(labels[0], batch, index)
         if size > 1 and self.wants_verification(index):
             again = Verification(self.tapped, self.sketching, batch, self.loss_fn, index, self.reduced)
             again.check(buffer, given, losses)
@@ -83,6 +86,12 @@ class SketchedRun:
         values = losses.to("cpu", torch.float32)
         builder.commit(given, values, labels, self._lengths(buffer) if buffer.dim() == 3 else None)
         return values
+
+    def _look_for_a_loop(self, body: str, batch: Any, index: int) -> None:
+        model = self.tapped.model
+        session.begin_pass(model, self.tapped.seed, index)  # it takes hooks off: before the ones that count entries
+        with session.watched(model):
+            warn_if_the_loop_is_elsewhere(model, body, lambda: self.loss_fn(model, batch))
 
     def wants_verification(self, index: int) -> bool:
         """Whether a batch is to be verified: one for each way in which owners became known, and then a batch now and

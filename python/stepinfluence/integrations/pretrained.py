@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models import auto
 
+from stepinfluence.capture.discovery import find_loop
 from stepinfluence.errors import BodyError, ProjectError
-from stepinfluence.integrations.looped import find_body
 
 TASKS = {
     "masked-lm": ("MaskedLM", auto.AutoModelForMaskedLM),
@@ -126,7 +126,7 @@ class Pretrained:
             return self._body if isinstance(self._body, str) else list(self._body)
         tokens = torch.zeros(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
         try:
-            found = find_body(model, lambda: model(**self._inputs({"input_ids": tokens})))
+            found = list(find_loop(model, lambda: model(**self._inputs({"input_ids": tokens}))))
         except BodyError as error:
             raise BodyError(f"{self.name}: {error}") from None
         return found[0] if len(found) == 1 else found

@@ -3,10 +3,11 @@
 from stepinfluence.search.energy import checkpoint_energy
 from stepinfluence.search.index import Index
 from stepinfluence.search.question import Question, ask
+from stepinfluence.search.recompute import Recompute
 from stepinfluence.search.rerank import rerank
 from stepinfluence.search.table import scores
 from stepinfluence.search.topk import TopK, top_k
-from stepinfluence.search.two_stage import Recompute, TwoStage, two_stage
+from stepinfluence.search.two_stage import TwoStage, two_stage
 from stepinfluence.search.unusual import Outlier, outliers
 
 __all__ = [

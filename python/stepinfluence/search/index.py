@@ -7,7 +7,7 @@ store with a digest of it, and refused when the store has changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepinfluence.errors import StoreError
-from stepinfluence.files import make_folder, read_sealed, sealed, write_atomically, write_bytes
+from stepinfluence.files import file_digest, make_folder, read_sealed, sealed, write_atomically, write_bytes
 from stepinfluence.search.question import Question
 from stepinfluence.search.sources import Rows, RowSource, as_source
+from stepinfluence.writers import unknown_files
 
-FORMAT = "sdi-index-1"
+FORMAT = "sdi-index-2"
 FILE, DESCRIPTION = "rows.faiss", "index.json"
 DESCRIPTION_LIMIT = 1 << 20
 BLOCK_BYTES = 32 << 20
@@ -58,6 +59,13 @@ def _decoded(source: RowSource, rows: npt.NDArray[np.int64] | None = None) -> It
 
 def _summed(values: Tensor) -> Tensor:
     return (values.sum(1) if values.dim() == 3 else values).to("cpu", torch.float32)
+
+
+def _is_whole(file: Path, expected: Mapping[str, Any]) -> bool:
+    """Whether a file has the size and the digest that it was written with."""
+    return (
+        file.is_file() and file.stat().st_size == expected.get("bytes") and file_digest(file) == expected.get("sha256")
+    )
 
 
 def default_factory(rows: int) -> str:
@@ -137,19 +145,26 @@ class Index:
 
     def _save(self, path: Path, factory: str) -> None:
         faiss = _faiss()
-        strange = [p.name for p in path.iterdir() if p.name not in (FILE, DESCRIPTION)] if path.is_dir() else []
+        strange = unknown_files(path, (FILE, DESCRIPTION))
         if strange:
             raise StoreError(f"{path}: holds other files ({strange[0]}); give a new folder for the index")
         make_folder(path)
         # The description goes first and comes last: an index without one does not count.
         (path / DESCRIPTION).unlink(missing_ok=True)
         write_atomically(path / FILE, lambda aside: faiss.write_index(self._index, str(aside)))
-        description = {"format": FORMAT, "factory": factory, "rows": len(self.source), "store": self.source.digest()}
+        description = {
+            "format": FORMAT,
+            "factory": factory,
+            "rows": len(self.source),
+            "store": self.source.digest(),
+            "file": {"bytes": (path / FILE).stat().st_size, "sha256": file_digest(path / FILE)},
+        }
         write_bytes(path / DESCRIPTION, sealed(description))
 
     @classmethod
     def open(cls, path: str | Path, train: Rows, *, probes: int = 32) -> Index:
-        """Open the index of these rows that was kept in a folder; inverted lists stay on disk, memory-mapped.
+        """Open the index of these rows that was kept in a folder. Its bytes are checked first; inverted lists stay on
+        disk, memory-mapped.
 
         Raises:
             ImportError: faiss is not installed.
@@ -164,6 +179,9 @@ class Index:
             raise StoreError(f"{path}: its format is {description.get('format')!r}, not {FORMAT!r}; build it again")
         if description.get("store") != source.digest():
             raise StoreError(f"{path}: built from other rows than these, or from this store before it changed; rebuild")
+        file = description.get("file")
+        if not isinstance(file, dict) or not _is_whole(path / FILE, file):
+            raise StoreError(f"{path / FILE}: damaged: missing, or its bytes do not fit {DESCRIPTION}; build it again")
         try:
             index = faiss.read_index(str(path / FILE), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
         except RuntimeError as error:
@@ -173,7 +191,11 @@ class Index:
         return cls(source, index, probes=probes)
 
     def candidates(self, question: Question, k: int) -> Tensor:
-        """Rows ``(C, k)`` int64 that probably come first in each ranking of a question; -1 where fewer were found."""
+        """Rows ``(C, k)`` int64 that probably come first in each ranking of a question; -1 where fewer were found.
+
+        Raises:
+            StoreError: the index gives a row that its source does not have.
+        """
         heads = []
         for space, head in zip(self.source.spaces, question.heads(), strict=True):
             full = head.new_zeros(len(head), space.width)
@@ -183,4 +205,6 @@ class Index:
         if hasattr(self._index, "nprobe"):
             self._index.nprobe = min(self.probes, self._index.nlist)
         _, rows = self._index.search((-vectors if question.harmful else vectors).contiguous().numpy(), k)
+        if rows.size and not (rows.min() >= -1 and rows.max() < len(self.source)):
+            raise StoreError(f"index: gives row {rows.max()} of {len(self.source)}; it is damaged: build it again")
         return torch.from_numpy(rows)

@@ -28,6 +28,7 @@ class Question:
 
     Attributes:
         train: the rows.
+        query: what the queries' features came from.
         vectors: by checkpoint ``(Q, S, columns)``: the query's features times the checkpoint's eta, zero in columns of
             other parameters. ``S`` is 1 for queries summed over steps.
         parameters: that influence is restricted to, as they were asked for.
@@ -43,6 +44,7 @@ class Question:
     """
 
     train: RowSource
+    query: RowSource
     vectors: tuple[Tensor, ...]
     parameters: Parameters
     columns: slice
@@ -185,6 +187,7 @@ def ask(
     vectors = [torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in vectors]
     return Question(
         train=source,
+        query=asked,
         vectors=tuple(vectors),
         parameters=parameters,
         columns=columns,

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from stepinfluence.attribution.alignment import require_repeatable
 from stepinfluence.attribution.features import Parameters
-from stepinfluence.attribution.scoring import Influence
+from stepinfluence.attribution.result import Influence
 from stepinfluence.capture import Capture
 from stepinfluence.capture.batches import fingerprints, length_of
 from stepinfluence.capture.pairs import BatchGradients, PairCapture, PairRoute

@@ -18,6 +18,7 @@ from stepinfluence.attribution.features import Features, FeatureSpace, weights_d
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.files import file_digest
 from stepinfluence.store import Store, bytes_per_row
+from stepinfluence.store.codecs import rounding_norm
 from stepinfluence.store.manifest import MANIFEST
 from stepinfluence.store.shards import record_path
 
@@ -49,6 +50,23 @@ class RawBlock:
         return RawBlock(self.first + start, self.codes[start:stop], scales)
 
 
+@dataclass(frozen=True)
+class Folded:
+    """What was folded into one checkpoint: its parts, and the seed of the signs."""
+
+    parts: tuple[FoldedPart, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class FoldedPart:
+    """One of the checkpoints that were folded into one: digests of its weights (see ``FeatureSpace``), and its eta."""
+
+    weights: str
+    model_weights: str
+    eta: float
+
+
 class RowSource(Protocol):
     """Rows of features at one or more checkpoints, read block by block or a few at a time."""
 
@@ -61,8 +79,8 @@ class RowSource(Protocol):
         """The weight of each checkpoint; None if the rows do not tell."""
 
     @property
-    def folded(self) -> tuple[tuple[str, float], ...] | None:
-        """Weights (their digest) and eta of the checkpoints that were folded into the only one; None for others."""
+    def folded(self) -> Folded | None:
+        """What was folded into the only checkpoint; None for others."""
 
     @property
     def per_step(self) -> bool: ...
@@ -96,8 +114,16 @@ class RowSource(Protocol):
     def take(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
         """Decoded values ``(len(rows), [steps,] D)`` of some rows."""
 
+    def stored_error(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
+        """``(len(rows),)``: what storing may have moved :meth:`take` by, in the norm, summed over steps."""
+
     def digest(self) -> str:
         """Of the content: equal for equal rows."""
+
+
+def _stored_error(values: Tensor, stored_as: str) -> Tensor:
+    errors = rounding_norm(values, stored_as) if stored_as else values.new_zeros(values.shape[:-1])
+    return (errors.sum(1) if errors.dim() == 2 else errors).cpu()
 
 
 class FeatureSource:
@@ -138,6 +164,9 @@ class FeatureSource:
     def take(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
         return self._features[checkpoint].values.detach()[list(rows)]
 
+    def stored_error(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
+        return _stored_error(self.take(checkpoint, rows), self._features[checkpoint].stored_as)
+
     def digest(self) -> str:
         return weights_digest([f.values for f in self._features])
 
@@ -163,9 +192,12 @@ class StoreSource:
         self.device = torch.device("cpu")
 
     @property
-    def folded(self) -> tuple[tuple[str, float], ...] | None:
+    def folded(self) -> Folded | None:
         fold = self._store.manifest.fold
-        return None if fold is None else tuple((c["weights"], float(c["eta"])) for c in fold["checkpoints"])
+        if fold is None:
+            return None
+        parts = (FoldedPart(c["weights"], c["model_weights"], float(c["eta"])) for c in fold["checkpoints"])
+        return Folded(tuple(parts), fold["seed"])
 
     def __len__(self) -> int:
         return len(self._store)
@@ -204,6 +236,9 @@ class StoreSource:
 
     def take(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
         return self._store.features(checkpoint, rows).values
+
+    def stored_error(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
+        return _stored_error(self.take(checkpoint, rows), self._store.manifest.dtype)
 
     def digest(self) -> str:
         # A commit record holds the checksums of its shard's files.

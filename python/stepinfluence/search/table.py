@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from stepinfluence.attribution.curvature import Choice, Damping
 from stepinfluence.attribution.features import Parameters
-from stepinfluence.attribution.scoring import Influence
+from stepinfluence.attribution.result import Influence
 from stepinfluence.files import write_atomically
 from stepinfluence.search.question import Question, Steps, ask
 from stepinfluence.search.scan import score_blocks

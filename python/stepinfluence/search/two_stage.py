@@ -3,66 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from stepinfluence.attribution.checkpoints import PathLike, Reader
-from stepinfluence.attribution.visiting import Metric, visit_checkpoints
-from stepinfluence.capture import Capture
-from stepinfluence.capture.pairs import PairRoute
+from stepinfluence.attribution.visiting import visit_checkpoints
 from stepinfluence.errors import FeatureMismatchError
-from stepinfluence.loaders import LossFn
 from stepinfluence.search.index import Index
 from stepinfluence.search.question import Question
 from stepinfluence.search.ranking import NO_ROW, Ranking
-from stepinfluence.search.rerank import QUERY_BYTES, exact_blocks
+from stepinfluence.search.recompute import Batches, Recompute, RowCheck
+from stepinfluence.search.rerank import exact_blocks
 from stepinfluence.search.topk import TopK, best_rows, trajectories
-
-
-class Dataset(Protocol):
-    """A map-style dataset: position ``r`` is row ``r`` of the features."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """What exact influence is recomputed from.
-
-    Attributes:
-        capture, loss_fn: as for :func:`rerank`.
-        train, query: the examples: position ``r`` is row ``r`` of the features of that side.
-        collate: makes a batch of a list of examples.
-        batch_size: examples per batch.
-        checkpoints: files of the checkpoints that the features were computed at, in their order; not needed where the
-            model has the weights of the only one. Each is loaded once.
-        metric, reader: as for :func:`stepinfluence.influence_over_checkpoints`.
-        route, query_bytes: as for :func:`rerank`.
-    """
-
-    capture: Capture
-    loss_fn: LossFn
-    train: Dataset
-    query: Dataset
-    collate: Callable[[list[Any]], Any] = default_collate
-    batch_size: int = 16
-    checkpoints: Sequence[PathLike] | None = None
-    metric: Metric | None = None
-    reader: Reader | None = None
-    route: PairRoute = "auto"
-    query_bytes: int = QUERY_BYTES
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: got {self.batch_size}; give a positive number")
+from stepinfluence.store import checkpoint_of
 
 
 @dataclass(frozen=True)
@@ -181,34 +137,26 @@ class _Pairs:
 # Their exact influence
 
 
-class _Batches:
-    """Batches of some examples of a dataset, the same each time they are iterated."""
-
-    def __init__(self, data: Dataset, rows: Tensor, exact: Recompute) -> None:
-        self._data, self._rows, self._size, self._collate = data, rows.tolist(), exact.batch_size, exact.collate
-
-    def __len__(self) -> int:
-        return -(-len(self._rows) // self._size)
-
-    def __iter__(self) -> Iterator[Any]:
-        for start in range(0, len(self._rows), self._size):
-            yield self._collate([self._data[row] for row in self._rows[start : start + self._size]])
-
-
 def _exact_sdi(question: Question, lists: Tensor, exact: Recompute, *, progress: bool) -> Tensor:
     """``(*lists.shape, steps)``: each query's exact influence of its candidates, summed over checkpoints."""
     train, pairs = question.train, _Pairs(lists, question)
-    weights = question.etas if train.folded is None else tuple(eta for _, eta in train.folded)
+    weights = question.etas if train.folded is None else tuple(part.eta for part in train.folded.parts)
     sdi = torch.zeros(*lists.shape, question.steps)
+    checks = [
+        RowCheck("train", train, pairs.rows, exact, folded=train.folded),
+        RowCheck("query", question.query, pairs.queries, exact, folded=train.folded),
+    ]
     visits = visit_checkpoints(exact.capture, exact.checkpoints, weights, exact.metric, reader=exact.reader)
     with closing(visits) as visited:
         for checkpoint, eta in enumerate(visited):
             _require_weights(question, exact, checkpoint)
+            for check in checks:
+                check.visit(checkpoint)
             blocks = exact_blocks(
                 exact.capture,
                 exact.loss_fn,
-                _Batches(exact.train, pairs.rows, exact),
-                _Batches(exact.query, pairs.queries, exact),
+                Batches(exact.train, pairs.rows, exact),
+                Batches(exact.query, pairs.queries, exact),
                 wanted=pairs.mask,
                 parameters=question.parameters,
                 route=exact.route,
@@ -227,10 +175,11 @@ def _exact_sdi(question: Question, lists: Tensor, exact: Recompute, *, progress:
 
 def _require_weights(question: Question, exact: Recompute, checkpoint: int) -> None:
     """Raise unless the model has the weights, and the metric, that the features were computed with."""
-    train, present = question.train, exact.capture.space()
+    train, present = question.train, checkpoint_of(exact.capture, "present", 1.0).space
     space = train.spaces[checkpoint if train.folded is None else 0]
-    weights = space.weights if train.folded is None else train.folded[checkpoint][0]
-    if weights != present.weights:
+    wanted = space if train.folded is None else train.folded.parts[checkpoint]
+    # Features in memory do not tell the weights outside of the body.
+    if wanted.weights != present.weights or wanted.model_weights not in ("", present.model_weights):
         if exact.checkpoints is None:
             raise FeatureMismatchError(
                 f"capture: its model does not have the weights of checkpoint {checkpoint} of the features; "

@@ -8,7 +8,8 @@ from stepinfluence.store.codecs import NUMPY_DTYPES, STORE_DTYPES, StoreDtype, b
 from stepinfluence.store.export import export
 from stepinfluence.store.fold import fold, fold_manifest, fold_store
 from stepinfluence.store.maintain import merge, verify
-from stepinfluence.store.manifest import Manifest, SketchSpec, StoredCheckpoint, model_fingerprint
+from stepinfluence.store.manifest import Manifest, SketchSpec, StoredCheckpoint, checkpoint_of
+from stepinfluence.store.models import model_digest, model_fingerprint
 from stepinfluence.store.reader import Store
 from stepinfluence.store.rows import StoredRow
 from stepinfluence.store.shards import FailedRow, RowInfo
@@ -27,6 +28,7 @@ __all__ = [
     "StoredCheckpoint",
     "StoredRow",
     "bytes_per_row",
+    "checkpoint_of",
     "decode",
     "encode",
     "export",
@@ -35,6 +37,7 @@ __all__ = [
     "fold_store",
     "is_unwritten",
     "merge",
+    "model_digest",
     "model_fingerprint",
     "verify",
 ]

@@ -60,6 +60,20 @@ def encode(values: Tensor, dtype: StoreDtype) -> tuple[Tensor, Tensor | None]:
     return (values / inverse).round_().clamp_(-127, 127).to(torch.int8).contiguous(), scale
 
 
+def rounding_norm(values: Tensor, dtype: str) -> Tensor:
+    """``(...)``: the most that storing rows ``(..., D)`` can have moved each by, in the Euclidean norm.
+
+    Args:
+        values: as they are decoded.
+    """
+    if dtype == "int8":  # each entry by half a scale, and what decoding rounds
+        return values.abs().amax(-1) / 127 * (0.5 + 2.0**-16) * values.shape[-1] ** 0.5
+    relative = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}[dtype]
+    # fp16: entries below a 2**-28th of the largest are rounded by a fixed step.
+    smallest = 2.0**-39 * values.shape[-1] ** 0.5 if dtype == "fp16" else 0.0
+    return values.norm(dim=-1) * relative * (1 + 2.0**-8) + values.abs().amax(-1) * smallest
+
+
 def decode(codes: npt.NDArray[Any], scales: npt.NDArray[np.float32] | None, dtype: StoreDtype) -> Tensor:
     """Values ``(..., D)`` float32 of codes as :meth:`Store.raw_blocks` gives them; float32 codes are not copied."""
     tensor = torch.from_numpy(codes)

@@ -16,6 +16,7 @@ from stepinfluence.errors import StoreError
 from stepinfluence.files import write_atomically
 from stepinfluence.store.manifest import MANIFEST
 from stepinfluence.store.reader import Store
+from stepinfluence.writers import remove_leftovers
 
 ExportFormat: TypeAlias = Literal["npz", "safetensors"]
 Chunks: TypeAlias = Callable[[], Iterator[npt.NDArray[np.generic]]]
@@ -45,6 +46,7 @@ def export(path: str | Path, out: str | Path, format: ExportFormat = "npz") -> P
     if format not in get_args(ExportFormat):
         raise ValueError(f"format: got {format!r}; use 'npz' or 'safetensors'")
     store, out = Store.open(path), Path(out)
+    remove_leftovers(out.parent)
     if not store.complete:
         raise StoreError(f"{path}: incomplete: {len(store.missing())} shards are missing; featurize again to resume")
     texts = {"ids": json.dumps(list(store.ids)), "manifest": (store.path / MANIFEST).read_text()}

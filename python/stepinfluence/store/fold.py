@@ -51,6 +51,7 @@ def folded_space(spaces: Sequence[FeatureSpace], etas: Sequence[float], seed: in
         first,
         tables=digest("sdi-fold-1", first.tables, seed, [float(e) for e in etas]),
         weights=digest([s.weights for s in spaces]),
+        model_weights=digest([s.model_weights for s in spaces]) if all(s.model_weights for s in spaces) else "",
         metric=digest([s.metric for s in spaces]) if any(s.metric for s in spaces) else "",
     )
 
@@ -98,7 +99,10 @@ def fold_manifest(manifest: Manifest, *, seed: int = 0) -> Manifest:
     """The manifest of a store's folded twin: one checkpoint, with what was folded on record."""
     etas = [c.eta for c in manifest.checkpoints]
     space = folded_space([c.space for c in manifest.checkpoints], etas, seed)
-    parts = [{"name": c.name, "eta": c.eta, "weights": c.space.weights} for c in manifest.checkpoints]
+    parts = [
+        {"name": c.name, "eta": c.eta, "weights": c.space.weights, "model_weights": c.space.model_weights}
+        for c in manifest.checkpoints
+    ]
     name = f"fold of {len(etas)}"
     return replace(
         manifest, checkpoints=(StoredCheckpoint(name, 1.0, space),), fold={"seed": seed, "checkpoints": parts}

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from stepinfluence.errors import StoreError
-from stepinfluence.files import ASIDE, file_digest, write_atomically, write_bytes
+from stepinfluence.files import file_digest, write_atomically, write_bytes
 from stepinfluence.store.manifest import MANIFEST, Manifest
 from stepinfluence.store.reader import Store
 from stepinfluence.store.rows import RowTable
@@ -23,6 +23,7 @@ from stepinfluence.store.shards import (
     values_path,
 )
 from stepinfluence.store.writer import TIMES, StoreWriter
+from stepinfluence.writers import ASIDE
 
 
 def verify(path: str | Path, *, progress: bool = False) -> list[str]:
@@ -69,8 +70,9 @@ def _foreign(path: Path, known: set[Path]) -> Iterator[str]:
     for file in sorted(path.rglob("*")):
         if file in known or (file.is_dir() and not file.is_symlink()):
             continue
+        what = "left behind by a killed writer; the next command that writes here removes it"
         left = file.name.startswith(ASIDE)
-        yield f"{file}: {'left behind by a killed writer; resuming removes it' if left else 'no part of the store'}"
+        yield f"{file}: {what if left else 'no part of the store'}"
 
 
 def merge(paths: Sequence[str | Path], out: str | Path, *, link: bool = True, progress: bool = False) -> Store:
@@ -109,9 +111,8 @@ def merge(paths: Sequence[str | Path], out: str | Path, *, link: bool = True, pr
 def _add_shard(source: Path, out: Path, manifest: Manifest, record: Record, *, link: bool) -> None:
     checkpoint, shard = record.checkpoint, record.shard
     there = record_path(out, checkpoint, shard)
-    content = record_path(source, checkpoint, shard).read_bytes()
     if there.is_file():
-        if there.read_bytes() != content:
+        if not record.same_shard(read_record(out, manifest, record.manifest, checkpoint, shard)):
             raise StoreError(
                 f"{source}: shard {shard} of checkpoint {checkpoint} is another one than the merged store has"
             )
@@ -128,7 +129,7 @@ def _add_shard(source: Path, out: Path, manifest: Manifest, record: Record, *, l
         if name == "rows" and new.is_file():
             raise StoreError(f"{old}: other rows than the merged store has; the stores are of different datasets")
         write_atomically(new, lambda aside, old=old: _link_or_copy(old, aside, link=link))  # type: ignore[misc]
-    write_bytes(there, content)
+    write_bytes(there, record_path(source, checkpoint, shard).read_bytes())
 
 
 def _link_or_copy(old: Path, new: Path, *, link: bool) -> None:

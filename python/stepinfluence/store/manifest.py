@@ -14,17 +14,22 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import nn
 
 from sdi_kernels import HASH_FORMAT, HashFamily, __version__
 from stepinfluence.attribution.features import Block, FeatureSpace
 from stepinfluence.capture import Capture, ExactCapture
-from stepinfluence.capture.targets import canonical_name
 from stepinfluence.errors import StoreError
 from stepinfluence.files import canonical, read_sealed, sealed
 from stepinfluence.store.codecs import STORE_DTYPES, StoreDtype
+from stepinfluence.store.models import model_digest, model_fingerprint
 
-FORMAT = "sdi-store-1"
+FORMAT = "sdi-store-2"
+MIGRATION = {
+    "sdi-store-1": "written by an earlier version, which did not record the weights outside of the body; featurize "
+    'again (docs/store.md, "Stores of earlier versions")'
+}
+"""What to do about stores of formats that are no longer read."""
+
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 64 << 20
 """Bytes. A manifest grows with the number of body parameters: a hundred bytes each."""
@@ -44,7 +49,8 @@ class StoredCheckpoint:
     Attributes:
         name: what the user calls it, usually its file's name.
         eta: its weight in influence, usually its learning rate (paper, eq. 1).
-        space: what the columns of its features mean; ``space.weights`` tells which weights they were computed at.
+        space: what the columns of its features mean; ``space.weights`` and ``space.model_weights`` tell which weights
+            they were computed at, in the body and in the whole model.
     """
 
     name: str
@@ -67,12 +73,9 @@ class SketchSpec:
         return cls({t.name: t.sketch.m for t in capture.targets}, capture.hashing, capture.seed)
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Digest of a model's architecture as its parameters and buffers show it: names, shapes and dtypes, no values."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(repr((canonical_name(name), tuple(tensor.shape), str(tensor.dtype))).encode())
-    return digest.hexdigest()
+def checkpoint_of(capture: Capture | ExactCapture, name: str, eta: float) -> StoredCheckpoint:
+    """What a store tells of the weights (and the metric) that a capture's model has now."""
+    return StoredCheckpoint(name, eta, dataclasses.replace(capture.space(), model_weights=model_digest(capture.model)))
 
 
 def versions() -> dict[str, str]:
@@ -160,14 +163,14 @@ class Manifest:
         Args:
             capture: what the features are made with; tells the sketch, the model and the columns.
             n_rows: length of the dataset.
-            checkpoints: as :attr:`checkpoints`, each with ``capture.space()`` at its weights; the model's present
+            checkpoints: as :attr:`checkpoints`, each from :func:`checkpoint_of` at its weights; the model's present
                 weights with an eta of 1 if not given.
             fields: the other attributes.
 
         Raises:
             StoreError: a field is not one of those above, or out of range.
         """
-        given = checkpoints if checkpoints is not None else [StoredCheckpoint("present", 1.0, capture.space())]
+        given = checkpoints if checkpoints is not None else [checkpoint_of(capture, "present", 1.0)]
         spec = SketchSpec.of(capture) if isinstance(capture, Capture) else None
         described = {"sketch": spec, "model": model_fingerprint(capture.model), **fields}
         return cls(checkpoints=tuple(given), n_rows=n_rows, **described)
@@ -231,7 +234,8 @@ class Manifest:
         content = read_sealed(path, MANIFEST_LIMIT)
         found = content.get("format")
         if found != FORMAT:
-            raise StoreError(f"{path}: its format is {_short(found)}, this version reads {FORMAT!r}; featurize again")
+            known = MIGRATION.get(found, "featurize again") if isinstance(found, str) else "featurize again"
+            raise StoreError(f"{path}: its format is {_short(found)}, this version reads {FORMAT!r}: {known}")
         try:
             manifest = _parsed(content)
             same = manifest.to_bytes() == sealed(content)
@@ -298,7 +302,13 @@ def _described(manifest: Manifest) -> dict[str, Any]:
         "tables": space.tables,
         "blocks": [{**dataclasses.asdict(block), "shape": list(block.shape)} for block in space.blocks],
         "checkpoints": [
-            {"name": c.name, "eta": float(c.eta), "weights": c.space.weights, "metric": c.space.metric}
+            {
+                "name": c.name,
+                "eta": float(c.eta),
+                "weights": c.space.weights,
+                "model_weights": c.space.model_weights,
+                "metric": c.space.metric,
+            }
             for c in manifest.checkpoints
         ],
         "fold": None if manifest.fold is None else dict(manifest.fold),
@@ -330,7 +340,12 @@ def _parsed(content: Mapping[str, Any]) -> Manifest:
             _text(c["name"]),
             float(c["eta"]),
             FeatureSpace(
-                _text(content["kind"]), blocks, _text(content["tables"]), _text(c["weights"]), _text(c["metric"])
+                _text(content["kind"]),
+                blocks,
+                _text(content["tables"]),
+                _text(c["weights"]),
+                _text(c["metric"]),
+                model_weights=_text(c["model_weights"]),
             ),
         )
         for c in content["checkpoints"]

@@ -16,7 +16,8 @@ from stepinfluence.attribution.features import Features
 from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.store.codecs import decode
-from stepinfluence.store.manifest import Manifest, StoredCheckpoint, model_fingerprint
+from stepinfluence.store.manifest import Manifest, StoredCheckpoint, checkpoint_of
+from stepinfluence.store.models import model_fingerprint
 from stepinfluence.store.rows import RowIds, RowTable, StoredRow
 from stepinfluence.store.shards import (
     Record,
@@ -151,6 +152,14 @@ class Store(StoredFeatures):
                 reasons.setdefault(failure.row, failure.reason)
         return reasons
 
+    def machine_of(self, checkpoint: int, shard: int) -> str:
+        """What the last bits of a shard depend on: the machine that it was written on, in words.
+
+        Raises:
+            StoreError: the shard is missing.
+        """
+        return self._record(checkpoint, shard).machine
+
     @property
     def valid(self) -> npt.NDArray[np.bool_]:
         """``(n,)``: which rows have features at every checkpoint."""
@@ -183,7 +192,7 @@ class Store(StoredFeatures):
     # ------------------------------------------------------------------------------------------------------------
     # What it holds
 
-    def _arrays(self, checkpoint: int, shard: int) -> dict[str, npt.NDArray[Any]]:
+    def _record(self, checkpoint: int, shard: int) -> Record:
         if not 0 <= checkpoint < len(self.checkpoints):
             raise IndexError(f"checkpoint: got {checkpoint}; the store has {len(self.checkpoints)}, counted from 0")
         record = self._records.get((checkpoint, shard))
@@ -192,6 +201,10 @@ class Store(StoredFeatures):
                 f"{self.path}: incomplete: shard {shard} of checkpoint {checkpoint} is missing, and "
                 f"{len(self.missing()) - 1} more; featurize again to resume"
             )
+        return record
+
+    def _arrays(self, checkpoint: int, shard: int) -> dict[str, npt.NDArray[Any]]:
+        record = self._record(checkpoint, shard)
         return map_arrays(values_path(self.path, checkpoint, shard), expected_arrays(self.manifest, record))
 
     def losses(self, checkpoint: int = 0) -> npt.NDArray[np.float32]:
@@ -281,6 +294,7 @@ class Store(StoredFeatures):
             ids=tuple(self.ids) if rows is None else tuple(self._table[int(row)].id for row in wanted),
             space=self.checkpoints[checkpoint].space,
             step_labels=self.step_labels,
+            stored_as=self.manifest.dtype,
         )
 
     # ------------------------------------------------------------------------------------------------------------
@@ -321,7 +335,9 @@ class Store(StoredFeatures):
         """
         if self.manifest.model and model_fingerprint(capture.model) != self.manifest.model:
             raise FeatureMismatchError(f"{self.path}: made with another model (names, shapes or dtypes differ)")
-        space = capture.space()
+        space = checkpoint_of(capture, "present", 1.0).space
         matching = [k for k, c in enumerate(self.checkpoints) if c.space.weights == space.weights]
-        self.checkpoints[matching[0] if matching else 0].space.require_equal(space)
-        return matching[0]
+        whole = [k for k in matching if self.checkpoints[k].space.model_weights in ("", space.model_weights)]
+        chosen = (whole or matching or [0])[0]
+        self.checkpoints[chosen].space.require_equal(space)
+        return chosen

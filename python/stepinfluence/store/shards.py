@@ -108,6 +108,7 @@ class Record:
 
     Attributes:
         manifest: digest of the store's manifest.
+        machine: what the last bits of its values depend on (:func:`stepinfluence.machine.arithmetic`).
         steps: length of the step axis of the shard's values; 0 where they are summed over steps.
         step_labels: names of the steps of the longest example.
         files: size in bytes and SHA-256 of the shard's files, under ``"values"`` and ``"rows"``.
@@ -116,16 +117,22 @@ class Record:
     checkpoint: int
     shard: int
     manifest: str
+    machine: str
     steps: int
     step_labels: tuple[str, ...]
     failed: tuple[FailedRow, ...]
     files: Mapping[str, tuple[int, str]]
+
+    def same_shard(self, other: Record) -> bool:
+        """Whether two records are of the same bytes, whichever machine they were made on."""
+        return dict(self.files) == dict(other.files) and self.failed == other.failed
 
     def content(self, manifest: Manifest, ids: Mapping[int, RowId]) -> dict[str, Any]:
         """As JSON values; ``ids`` of the failed rows, for whoever reads the file."""
         rows = manifest.rows_of(self.shard)
         return {
             "manifest": self.manifest,
+            "machine": self.machine,
             "checkpoint": self.checkpoint,
             "shard": self.shard,
             "rows": [rows.start, rows.stop],
@@ -153,6 +160,7 @@ def read_record(store: Path, manifest: Manifest, digest: str, checkpoint: int, s
             checkpoint=content["checkpoint"],
             shard=content["shard"],
             manifest=digest,
+            machine=content["machine"],
             steps=content["steps"],
             step_labels=tuple(content["step_labels"]),
             failed=failed,
@@ -163,6 +171,7 @@ def read_record(store: Path, manifest: Manifest, digest: str, checkpoint: int, s
             or set(record.files) != {"values", "rows"}
             or not all(type(f.row) is int and f.row in rows and isinstance(f.reason, str) for f in failed)
             or not all(type(size) is int and isinstance(sha, str) for size, sha in record.files.values())
+            or not isinstance(record.machine, str)
             or type(record.steps) is not int
             or not (0 <= record.steps <= MAX_STEPS)
             or not all(isinstance(label, str) for label in record.step_labels)

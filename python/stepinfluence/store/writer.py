@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import FeatureMismatchError, StoreError
-from stepinfluence.files import ASIDE, file_digest, make_folder, sealed, write_atomically, write_bytes
+from stepinfluence.files import file_digest, make_folder, sealed, write_atomically, write_bytes
+from stepinfluence.machine import arithmetic
 from stepinfluence.store.codecs import encode
 from stepinfluence.store.manifest import FORMAT, MANIFEST, Manifest
 from stepinfluence.store.shards import (
@@ -29,6 +30,7 @@ from stepinfluence.store.shards import (
     rows_to_bytes,
     values_path,
 )
+from stepinfluence.writers import ASIDE, remove_leftovers
 
 TIMES = "times.jsonl"
 """Seconds that shards took, one line each: a log beside the store, no part of it."""
@@ -61,16 +63,24 @@ class StoreWriter:
             StoreError: the folder holds a store with another manifest (says what differs), or other files.
         """
         path = Path(path)
-        if (path / MANIFEST).exists():
-            return cls.resume(path, manifest)
-        others = path.is_dir() and any(not p.name.startswith(ASIDE) and p.name != MANIFEST for p in path.iterdir())
-        if (path / MANIFEST).exists():  # another worker has begun it meanwhile
-            return cls.resume(path, manifest)
-        if others:
-            raise StoreError(f"{path}: holds other files; give a new or empty folder")
-        make_folder(path)
-        write_bytes(path / MANIFEST, manifest.to_bytes())
+        cls.require_free(path)
+        if not (path / MANIFEST).exists():
+            make_folder(path)
+            write_bytes(path / MANIFEST, manifest.to_bytes())
         return cls.resume(path, manifest)
+
+    @staticmethod
+    def require_free(path: Path) -> None:
+        """Raise unless a store is in a folder, or one can be begun there.
+
+        Raises:
+            StoreError: the folder holds other files.
+        """
+        if (path / MANIFEST).exists() or not path.is_dir():
+            return
+        others = any(not p.name.startswith(ASIDE) and p.name != MANIFEST for p in path.iterdir())
+        if others and not (path / MANIFEST).exists():  # unless another worker has begun it meanwhile
+            raise StoreError(f"{path}: holds other files; give a new or empty folder")
 
     @classmethod
     def resume(cls, path: str | Path, manifest: Manifest | None = None) -> StoreWriter:
@@ -88,6 +98,7 @@ class StoreWriter:
                 "use the same ones to resume, or another folder"
             )
         writer = cls(path, stored)
+        remove_leftovers(path, within=True)
         for folder in {
             rows_path(path, 0).parent,
             *(record_path(path, k, 0).parent for k in range(writer._checkpoints)),
@@ -154,6 +165,7 @@ class StoreWriter:
             checkpoint=checkpoint,
             shard=index,
             manifest=self._digest,
+            machine=arithmetic(),
             steps=arrays["values"].shape[1] if self.manifest.per_step else 0,
             step_labels=features.step_labels if features is not None else (),
             failed=tuple(sorted(failed, key=lambda failure: failure.row)),
@@ -232,18 +244,18 @@ class StoreWriter:
             files["values"] = (aside.stat().st_size, file_digest(aside))
             if there.is_file():
                 before = read_record(self.path, self.manifest, self._digest, checkpoint, shard)
-                if dict(before.files) != files or before.failed != record.failed:
+                if not before.same_shard(replace(record, files=files)):
                     raise StoreError(
                         f"{there}: was written before with other content; featurizing is not repeatable here "
                         "(docs/store.md), or the store is damaged"
                     )
 
         write_atomically(path, fill)
-        content = Record(**{**vars(record), "files": files}).content(self.manifest, ids)
+        content = replace(record, files=files).content(self.manifest, ids)
         write_bytes(there, sealed(content))
 
     def finish(self) -> None:
-        """Check that everything was written, and remove what killed writers left behind.
+        """Check that everything was written, and remove what dead writers left behind.
 
         Raises:
             StoreError: shards are missing.
@@ -255,7 +267,4 @@ class StoreWriter:
                 f"{self.path}: incomplete: {len(left)} shards are missing, the first is shard {shard} of checkpoint "
                 f"{checkpoint}; featurize again to resume"
             )
-        for folder, _, names in os.walk(self.path):
-            for name in names:
-                if name.startswith(ASIDE):
-                    (Path(folder) / name).unlink(missing_ok=True)
+        remove_leftovers(self.path, within=True)

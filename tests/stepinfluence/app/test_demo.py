@@ -56,7 +56,7 @@ def test_writes_what_it_says(run: tuple[Path, dict[str, object]]) -> None:
     findings, queries = json.loads((images / "demo-findings.json").read_text()), summary["queries"]
     assert isinstance(queries, list)
     assert findings["query"] == queries[0]["text"]
-    assert findings["period"] == queries[0]["period"]
+    assert findings["periods"] == queries[0]["periods"]
     assert findings["loop_steps"] == 10
 
 
@@ -92,16 +92,21 @@ def test_scores(run: tuple[Path, dict[str, object]]) -> None:
     assert parts.shape == (5, *sdi.shape)  # at 4 and 6 bits, and the best three from the end of the curriculum on
     assert arrays["trained"].tolist() == [2, 3, 4]
     assert arrays["chosen"] in (2, 3, 4)
-    assert np.array_equal(sdi, balanced(parts[2:]))
-    assert (np.abs(sdi).sum((0, 2)) <= 100.01).all()  # per cent, less what cancels between checkpoints
+    assert np.array_equal(arrays["plain"], balanced(parts[2:]))
+    assert np.array_equal(sdi, balanced(arrays["corrected_by_checkpoint"][2:]))
+    for scores in (sdi, arrays["plain"]):
+        assert (np.abs(scores).sum((0, 2)) <= 100.01).all()  # per cent, less what cancels between checkpoints
+    assert summary["curvature"] == {"kind": "fisher", "damping": arrays["damping"].tolist()}
     exact = arrays["exact_sdi"]
-    sketched = sdi[np.ix_(arrays["exact_rows"], arrays["exact_columns"])]
+    sketched = arrays["plain"][np.ix_(arrays["exact_rows"], arrays["exact_columns"])]
     error = np.linalg.norm(sketched - exact) / np.linalg.norm(exact)
     assert error == pytest.approx(summary["sdi_error"], rel=1e-4)
     queries = summary["queries"]
     assert isinstance(queries, list)
     energy = np.abs(parts[:, :, 0]).sum((1, 2))
     np.testing.assert_allclose(queries[0]["checkpoint_shares"], energy / energy.sum(), rtol=1e-4)
+    shares = np.abs(sdi[:, 0]).sum(1, dtype=np.float64)
+    assert queries[0]["largest_example"] == pytest.approx(shares.max() / shares.sum(), rel=1e-9)
     best = int(sdi[:, 0].sum(1).argmax())
     assert queries[0]["helpful"][0]["id"] == arrays["train_ids"][best]
     assert queries[0]["helpful"][0]["peak_step"] == int(np.abs(sdi[best, 0]).argmax()) + 1
@@ -115,18 +120,20 @@ def test_report_holds_these_scores(run: tuple[Path, dict[str, object]]) -> None:
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
     assert found is not None
     data = json.loads(found[1])
-    parts = arrays["by_checkpoint"]
-    views = [arrays["sdi"], *(balanced(parts[k : k + 1]) for k in (4, 3, 2, 1, 0)), parts.sum(0)]
+    parts = arrays["corrected_by_checkpoint"]
+    alone = [balanced(parts[k : k + 1]) for k in (4, 3, 2, 1, 0)]
+    views = [arrays["sdi"], arrays["plain"], *alone, arrays["by_checkpoint"].sum(0)]
     for column, query in enumerate(data["queries"]):
         assert np.array_equal(unpack(query["margin"]), arrays["query_margins"][column])
         for view, scores in zip(query["views"], views, strict=True):
             assert np.array_equal(unpack(view["values"]), scores[view["rows"], column])
-    units = ["% of the query's influence"] * 6 + ["first order, weighted by learning rate"]
+    units = ["% of the query's influence"] * 7 + ["first order, weighted by learning rate"]
     assert [view["unit"] for view in data["views"]] == units
     assert [v["name"] for v in data["views"]] == [
-        "trained checkpoints, each counting alike",
-        *(f"{name} alone" for name in reversed(summary["checkpoints"])),
-        "plain sum over all, by learning rate",
+        "corrected for curvature, trained checkpoints, each counting alike",
+        "SDI (the paper’s), trained checkpoints, each counting alike",
+        *(f"{name} alone, corrected for curvature" for name in reversed(summary["checkpoints"])),
+        "SDI, plain sum over all, by learning rate",
     ]
     assert "nats" not in page.partition("<main")[2].partition("<script")[0]
     assert "sdi demo --quick --seed 0" in page
@@ -175,13 +182,13 @@ def test_one_checkpoint_cannot_own_what_is_shown_first(again: DemoResult) -> Non
     assert "SDI energy" not in summary_of(again)
     huge = again.by_checkpoint.copy()
     huge[3] *= 2.0**40  # exact in float32
-    exploded = replace(again, by_checkpoint=huge, sdi=balanced(huge[list(again.trained)]))
+    exploded = replace(again, by_checkpoint=huge, plain=balanced(huge[list(again.trained)]))
     owner = exploded.dominance(0)
     assert owner is not None
     assert owner.name == again.checkpoint_names[3]
     assert "holds 99.9 % of this query's SDI energy" in summary_of(exploded)
     assert "holds 99.9 % of this query's SDI energy" in render_report(demo_report(exploded))
-    assert np.array_equal(exploded.sdi, again.sdi)
+    assert np.array_equal(exploded.plain, again.plain)
 
 
 def summary_of(result: DemoResult) -> str:
@@ -200,7 +207,7 @@ def test_summary_says_only_what_its_tests_support(again: DemoResult) -> None:
     found = replace(
         again, sdi=np.tile(regular[..., :8], (1, 1, 6))[..., :42], queries=tuple(longer), accuracy_beyond={40: 1.0}
     )
-    assert "regardless of sign, repeats every 4 loop steps" in summary_of(found)
+    assert "summed over all scored strings repeats every 4 loop steps" in summary_of(found)
     assert "permutation test p = 0.001" in summary_of(found)
 
 
@@ -257,7 +264,7 @@ def test_readme_says_what_the_tests_of_its_figure_found() -> None:
     figure = readme[readme.index("![Influence of training") : readme.index("## Two commands")]
     assert f"over its {found['loop_steps']} loop steps" in figure
     assert f"0101… of {found['bits']} bits" in figure
-    tested = Period(**found["period"])
+    tested = Period(**found["periods"]["profile"])
     said = f"repeats every {tested.lag} loop steps (permutation test on this run, p = {tested.p_value:.3f})"
     assert (said in figure) == ("repeats every" in figure) == tested.found
     assert found["command"] == "sdi demo --seed 0"

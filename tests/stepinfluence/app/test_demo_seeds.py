@@ -23,9 +23,14 @@ class Runner:
             "text": "01" * 10 + "=",
             "checkpoint_shares": [0.1, 0.9],
             "dominated_by": "update 2",
-            "period": {"lag": 4, "correlation": 0.7, "p_value": 0.2 if seed % 3 == 0 else 0.001},
-            "signed_period": {"lag": 4, "correlation": 0.7, "p_value": 0.02},
-            "margin_period": {"lag": 3, "correlation": 0.7, "p_value": 0.001},
+            "largest_example": 0.25,
+            "periods": {
+                "profile": {"lag": 4, "correlation": 0.7, "p_value": 0.2 if seed % 3 == 0 else 0.001},
+                "energy": {"lag": 4, "correlation": 0.7, "p_value": 0.02},
+                "plain_profile": {"lag": 4, "correlation": 0.7, "p_value": 0.2 if seed == 2 else 0.001},
+                "plain_energy": {"lag": 3, "correlation": 0.7, "p_value": 0.001},
+                "margin": {"lag": 3, "correlation": 0.7, "p_value": 0.001},
+            },
         }
         found = {
             "solved": seed != 1,
@@ -48,18 +53,23 @@ def test_cells_are_kept_and_counted(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(runner.asked) == 8  # six more
     shown = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines()]
-    rest = ["none", "0.020", "3", "0.001"]
-    assert ["2", "avx2", "20 bits", "99.5 %", "yes", "0.90", "4", "0.001", *rest] in lines
-    assert ["0", "default", "20 bits", "99.5 %", "yes", "0.90", "none", "0.200", *rest] in lines
-    assert ["1", "default", "20 bits", "99.5 %", "NO", "0.90", "4", "0.001", *rest] in lines
-    assert "avx2: 3 of 4 solved, 2 of 4 show period 4 in the default view (0 in its signed sum), 1 both" in shown
+    energy, margin = ["none", "0.020"], ["3", "0.001"]
+    rest = [*energy, "4", "0.001", *margin]
+    plain = [*energy, "none", "0.200", *margin]
+    assert ["2", "avx2", "20 bits", "99.5 %", "yes", "0.90", "0.25", "4", "0.001", *plain] in lines
+    assert ["0", "default", "20 bits", "99.5 %", "yes", "0.90", "0.25", "none", "0.200", *rest] in lines
+    assert ["1", "default", "20 bits", "99.5 %", "NO", "0.90", "0.25", "4", "0.001", *rest] in lines
+    assert "avx2: 3 of 4 solved, 2 of 4 show period 4 in the default view (regardless of sign 0; " in shown
+    assert "without curvature 3 and 0), 1 both" in shown
     (file,) = (tmp_path / "out").iterdir()
     kept = json.loads(file.read_text())
     assert kept["summary"]["default"] == {
         "runs": 4,
         "solved": 3,
         "period_of_4": 2,
-        "signed_period_of_4": 0,
+        "energy_period_of_4": 0,
+        "plain_period_of_4": 3,
+        "plain_energy_period_of_4": 0,
         "both": 1,
     }
     assert {"commit", "machine", "versions", "torch_cpu_capability"} <= kept["provenance"].keys()

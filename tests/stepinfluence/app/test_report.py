@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import multilinear
-from stepinfluence.app.view.page import embed, visible
+from stepinfluence.app.view.page import embed
 from stepinfluence.app.view.report import (
     Accuracy,
     Check,
@@ -27,16 +27,15 @@ from stepinfluence.app.view.report import (
     TrainItem,
     View,
     render_report,
-    save_pictures,
 )
 from stepinfluence.app.view.report.payload import (
     find_peaks,
     pack,
     payload,
-    signed,
-    top_rows,
     unpack,
 )
+from stepinfluence.app.view.report.pictures import save_pictures
+from stepinfluence.display.words import signed, top_rows, visible
 
 pytest.importorskip("plotly")
 

@@ -321,3 +321,15 @@ def test_failed_rows_are_left_out_and_zero_parameters_too() -> None:
 
 def test_public_names() -> None:
     assert stepinfluence.curvature.Fisher is stepinfluence.Fisher is fisher.Fisher
+
+
+def test_curvature_holds_back_an_example_with_a_large_gradient() -> None:
+    """It fills a query's plain scores; where the damping is small beside its eigenvalue, hardly any corrected ones."""
+    train, query = features(60, 3), features(4, 3, 1, prefix="q")
+    train.values[7] *= 1000
+    plain, corrected = (
+        influence(train, query, **options).sdi.abs().sum((1, 2))  # type: ignore[arg-type]
+        for options in ({}, {"curvature": "fisher", "damping": 1e-4})
+    )
+    assert float(plain[7] / plain.sum()) > 0.9
+    assert float(corrected[7] / corrected.sum()) < 0.1

@@ -101,3 +101,11 @@ def test_weights_digest_sees_every_bit_and_place(dtype: torch.dtype) -> None:
     seen |= {weights_digest(weights[::-1]), weights_digest([weights[0].flip(0), weights[1]])}
     seen.add(weights_digest([weights[0].reshape(5, 7), weights[1]]))
     assert len(seen) == 1 + 35 + 3
+
+
+def test_weights_digest_is_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.randn(7, 5), torch.randn(11), torch.arange(6.0).to_sparse(), torch.zeros(0)]
+    digest = weights_digest(weights)
+    monkeypatch.setattr("stepinfluence.attribution.features.DIGEST_ENTRIES", 4)
+    assert weights_digest(weights) == digest
+    assert weights_digest([weights[0], weights[1].flip(0), *weights[2:]]) != digest

@@ -96,10 +96,10 @@ def test_self_influence_is_the_diagonal() -> None:
 def test_ranking() -> None:
     scores = influence(features(6, 2, 1), features(2, 3, 2))
     order = scores.tracin[:, 1].argsort(descending=True).tolist()
-    assert scores.top(1, 3) == order[:3]
-    assert scores.top(1, 99) == order
-    assert scores.top(1, 2, largest=False) == order[::-1][:2]
-    assert scores.top(0, 1, step=2) == [int(scores.sdi[:, 0, 2].argmax())]
+    assert scores.top(1, 3).rows == order[:3]
+    assert scores.top(1, 99).rows == order
+    assert scores.top(1, 2, largest=False).rows == order[::-1][:2]
+    assert scores.top(0, 1, step=2).rows == [int(scores.sdi[:, 0, 2].argmax())]
     with pytest.raises(ValueError, match="energy: defined for one step axis"):
         influence(features(2, 2), features(2, 2), decompose="both").energy()
 

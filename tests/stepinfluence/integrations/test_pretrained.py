@@ -13,8 +13,8 @@ from hf_models import SPECIAL, WORDS, albert_config, transformers
 from rounding import in_double
 from stepinfluence import Project, attach
 from stepinfluence.capture import ExactCapture
+from stepinfluence.capture.discovery import find_loop
 from stepinfluence.errors import BodyError, ProjectError
-from stepinfluence.integrations.looped import find_body
 from stepinfluence.integrations.pretrained import IGNORED, Pretrained
 from torch import nn
 
@@ -192,7 +192,7 @@ def test_find_body_leaves_the_model_as_it_was() -> None:
             x = model["shared"](x)
         once(x)
 
-    assert find_body(model, forward) == ["shared"]  # not also shared.0 within it
+    assert find_loop(model, forward) == {"shared": 3}  # not also shared.0 within it
     assert model["shared"].training
     assert not once.training
     assert not any(m._forward_pre_hooks for m in model.modules())

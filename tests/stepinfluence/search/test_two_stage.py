@@ -12,7 +12,10 @@ import pytest
 import torch
 import zoo
 from accuracy import inner_products, multilinear
-from stepinfluence import Capture, ExactCapture, FeatureMismatchError, Features, StoreError, attach, influence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stepinfluence import Capture, ExactCapture, FeatureMismatchError, Features, StoreError, attach, influence, writers
+from stepinfluence.files import read_sealed, sealed
 from stepinfluence.search import Index, Recompute, TwoStage, ask, top_k, two_stage
 from stepinfluence.store import fold_store
 from torch import Tensor
@@ -175,6 +178,69 @@ def test_what_is_refused() -> None:
         search(capture, train, query, 2, features=features, candidates=2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "folded"), [("fp32", False), ("fp16", False), ("bf16", False), ("int8", False), ("fp32", True)]
+)
+def test_examples_that_have_changed_are_refused(tmp_path: Path, dtype: str, folded: bool) -> None:
+    """Of each side, at every checkpoint: those that are recomputed are those that the rows were computed from."""
+    capture, train, query, _ = setting(sketch_size=64)
+    paths, features = [], []
+    for seed in range(2):
+        other = setting(seed + 1, sketch_size=64)[0]
+        paths.append(tmp_path / f"{seed}.pt")
+        torch.save(other.model.state_dict(), paths[-1])
+        features.append([featurized(other, data, per_step=side == 1) for side, data in enumerate((train, query))])
+    sides = [
+        made.store(tmp_path / f"{side}", [f[side] for f in features], etas=(0.1, 0.4), dtype=dtype) for side in (0, 1)
+    ]
+    if folded:
+        sides = [fold_store(side.path, tmp_path / f"folded{k}") for k, side in enumerate(sides)]
+    exact = Recompute(capture, zoo.squared_error, train, query, checkpoints=paths)
+
+    # The queries as the command line reads them, in memory.
+    asked = ask(sides[0], [sides[1].features(k) for k in range(len(sides[1].checkpoints))])
+
+    def found() -> TwoStage:
+        return two_stage(asked, 2, exact=exact, candidates=N, progress=False)
+
+    first = found()
+    for name, data, row in (("train", train, 7), ("query", query, 1)):
+        for field in ("x", "y"):
+            before = data.batch[field].clone()
+            data.batch[field][row] *= 1 + 1e-12  # rounding
+            if field == "x":
+                assert torch.equal(found().top.rows, first.top.rows)
+            data.batch[field][row] *= 1.1
+            with pytest.raises(FeatureMismatchError, match=rf"^{name}: row {row} \(id .*\) is not the example that"):
+                found()
+            data.batch[field].copy_(before)
+    swapped = {field: values.clone() for field, values in train.batch.items()}
+    for values in train.batch.values():
+        values[[3, 4]] = values[[4, 3]]
+    with pytest.raises(FeatureMismatchError, match="train: row 3 "):
+        found()
+    train.batch.update(swapped)
+    capture.training = True
+    found()  # dropout would differ: nothing can be compared
+
+
+def test_a_gradient_that_changed_under_an_equal_loss_is_refused() -> None:
+    capture, train, query, _ = setting(sketch_size=64)
+    rows = featurized(capture, train, per_step=False)
+
+    def other(model: Any, batch: Any) -> Tensor:
+        losses = zoo.squared_error(model, batch)
+        return 2 * losses - losses.detach()
+
+    exact = Recompute(capture, other, train, query)
+    asked = ask(rows, featurized(capture, query, per_step=True))
+    with pytest.raises(FeatureMismatchError, match=r"train: row 0 .* its gradient at checkpoint 0 is another one"):
+        two_stage(asked, 2, exact=exact, candidates=N)
+    # With sketches of another size, losses alone can be compared.
+    small = Recompute(attach(capture.model, body="core", sketch_size=8), other, train, query)
+    two_stage(asked, 2, exact=small, candidates=N)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The index
 
@@ -239,5 +305,55 @@ def test_a_stale_or_damaged_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="factory: got 'Nonsense'"):
         Index.build(train, factory="Nonsense")
     (tmp_path / "i" / "rows.faiss").write_bytes(b"nothing")
-    with pytest.raises(StoreError, match="could not be read"):
+    with pytest.raises(StoreError, match="damaged: missing, or its bytes do not fit"):
         Index.open(tmp_path / "i", train)
+    seal = read_sealed(tmp_path / "i" / "index.json", 1 << 20)
+    for old in ({**seal, "format": "sdi-index-1"}, {k: v for k, v in seal.items() if k != "file"}):
+        (tmp_path / "i" / "index.json").write_bytes(sealed(old))
+        with pytest.raises(StoreError, match="build it again"):
+            Index.open(tmp_path / "i", train)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_damage_to_an_index_is_found(kept_index: tuple[Path, Any], data: st.DataObject) -> None:
+    """Some changes to a faiss file are answers of another index, silently: none of them is opened."""
+    path, train = kept_index
+    file = path / data.draw(st.sampled_from(["rows.faiss", "index.json"]))
+    raw = file.read_bytes()
+    place = data.draw(st.integers(0, len(raw) - 1))
+    changed = bytearray(raw)
+    changed[place] ^= data.draw(st.integers(1, 255))
+    changed = changed[:place] if data.draw(st.booleans()) else changed
+    try:
+        file.write_bytes(changed)
+        with pytest.raises(StoreError):
+            Index.open(path, train)
+    finally:
+        file.write_bytes(raw)
+
+
+@pytest.fixture(scope="module")
+def kept_index(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("index")
+    train = made.store(folder / "t", [made.features(made.normal(200, made.WIDTH))])
+    Index.build(train, folder / "i", factory="IVF4,SQ8")
+    Index.open(folder / "i", train)
+    return folder / "i", train
+
+
+def test_rows_that_are_not_there_are_no_candidates(kept_index: tuple[Path, Any]) -> None:
+    """An index that fits its checksum can still have been made by somebody else."""
+    few = made.features(made.normal(20, made.WIDTH))
+    index = Index.open(*kept_index, probes=4)
+    index.source = Index.build(few, factory="Flat").source
+    with pytest.raises(StoreError, match=r"index: gives row \d+ of 20"):
+        index.candidates(ask(few, made.features(made.normal(2, 3, made.WIDTH))), 200)
+
+
+def test_a_killed_build_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    train = made.store(tmp_path / "t", [made.features(made.normal(20, made.WIDTH))])
+    (tmp_path / "i").mkdir()
+    (tmp_path / "i" / f".aside-{writers.host()}-{2**31 - 1}-00000000-rows.faiss").write_bytes(b"half")
+    Index.build(train, tmp_path / "i", factory="Flat")
+    assert sorted(p.name for p in (tmp_path / "i").iterdir()) == ["index.json", "rows.faiss"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepinfluence import ExactCapture, FeatureMismatchError, attach, influence
+from stepinfluence import ExactCapture, FeatureMismatchError, StoreError, attach, influence
 from stepinfluence.models.gpt import LoopedGPT, LoopedGPTConfig, gpt_loss
 from stepinfluence.store import Manifest, RowInfo, SketchSpec, Store, StoredCheckpoint, StoreWriter, merge
 from torch import Tensor
@@ -112,3 +112,30 @@ def test_a_store_knows_its_capture(tmp_path: Path) -> None:
     ]:
         with pytest.raises(FeatureMismatchError, match=message):
             Store.open(tmp_path / "s", capture=other)
+
+
+def test_weights_outside_of_the_body_count_too(tmp_path: Path) -> None:
+    """Embeddings, heads and buffers: features depend on them as on the body's weights."""
+    net = model()
+    net.register_buffer("scale", torch.ones(2))
+    capture = attach(net, body="core", sketch_size=16)
+    manifest = Manifest.of(capture, ROWS, shard_rows=SHARD)
+    write(tmp_path / "s", capture, manifest, [net.state_dict()])
+    store = Store.open(tmp_path / "s", capture=capture)
+    outside = [name for name in net.state_dict() if not name.startswith("core")]
+    assert "scale" in outside
+    assert len(outside) > 2
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    for name in outside:
+        net.load_state_dict({**before, name: before[name] + 1})
+        assert capture.space() == replace(store.manifest.space, model_weights=""), "the body is as it was"
+        other = Manifest.of(capture, ROWS, shard_rows=SHARD)
+        with pytest.raises(FeatureMismatchError, match="outside of the body"):
+            store.require_capture(capture)
+        with pytest.raises(StoreError, match="begun with other settings: checkpoints"):
+            StoreWriter.create(tmp_path / "s", other)
+        write(tmp_path / name, capture, other, [net.state_dict()])
+        with pytest.raises(FeatureMismatchError, match="outside of the body"):
+            store.require_comparable(Store.open(tmp_path / name))
+    net.load_state_dict(before)
+    assert store.require_capture(capture) == 0

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import struct
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stores
-from stepinfluence import StoreError
+from stepinfluence import StoreError, writers
 from stepinfluence.files import canonical, sealed
 from stepinfluence.store import Manifest, Store, StoreWriter, verify
 
@@ -99,8 +102,23 @@ def test_a_record_at_another_place_is_told_apart(path: Path) -> None:
 
 def test_finish_removes_what_was_left_behind(path: Path) -> None:
     before = stores.content(path)
-    (path / "c000/.aside-12-shard-00000000.json").write_text("half")
-    StoreWriter.resume(path).finish()
+    with subprocess.Popen(["true"]) as dead:  # noqa: S607
+        pass
+    days = 2 * 24 * 3600
+    for age, name, stays in (
+        (0, f".aside-{writers.host()}-{dead.pid}-00000000-shard-00000000.json", False),
+        (days, f".aside-{writers.host()}-{os.getpid()}-00000000-shard-00000000.json", True),  # alive: this process
+        (0, ".aside-ffffffff-1-00000000-shard-00000000.json", True),  # on another machine: it cannot be asked
+        (days, ".aside-ffffffff-1-00000000-shard-00000000.json", False),
+        (days, ".aside-0123456789abcdef-shard-00000000.json", False),  # as earlier versions named them
+    ):
+        left = path / "c000" / name
+        left.write_text("half")
+        os.utime(left, (time.time() - age,) * 2)
+        for use in (StoreWriter.resume, lambda p: StoreWriter(p, Manifest.read(p)).finish()):
+            use(path)
+            assert left.exists() == stays
+        left.unlink(missing_ok=True)
     assert stores.content(path) == before
 
 
@@ -114,7 +132,7 @@ def _block(**fields: Any) -> Callable[[Content], Content]:
 
 HOSTILE: dict[str, Callable[[Content], Content]] = {
     "no field": lambda content: {k: v for k, v in content.items() if k != "blocks"},
-    "another format": _set("format", "sdi-store-2"),
+    "another format": _set("format", "sdi-store-9"),
     "more fields": _set("values_path", "../../etc/passwd"),
     "rows without end": _set("n_rows", 1 << 62),
     "more shards than there can be": lambda c: {**c, "n_rows": 1 << 40, "shard_rows": 1},
@@ -171,6 +189,14 @@ def test_a_manifest_that_lies_is_refused(path: Path, name: str) -> None:
 def test_a_manifest_that_is_none_is_refused(path: Path, raw: bytes) -> None:
     (path / "manifest.json").write_bytes(raw)
     with pytest.raises(StoreError, match=r"manifest\.json"):
+        Store.open(path)
+
+
+def test_a_store_of_an_earlier_version_says_what_to_do(path: Path) -> None:
+    content = json.loads((path / "manifest.json").read_bytes())
+    del content["sha256"]
+    (path / "manifest.json").write_bytes(sealed({**content, "format": "sdi-store-1"}))
+    with pytest.raises(StoreError, match=r"did not record the weights outside of the body; featurize again"):
         Store.open(path)
 
 

@@ -78,13 +78,15 @@ def run(
         chosen, out / "checkpoints", announce=lambda name: screen.print(f"[dim]{next(numbers)}[/dim] {name}")
     )
     from stepinfluence.app.demo.report import demo_report
-    from stepinfluence.app.view.report import save_pictures, write_report
+    from stepinfluence.app.view.report import write_report
 
     began = time.perf_counter()
     report = demo_report(result, command=_command(chosen))
     save_arrays(result, out / "influence.npz")
     write_report(report, out / "report.html")
     if images is not None:
+        from stepinfluence.app.view.report.pictures import save_pictures
+
         images.mkdir(parents=True, exist_ok=True)
         save_pictures(report, images, prefix="demo-")
         (images / "demo-findings.json").write_text(json.dumps(_findings(result), indent=2) + "\n", "utf-8")
@@ -138,9 +140,7 @@ def _findings(result: DemoResult) -> dict[str, Any]:
         "bits": query.n_digits,
         "loop_steps": result.sdi.shape[2],
         "aggregation": default_note(result),
-        "period": asdict(result.energy_period(0)),
-        "signed_period": asdict(result.profile_period(0)),
-        "margin_period": asdict(result.margin_period(0)),
+        "periods": {name: asdict(period) for name, period in result.periods(0).items()},
         "versions": dict(result.versions),
         "machine": dict(result.machine),
     }
@@ -176,8 +176,8 @@ def _judge(result: DemoResult) -> None:
 
 def _json(result: DemoResult, out: Path) -> dict[str, Any]:
     from stepinfluence.app.demo.report import default_note
-    from stepinfluence.app.view.report.payload import peak_step, top_rows
     from stepinfluence.attribution.aggregation import SHARE, energy_shares
+    from stepinfluence.display.words import peak_step, top_rows
 
     def example(row: int, column: int) -> dict[str, Any]:
         e = result.train[row]
@@ -195,9 +195,8 @@ def _json(result: DemoResult, out: Path) -> dict[str, Any]:
                 "prediction": query.prediction,
                 "helpful": [example(row, column) for row in helpful],
                 "harmful": [example(row, column) for row in harmful],
-                "period": asdict(result.energy_period(column)),
-                "signed_period": asdict(result.profile_period(column)),
-                "margin_period": asdict(result.margin_period(column)),
+                "periods": {name: asdict(period) for name, period in result.periods(column).items()},
+                "largest_example": result.largest_example(column),
                 "checkpoint_shares": energy_shares(result.energy_by_checkpoint[:, column]).tolist(),
                 "dominated_by": None if (owner := result.dominance(column)) is None else owner.name,
             }
@@ -210,6 +209,7 @@ def _json(result: DemoResult, out: Path) -> dict[str, Any]:
         "sdi_error": result.sdi_error,
         "tracin_error": result.tracin_error,
         "convention": "positive = training on the example lowers the query's loss; peak_step counts from 1",
+        "curvature": {"kind": result.config.curvature, "damping": result.damping},
         "aggregation": default_note(result),
         "unit": SHARE,
         "checkpoints": result.checkpoint_names,

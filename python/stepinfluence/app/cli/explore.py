@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stepinfluence.app.cli._common import console, need_extra
+
+if TYPE_CHECKING:
+    from stepinfluence.attribution.curvature import Curvature
+    from stepinfluence.store import Store
 
 EXPLORE_HELP = """Look at a run in a browser: queries, the examples that helped or harmed, and at which loop step.
 
@@ -30,6 +35,14 @@ The file needs no network and no server. It holds the leading examples of the fi
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")]
 Train = Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")]
 Query = Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. \\[default: the other one]")]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        "--curvature",
+        metavar="KIND",
+        help="Corrected for curvature by fisher or block, beside SDI; none: SDI alone. \\[default: the run's setting]",
+    ),
+]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open it in a browser.")]
 
 
@@ -37,6 +50,7 @@ def explore(
     run: Run,
     train: Train = "train",
     query: Query = "",
+    curvature: Kind = None,
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0: any free one.")] = 0,
     host: Annotated[
         str, typer.Option(metavar="NAME", help="Address to listen on. Others than this machine can read the run then.")
@@ -52,7 +66,7 @@ def explore(
         from stepinfluence.app.view.explore import Explorer
         from stepinfluence.app.view.explore.serve import serve
 
-        explorer = Explorer.open(run, train=train, query=query)
+        explorer = Explorer.open(run, train=train, query=query, curvatures=_curvatures(run, curvature))
 
     def ready(address: str) -> None:
         screen.print(f"{run}: open [bold link={address}]{address}[/] (Ctrl-C stops)")
@@ -69,6 +83,7 @@ def report(
     ] = None,
     train: Train = "train",
     query: Query = "",
+    curvature: Kind = None,
     queries: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many queries the file holds.")] = 50,
     open_: Open = False,
 ) -> None:
@@ -80,9 +95,18 @@ def report(
         need_extra("report", missing_modules(("plotly", "jinja2")))
         from stepinfluence.app.view.explore import Explorer, write_page
 
-        explorer = Explorer.open(run, train=train, query=query)
+        explorer = Explorer.open(run, train=train, query=query, curvatures=_curvatures(run, curvature))
     path = out or run / "report.html"
     write_page(explorer, path, queries=queries)
     screen.print(f"Open {path}")
     if open_:
         webbrowser.open(path.resolve().as_uri())
+
+
+def _curvatures(run: Path, kind: str | None) -> Callable[[Store], tuple[list[Curvature] | None, str]]:
+    """What fits (or finds) the curvatures of a run's training store."""
+    from stepinfluence.app.runs.curvatures import curvatures_if_any, kept_curvatures, shown_first
+
+    if kind is not None:
+        return lambda store: (kept_curvatures(run, store, kind), "")
+    return lambda store: curvatures_if_any(run, store, shown_first(run))

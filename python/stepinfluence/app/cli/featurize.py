@@ -98,6 +98,10 @@ def run(
     shard_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Examples per shard. \\[default: as many as make 128 MiB]")
     ] = None,
+    curvature: Annotated[
+        str | None,
+        typer.Option(help="What query and explore show first: fisher, block or none. \\[default: fisher]"),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. \\[default: auto]")] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads of this process. \\[default: torch's]")
@@ -106,6 +110,10 @@ def run(
         str | None,
         typer.Option(help="stop at an example that fails, or skip it and record why. \\[default: stop]"),
     ] = None,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Go on though code, data or losses have changed since; it is recorded."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a report as JSON on stdout at the end.")] = False,
 ) -> None:
     """See :data:`HELP`."""
@@ -140,14 +148,17 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
             note = _checkpoints_note(prepared.count, bool(prepared.paths))
             per_step = "per step" if prepared.config.splits[split].per_step else "summed over steps"
             columns = f"{prepared.capture.width:,} columns {per_step}"
+            body = ", ".join(prepared.capture.step_log.names.values())
+            parameters = len(prepared.capture.targets)
+            screen.print(f"[dim]loop body: {body} ({parameters} parameters)[/]", soft_wrap=True)
             screen.print(f"[dim]{split}: {rows:,} examples, {columns}, {note}, on {prepared.device}[/]", soft_wrap=True)
 
     reports = []
     for report in run_splits(
         prepared,
         folder,
-        earlier=earlier,
         worker=worker,
+        accept_changes=given["accept_changes"],
         progress=terminal and worker.local_rank == 0,
         on_start=on_start,
         log=None if terminal else lambda line: screen.print(f"{who}{line}", soft_wrap=True),

@@ -16,13 +16,12 @@ from stepinfluence.app.cli._common import console, fail
 
 if TYPE_CHECKING:
     from stepinfluence.search import TopK
-    from stepinfluence.store import Store
 
 HELP = """Influence of every training example of a run on every query.
 
 Without --top-k: RUN/influence.npy, float32 (n_train, n_query, steps), written block by block in bounded memory, and \
-RUN/influence.json with the ids. With --top-k: the K leading examples of each query, as JSON or CSV on stdout; the \
-full matrix is never made. Positive: training on the example lowers the query's loss.
+RUN/influence.json with the ids and its checksum. With --top-k: the K leading examples of each query, as JSON or CSV \
+on stdout; the full matrix is never made. Positive: training on the example lowers the query's loss.
 
 [bold]Examples[/bold]
   [cyan]sdi influence run[/cyan]                                  the whole matrix, for numpy.load
@@ -58,8 +57,9 @@ def run(
         fail("per-step, harmful: go with --top-k; the full matrix has every step and both signs")
     screen = console(json_output=True)
     with screen.status("reading"):
+        from stepinfluence.app.runs.scores import SCORES, description_path, write_scores
         from stepinfluence.app.runs.stored import StoredRun
-        from stepinfluence.search import scores, top_k
+        from stepinfluence.search import top_k
 
         opened = StoredRun.open(folder)
         rows = opened.store(train)
@@ -79,11 +79,9 @@ def run(
         with _output(out) as file:
             (_write_csv if fmt == "csv" else _write_json)(file, found)
         return
-    path = out if out is not None else folder / "influence.npy"
-    result = scores(rows, queries, out=path, parameters=parameters, device=device, progress=not quiet)
-    shape = list(result.sdi.shape)
-    beside = path.with_suffix(".json")
-    _write_ids(beside, rows, queries, shape, parameters)
+    path = out if out is not None else folder / SCORES
+    shape = write_scores(rows, queries, path, parameters=parameters, device=device, progress=not quiet)
+    beside = description_path(path)
     screen.print(f"wrote {path} {tuple(shape)} (n_train, n_query, steps), ids in {beside}", soft_wrap=True)
     if as_json:
         typer.echo(json.dumps({"scores": str(path), "ids": str(beside), "shape": shape}, indent=2))
@@ -96,22 +94,6 @@ def _output(path: Path | None) -> Iterator[TextIO]:
     else:
         with path.open("w", encoding="utf-8", newline="") as file:
             yield file
-
-
-def _write_ids(path: Path, train: Store, query: Store, shape: list[int], parameters: str | None) -> None:
-    from stepinfluence.files import write_bytes
-
-    content = {
-        "shape": shape,
-        "axes": ["n_train", "n_query", "steps"],
-        "sign": "positive score = training on the row lowers the query's loss",
-        "failed": "rows and columns of examples without features are NaN",
-        "parameters": parameters,
-        "etas": [c.eta for c in train.checkpoints],
-        "train": {"store": train.path.name, "ids": list(train.ids)},
-        "query": {"store": query.path.name, "ids": list(query.ids)},
-    }
-    write_bytes(path, (json.dumps(content, ensure_ascii=False) + "\n").encode())
 
 
 def _hits(found: TopK) -> Iterator[tuple[int, int | None, list[dict[str, Any]]]]:

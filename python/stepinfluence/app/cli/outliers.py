@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from stepinfluence.app.bars import bars, printable
 from stepinfluence.app.cli._common import console, damping_of, fail
+from stepinfluence.display.bars import bars, printable
 
 if TYPE_CHECKING:
     from stepinfluence.search import Outlier
@@ -57,7 +57,7 @@ def run(
         opened = StoredRun.open(folder)
         store = opened.store(train)
         if by == "leverage":
-            fitted = kept_curvatures(opened, store, curvature, number)
+            fitted = kept_curvatures(opened.path, store, curvature, number)
             if fitted is None:
                 fail("curvature: got 'none'; leverage needs fisher or block")
             found = outliers(store, k, by="leverage", curvature=fitted)  # type: ignore[arg-type]

@@ -9,20 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from stepinfluence.app.bars import HARMFUL, HELPFUL, bars, printable
+from stepinfluence.app.cli._answers import show
 from stepinfluence.app.cli._common import console, damping_of, fail
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from stepinfluence.app.runs.query import Answer
 
-OTHER_COLUMNS = 44  # characters that the columns without texts and bars take
 HELP = """Ask a run: which training examples helped (or harmed) an answer most, and at which loop step.
 
 Positive influence: training on the example lowers the query's loss. Steps count from 1.
@@ -33,7 +28,7 @@ Positive influence: training on the example lowers the query's loss. Steps count
   [cyan]sdi query run --id q17 --step 17-32[/cyan]           who matters in the late steps?
   [cyan]sdi query run --id q17 --harmful[/cyan]              who raised the loss?
   [cyan]sdi query run --id q17 --exact[/cyan]                recompute a short list without sketches
-  [cyan]sdi query run --id q17 --curvature fisher[/cyan]     the score that predicts retraining better
+  [cyan]sdi query run --id q17 --curvature none[/cyan]       SDI alone, as the paper has it
   [cyan]sdi query run --input new.jsonl[/cyan]               examples that are in no store
   [cyan]sdi query run --row 0 --json | jq .[0].hits[0][/cyan]
 """.replace("[0]", r"\[0]")
@@ -61,8 +56,13 @@ def run(
         str | None, typer.Option(metavar="GLOB", help="Influence through these body parameters only: '*.mlp.*'.")
     ] = None,
     curvature: Annotated[
-        str, typer.Option(metavar="KIND", help="Correct for curvature: fisher, block (by parameter) or none.")
-    ] = "none",
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Only scores corrected for curvature, fisher or block (by parameter); or none: only SDI. "
+            "\\[default: the run's setting first, then SDI]",
+        ),
+    ] = None,
     damping: Annotated[
         str | None,
         typer.Option(metavar="X", help="With --curvature: auto, or relative to the largest eigenvalue."),
@@ -75,15 +75,15 @@ def run(
     """See :data:`HELP`."""
     if sum(given is not None for given in (ids or rows, file)) != 1:
         fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
-    steps = _steps(step)
-    if curvature == "none" and damping is not None:
+    ranked = _steps(step)
+    if curvature in (None, "none") and damping is not None:
         fail("damping: goes with --curvature fisher or block")
-    if curvature != "none" and exact:
+    if curvature not in (None, "none") and exact:
         fail("exact: recomputes scores without curvature; leave out --exact or --curvature")
     number = damping_of(damping)
     screen = console(json_output=True)
     with screen.status("reading"):
-        from stepinfluence.app.runs.curvatures import kept_curvatures
+        from stepinfluence.app.runs.curvatures import curvatures_if_any, kept_curvatures, shown_first
         from stepinfluence.app.runs.query import answer, ask_new, ask_rows
         from stepinfluence.app.runs.stored import StoredRun
 
@@ -95,25 +95,41 @@ def run(
         else:
             source = opened.store(query or opened.other(train))
             asked = ask_rows(opened, source, [*(source.find(i) for i in ids or ()), *(rows or ())])
-        fitted = kept_curvatures(opened, store, curvature, number)
-    answers = answer(
-        opened,
-        store,
-        asked,
-        k,
-        steps=steps,
-        harmful=harmful,
-        exact=exact,
-        candidates=candidates,
-        parameters=parameters,
-        curvature=fitted,
-        progress=sys.stderr.isatty(),
-    )
+        count = asked.features[0].values.shape[1] if asked.features[0].per_step else 1
+        if ranked is not None and ranked.stop > count:
+            fail(f"step: got {step!r}; the queries have steps 1 to {count}")
+        why = ""
+        if curvature is not None:
+            scores = [kept_curvatures(opened.path, store, curvature, number)]
+        elif exact:
+            scores = [None]
+        else:
+            first, why = curvatures_if_any(opened.path, store, shown_first(opened.path))
+            scores = [None] if first is None else [first, None]
+    answers = [
+        answer(
+            opened,
+            store,
+            asked,
+            k,
+            steps=ranked,
+            harmful=harmful,
+            exact=exact,
+            candidates=candidates,
+            parameters=parameters,
+            curvature=fitted,
+            progress=sys.stderr.isatty(),
+        )
+        for fitted in scores
+    ]
     if as_json:
-        typer.echo(json.dumps([_json(one) for one in answers], ensure_ascii=False, indent=2))
+        lines = [_json(one) | {"also": [_json(other) for other in rest]} for one, *rest in zip(*answers, strict=True)]
+        typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))
         return
-    for one in answers:
-        _show(console(), one, harmful=harmful, step=step, exact=exact)
+    for together in zip(*answers, strict=True):
+        show(console(), together, harmful=harmful, step=step, exact=exact)
+    if why:
+        console().print(Text(f"Not corrected for curvature: {why}", style="dim"))
 
 
 def _steps(text: str | None) -> range | None:
@@ -172,50 +188,3 @@ def _json(one: Answer) -> dict[str, Any]:
             for hit in one.hits
         ],
     }
-
-
-def _show(screen: Console, one: Answer, *, harmful: bool, step: str | None, exact: bool) -> None:
-    title = Text.assemble(("Query ", "bold"), (str(printable(one.id)), "bold"))
-    if one.text is not None and one.text != str(one.id):
-        title.append(": ").append(printable(one.text, 300))
-    title.append(f"  loss {one.loss:.3g}", style="dim")
-    screen.print()
-    screen.print(title)
-    if not one.hits:
-        screen.print("no training example")
-        return
-    trajectories = np.stack([hit.trajectory for hit in one.hits])
-    steps = trajectories.shape[1]
-    texts = any(hit.text is not None for hit in one.hits)
-    room = max(8, (screen.width - OTHER_COLUMNS) // (2 if texts else 1))
-    each = -(-steps // room)
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("", justify="right", style="dim")
-    table.add_column("id", no_wrap=True, overflow="ellipsis", max_width=24)
-    if texts:
-        table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
-    if step is not None:
-        table.add_column(f"steps {step}", justify="right", no_wrap=True)
-    table.add_column("total", justify="right", no_wrap=True)
-    if steps > 1:
-        table.add_column("peak", justify="right", no_wrap=True)
-        table.add_column(f"steps 1–{steps}" + (f", {each} per bar" if each > 1 else ""), no_wrap=True)
-    most = float(np.nanmax(np.abs(trajectories)))
-    for place, hit in enumerate(one.hits, 1):
-        cells: list[Text | str] = [str(place), printable(hit.id)]
-        cells += [printable(hit.text or "")] if texts else []
-        cells += [f"{hit.score:+.3g}"] if step is not None else []
-        cells += [f"{hit.total:+.3g}"]
-        cells += [f"step {hit.peak_step}", bars(hit.trajectory, most, each=each)] if steps > 1 else []
-        table.add_row(*cells)
-    screen.print(table)
-    how = "exact, recomputed from the model" if exact else "estimated from sketches"
-    screen.print(Text(f"Score: {one.score}.", style="dim"))
-    note = f"Training on these {'raises' if harmful else 'lowers'} the query's loss most; {how}; {one.unit}. "
-    if steps > 1:
-        note += f"Bars: [{HELPFUL}]helps[/], [{HARMFUL}]harms[/]."
-    else:
-        note += "The query is summed over steps: no trajectory."
-    screen.print(f"[dim]{note}[/dim]")
-    if one.dominance is not None:
-        screen.print(Text(printable(one.dominance.sentence).plain, style="yellow"))

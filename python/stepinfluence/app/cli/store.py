@@ -112,14 +112,22 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-@app.command("verify", help="Read every byte of stores; exit status 1 and one line per problem if something is wrong.")
+@app.command(
+    "verify",
+    help="Read every byte of stores (and a run's score table); exit status 1 and one line per problem if any is wrong.",
+)
 def verify(stores: Stores, as_json: Json = False) -> None:
     """Print problems on stdout, one a line."""
     with console(json_output=True).status("starting"):
+        from stepinfluence.app.runs.scores import SCORES, description_path, scores_problem
         from stepinfluence.store import verify as find_problems
     found: dict[str, list[str]] = {}
     for path in _stores(stores):
         found[str(path)] = find_problems(path, progress=sys.stderr.isatty())
+    for table in (path / SCORES for path in stores):
+        if table.is_file() or description_path(table).is_file():
+            problem = scores_problem(table)
+            found[str(table)] = [] if problem is None else [problem]
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:

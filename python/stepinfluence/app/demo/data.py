@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,9 @@ from stepinfluence.models.parity_task import ParityExample, ParityTrainConfig
 
 Array = NDArray[np.float32]
 
-CONSERVED = 1e-6
-"""Largest relative difference between the sum of the step sketches and the sketch of the whole gradient."""
+CONSERVED = 8 * float(np.finfo(np.float32).eps)
+"""Largest difference between the sum of the step sketches and the sketch of the whole gradient, relative to the sum of
+the step sketches' norms: a few roundings of the float32 numbers that are added up."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class DemoConfig:
         kept_checkpoints: of the checkpoints from the end of the curriculum on, how many of the best are used. The best
             one is the model that is asked.
         sketch_size: buckets for each parameter tensor.
+        curvature: what the scores that are shown first are corrected with, see :func:`stepinfluence.influence`;
+            ``"none"`` shows the paper's alone.
         exact_train, exact_queries: size of the subset on which sketches are compared with exact gradients.
         batch_size: examples for each forward and backward pass of the attribution.
         required_accuracy: share of right answers on held-out strings, over all lengths of training and at each length
@@ -62,6 +65,7 @@ class DemoConfig:
     validation_strings: int = 128
     kept_checkpoints: int = 3
     sketch_size: int = 2048
+    curvature: Literal["none", "fisher", "block"] = "fisher"
     exact_train: int = 24
     exact_queries: int = 4
     batch_size: int = 32
@@ -182,17 +186,22 @@ class DemoResult:
         by_checkpoint: ``(n_checkpoints, n_train, n_query, steps)`` step-decomposed influence at each checkpoint times
             its learning rate, float32; positive = training on the example lowers the loss of the query. Its sum over
             checkpoints is the paper's (eq. 5), which one checkpoint can own.
+        corrected_by_checkpoint: the same with each checkpoint's own curvature; ``by_checkpoint`` where the
+            configuration has none.
+        damping: of these, relative to the largest eigenvalue, chosen without retraining; empty where there is none.
         trained: which checkpoints are from the end of the curriculum on; the best of them, see ``kept_checkpoints``.
         chosen: which of them is the best: the model that was asked.
-        sdi: ``(n_train, n_query, steps)``: these checkpoints, balanced, in per cent of the query's influence (see
-            :func:`~stepinfluence.attribution.aggregation.balanced`). What is shown first.
-        exact: ``(rows, columns, exact values)``: ``sdi`` from exact gradients on a subset, scaled as ``sdi`` is.
+        sdi: ``(n_train, n_query, steps)``: the corrected scores of these checkpoints, balanced, in per cent of the
+            query's influence (see :func:`~stepinfluence.attribution.aggregation.balanced`). What is shown first.
+        plain: the same of the plain scores.
+        exact: ``(rows, columns, exact values)``: ``plain`` from exact gradients on a subset, scaled as ``plain`` is.
         etas, checkpoints: learning rate and path of each checkpoint.
         accuracy: held-out accuracy by length; lengths of which every string was trained on are measured on those.
         accuracy_beyond: the same for some lengths longer than any in training.
         train_losses: ``(n_train,)`` losses of the scored training examples at the chosen checkpoint, in nats.
-        conservation: relative difference between summed step sketches and the sketch of the whole gradient.
-        sdi_error, tracin_error: relative Frobenius error of the sketched scores against the exact ones.
+        conservation: difference between summed step sketches and the sketch of the whole gradient, relative to the sum
+            of the step sketches' norms.
+        sdi_error, tracin_error: relative Frobenius error of the plain sketched scores against the exact ones.
         parameters, body_parameters: number of the model's, and of the loop body's.
         n_trained: number of training examples there were.
         optimizer_steps: how many the training took.
@@ -205,9 +214,12 @@ class DemoResult:
     train: tuple[ParityExample, ...]
     queries: tuple[Query, ...]
     by_checkpoint: Array
+    corrected_by_checkpoint: Array
+    damping: tuple[float, ...]
     trained: tuple[int, ...]
     chosen: int
     sdi: Array
+    plain: Array
     exact: tuple[NDArray[np.int64], NDArray[np.int64], Array]
     etas: tuple[float, ...]
     checkpoints: tuple[Path, ...]
@@ -262,18 +274,25 @@ class DemoResult:
         """``update 500``: the optimizer step of each checkpoint (a step, here, is one of the loop)."""
         return tuple(f"update {int(path.stem.rpartition('-')[2])}" for path in self.checkpoints)
 
-    def energy_period(self, column: int) -> Period:
-        """Period of a query's influence regardless of sign, up to its read-out, with its p-value."""
-        return period_of(np.abs(self.sdi[:, column]).sum(0)[: self.queries[column].example.n_digits])
+    def largest_example(self, column: int) -> float:
+        """Share of a query's influence, regardless of sign, that the training example with the most of it has."""
+        energy = np.abs(self.sdi[:, column]).sum(1, dtype=np.float64)
+        return float(energy.max() / energy.sum())
 
-    def profile_period(self, column: int) -> Period:
-        """Period of a query's summed influence (the paper's profile), up to its read-out, with its p-value."""
-        return period_of(self.sdi[:, column].sum(0)[: self.queries[column].example.n_digits])
-
-    def margin_period(self, column: int) -> Period:
-        """Period of a query's logit margin up to its read-out, with its p-value."""
+    def periods(self, column: int) -> dict[str, Period]:
+        """Periods of a query's curves up to its read-out, with their p-values: ``profile``, influence summed over
+        examples (the paper's, appendix D.2); ``energy``, the same regardless of sign; both again of the plain scores;
+        and the logit ``margin``."""
         query = self.queries[column]
-        return period_of(query.margin[: query.example.n_digits])
+        shown, plain = self.sdi[:, column], self.plain[:, column]
+        curves = {
+            "profile": shown.sum(0),
+            "energy": np.abs(shown).sum(0),
+            "plain_profile": plain.sum(0),
+            "plain_energy": np.abs(plain).sum(0),
+            "margin": query.margin,
+        }
+        return {name: period_of(curve[: query.example.n_digits]) for name, curve in curves.items()}
 
     def dominance(self, column: int) -> Dominance | None:
         """The checkpoint that would own the plain sum over all of them, if one would."""
@@ -283,13 +302,17 @@ class DemoResult:
 def save_arrays(result: DemoResult, path: Path) -> None:
     """Write ``influence.npz``: scores, ids and texts, losses and margins, without pickled objects.
 
-    ``sdi`` is what the report shows first, ``by_checkpoint`` what it was made from: see :class:`DemoResult`.
+    ``sdi`` is what the report shows first, ``corrected_by_checkpoint`` what it was made from, ``by_checkpoint`` the
+    paper's: see :class:`DemoResult`.
     """
     rows, columns, exact = result.exact
     np.savez_compressed(
         path,
         sdi=result.sdi,
+        plain=result.plain,
         by_checkpoint=result.by_checkpoint,
+        corrected_by_checkpoint=result.corrected_by_checkpoint,
+        damping=np.array(result.damping),
         trained=np.array(result.trained),
         chosen=result.chosen,
         train_ids=np.array([e.id for e in result.train]),

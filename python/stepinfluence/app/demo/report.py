@@ -9,7 +9,8 @@ from stepinfluence.attribution.periods import SIGNIFICANT
 from stepinfluence.models.parity_task import ParityExample
 
 WORDS = ("even", "odd")
-DEFAULT_VIEW = "trained checkpoints, each counting alike"
+TRAINED = "trained checkpoints, each counting alike"
+CURVATURE = {"fisher": "empirical Fisher", "block": "empirical Fisher of each parameter tensor"}
 
 
 def percent(share: float) -> str:
@@ -83,12 +84,12 @@ def demo_report(result: DemoResult, *, command: str = "sdi demo") -> Report:
             "Model": f"{result.checkpoint_names[result.chosen]}: the best, on {result.config.validation_strings} "
             f"validation strings of each of {', '.join(map(str, sorted(result.config.probe_lengths)))} bits, of the "
             "checkpoints from the end of the curriculum on",
-            "Sum over checkpoints": default_note(result),
+            "Sum over checkpoints": aggregation_note(result),
+            **_curvature(result),
             "Scored": f"{len(result.train)} training strings × {len(result.queries)} queries × {steps} loop steps",
             "Sketch": f"TensorSketch and CountSketch, m = {result.config.sketch_size} for each tensor, balanced "
             f"hashing, {result.feature_width:,} numbers per example and step, seed {result.config.seed}",
-            "Score": "test-step SDI at a checkpoint: ⟨whole gradient of the training example, step gradient of the "
-            "query⟩",
+            "SDI": "test-step SDI at a checkpoint: ⟨gradient of the training example, step gradient of the query⟩",
             "Periods": f"stated where a permutation test (999 orders) gives p ≤ {SIGNIFICANT}",
             **{name: value for name, value in result.machine.items() if name != "load"},
             "Load": result.machine.get("load", "unknown"),
@@ -99,12 +100,16 @@ def demo_report(result: DemoResult, *, command: str = "sdi demo") -> Report:
 
 
 def demo_views(result: DemoResult) -> tuple[View, ...]:
-    """What the picker offers: the default, each checkpoint alone, and the plain sum of them all."""
+    """What the picker offers: the default, SDI added up likewise, each checkpoint alone, and the plain sum of all."""
     names = result.checkpoint_names
+    corrected = result.config.curvature != "none"
+    how = ", corrected for curvature" if corrected else ""
+    plain = View(f"SDI (the paper’s), {TRAINED}", result.plain, SHARE, aggregation_note(result))
+    first = View(f"corrected for curvature, {TRAINED}", result.sdi, SHARE, default_note(result))
     alone = tuple(
         View(
-            f"{name} alone",
-            balanced(result.by_checkpoint[k : k + 1]),
+            f"{name} alone{how}",
+            balanced(result.corrected_by_checkpoint[k : k + 1]),
             SHARE,
             f"One checkpoint, {'one of the best' if k in result.trained else 'made within the curriculum'}; "
             "all influence on the query there, regardless of sign, is 100 %.",
@@ -112,10 +117,10 @@ def demo_views(result: DemoResult) -> tuple[View, ...]:
         for k, name in reversed(list(enumerate(names)))
     )
     return (
-        View(DEFAULT_VIEW, result.sdi, SHARE, default_note(result)),
+        *((first, plain) if corrected else (plain,)),
         *alone,
         View(
-            "plain sum over all, by learning rate",
+            "SDI, plain sum over all, by learning rate",
             result.by_checkpoint.sum(0),
             FIRST_ORDER,
             "The paper’s sum over checkpoints (eq. 5), Σ η · ⟨gradient, step gradient⟩: slopes, not amounts of loss.",
@@ -124,13 +129,34 @@ def demo_views(result: DemoResult) -> tuple[View, ...]:
 
 
 def default_note(result: DemoResult) -> str:
-    """How the view that is shown first adds up checkpoints."""
+    """What the view that is shown first holds, and how it adds up checkpoints."""
+    kind = CURVATURE.get(result.config.curvature)
+    if kind is None:
+        return aggregation_note(result)
+    return f"SDI corrected for curvature by the {kind} of the scored strings. {aggregation_note(result)}"
+
+
+def aggregation_note(result: DemoResult) -> str:
+    """How a view of the trained checkpoints adds them up."""
     names = [result.checkpoint_names[k] for k in result.trained]
     which = f"Mean of the best {len(names)} checkpoints" if len(names) > 1 else "The best checkpoint"
     return (
         f"{which} from the end of the curriculum on ({', '.join(names)}), each scaled so that all influence on the "
         "query there, regardless of sign, is 100 %: no checkpoint can outweigh the others."
     )
+
+
+def _curvature(result: DemoResult) -> dict[str, str]:
+    """How the scores that are shown first were corrected; nothing if they were not."""
+    kind = CURVATURE.get(result.config.curvature)
+    if kind is None:
+        return {}
+    damping = ", ".join(f"{value:.0e}" for value in result.damping)
+    return {
+        "Curvature": f"⟨gradient of the training example, (F + λ)⁻¹ step gradient of the query⟩ with the {kind} "
+        f"F of the {len(result.train)} scored examples at each checkpoint; λ relative to the largest eigenvalue "
+        f"({damping}), chosen without retraining"
+    }
 
 
 def demo_checks(result: DemoResult) -> tuple[Check, ...]:
@@ -151,14 +177,14 @@ def demo_checks(result: DemoResult) -> tuple[Check, ...]:
             "Conservation error",
             f"{result.conservation:.1e}",
             result.conserved,
-            "sum of the step sketches against the sketch of the whole gradient, relative",
+            "sum of the step sketches against the sketch of the whole gradient, relative to the norms added up",
             f"≤ {CONSERVED:.0e}",
         ),
         Check(
             "Sketch error",
             percent(result.sdi_error),
             True,
-            f"influence from sketches against exact gradients, relative, on {len(rows)} × {len(columns)} pairs",
+            f"SDI from sketches against exact gradients, relative, on {len(rows)} × {len(columns)} pairs",
         ),
         Check("Time", f"{sum(s.seconds for s in result.stages):.0f} s", True, "training, attribution and checks"),
     )

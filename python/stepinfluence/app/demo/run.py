@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ from stepinfluence.app.demo.data import (
 )
 from stepinfluence.attribution.aggregation import balanced, energy_of, equal_weights
 from stepinfluence.attribution.checkpoints import load_checkpoint
-from stepinfluence.attribution.scoring import influence_over_checkpoints
+from stepinfluence.attribution.curvature.choice import fitted
+from stepinfluence.attribution.scoring import influence, influence_over_checkpoints
+from stepinfluence.attribution.visiting import visit_checkpoints
 from stepinfluence.capture import Capture, ExactCapture, attach
 from stepinfluence.machine import PeakMemory, machine_facts, versions
 from stepinfluence.models.parity import ParityTransformer, parity_loss
@@ -110,15 +113,8 @@ def _run(config: DemoConfig, checkpoint_dir: Path, progress: bool, announce: Cal
     capture = attach(model, body=model.block, sketch_size=config.sketch_size, seed=config.seed)
 
     with stage("influence at each checkpoint"):
-        # One by one, to tell which checkpoint a query's influence comes from.
-        parts = [
-            influence_over_checkpoints(
-                capture, [path], train_batches, query_batches, parity_loss, ids=_ids, progress=progress
-            )
-            for path in tqdm(checkpoints, desc="checkpoints", delay=2, disable=not progress)
-        ]
-    by_checkpoint = np.stack([part.sdi.numpy() for part in parts])
-    sdi = balanced(by_checkpoint[shown])
+        scores = _scores(capture, checkpoints, train_batches, query_batches, config, progress=progress)
+    sdi, plain = balanced(scores.corrected[shown]), balanced(scores.plain[shown])
     with stage("check conservation"):
         conservation = _conservation(capture, query_batches, progress=progress)
     rows, columns = _exact_subset(config, len(train), len(examples))
@@ -126,20 +122,23 @@ def _run(config: DemoConfig, checkpoint_dir: Path, progress: bool, announce: Cal
         some = _batches([train[r] for r in rows], config.batch_size)
         asked = _batches([examples[c] for c in columns], config.batch_size, length=length)
         # Scaled by the energies of the sketched scores: those of all examples, not of the subset.
-        weights = equal_weights(energy_of(by_checkpoint[shown]))[:, columns]
+        weights = equal_weights(energy_of(scores.plain[shown]))[:, columns]
         exact = _exact(model, [checkpoints[k] for k in shown], weights, some, asked, progress=progress)
-    sketched = sdi[np.ix_(rows, columns)]
+    sketched = plain[np.ix_(rows, columns)]
 
     return DemoResult(
         config=config,
         train=tuple(train),
         queries=_answers(model, examples, length),
-        by_checkpoint=by_checkpoint,
+        by_checkpoint=scores.plain,
+        corrected_by_checkpoint=scores.corrected,
+        damping=scores.damping,
         trained=tuple(shown),
         chosen=checkpoints.index(saved[best[0]]),
         sdi=sdi,
+        plain=plain,
         exact=(rows, columns, exact),
-        etas=tuple(eta for part in parts for eta in part.etas),
+        etas=scores.etas,
         checkpoints=tuple(checkpoints),
         accuracy=accuracy,
         accuracy_beyond=beyond,
@@ -246,11 +245,46 @@ def _ids(batch: Batch) -> list[int]:
     return [int(i) for i in batch["ids"]]
 
 
+@dataclass(frozen=True)
+class _Scores:
+    """Scores ``(K, N, Q, steps)`` at each of K checkpoints, its learning rate and its damping (none: empty)."""
+
+    plain: Array
+    corrected: Array
+    etas: tuple[float, ...]
+    damping: tuple[float, ...]
+
+
+def _scores(
+    capture: Capture,
+    checkpoints: Sequence[Path],
+    train: Sequence[Batch],
+    query: Sequence[Batch],
+    config: DemoConfig,
+    *,
+    progress: bool,
+) -> _Scores:
+    """One by one, to tell which checkpoint a query's influence comes from; each with a curvature of its own."""
+    plain, corrected, etas, damping = [], [], [], []
+    with closing(visit_checkpoints(capture, checkpoints, "optimizer", progress=progress)) as visited:
+        for eta in visited:
+            asked = capture.featurize(query, parity_loss, ids=_ids, progress=progress)
+            rows = capture.featurize(train, parity_loss, per_step=False, ids=_ids, progress=progress)
+            plain.append(influence(rows, asked, etas=eta).sdi.numpy())
+            found = fitted([rows], config.curvature)
+            if found is not None:
+                damping.append(found[0].damping)
+                corrected.append(influence(rows, asked, etas=eta, curvature=found).sdi.numpy())
+            etas.append(eta)
+    both = np.stack(plain), np.stack(corrected or plain)
+    return _Scores(*both, tuple(etas), tuple(damping))
+
+
 def _conservation(capture: Capture, batches: Sequence[Batch], *, progress: bool) -> float:
-    """Largest, over examples, relative difference between the two ways to the sketch of the whole gradient."""
-    by_step = capture.featurize(batches, parity_loss, per_step=True, progress=progress).values.double().sum(1)
+    """Largest, over examples, difference between the two ways to the sketch of the whole gradient, in sums of norms."""
+    by_step = capture.featurize(batches, parity_loss, per_step=True, progress=progress).values.double()
     at_once = capture.featurize(batches, parity_loss, per_step=False, progress=progress).values.double()
-    return float(((by_step - at_once).norm(dim=1) / at_once.norm(dim=1)).max())
+    return float(((by_step.sum(1) - at_once).norm(dim=1) / by_step.norm(dim=2).sum(1)).max())
 
 
 def _exact_subset(config: DemoConfig, n_train: int, n_query: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

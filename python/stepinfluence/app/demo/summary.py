@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stepinfluence.app.bars import HARMFUL, HELPFUL, bars
 from stepinfluence.app.demo.report import WORDS, answer, bits, default_note, demo_checks, percent
 from stepinfluence.app.demo.run import DemoResult
-from stepinfluence.app.view.report.payload import peak_step, signed, top_rows
 from stepinfluence.attribution.aggregation import energy_shares
+from stepinfluence.display.bars import HARMFUL, HELPFUL, bars
+from stepinfluence.display.words import peak_step, signed, top_rows
 
 TOP = 5
 OTHER_COLUMNS = 48  # characters that the columns of the examples' table take, without texts and bars
@@ -122,9 +122,10 @@ def _origin(result: DemoResult, column: int) -> str:
 
 def _rhythm(result: DemoResult, column: int) -> str:
     """What the tests let one say of periods."""
-    energy = result.energy_period(column).sentence("Influence of all scored strings, regardless of sign,")
-    profile = result.profile_period(column).sentence("Its signed sum")
-    return f"{energy}. {profile}. {result.margin_period(column).sentence('The logit margin')}."
+    found = result.periods(column)
+    profile = found["profile"].sentence("Influence summed over all scored strings")
+    energy = found["energy"].sentence("Regardless of sign, it")
+    return f"{profile}. {energy}. {found['margin'].sentence('The logit margin')}."
 
 
 def _checks(result: DemoResult) -> Table:

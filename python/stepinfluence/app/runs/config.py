@@ -71,6 +71,7 @@ class RunConfig:
             depend on it in their last bits. None: :func:`stepinfluence.attach`'s for the device, recorded as a number.
         fold: add all checkpoints into one set of columns, under random signs.
         metric: the inner product that influence is taken under: ``"sgd"``, or an optimizer's second moments.
+        curvature: what the scores that people see first are corrected with: ``"fisher"``, ``"block"`` or ``"none"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         on_error: what to do with an example that cannot be featurized: ``"stop"``, or ``"skip"`` it and record why.
     """
@@ -86,10 +87,11 @@ class RunConfig:
     workspace: int | None = None
     fold: bool = False
     metric: Kind = "sgd"
+    curvature: Literal["fisher", "block", "none"] = "fisher"
     device: str = "auto"
     on_error: OnFailure = "stop"
 
-    EXECUTION = ("device", "on_error")
+    EXECUTION = ("curvature", "device", "on_error")
     """Fields that may differ between calls of one run."""
 
     def __post_init__(self) -> None:
@@ -99,6 +101,7 @@ class RunConfig:
         if self.workspace is not None and self.workspace < 0:
             raise ConfigError(f"workspace: got {self.workspace}; give a number of bytes, 0 to sketch every use at once")
         _one_of("metric", self.metric, get_args(Kind))
+        _one_of("curvature", self.curvature, ("fisher", "block", "none"))
         _one_of("on_error", self.on_error, get_args(OnFailure))
         if not self.splits:
             raise ConfigError("splits: got none; give at least one (--split train)")
@@ -217,7 +220,7 @@ TYPES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("shard_rows", "threads", "workspace"), (int, type(None))),
     "fold": (bool,),
     "per_step": (bool, type(None)),
-    **dict.fromkeys(("hashing", "layout", "metric", "device", "on_error", "dtype"), (str,)),
+    **dict.fromkeys(("hashing", "layout", "metric", "curvature", "device", "on_error", "dtype"), (str,)),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stepinfluence.app.project import MapStyle, describe
+from stepinfluence.app.project import MapStyle, Project, describe
 from stepinfluence.app.runs.config import OnFailure
 from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.attribution.features import Features
@@ -43,6 +43,15 @@ class Part:
     features: Features | None
     rows: tuple[RowInfo, ...]
     failed: tuple[FailedRow, ...]
+
+
+def info_of(project: Project, example: Any, row: int) -> RowInfo:
+    """What a store keeps of an example for people.
+
+    Raises:
+        ProjectError: the project's functions give something else than they must.
+    """
+    return RowInfo(project.example_id(example, row), project.text(example), project.metadata(example) or None)
 
 
 class PartLoader:
@@ -99,9 +108,7 @@ class PartSource:
             self.failed[row] = reason[:REASON_LIMIT]
             return
         self.examples[row] = example
-        self.infos[row] = RowInfo(
-            project.example_id(example, row), project.text(example), project.metadata(example) or None
-        )
+        self.infos[row] = info_of(project, example, row)
 
     def failing(self, rows: Sequence[int], error: Exception) -> None:
         """Note that a batch failed. One of a single example is given up; of others each is tried again by itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, TypeAlias
@@ -15,12 +15,14 @@ from tqdm.auto import tqdm
 from stepinfluence.app.project import MapStyle
 from stepinfluence.app.runs.config import CONFIG, SUMMED_SPLIT, RunConfig, SplitConfig
 from stepinfluence.app.runs.examples import Part, featurize_part
+from stepinfluence.app.runs.pinned import checked_pins
 from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.app.runs.workers import Worker
 from stepinfluence.errors import ProjectError
 from stepinfluence.files import write_bytes
 from stepinfluence.store import FailedRow, Manifest, Store, StoreWriter, fold, fold_manifest, is_unwritten
 from stepinfluence.store.manifest import MANIFEST
+from stepinfluence.writers import locked, remove_leftovers
 
 SHARD_BYTES = 128 << 20
 """What a shard's values are to take, about, where the shard's rows are not given."""
@@ -79,17 +81,19 @@ def run_splits(
     prepared: Prepared,
     out: Path,
     *,
-    earlier: RunConfig | None = None,
     worker: Worker | None = None,
+    accept_changes: bool = False,
     progress: bool = True,
     on_start: Callable[[str, int], object] = lambda split, rows: None,
     log: Log | None = None,
 ) -> Iterator[SplitReport]:
     """Featurize this worker's share of every split of ``prepared.config`` into ``out/<split>``, and write
-    ``out/config.yaml``.
+    ``out/config.yaml``. A process that works alone locks ``out`` meanwhile. Nothing is written before the first shard
+    has its features: a call that fails before binds nobody.
 
     Args:
-        earlier: the config of the run that is in ``out`` already.
+        accept_changes: go on although the project's code, data or losses are others than those that the run was begun
+            with, and record it.
         progress: show a progress bar with the time left.
         on_start: called with the name and the number of examples of each split as it begins.
         log: called with a line on the state once a minute, for where no bar can be shown.
@@ -99,8 +103,28 @@ def run_splits(
 
     Raises:
         ConfigError: the run in ``out`` was begun with other settings.
+        StoreError: another command is writing to ``out``.
         StepInfluenceError: as for :func:`featurize_split`.
     """
+    worker = worker or Worker()
+    # Workers share the folder, and need no lock: each writes shards of its own.
+    with locked(out) if worker.world_size == 1 else nullcontext():
+        remove_leftovers(out)
+        yield from _run_splits(
+            prepared, out, worker, accept_changes=accept_changes, progress=progress, on_start=on_start, log=log
+        )
+
+
+def _run_splits(
+    prepared: Prepared,
+    out: Path,
+    worker: Worker,
+    *,
+    accept_changes: bool,
+    progress: bool,
+    on_start: Callable[[str, int], object],
+    log: Log | None,
+) -> Iterator[SplitReport]:
     prepared.stored()  # whatever is wrong with a checkpoint shows before anything is written
     config = prepared.config
     data = {split: prepared.project.dataset(split) for split in config.splits}
@@ -114,19 +138,28 @@ def run_splits(
         checkpoints=tuple(str(path) for path in prepared.paths),
         workspace=prepared.capture.sketching.workspace,
     )
-    alone = worker is None or worker.world_size == 1
+    earlier = RunConfig.load(out / CONFIG) if (out / CONFIG).is_file() else None
     begun = {} if earlier is None else earlier.splits
-    if alone:
+    if worker.world_size == 1:
         # A call that failed before its first shard binds nobody: the next one may have the settings it asked for.
         # (Among several workers, another may be about to write one.)
         begun = {split: settings for split, settings in begun.items() if not is_unwritten(out / split)}
     if earlier is not None and begun:
         config = config.merged(replace(earlier, splits=begun), out)
     prepared.config = config
-    config.save(out / CONFIG)
     for split in splits:
         on_start(split, len(data[split]))
-        yield featurize_split(prepared, split, data[split], out / split, worker=worker, progress=progress, log=log)
+        yield featurize_split(
+            prepared,
+            split,
+            data[split],
+            out / split,
+            worker=worker,
+            accept_changes=accept_changes,
+            on_begin=lambda: config.save(out / CONFIG),
+            progress=progress,
+            log=log,
+        )
     # Another call may have added splits of its own meanwhile.
     if (out / CONFIG).is_file() and (now := RunConfig.load(out / CONFIG)) and now.splits.keys() != config.splits.keys():
         config.merged(now, out).save(out / CONFIG)
@@ -160,6 +193,8 @@ def featurize_split(
     path: Path,
     *,
     worker: Worker | None = None,
+    accept_changes: bool = False,
+    on_begin: Callable[[], object] = lambda: None,
     progress: bool = True,
     log: Log | None = None,
 ) -> SplitReport:
@@ -174,10 +209,12 @@ def featurize_split(
         data: its dataset.
         path: the store's folder.
         worker: this process; the only one if not given.
-        progress, log: as for :func:`run_splits`.
+        on_begin: called before anything is written: when the first shard has its features, or nothing is left to do.
+        accept_changes, progress, log: as for :func:`run_splits`.
 
     Raises:
-        StoreError: the folder holds another store, or the disk is full.
+        StoreError: the folder holds another store, or the disk is full; or the project's code, data or losses are not
+            those that the store was begun with (says which).
         ProjectError, LossError: an example failed (see :func:`featurize_part`), or all of a shard's did.
         StepInfluenceError: the project, the model or a checkpoint is not as it must be.
     """
@@ -186,11 +223,21 @@ def featurize_split(
     settings = prepared.config.splits[split]
     with _threads(settings.threads, prepared.device):
         manifest = manifest_of(prepared, split, settings, len(data))
-        alone = worker.world_size == 1
-        if alone and (path / MANIFEST).is_file() and is_unwritten(path) and Manifest.read(path).difference(manifest):
-            write_bytes(path / MANIFEST, manifest.to_bytes())  # a call that failed before its first shard left it
-        writer = StoreWriter.create(path, manifest)
-        written = _write(prepared, writer, data, settings, worker, split, progress=progress, log=log)
+        unwritten = is_unwritten(path)
+        if (path / MANIFEST).is_file() and not (unwritten and worker.world_size == 1):
+            StoreWriter.resume(path, manifest)
+        StoreWriter.require_free(path)
+        pins = checked_pins(prepared, path, data, settings.batch_size, worker, accept_changes=accept_changes)
+
+        def begin() -> None:
+            on_begin()
+            pins.put_at(path)
+            if unwritten and worker.world_size == 1 and (path / MANIFEST).is_file():
+                write_bytes(path / MANIFEST, manifest.to_bytes())  # left by a call that was killed just here
+            StoreWriter.create(path, manifest)
+
+        writer = StoreWriter(path, manifest)
+        written = _write(prepared, writer, data, settings, worker, split, begin, progress=progress, log=log)
     store = Store.open(path)
     if store.complete:
         writer.finish()
@@ -206,6 +253,7 @@ def _write(
     settings: SplitConfig,
     worker: Worker,
     split: str,
+    begin: Callable[[], object],
     *,
     progress: bool,
     log: Log | None,
@@ -226,7 +274,9 @@ def _write(
         tqdm(total=total, desc=split, unit=" examples", dynamic_ncols=True, disable=not progress or not work) as bar,
     ):
         state = _State(bar, split, total, log)
-        for column, checkpoints, shard in work:
+        if not work:
+            begin()
+        for number, (column, checkpoints, shard) in enumerate(work):
             started = time.monotonic()
             parts = []
             for checkpoint in checkpoints:
@@ -250,6 +300,8 @@ def _write(
                     )
                 parts.append(part)
             whole = _folded(parts, prepared) if folded else parts[0]
+            if not number:
+                begin()
             writer.write_shard(
                 column, shard, whole.features, whole.rows, whole.failed, seconds=time.monotonic() - started
             )

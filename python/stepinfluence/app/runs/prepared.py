@@ -18,7 +18,7 @@ from stepinfluence.attribution.checkpoints import Checkpoint, is_checkpoint, loa
 from stepinfluence.attribution.preconditioners import from_optimizer
 from stepinfluence.capture import Capture, attach
 from stepinfluence.errors import CheckpointError, ConfigError
-from stepinfluence.store import StoredCheckpoint
+from stepinfluence.store import StoredCheckpoint, checkpoint_of
 
 PRESENT = "model()"
 """The name of the only checkpoint of a run without checkpoint files."""
@@ -116,7 +116,7 @@ class Prepared:
                 eta, name = self._eta(checkpoint), self._names[index]
             self._at = index
             if index not in self._known:
-                self._known[index] = StoredCheckpoint(name, eta, self.capture.space())
+                self._known[index] = checkpoint_of(self.capture, name, eta)
         return self._known[index]
 
     def _eta(self, checkpoint: Checkpoint) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from stepinfluence.app.project import MapStyle, RowId
@@ -15,6 +14,7 @@ from stepinfluence.app.runs.stored import StoredRun
 from stepinfluence.attribution.aggregation import Dominance, dominating, energy_shares, first_order_unit
 from stepinfluence.attribution.curvature import Choice, Curvature
 from stepinfluence.attribution.features import Features
+from stepinfluence.display.table import Hit
 from stepinfluence.errors import StoreError
 from stepinfluence.search import TopK, ask, checkpoint_energy, two_stage
 from stepinfluence.search.topk import best
@@ -41,35 +41,6 @@ class Asked:
     ids: tuple[RowId, ...]
     texts: tuple[str | None, ...]
     examples: Callable[[], MapStyle]
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A training row's influence on a query.
-
-    Attributes:
-        row, id, text: of the training example.
-        score: what it is ranked by: the sum over the ranked steps.
-        trajectory: ``(steps,)`` influence by the query's loop steps.
-        estimate: the score from the sketches, where ``score`` is exact.
-    """
-
-    row: int
-    id: RowId
-    text: str | None
-    score: float
-    trajectory: NDArray[np.float32]
-    estimate: float | None = None
-
-    @property
-    def total(self) -> float:
-        """Influence summed over all steps."""
-        return float(self.trajectory.sum())
-
-    @property
-    def peak_step(self) -> int:
-        """1-based step at which the influence is farthest from zero."""
-        return 1 + int(np.abs(self.trajectory).argmax())
 
 
 @dataclass(frozen=True)

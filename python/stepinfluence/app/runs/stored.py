@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +97,7 @@ class StoredRun:
         prepared = self.prepared
         features = []
         for checkpoint in range(prepared.count):
-            prepared.visit(checkpoint)
+            where = prepared.visit(checkpoint)
             part = featurize_part(
                 prepared,
                 data,
@@ -107,7 +108,8 @@ class StoredRun:
                 first_batch=0,
             )
             assert part.features is not None
-            features.append(part.features.to("cpu"))
+            # The capture tells the body's weights, the visit those of the whole model.
+            features.append(dataclasses.replace(part.features.to("cpu"), space=where.space))
         if prepared.config.fold:
             return [fold(features, [c.eta for c in prepared.stored()], seed=prepared.config.seed)]
         return features

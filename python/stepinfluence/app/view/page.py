@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import unicodedata
 from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
+
+from stepinfluence.display.words import visible
 
 
 def render(
@@ -67,20 +68,6 @@ def _asset(package: str, name: str) -> str:
 def _allow(script: str) -> str:
     """Source expression of an inline script: browsers run it only if its text has this digest."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def visible(text: str) -> str:
-    """``text`` with control and direction characters spelled out, so that it can only be shown, never act.
-
-    Line breaks and tabs become arrows; a right-to-left override becomes the six characters ``\\u202e``.
-    """
-    arrows = {"\n": "⏎", "\t": "⇥", "\r": ""}
-    return "".join(
-        arrows[c]
-        if c in arrows
-        else (f"\\u{ord(c):04x}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\u200d" else c)
-        for c in text
-    )
 
 
 def embed(value: object) -> str:

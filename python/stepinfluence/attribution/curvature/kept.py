@@ -18,6 +18,7 @@ from stepinfluence.attribution.curvature.fisher import Curvature
 from stepinfluence.attribution.features import Block, FeatureSpace
 from stepinfluence.errors import StoreError
 from stepinfluence.files import file_digest, make_folder, read_sealed, sealed, write_atomically, write_bytes
+from stepinfluence.writers import unknown_files
 
 FORMAT = "sdi-fisher-1"
 FILE, DESCRIPTION = "fisher.safetensors", "fisher.json"
@@ -35,7 +36,7 @@ def save(curvature: Curvature, path: str | Path, *, of: str = "") -> None:
         StoreError: the folder holds other files, or could not be written.
     """
     path = Path(path)
-    strange = [p.name for p in path.iterdir() if p.name not in (FILE, DESCRIPTION)] if path.is_dir() else []
+    strange = unknown_files(path, (FILE, DESCRIPTION))
     if strange:
         raise StoreError(f"{path}: holds other files ({strange[0]}); give a new folder for the curvature")
     make_folder(path)
@@ -98,7 +99,14 @@ def _parsed(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     given = content["space"]
     blocks = tuple(Block(b["name"], tuple(b["shape"]), b["start"], b["stop"]) for b in given["blocks"])
     return KINDS[content["kind"]](
-        space=FeatureSpace(given["kind"], blocks, given["tables"], given["weights"], given["metric"]),
+        space=FeatureSpace(
+            given["kind"],
+            blocks,
+            given["tables"],
+            given["weights"],
+            given["metric"],
+            model_weights=given["model_weights"],
+        ),
         rows=content["rows"],
         factors=tuple(
             Factor(tensors[f"basis.{k}"], tensors[f"values.{k}"], float(rest)) for k, rest in enumerate(content["rest"])

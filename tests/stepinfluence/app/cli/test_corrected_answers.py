@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,50 @@ def test_query_under_a_curvature(run: Path, kind: type[Fisher]) -> None:
 
 
 def test_query_says_which_score_it_shows(run: Path) -> None:
-    assert "Score: SDI (eq. 5), without curvature." in invoke("query", run, "--row", "3").stdout
-    assert "Fisher, damping" in invoke("query", run, "--row", "3", "--curvature", "fisher").stdout
+    alone = invoke("query", run, "--row", "3", "--curvature", "none").stdout
+    assert "Score: SDI (eq. 5), without curvature" in alone
+    assert "Fisher" not in alone
+    corrected = invoke("query", run, "--row", "3", "--curvature", "fisher").stdout
+    assert "Fisher, damping" in corrected
+    assert "SDI (eq. 5)" not in corrected
+
+
+def test_both_scores_are_shown_the_better_one_first_unless_a_run_says_otherwise(run: Path, tmp_path: Path) -> None:
+    ask = ("query", run, "--row", "3", "-k", "4")
+    shown = invoke(*ask).stdout
+    assert 0 < shown.index("Fisher, damping") < shown.index("SDI (eq. 5)")
+    (both,) = json.loads(invoke(*ask, "--json").stdout)
+    for kind, found in (("fisher", both), ("none", both["also"][0])):
+        (alone,) = json.loads(invoke(*ask, "--curvature", kind, "--json").stdout)
+        assert alone["also"] == []
+        assert found["hits"] == alone["hits"]
+        assert found["score"] == alone["score"]
+    shared = {hit["row"] for hit in both["hits"]} & {hit["row"] for hit in both["also"][0]["hits"]}
+    assert f"{len(shared)} of the 4 are in both lists" in shown
+
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    config = folder / "config.yaml"
+    text = config.read_text().replace("../my_project.py", str(run.parent / "my_project.py"))
+    config.write_text(text.replace("curvature: fisher", "curvature: block"))
+    assert "Fisher by parameter" in invoke("query", folder, "--row", "3").stdout
+    config.write_text(text.replace("curvature: fisher", "curvature: none"))
+    assert "Fisher" not in invoke("query", folder, "--row", "3").stdout
+
+
+def test_where_no_curvature_can_be_fitted_sdi_is_shown_with_the_reason(run: Path, tmp_path: Path) -> None:
+    """All training losses alike leave nothing that the damping could be chosen by."""
+    file = tmp_path / "alike.py"
+    text = (run.parent / "my_project.py").read_text()
+    same = "\n\n_loss = loss\n\n\ndef loss(*given):\n    found = _loss(*given)\n    return found - found.detach() + 1\n"
+    file.write_text(text + same)
+    splits = ("--split", "train", "--split", "query")
+    invoke("featurize", "--project", file, *splits, "--sketch-size", "16", "--out", tmp_path / "run")
+    shown = invoke("query", tmp_path / "run", "--row", "3").stdout
+    assert "SDI (eq. 5)" in shown
+    assert "Not corrected for curvature: damping: 'auto' predicts the train losses" in " ".join(shown.split())
+    said = invoke("query", tmp_path / "run", "--row", "3", "--curvature", "fisher", code=2).stderr
+    assert "these are all the same" in " ".join(said.split())
 
 
 def test_outliers(run: Path) -> None:

@@ -115,10 +115,37 @@ def test_wrong_use_of_featurize(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_a_first_call_that_fails_leaves_nothing_that_binds(run: Path, tmp_path: Path) -> None:
+    """The product's own advice can be followed: nothing of the first call is held against the second."""
+    project, out, options = run.parent / "my_project.py", tmp_path / "run", ("--sketch-size", "16")
+    command = ("featurize", "-p", project, "-s", "query", *options, "-o", out)
+    refused(*command, "--checkpoints", tmp_path / "wrong.pt")
+    assert not out.exists()
+    torch.save(Project.load(project).model().state_dict(), tmp_path / "c.pt")
+    assert "--eta 1" in refused(*command, "--checkpoints", tmp_path / "c.pt")
+    assert not out.exists()
+    invoke(*command, "--checkpoints", tmp_path / "c.pt", "--eta", "1")
+    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "query", "query.pinned.json"]
+
+
+def test_a_changed_project_is_accepted_knowingly(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent, tmp_path / "copy")
+    project, out = tmp_path / "copy" / "my_project.py", tmp_path / "copy" / "run"
+    project.write_text(project.read_text() + "\n# a remark\n")
+    said = invoke("featurize", "--config", out / "config.yaml", code=2).stderr
+    assert "the project's code (my_project.py)" in said
+    assert "--accept-changes" in said
+    invoke("featurize", "--config", out / "config.yaml", "--accept-changes")
+    assert "nothing left to do" in invoke("featurize", "--config", out / "config.yaml").stderr
+    assert json.loads((out / "train.pinned.json").read_text())["accepted"][0]["changed"]
+
+
 @pytest.mark.numeric
 def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     def first(*arguments: str | Path, input: str | None = None) -> dict[str, object]:  # noqa: A002
-        found: dict[str, object] = json.loads(invoke("query", run, *arguments, "--json", input=input).stdout)[0]
+        found: dict[str, object] = json.loads(
+            invoke("query", run, *arguments, "--curvature", "none", "--json", input=input).stdout
+        )[0]
         return found
 
     by_row, by_id = first("--row", "3"), first("--id", "3")
@@ -146,7 +173,7 @@ def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(config.replace("../my_project.py", str(file)))
     line = json.dumps({"x": inputs.tolist(), "label": label})
-    done = invoke("query", tmp_path / "run", "--input", "-", "--json", input=line + "\n")
+    done = invoke("query", tmp_path / "run", "--input", "-", "--curvature", "none", "--json", input=line + "\n")
     project = Project.load(file)
     capture = attach(project.model(), body="core", sketch_size=64)
     sketches = {target.name: target.sketch for target in capture.targets}
@@ -205,7 +232,7 @@ def test_query_exact_loads_each_checkpoint_once(
     train, query = (project.collate(list(project.dataset(split))) for split in ("train", "query"))
     expected = influence_over_checkpoints(capture, paths, [train], [query], project.loss, etas=0.5, progress=False)
     for one, column in zip(answers, (3, 0), strict=True):
-        assert [hit["row"] for hit in one["hits"]] == expected.top(column, 2)
+        assert [hit["row"] for hit in one["hits"]] == expected.top(column, 2).rows
         for hit in one["hits"]:
             np.testing.assert_allclose(hit["trajectory"], expected.sdi[hit["row"], column], rtol=1e-3, atol=1e-5)
 
@@ -246,7 +273,8 @@ def test_query_names_a_checkpoint_that_owns_the_sum(run: Path, tmp_path: Path) -
     shown = " ".join(invoke("query", tmp_path / "run", "--row", "0", "-k", "1").stdout.split())
     assert "Checkpoint c1.pt holds 99.9 % of this query's SDI energy" in shown
     assert "first order, weighted by learning rate" in shown
-    (found,) = json.loads(invoke("query", tmp_path / "run", "--row", "0", "-k", "1", "--json").stdout)
+    done = invoke("query", tmp_path / "run", "--row", "0", "-k", "1", "--curvature", "none", "--json")
+    (found,) = json.loads(done.stdout)
     assert found["dominated_by"] == "c1.pt"
     assert [c["name"] for c in found["checkpoints"]] == ["c0.pt", "c1.pt"]
     assert found["checkpoints"][1]["share"] == pytest.approx(1 / 1.001, rel=1e-4)
@@ -259,7 +287,7 @@ def test_query_names_a_checkpoint_that_owns_the_sum(run: Path, tmp_path: Path) -
         (("--row", "99"), "row: got 99;"),
         (("--id", "nobody"), "no row with id 'nobody'"),
         (("--row", "0", "--step", "0"), "counted from 1"),
-        (("--row", "0", "--step", "9"), "steps: got range(8, 9); the queries have steps 0 to 3"),
+        (("--row", "0", "--step", "9"), "step: got '9'; the queries have steps 1 to 4"),
         (("--row", "0", "--train", "no"), "no split 'no' in it; it has train, query"),
         (("--input", "missing.jsonl"), "missing.jsonl could not be read"),
         (("--row", "0", "--parameters", "*.qqq"), "fits none of"),
@@ -308,6 +336,11 @@ def test_store_commands(run: Path, tmp_path: Path) -> None:
     assert [(f["rows"], f["per_step"], f["complete"]) for f in facts] == [(8, True, True), (64, False, True)]
     assert "summed over loop steps" in invoke("store", "info", run / "train").stdout
     assert invoke("store", "verify", run).stdout == ""
+    shutil.copytree(run, tmp_path / "scored")
+    invoke("influence", tmp_path / "scored")
+    assert invoke("store", "verify", tmp_path / "scored").stdout == ""
+    (tmp_path / "scored" / "influence.json").unlink()
+    assert "has no influence.json" in invoke("store", "verify", tmp_path / "scored", code=1).stdout
     invoke("store", "export", run / "query", tmp_path / "query.npz")
     assert np.load(tmp_path / "query.npz")["features_0"].shape[:2] == (8, 4)
     assert "exists" in refused("store", "export", run / "query", tmp_path / "query.npz")

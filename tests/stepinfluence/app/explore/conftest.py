@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from explored import write_run
 from serving import Served, serving
+from stepinfluence import Fisher
 from stepinfluence.app.view.explore import Explorer
 
 
@@ -19,6 +20,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def explorer(run: Path) -> Explorer:
     return Explorer.open(run)
+
+
+@pytest.fixture(scope="session")
+def corrected(run: Path) -> Explorer:
+    """The same run with a curvature for each checkpoint: its scores come first, SDI second."""
+    return Explorer.open(run, curvatures=lambda s: ([Fisher.fit(s, checkpoint=k, damping=0.1) for k in (0, 1)], ""))
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,11 @@ import pytest
 import torch
 from accuracy import Expected, inner_products, multilinear
 from explored import FAILED, HOSTILE, STEPS, write_split
+from stepinfluence import Fisher
 from stepinfluence.app.view.explore import Explorer
+from stepinfluence.app.view.explore.page import saved_answers
 from stepinfluence.errors import FeatureMismatchError, StoreError
+from stepinfluence.search import scores
 from torch import Tensor
 
 pytestmark = pytest.mark.numeric
@@ -177,3 +180,46 @@ def test_a_checkpoint_that_owns_the_energy_is_named(tmp_path: Path, explorer: Ex
     owned = Explorer.open(tmp_path).curve(1)
     assert owned["shares"][1] > 0.98
     assert owned["dominance"].startswith("Checkpoint step-1.pt holds 99.")
+
+
+def test_corrected_scores_come_first_and_sdi_beside_them(corrected: Explorer, explorer: Explorer) -> None:
+    assert [score["key"] for score in corrected.overview()["scores"]] == ["corrected", "sdi"]
+    assert [score["key"] for score in explorer.overview()["scores"]] == ["sdi"]
+    fits = [Fisher.fit(corrected.train, checkpoint=k, damping=0.1) for k in (0, 1)]
+    features = [corrected.query.features(k, [3]) for k in (0, 1)]
+    want = scores(corrected.train, features, curvature=fits, progress=False).sdi[:, 0].numpy()
+    np.testing.assert_array_equal(corrected.scores(3), want)
+    np.testing.assert_array_equal(corrected.scores(3, score="sdi"), explorer.scores(3))
+    assert not np.allclose(want[KEPT], explorer.scores(3)[KEPT], rtol=0.1)
+    for score in ("", "corrected", "sdi"):
+        found = corrected.top(3, k=5, score=score)["helpful"]
+        total = corrected.scores(3, score=score).sum(1)
+        assert [e["row"] for e in found] == np.argsort(-np.nan_to_num(total))[:5].tolist()
+        pair = corrected.pair(3, 5, score=score)
+        left = [corrected.train.features(k, [5]).values.double() for k in (0, 1)]
+        right = [
+            (features[k] if score == "sdi" else fits[k].transform(features[k])).values[0].double() * eta
+            for k, eta in enumerate((0.1, 0.2))
+        ]
+        exact, size = (
+            sum(torch.einsum("nsd,td->t", *sides) for sides in zip(*both, strict=True)).numpy()  # type: ignore[union-attr]
+            for both in ((left, right), ([a.abs() for a in left], [b.abs() for b in right]))
+        )
+        allowed = 16 * np.finfo(np.float32).eps * size
+        assert (allowed < 1e-2 * np.abs(exact)).any(), "cannot fail"
+        for parts in (pair["matrix"], [p["sdi"] for p in pair["parameters"]], [pair["sdi"]]):
+            assert (np.abs(np.sum(parts, 0) - exact) <= allowed).all()
+        signed = np.nansum(corrected.scores(3, score=score), 0)
+        np.testing.assert_array_equal(corrected.curve(3, score=score)["signed"], signed)
+    assert corrected.compare(3, 4)["points"] != corrected.compare(3, 4, score="sdi")["points"]
+    with pytest.raises(ValueError, match="score: got 'best'; use corrected or sdi"):
+        corrected.top(3, score="best")
+
+
+def test_a_saved_page_holds_both_scores(corrected: Explorer) -> None:
+    saved = saved_answers(corrected, queries=1, progress=False)["byQuery"]["0"]["scores"]
+    for score, kept in saved.items():
+        assert kept["curve"] == corrected.curve(0, score=score)
+        assert kept["examples"][0]["row"] == corrected.top(0, k=1, score=score)["helpful"][0]["row"]
+    assert list(saved) == ["corrected", "sdi"]
+    assert saved["sdi"] != saved["corrected"]

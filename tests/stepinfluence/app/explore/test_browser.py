@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import Served
+from serving import Served, serving
 from stepinfluence.app.view.explore import Explorer, write_page
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -156,3 +156,17 @@ def test_the_file_needs_no_server(browser: webdriver.Chrome, explorer: Explorer,
     best = explorer.top(0, first=6, k=1)["helpful"][0]["row"]  # kept because it leads at that step
     WebDriverWait(browser, 20).until(lambda b: rows(b, "helpful")[0] == best)
     assert errors(browser) == []
+
+
+def test_both_scores_can_be_looked_at(browser: webdriver.Chrome, corrected: Explorer, tmp_path: Path) -> None:
+    write_page(corrected, tmp_path / "page.html", queries=2, progress=False)
+    with serving(corrected) as served:
+        for address in (f"http://127.0.0.1:{served.port}/", (tmp_path / "page.html").as_uri()):
+            open_page(browser, address)
+            assert rows(browser, "helpful") == [e["row"] for e in corrected.top(0)["helpful"]]
+            assert "Scores: corrected for curvature" in browser.find_element(By.ID, "curve-sub").text
+            set_value(browser, "score", "sdi")
+            wanted = [e["row"] for e in corrected.top(0, score="sdi")["helpful"]]
+            WebDriverWait(browser, 20).until(lambda b, wanted=wanted: rows(b, "helpful") == wanted)
+            assert "Scores: SDI" in browser.find_element(By.ID, "curve-sub").text
+            assert not errors(browser)

@@ -79,13 +79,28 @@ def test_torchrun(project_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_identical_commands_at_once(project_file: Path, tmp_path: Path) -> None:
+    """One does the work, the other says who does: no byte is another's."""
+    alone(project_file, tmp_path / "alone")
+    both = [start(project_file, tmp_path / "both") for _ in range(2)]
+    results = [finish(process) for process in both]
+    refused = [err for code, _, err in results if code == 2]
+    assert [code for code, _, _ in results if code != 2]
+    for err in refused:
+        assert "another command is writing here (process " in err
+    assert all(code in (0, 2) for code, _, _ in results), results
+    assert content(tmp_path / "both") == content(tmp_path / "alone")
+
+
+@pytest.mark.slow
 def test_interrupted(project_file: Path, tmp_path: Path) -> None:
     slow = tmp_path / "slow.py"
     text = project_file.read_text().replace(
-        "def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.3)"
+        "def loss(model, batch):",
+        "import time\ndef loss(model, batch):\n    time.sleep(float(os.environ.get('SLOW', 0)))",
     )
     slow.write_text(text)
-    process = start(slow, tmp_path / "run")
+    process = start(slow, tmp_path / "run", SLOW="0.3")
     first = tmp_path / "run" / "train" / "c000" / "shard-00000000.json"
     deadline = time.monotonic() + 120
     while not first.exists() and time.monotonic() < deadline:
@@ -97,6 +112,5 @@ def test_interrupted(project_file: Path, tmp_path: Path) -> None:
     assert "finished shards are kept; repeat the command to go on" in err
     assert "Traceback" not in err
     assert not Store.open(tmp_path / "run" / "train").complete
-    slow.write_text(project_file.read_text())
     alone(slow, tmp_path / "run")
     assert Store.open(tmp_path / "run" / "train").complete

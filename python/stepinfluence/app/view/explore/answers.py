@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from stepinfluence import search
-from stepinfluence.app.view.page import visible
 from stepinfluence.attribution.aggregation import dominating, energy_shares, first_order_unit
+from stepinfluence.attribution.curvature import Choice, Curvature
 from stepinfluence.attribution.features import Features
+from stepinfluence.display.words import visible
 from stepinfluence.errors import StoreError
 from stepinfluence.store import Store, StoredRow
 
@@ -33,6 +34,12 @@ CACHE_BYTES = 512 << 20
 MOST_ROWS = 1000
 """The largest k that a list may have."""
 
+MOST_ENERGIES = 10_000
+"""Queries (with parameters and score) whose energies by checkpoint are kept."""
+
+CORRECTED, SDI = "corrected", "sdi"
+NAMES = {CORRECTED: "corrected for curvature", SDI: "SDI (the paper's)"}
+
 
 class Explorer:
     """Answers about a run's training store and query store. Safe to use from several threads.
@@ -42,8 +49,21 @@ class Explorer:
         title: of the page.
     """
 
-    def __init__(self, train: Store, query: Store, *, title: str = "") -> None:
+    def __init__(
+        self,
+        train: Store,
+        query: Store,
+        *,
+        title: str = "",
+        curvatures: Sequence[Curvature] | None = None,
+        uncorrected: str = "",
+    ) -> None:
         """Check the two stores against each other.
+
+        Args:
+            title: of the page.
+            curvatures: of the training rows at each checkpoint; scores corrected with them are then shown first.
+            uncorrected: why there are none, where they were wanted.
 
         Raises:
             FeatureMismatchError: they cannot be compared (says what differs).
@@ -63,18 +83,30 @@ class Explorer:
             raise StoreError(f"{query.path}: its checkpoints are folded otherwise than {train.path}'s; fold both alike")
         self.train, self.query = train, query
         self.title = title or train.path.resolve().parent.name
+        self.uncorrected = uncorrected
+        self._curvatures: dict[str, Choice] = {SDI: "none"}
+        if curvatures is not None:
+            self._curvatures = {CORRECTED: list(curvatures), SDI: "none"}
         self._lock = threading.Lock()
-        self._scores: OrderedDict[tuple[int, str], Array] = OrderedDict()
-        self._energies: dict[tuple[int, str], npt.NDArray[np.float64]] = {}
+        self._scores: OrderedDict[tuple[int, str, str], Array] = OrderedDict()
+        self._energies: OrderedDict[tuple[int, str, str], npt.NDArray[np.float64]] = OrderedDict()
 
     @classmethod
-    def open(cls, run: str | Path, *, train: str = "train", query: str = "") -> Explorer:
+    def open(
+        cls,
+        run: str | Path,
+        *,
+        train: str = "train",
+        query: str = "",
+        curvatures: Callable[[Store], tuple[Sequence[Curvature] | None, str]] = lambda _: (None, ""),
+    ) -> Explorer:
         """Open a run folder.
 
         Args:
             run: the folder that ``sdi featurize --out`` wrote.
             train: name of the split whose rows are the training examples.
             query: name of the split whose rows are the queries; if not given, the only other one that is per step.
+            curvatures: gives the curvatures of the training store, or None and the reason.
 
         Raises:
             StoreError: no such split, or it is not clear which one the queries are.
@@ -94,7 +126,9 @@ class Explorer:
             query = others[0]
         elif query not in splits:
             raise StoreError(f"{run}: has no split {query!r} (it has {', '.join(splits)}); use --query")
-        return cls(Store.open(run / train), Store.open(run / query), title=run.resolve().name)
+        store = Store.open(run / train)
+        found, why = curvatures(store)
+        return cls(store, Store.open(run / query), title=run.resolve().name, curvatures=found, uncorrected=why)
 
     # ------------------------------------------------------------------------------------------------------------
     # Answers
@@ -111,6 +145,8 @@ class Explorer:
             "trainSteps": self.train.steps if self.train.per_step else 0,
             "labels": [visible(label) for label in self.query.step_labels],
             "checkpoints": [{"name": visible(c.name), "eta": c.eta} for c in self.train.checkpoints],
+            "scores": [{"key": key, "name": NAMES[key]} for key in self._curvatures],
+            "uncorrected": visible(self.uncorrected),
             "unit": first_order_unit([c.eta for c in self.train.checkpoints]),
             "parameters": [visible(b.name) for b in space.blocks] if space.layout == "concat" else [],
             "sketched": space.kind == "sketch",
@@ -151,15 +187,15 @@ class Explorer:
             "failed": visible(store.failed.get(row, "")),
         }
 
-    def curve(self, row: int, *, parameters: str = "") -> dict[str, Any]:
+    def curve(self, row: int, *, parameters: str = "", score: str = "") -> dict[str, Any]:
         """Energy ``sum_z |I_t|`` and signed sum by step (paper, D.3), and the energy's share in the later half.
 
         Also each checkpoint's share of the energy, and a sentence where one holds most of it.
         """
-        scores = self.scores(row, parameters)
+        scores = self.scores(row, parameters, score)
         energy, signed = np.nansum(np.abs(scores), 0), np.nansum(scores, 0)
         total = float(energy.sum())
-        by_checkpoint = self._energy(row, parameters)
+        by_checkpoint = self._energy(row, parameters, score)
         owner = dominating(by_checkpoint, [visible(c.name) for c in self.train.checkpoints])
         late = float(energy[len(energy) // 2 :].sum())
         return {
@@ -173,12 +209,19 @@ class Explorer:
         }
 
     def top(
-        self, row: int, *, k: int = 10, first: int = 1, last: int | None = None, parameters: str = ""
+        self,
+        row: int,
+        *,
+        k: int = 10,
+        first: int = 1,
+        last: int | None = None,
+        parameters: str = "",
+        score: str = "",
     ) -> dict[str, Any]:
         """The most helpful and most harmful training examples by influence in steps ``first..last`` (1-based)."""
         if not 1 <= k <= MOST_ROWS:
             raise ValueError(f"k: got {k}; use 1 to {MOST_ROWS}")
-        scores = self.scores(row, parameters)
+        scores = self.scores(row, parameters, score)
         ranked = scores[:, self._steps(first, last)].sum(1)
         known = np.flatnonzero(~np.isnan(ranked))
         order = known[np.argsort(-ranked[known], kind="stable")]
@@ -193,15 +236,16 @@ class Explorer:
             for side, rows in sides.items()
         }
 
-    def pair(self, row: int, train: int) -> dict[str, Any]:
+    def pair(self, row: int, train: int, *, score: str = "") -> dict[str, Any]:
         """One training example and one query: influence by step and parameter, and by both sides' steps (eq. 9)."""
         self._check_row("query", row)
         self._check_row("train", train)
         by_block: dict[str, npt.NDArray[np.float64]] = {}
         matrix: Tensor | None = None
+        asked = self._asked(row, score)
         for k, checkpoint in enumerate(self.train.checkpoints):
             left = self.train.features(k, [train]).values[0]
-            right = self.query.features(k, [row]).values[0] * checkpoint.eta
+            right = asked[k].values[0] * checkpoint.eta
             if left.dim() == 2:
                 term = left @ right.T
                 matrix = term if matrix is None else matrix + term
@@ -213,16 +257,16 @@ class Explorer:
                     by_block[block.name] = by_block.get(block.name, 0) + value
         return {
             "train": self.example("train", train),
-            "sdi": self.scores(row, "")[train].tolist(),
+            "sdi": self.scores(row, "", score)[train].tolist(),
             "parameters": [{"name": visible(name), "sdi": value.tolist()} for name, value in by_block.items()],
             "matrix": matrix.tolist() if matrix is not None else None,
         }
 
-    def compare(self, row: int, other: int, *, k: int = 200) -> dict[str, Any]:
+    def compare(self, row: int, other: int, *, k: int = 200, score: str = "") -> dict[str, Any]:
         """Two queries: what the same training examples do to each. The k examples that matter most to either."""
         if not 1 <= k <= MOST_ROWS:
             raise ValueError(f"k: got {k}; use 1 to {MOST_ROWS}")
-        a, b = self.scores(row, "").sum(1), self.scores(other, "").sum(1)
+        a, b = self.scores(row, "", score).sum(1), self.scores(other, "", score).sum(1)
         known = ~(np.isnan(a) | np.isnan(b))
         size = np.where(known, np.maximum(np.abs(a) / _scale(a), np.abs(b) / _scale(b)), -np.inf)
         chosen = [int(r) for r in np.argsort(-size, kind="stable")[:k] if known[r]]
@@ -234,35 +278,65 @@ class Explorer:
 
     # ------------------------------------------------------------------------------------------------------------
 
-    def scores(self, row: int, parameters: str = "") -> Array:
+    def scores(self, row: int, parameters: str = "", score: str = "") -> Array:
         """``(n_train, steps)`` float32: influence of every training row on one query; NaN for rows that failed.
 
+        Args:
+            row: of the query.
+            parameters: a name or pattern; all if empty.
+            score: one of the overview's ``scores``; the first if empty.
+
         Raises:
-            ValueError: no such row, the query failed, or ``parameters`` (a name or pattern) fits none.
+            ValueError: no such row or score, the query failed, or ``parameters`` fits none.
         """
         self._check_row("query", row)
         if row in self.query.failed:
             raise ValueError(f"query {row}: has no features ({self.query.failed[row]})")
         with self._lock:
-            if (row, parameters) in self._scores:
-                self._scores.move_to_end((row, parameters))
-                return self._scores[row, parameters]
-            found = search.scores(self.train, self._features(row), parameters=parameters or None, progress=False)
-            self._scores[row, parameters] = found.sdi[:, 0].float().numpy()
+            key = row, parameters, score
+            if key in self._scores:
+                self._scores.move_to_end(key)
+                return self._scores[key]
+            found = search.scores(
+                self.train,
+                self._features(row),
+                parameters=parameters or None,
+                curvature=self._choice(score),
+                progress=False,
+            )
+            self._scores[key] = found.sdi[:, 0].float().numpy()
             while len(self._scores) > 1 and sum(s.nbytes for s in self._scores.values()) > CACHE_BYTES:
                 self._scores.popitem(last=False)
-            return self._scores[row, parameters]
+            return self._scores[key]
 
-    def _features(self, row: int) -> Sequence[Features]:
+    def _choice(self, score: str) -> Choice:
+        if score and score not in self._curvatures:
+            raise ValueError(f"score: got {score!r}; use {' or '.join(self._curvatures)}")
+        return self._curvatures[score or next(iter(self._curvatures))]
+
+    def _features(self, row: int) -> list[Features]:
         return [self.query.features(k, [row]) for k in range(len(self.query.checkpoints))]
 
-    def _energy(self, row: int, parameters: str) -> npt.NDArray[np.float64]:
-        """``(K,)`` SDI energy of one query by checkpoint."""
+    def _asked(self, row: int, score: str) -> list[Features]:
+        """A query's features as its scores are made of, one per checkpoint."""
+        choice, plain = self._choice(score), self._features(row)
+        if isinstance(choice, str):
+            return plain
+        return [one.transform(features) for one, features in zip(choice, plain, strict=True)]  # type: ignore[arg-type]
+
+    def _energy(self, row: int, parameters: str, score: str) -> npt.NDArray[np.float64]:
+        """``(K,)`` energy of one query by checkpoint."""
         with self._lock:
-            if (row, parameters) not in self._energies:
-                found = search.checkpoint_energy(self.train, self._features(row), parameters=parameters or None)[:, 0]
-                self._energies[row, parameters] = found
-            return self._energies[row, parameters]
+            key = row, parameters, score
+            if key not in self._energies:
+                features, choice = self._features(row), self._choice(score)
+                found = search.checkpoint_energy(self.train, features, parameters=parameters or None, curvature=choice)[
+                    :, 0
+                ]
+                self._energies[key] = found
+                while len(self._energies) > MOST_ENERGIES:
+                    self._energies.popitem(last=False)
+            return self._energies[key]
 
     def _steps(self, first: int, last: int | None) -> slice:
         count = self.query.steps

@@ -39,28 +39,37 @@ def saved_answers(explorer: Explorer, *, queries: int = 50, progress: bool = Tru
     if not 1 <= queries <= MOST_ROWS:
         raise ValueError(f"queries: got {queries}; use 1 to {MOST_ROWS}")
     rows = [row for row in range(min(MOST_ROWS, len(explorer.query))) if row not in explorer.query.failed][:queries]
-    kept: dict[str, Any] = {}
-    for row in tqdm(rows, desc="queries", delay=2, disable=not progress):
-        found = explorer.top(row, k=ROWS_PER_SIDE)
-        for step in range(1, explorer.query.steps + 1):
-            extra = explorer.top(row, k=PER_STEP, first=step, last=step)
-            for side in ("helpful", "harmful"):
-                for example in extra[side]:
-                    if all(example["row"] != e["row"] for s in found.values() for e in s):
-                        found[side].append({**example, "score": sum(example["sdi"])})
-        kept[str(row)] = {
+    scores = [score["key"] for score in explorer.overview()["scores"]]
+    kept = {
+        str(row): {
             "example": explorer.example("query", row),
-            "curve": explorer.curve(row),
-            "examples": sorted(found["helpful"] + found["harmful"], key=lambda e: -e["score"]),
-            "pairs": {
-                str(e["row"]): explorer.pair(row, e["row"])
-                for side in ("helpful", "harmful")
-                for e in found[side][:PAIRS_PER_SIDE]
-            },
+            "scores": {score: _by_score(explorer, row, score) for score in scores},
         }
+        for row in tqdm(rows, desc="queries", delay=2, disable=not progress)
+    }
     wanted = set(rows)
     items = [e for e in explorer.queries(limit=MOST_ROWS)["items"] if e["row"] in wanted]
     return {"queries": items, "of": len(explorer.query), "byQuery": kept}
+
+
+def _by_score(explorer: Explorer, row: int, score: str) -> dict[str, Any]:
+    """What is shown of a query under one score."""
+    found = explorer.top(row, k=ROWS_PER_SIDE, score=score)
+    for step in range(1, explorer.query.steps + 1):
+        extra = explorer.top(row, k=PER_STEP, first=step, last=step, score=score)
+        for side in ("helpful", "harmful"):
+            for example in extra[side]:
+                if all(example["row"] != e["row"] for s in found.values() for e in s):
+                    found[side].append({**example, "score": sum(example["sdi"])})
+    return {
+        "curve": explorer.curve(row, score=score),
+        "examples": sorted(found["helpful"] + found["harmful"], key=lambda e: -e["score"]),
+        "pairs": {
+            str(e["row"]): explorer.pair(row, e["row"], score=score)
+            for side in ("helpful", "harmful")
+            for e in found[side][:PAIRS_PER_SIDE]
+        },
+    }
 
 
 def write_page(explorer: Explorer, path: Path, *, queries: int = 50, progress: bool = True) -> None:

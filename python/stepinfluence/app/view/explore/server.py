@@ -79,6 +79,7 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
             first=_int(request, "first", 1),
             last=_int(request, "last") if last is not None else None,
             parameters=request.query_params.get("parameters", ""),
+            score=request.query_params.get("score", ""),
         )
 
     async def export(request: Request) -> Response:
@@ -109,11 +110,25 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
         Route("/api/example", answers(lambda r: explorer.example(r.query_params.get("side", "train"), _int(r, "row")))),
         Route(
             "/api/curve",
-            answers(lambda r: explorer.curve(_int(r, "query"), parameters=r.query_params.get("parameters", ""))),
+            answers(
+                lambda r: explorer.curve(
+                    _int(r, "query"),
+                    parameters=r.query_params.get("parameters", ""),
+                    score=r.query_params.get("score", ""),
+                )
+            ),
         ),
         Route("/api/top", answers(top)),
-        Route("/api/pair", answers(lambda r: explorer.pair(_int(r, "query"), _int(r, "train")))),
-        Route("/api/compare", answers(lambda r: explorer.compare(_int(r, "query"), _int(r, "other")))),
+        Route(
+            "/api/pair",
+            answers(lambda r: explorer.pair(_int(r, "query"), _int(r, "train"), score=r.query_params.get("score", ""))),
+        ),
+        Route(
+            "/api/compare",
+            answers(
+                lambda r: explorer.compare(_int(r, "query"), _int(r, "other"), score=r.query_params.get("score", ""))
+            ),
+        ),
     ]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(SameOrigin)]
     return Starlette(routes=routes, middleware=middleware)

@@ -5,7 +5,6 @@ The page needs no network and no server: plotly.js, data, style and script are a
 
 from stepinfluence.app.view.report.data import Accuracy, Check, QueryItem, Report, Stage, TrainItem, View
 from stepinfluence.app.view.report.page import render_report, write_report
-from stepinfluence.app.view.report.pictures import save_pictures
 
 __all__ = [
     "Accuracy",
@@ -16,6 +15,5 @@ __all__ = [
     "TrainItem",
     "View",
     "render_report",
-    "save_pictures",
     "write_report",
 ]

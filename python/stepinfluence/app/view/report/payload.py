@@ -6,12 +6,12 @@ import base64
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from stepinfluence.app.view.page import visible
 from stepinfluence.app.view.report.data import Array, QueryItem, Report
 from stepinfluence.attribution.aggregation import dominating
 from stepinfluence.attribution.periods import period_of
+from stepinfluence.display.words import peak_step, top_rows, visible
 
 ROWS_PER_SIDE = 24
 """Training examples kept for each query on either side: the most helpful and the most harmful ones."""
@@ -28,29 +28,6 @@ def find_peaks(values: ArrayLike) -> list[int]:
     return [
         t + 1 for t in range(len(x)) if higher[t] and x[t] > x[max(0, t - 2) : t + 3].mean() + 1e-3 * np.abs(x).max()
     ]
-
-
-def top_rows(totals: NDArray[Any], per_side: int = ROWS_PER_SIDE) -> tuple[list[int], list[int]]:
-    """Rows of the most helpful examples (largest total first) and of the most harmful ones (smallest first).
-
-    Only examples with a total of that sign are taken, so the two never overlap.
-    """
-    order = np.argsort(-totals, kind="stable")
-    helpful = [int(i) for i in order[:per_side] if totals[i] > 0]
-    harmful = [int(i) for i in order[::-1][:per_side] if totals[i] < 0]
-    return helpful, harmful
-
-
-def signed(value: float) -> str:
-    """Three significant digits, with a sign, and without an exponent where that can be helped."""
-    if value == 0 or not 1e-3 <= abs(value) < 1e6:
-        return f"{value:+.2e}"
-    return f"{value:+,.{max(0, 2 - int(np.floor(np.log10(abs(value)))))}f}"
-
-
-def peak_step(trajectory: Array) -> int:
-    """1-based step at which a trajectory is farthest from zero."""
-    return 1 + int(np.abs(trajectory).argmax())
 
 
 def payload(report: Report) -> dict[str, Any]:
@@ -111,7 +88,7 @@ def _query(report: Report, column: int, members: dict[str, list[int]]) -> dict[s
 def _view(scores: Array, read_step: int, members: dict[str, list[int]]) -> dict[str, Any]:
     """One query's influence ``(n_train, steps)`` as one view has it."""
     totals = scores.sum(1)
-    helpful, harmful = top_rows(totals)
+    helpful, harmful = top_rows(totals, ROWS_PER_SIDE)
     rows = helpful + harmful
     profile = scores.sum(0)
     energy = np.abs(scores).sum(0)

@@ -12,8 +12,9 @@ const ask = async (path, fields) => {
   return result;
 };
 const sum = (values, from = 0, to = values.length) => values.slice(from, to).reduce((a, b) => a + b, 0);
-function rankSaved(row, { first, last, k }) {
-  const scored = answers.byQuery[row].examples.map((e) => ({ ...e, score: sum(e.sdi, first - 1, last) }));
+const saved = (row, score) => answers.byQuery[row].scores[score];
+function rankSaved(row, { first, last, k, score }) {
+  const scored = saved(row, score).examples.map((e) => ({ ...e, score: sum(e.sdi, first - 1, last) }));
   const down = scored.filter((e) => e.score > 0).sort((a, b) => b.score - a.score);
   const up = scored.filter((e) => e.score < 0).sort((a, b) => a.score - b.score);
   return { helpful: down.slice(0, k), harmful: up.slice(0, k) };
@@ -25,16 +26,16 @@ const source = answers ? {
     return { total: all.length, items: all.slice(offset, offset + limit) };
   },
   example: async (side, row) => answers.byQuery[row].example,
-  curve: async (row) => answers.byQuery[row].curve,
+  curve: async (row, { score }) => saved(row, score).curve,
   top: async (row, fields) => rankSaved(row, fields),
-  pair: async (row, train) => answers.byQuery[row].pairs[train] || null,
+  pair: async (row, train, score) => saved(row, score).pairs[train] || null,
 } : {
   queries: (fields) => ask("queries", fields),
   example: (side, row) => ask("example", { side, row }),
-  curve: (row, parameters) => ask("curve", { query: row, parameters }),
+  curve: (row, { parameters, score }) => ask("curve", { query: row, parameters, score }),
   top: (row, fields) => ask("top", { query: row, ...fields }),
-  pair: (row, train) => ask("pair", { query: row, train }),
-  compare: (row, other) => ask("compare", { query: row, other }),
+  pair: (row, train, score) => ask("pair", { query: row, train, score }),
+  compare: (row, other, score) => ask("compare", { query: row, other, score }),
 };
 
 /* ---- Small things ------------------------------------------------------------------------------------------------ */
@@ -92,7 +93,7 @@ async function list(more = false) {
 }
 
 /* ---- One query --------------------------------------------------------------------------------------------------- */
-const filters = () => ({ first: Number($("first").value), last: Number($("last").value), k: Number($("k").value), parameters: $("parameters").value });
+const filters = () => ({ first: Number($("first").value), last: Number($("last").value), k: Number($("k").value), parameters: $("parameters").value, score: $("score").value });
 async function show(row) {
   state.query = row; state.chosen = null; $("pair").hidden = true; $("other").value = ""; Plotly.purge($("compare"));
   for (const item of $("queries").children) item.setAttribute("aria-selected", String(item.id === `item${row}`));
@@ -120,7 +121,7 @@ async function rank(ticket = ++state.ticket) {
   const wanted = filters();
   if (!(wanted.first >= 1 && wanted.first <= wanted.last && wanted.last <= overview.steps)) throw new Error(`steps: give two numbers from 1 to ${overview.steps}, the smaller one first`);
   if (!(wanted.k >= 1 && wanted.k <= 1000)) throw new Error("rows: give a number from 1 to 1000");
-  const [curve, found] = await Promise.all([source.curve(state.query, wanted.parameters), source.top(state.query, wanted)]);
+  const [curve, found] = await Promise.all([source.curve(state.query, wanted), source.top(state.query, wanted)]);
   if (ticket !== state.ticket) return;
   say(null);
   drawCurve(curve, wanted);
@@ -129,7 +130,7 @@ async function rank(ticket = ++state.ticket) {
   drawHeat();
 }
 function drawCurve(curve, { first, last }) {
-  $("curve-sub").textContent = `Energy: influence of all training examples at each loop step, whatever its sign; bars: its signed sum. ` +
+  $("curve-sub").textContent = `Scores: ${overview.scores.find((s) => s.key === $("score").value).name}. Energy: influence of all training examples at each loop step, whatever its sign; bars: its signed sum. ` +
     `${curve.helpful} examples help, ${curve.harmful} harm. The later half of the steps has ${(100 * curve.lateMass).toFixed(0)} % of the energy.` +
     (curve.shares.length > 1 ? ` By checkpoint: ${curve.shares.map((s, k) => `${overview.checkpoints[k].name} ${(s < 1 ? Math.min(100 * s, 99.9) : 100).toFixed(1)} %`).join(", ")}.` : "");
   $("dominance").textContent = curve.dominance; $("dominance").hidden = !curve.dominance;
@@ -164,7 +165,7 @@ async function choose(e) {
   for (const line of document.querySelectorAll(".ranked tr[data-row]")) line.setAttribute("aria-selected", String(Number(line.dataset.row) === e.row));
   const query = state.query;
   let found;
-  try { found = await source.pair(state.query, e.row); } catch (error) { say(error); return; }
+  try { found = await source.pair(state.query, e.row, $("score").value); } catch (error) { say(error); return; }
   if (query !== state.query || state.chosen !== e.row) return;
   $("pair").hidden = false;
   $("pair-sub").textContent = `Total ${signed(sum(e.sdi))}, largest at step ${peak(e.sdi)}.` + (found ? "" : " This page holds text in full, parameters and matrix for the first examples only.");
@@ -190,7 +191,7 @@ async function compare() {
   const other = $("other").value;
   if (other === "") return;
   try {
-    const found = await source.compare(state.query, Number(other));
+    const found = await source.compare(state.query, Number(other), $("score").value);
     const r = found.correlation === null ? "" : ` Correlation over all examples: ${found.correlation.toFixed(2)}.`;
     $("compare-sub").textContent = `${found.points.length} examples that matter most to either query.${r}`;
     plot("compare", [{ type: "scatter", mode: "markers", x: found.points.map((p) => p.a), y: found.points.map((p) => p.b), text: found.points.map((p) => esc(short(label(p), 60))),
@@ -244,6 +245,11 @@ $("find").addEventListener("input", () => { clearTimeout(typed); typed = setTime
 $("more").addEventListener("click", () => list(true).catch(say));
 for (const id of ["first", "last", "k", "parameters"]) $(id).addEventListener("change", () => rank().catch(say));
 $("other").addEventListener("change", compare);
+$("score").append(...overview.scores.map(({ key, name }) => element("option", { value: key }, name)));
+$("by-score").hidden = overview.scores.length < 2;
+$("uncorrected").hidden = !overview.uncorrected;
+$("uncorrected").textContent = `Not corrected for curvature: ${overview.uncorrected}`;
+$("score").addEventListener("change", () => recolour().catch(say));
 for (const button of document.querySelectorAll("[data-export]")) button.addEventListener("click", () => save(button.dataset.export));
 themed(() => recolour().catch(say));
 $("facts").textContent = facts();

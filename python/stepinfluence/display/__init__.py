@@ -1,0 +1,1 @@
+"""Scores as people look at them in a notebook: tables, and figures by matplotlib or plotly. Takes plain arrays."""

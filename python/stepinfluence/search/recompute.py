@@ -1,0 +1,132 @@
+"""What exact influence is recomputed from, and whether its examples are those that the features were computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from stepinfluence.attribution.checkpoints import PathLike, Reader
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.sameness import features_differ, losses_differ, precision
+from stepinfluence.attribution.visiting import Metric
+from stepinfluence.capture import Capture
+from stepinfluence.capture.pairs import PairRoute
+from stepinfluence.errors import FeatureMismatchError
+from stepinfluence.loaders import LossFn
+from stepinfluence.search.rerank import QUERY_BYTES
+from stepinfluence.search.sources import Folded, RowSource
+from stepinfluence.store import fold
+
+
+class Dataset(Protocol):
+    """A map-style dataset: position ``r`` is row ``r`` of the features."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What exact influence is recomputed from.
+
+    Attributes:
+        capture, loss_fn: as for :func:`rerank`.
+        train, query: the examples: position ``r`` is row ``r`` of the features of that side.
+        collate: makes a batch of a list of examples.
+        batch_size: examples per batch.
+        checkpoints: files of the checkpoints that the features were computed at, in their order; not needed where the
+            model has the weights of the only one. Each is loaded once.
+        metric, reader: as for :func:`stepinfluence.influence_over_checkpoints`.
+        route, query_bytes: as for :func:`rerank`.
+    """
+
+    capture: Capture
+    loss_fn: LossFn
+    train: Dataset
+    query: Dataset
+    collate: Callable[[list[Any]], Any] = default_collate
+    batch_size: int = 16
+    checkpoints: Sequence[PathLike] | None = None
+    metric: Metric | None = None
+    reader: Reader | None = None
+    route: PairRoute = "auto"
+    query_bytes: int = QUERY_BYTES
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: got {self.batch_size}; give a positive number")
+
+
+class Batches:
+    """Batches of some examples of a dataset, the same each time they are iterated."""
+
+    def __init__(self, data: Dataset, rows: Tensor, exact: Recompute) -> None:
+        self._data, self._rows, self._size, self._collate = data, rows.tolist(), exact.batch_size, exact.collate
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self._rows), self._size):
+            yield self._collate([self._data[row] for row in self._rows[start : start + self._size]])
+
+
+class RowCheck:
+    """Some examples of one side, held against the losses and features that their rows have, checkpoint by checkpoint.
+
+    A model in training mode draws other dropout for other batches: there, nothing is compared. Features are compared
+    where the capture has their sketches, and losses in any case.
+    """
+
+    def __init__(self, side: str, source: RowSource, rows: Tensor, exact: Recompute, *, folded: Folded | None) -> None:
+        self._side, self._source, self._exact, self._rows = side, source, exact, rows.tolist()
+        self._folded = folded
+        data = exact.train if side == "train" else exact.query
+        self._batches = Batches(data, rows, exact)
+        self._parts: list[Features] = []
+
+    def visit(self, checkpoint: int) -> None:
+        """Compare at a checkpoint, whose weights the model has now; of folded ones, at the last.
+
+        Raises:
+            FeatureMismatchError: an example is not the one that its row was computed from (names it).
+        """
+        exact, folded = self._exact, self._folded
+        if exact.capture.training or not self._rows:
+            return
+        found = exact.capture.featurize(self._batches, exact.loss_fn, per_step=False, progress=False, verify=False).to(
+            "cpu"
+        )
+        if folded is None:
+            self._compare(checkpoint, found)
+            return
+        self._parts.append(found)
+        if len(self._parts) == len(folded.parts):
+            self._compare(0, fold(self._parts, [part.eta for part in folded.parts], seed=folded.seed))
+
+    def _compare(self, checkpoint: int, found: Features) -> None:
+        eps = precision(self._exact.capture.model, self._exact.capture.device)
+        before = torch.from_numpy(self._source.losses(checkpoint))[self._rows].double()
+        wrong, what = losses_differ(before, found.losses.double().cpu(), eps), "loss"
+        space = self._source.spaces[checkpoint]
+        if not bool(wrong.any()) and (space.blocks, space.tables) == (found.space.blocks, found.space.tables):
+            rows = self._source.take(checkpoint, self._rows).double().cpu()
+            rows = rows.sum(1) if rows.dim() == 3 else rows
+            stored = self._source.stored_error(checkpoint, self._rows).double()
+            wrong, what = features_differ(rows, found.values.double(), before, eps, stored), "gradient"
+        if not bool(wrong.any()):
+            return
+        k = int(wrong.nonzero()[0])
+        row = self._rows[k]
+        numbers = f" ({float(before[k]):.6g} then, {float(found.losses[k]):.6g} now)" if what == "loss" else ""
+        raise FeatureMismatchError(
+            f"{self._side}: row {row} (id {self._source.id_of(row)!r}) is not the example that its features were "
+            f"computed from: its {what} at checkpoint {checkpoint} is another one{numbers}; put the data and the loss "
+            "back, or featurize again"
+        )

@@ -1,0 +1,170 @@
+"""Who is writing: files aside that name their writer, what dead writers left behind, and a lock on a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO
+
+from stepinfluence.errors import StoreError
+
+ASIDE = ".aside-"
+"""Start of the names of files that are still being written, or were when their writer was killed."""
+
+LOCK = ".lock"
+"""The file that is locked for as long as a command writes to a folder."""
+
+ABANDONED_SECONDS = 24 * 3600
+"""A file aside whose writer cannot be asked (it is, or was, on another machine) counts as left behind when it has not
+been written to for this long."""
+
+_OWNED = re.compile(re.escape(ASIDE) + r"(?P<host>[0-9a-f]{8})-(?P<process>\d+)-")
+
+
+@functools.cache
+def host() -> str:
+    """Where process numbers mean what they mean here: this machine since it was started, and this container."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+    with contextlib.suppress(OSError):
+        facts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.blake2b(repr(facts).encode(), digest_size=4).hexdigest()
+
+
+def aside(path: Path) -> Path:
+    """A new name beside ``path`` for what is to become it; tells this process."""
+    return path.with_name(f"{ASIDE}{host()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def remove_leftovers(folder: Path, *, within: bool = False) -> None:
+    """Remove the files aside of writers that are gone from a folder, and with ``within`` from all folders in it."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.startswith(ASIDE) and _is_abandoned(Path(parent) / name):
+                with contextlib.suppress(OSError):
+                    (Path(parent) / name).unlink(missing_ok=True)
+        if not within:
+            return
+
+
+def unknown_files(folder: Path, known: Collection[str]) -> list[str]:
+    """Names in a folder that are neither known nor files aside, once what dead writers left there is removed."""
+    remove_leftovers(folder)
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p.name for p in there if p.name not in known and not p.name.startswith(ASIDE))
+
+
+def _is_abandoned(path: Path) -> bool:
+    owner = _OWNED.match(path.name)
+    if owner is not None and owner["host"] == host() and sys.platform != "win32":
+        return not _is_alive(int(owner["process"]))
+    try:
+        return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+    except OSError:  # finished or removed meanwhile
+        return False
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks, and does nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other commands from writing to a folder meanwhile. The folder is made if it is not there, and removed again
+    if it is empty at the end. The system lets a lock go when its process ends, however it ends.
+
+    Raises:
+        StoreError: another command is writing there (names its process and machine), or the folder cannot be written.
+    """
+    made = not folder.is_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _taken(folder / LOCK)
+    except OSError as error:
+        raise StoreError(f"{folder}: could not be written ({error.strerror or error}); give a folder that can") from (
+            error
+        )
+    try:
+        file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname(), "since": time.time()}))
+        file.flush()
+        yield
+    finally:
+        # While it is still locked: whoever opened it meanwhile finds it gone, and makes one anew.
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+        if made:
+            with contextlib.suppress(OSError):  # something came of it
+                folder.rmdir()
+
+
+def _taken(path: Path) -> IO[str]:
+    """The lock's file, open and locked."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            if not _lock(file):
+                raise StoreError(
+                    f"{path.parent}: another command is writing here ({_owner(file)}); wait for it or end it"
+                )
+            if _is_at(file, path):
+                file.truncate(0)
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # its owner has just ended, and removed it
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether the lock is ours now. Also where the file system has no locks: there, nothing can be kept out."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(1 << 20)  # beyond the text, which stays readable
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _owner(file: IO[str]) -> str:
+    """Who holds a lock, in words."""
+    try:
+        file.seek(0)
+        owner = json.loads(file.read(4096))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(owner["since"])))
+        return f"process {int(owner['process'])} on {str(owner['machine'])[:80]}, since {since}"
+    except (ValueError, KeyError, TypeError, OSError, OverflowError):  # it has just begun, and not told yet
+        return "it has not told its process yet"
