@@ -26,7 +26,7 @@ Parts = dict[str, Callable[[], str]]
 
 KINDS = (
     "capture", "host-overhead", "install", "integrations", "models", "peers", "scale", "search", "sketch",
-    "sketch-sizes", "soak", "store-layouts", "variance-table",
+    "sketch-sizes", "soak", "store-layouts", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""
 

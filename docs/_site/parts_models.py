@@ -1,4 +1,4 @@
-"""The table of models in docs/capture.md."""
+"""The tables in docs/capture.md."""
 
 from __future__ import annotations
 
@@ -13,4 +13,12 @@ def models() -> str:
     return f"{source('models.json', False, result)}\n\n" + table([*HEAD], [cells(row) for row in result["rows"]])
 
 
-PARTS: Parts = {"models": models}
+def workspace() -> str:
+    """docs/capture.md: what it saves and costs that uses wait."""
+    from bench.workspace import HEAD, cells
+
+    result = load("workspace.json")
+    return f"{source('workspace.json', False, result)}\n\n" + table([*HEAD], [cells(row) for row in result["rows"]])
+
+
+PARTS: Parts = {"models": models, "workspace": workspace}

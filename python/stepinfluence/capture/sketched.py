@@ -292,6 +292,10 @@ def attach(
             (:func:`stepinfluence.attribution.preconditioners.from_optimizer`, docs/optimizers.md).
         layout: ``"concat"`` (the paper's: columns of its own for each parameter), or ``"sum"``: all parameters'
             independent sketches are added into the same ``sketch_size`` columns, also unbiased (docs/store.md).
+        workspace: bytes that activations and gradients of linear layers may keep alive in the backward pass while they
+            wait to be sketched together, one call for all loop steps of a weight that fit; 0: every use at once. Each
+            weight has an equal share, and a use of which not two fit in it does not wait. Features depend on it, and
+            on shapes, in their last bits; never on how much memory is free. None: 32 MiB on a CPU, 1 GiB on a GPU.
 
     Raises:
         BodyError: ``body`` is not part of the model or has no trainable parameter.

@@ -13,8 +13,9 @@ from stepinfluence.attribution.preconditioners import Elementwise, Root
 from stepinfluence.capture.sources import Piece
 from stepinfluence.capture.targets import Layout, Target
 
-WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
-"""What ``attach(workspace=None)`` stands for, by device type."""
+WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+"""What ``attach(workspace=None)`` stands for, by device type. On a CPU calls of small layers are worth saving, of
+larger ones not (docs/capture.md); on a GPU, where every use would be a launch of its own, of all."""
 
 
 def make_blocks(targets: Sequence[Target], layout: Layout) -> list[Block]:

@@ -59,9 +59,7 @@ def run(
     ] = None,
     eta: Annotated[
         float | None,
-        typer.Option(
-            metavar="X", help="Weight of each checkpoint. \\[default: the learning rate in its optimizer state]"
-        ),
+        typer.Option(metavar="X", help="Weight of each checkpoint. \\[default: its optimizer's learning rate]"),
     ] = None,
     metric: Annotated[
         str | None,
@@ -77,11 +75,7 @@ def run(
         typer.Option(help="concat: columns for each parameter; sum: all share M columns. \\[default: concat]"),
     ] = None,
     workspace: Annotated[
-        int | None,
-        typer.Option(
-            metavar="BYTES",
-            help="Memory for gradients that wait to be sketched together. \\[default: 8 MiB on a CPU, 1 GiB on a GPU]",
-        ),
+        int | None, typer.Option(metavar="BYTES", help="Memory for what waits to be sketched. \\[default: by device]")
     ] = None,
     fold: Annotated[
         bool | None,
@@ -107,8 +101,7 @@ def run(
         int | None, typer.Option(metavar="N", help="CPU threads of this process. \\[default: torch's]")
     ] = None,
     on_error: Annotated[
-        str | None,
-        typer.Option(help="stop at an example that fails, or skip it and record why. \\[default: stop]"),
+        str | None, typer.Option(help="stop at an example that fails, or skip it and record why. \\[default: stop]")
     ] = None,
     accept_changes: Annotated[
         bool,

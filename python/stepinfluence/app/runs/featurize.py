@@ -132,7 +132,12 @@ def _run_splits(
         split: settle(settings, split, width=prepared.capture.width, rows=len(data[split]))
         for split, settings in config.splits.items()
     }
-    config = replace(config, splits=splits, checkpoints=tuple(str(path) for path in prepared.paths))
+    config = replace(
+        config,
+        splits=splits,
+        checkpoints=tuple(str(path) for path in prepared.paths),
+        workspace=prepared.capture.sketching.workspace,
+    )
     earlier = RunConfig.load(out / CONFIG) if (out / CONFIG).is_file() else None
     begun = {} if earlier is None else earlier.splits
     if worker.world_size == 1:

@@ -6,7 +6,6 @@ import glob
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ class Prepared:
     """
 
     def __init__(self, project: Project, config: RunConfig, device: torch.device) -> None:
-        self.project, self.device = project, device
+        self.project, self.config, self.device = project, config, device
         self.paths = expand(config.checkpoints, any_path=project.reader is not None)
         if not self.paths and config.metric != "sgd":
             raise ConfigError(
@@ -89,8 +88,6 @@ class Prepared:
             workspace=config.workspace,
             **project.attach_options(),
         )
-        # As a number: a run that is gone on with elsewhere groups as this one does.
-        self.config = replace(config, workspace=self.capture.sketching.workspace)
         self._names = names_of(self.paths)
         self._at: int | None = None
         self._known: dict[int, StoredCheckpoint] = {}

@@ -42,6 +42,8 @@ def test_what_is_written_is_what_is_read(config: RunConfig, tmp_path: Path) -> N
         ({"sketch_size": "many"}, "sketch_size: got 'many', a str; give int"),
         ({"sketch_size": True}, "sketch_size: got True, a bool"),
         ({"sketch_size": 0}, "sketch_size: got 0; give a positive number"),
+        ({"workspace": -1}, "workspace: got -1; give a number of bytes"),
+        ({"workspace": "8M"}, "workspace: got '8M', a str; give int or nothing"),
         ({"hashing": "md5"}, "hashing: got 'md5'; use one of balanced, iid"),
         ({"checkpoints": [3]}, "checkpoints: got 3, a int; give str"),
         ({"splits": {"train": {"dtpe": "fp16"}}}, "splits.train.dtpe: unknown key; did you mean dtype?"),

@@ -88,6 +88,17 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
     assert content(tmp_path / "many") == content(tmp_path / "one")
 
 
+def test_the_workspace_is_recorded_as_a_number(project_file: Path, tmp_path: Path) -> None:
+    featurize(project_file, tmp_path / "run")
+    known = RunConfig.load(tmp_path / "run" / "config.yaml").workspace
+    assert known == stepinfluence.attach(Project.load(project_file).model(), body="core").sketching.workspace
+    featurize(project_file, tmp_path / "run", "query", workspace=known)
+    with pytest.raises(ConfigError, match=f"workspace: the run in .* was begun with {known}, not 0"):
+        featurize(project_file, tmp_path / "run", "query", workspace=0)
+    featurize(project_file, tmp_path / "other", workspace=0)
+    assert RunConfig.load(tmp_path / "other" / "config.yaml").workspace == 0
+
+
 def test_checkpoints_with_their_learning_rates(
     project_file: Path, tmp_path: Path, checkpoints: tuple[str, ...]
 ) -> None:
