@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from stepinfluence.app.cli._common import console, fail
+from stepinfluence.app.cli._common import console, fail, interrupted
 
 if TYPE_CHECKING:
     from stepinfluence.app.runs import RunConfig, SplitReport, Worker
 
-INTERRUPTED = 130
 HELP = """Compute the features of a project's examples and keep them: featurize once, ask many times.
 
 Each split becomes a store, RUN/SPLIT. The split "train" is summed over loop steps, all others have a row per step. \
@@ -110,9 +109,8 @@ def run(
     screen = console(json_output=True)
     try:
         _run(screen, given, out, config, as_json=as_json)
-    except KeyboardInterrupt:
-        screen.print("[bold]interrupted[/bold]: finished shards are kept; repeat the command to go on")
-        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt as error:
+        raise interrupted(error, "finished shards are kept; repeat the command to go on") from None
 
 
 def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path | None, *, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """A run's whole score table on disk: ``influence.npy``, and ``influence.json`` that says what is in it.
 
-The description is the commit record of both: it is written last, with size and SHA-256 of the scores, and removed before
-they are replaced. Scores without a description, or with one that does not fit, do not count.
+The description is the commit record of both: it is written last, with size and SHA-256 of the scores, and removed
+before they are replaced. Scores without a description, or with one that does not fit, do not count.
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ def write_scores(
         "train": {"store": train.path.name, "ids": list(train.ids)},
         "query": {"store": query.path.name, "ids": list(query.ids)},
     }
-    write_bytes(beside, (json.dumps(content, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+    try:
+        text = json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # ids with lone surrogates
+        text = json.dumps(content).encode()
+    write_bytes(beside, text + b"\n")
     return shape
 
 
