@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -96,6 +98,29 @@ def fail(message: str, *, code: int = WRONG_USE, program: str = "sdi") -> None:
     typer.secho(f"{program}: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(" ".join(message.split()), err=True)
     raise typer.Exit(code)
+
+
+TRUST_HELP = "Run the project file that a run from elsewhere names."
+
+
+def require_trust(run: Path, project: Path, *, trusted: bool) -> None:
+    """Before the project file that a run's config names is run: unless the run was written here, ask, or leave.
+
+    Args:
+        trusted: it was said on the command line that it may be run.
+
+    Raises:
+        typer.Exit: with code 2, if it may not.
+    """
+    from stepinfluence.app.runs.trust import is_written_here, mark
+
+    if not trusted and not is_written_here(run, project):
+        what = f"{run}: was not written here by you, and this runs the code of {project}"
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            fail(f"{what}; look at it first, then add --trust-project")
+        if not typer.confirm(f"{what}. Run it?", err=True):
+            raise typer.Exit(WRONG_USE)
+    mark(run, project)
 
 
 def damping_of(text: str | None) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from stepinfluence.app.cli._common import console, fail, interrupted
+from stepinfluence.app.cli._common import TRUST_HELP, console, fail, interrupted, require_trust
 
 if TYPE_CHECKING:
     from stepinfluence.app.runs import RunConfig, SplitReport, Worker
@@ -102,6 +102,7 @@ def run(
         bool,
         typer.Option("--accept-changes", help="Go on though code, data or losses have changed since; it is recorded."),
     ] = False,
+    trust_project: Annotated[bool, typer.Option("--trust-project", help=TRUST_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a report as JSON on stdout at the end.")] = False,
 ) -> None:
     """See :data:`HELP`."""
@@ -126,6 +127,9 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
         assert folder is not None
         earlier = _read(folder / CONFIG)
         asked = _asked(given, _read(config) if config is not None else earlier)
+    if "project" not in given:
+        require_trust(config.parent if config is not None else folder, asked.project, trusted=given["trust_project"])
+    with screen.status("starting"):
         prepared = Prepared(Project.load(asked.project), asked, worker.device(asked.device))
     terminal = sys.stderr.isatty()
     who = f"worker {worker.rank} of {worker.world_size}: " if worker.world_size > 1 else ""
