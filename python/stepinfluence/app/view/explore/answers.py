@@ -30,6 +30,12 @@ TEXT_LIMIT = 1_000_000
 CACHE_BYTES = 512 << 20
 """Scores ``(n_train, steps)`` of recent queries that are kept."""
 
+MOST_KEPT = 4096
+"""Questions whose answers are kept at all, however small they are."""
+
+PATTERN_LIMIT = 500
+"""Characters of a pattern of parameters."""
+
 MOST_ROWS = 1000
 """The largest k that a list may have."""
 
@@ -65,7 +71,7 @@ class Explorer:
         self.title = title or train.path.resolve().parent.name
         self._lock = threading.Lock()
         self._scores: OrderedDict[tuple[int, str], Array] = OrderedDict()
-        self._energies: dict[tuple[int, str], npt.NDArray[np.float64]] = {}
+        self._energies: OrderedDict[tuple[int, str], npt.NDArray[np.float64]] = OrderedDict()
 
     @classmethod
     def open(cls, run: str | Path, *, train: str = "train", query: str = "") -> Explorer:
@@ -241,6 +247,8 @@ class Explorer:
             ValueError: no such row, the query failed, or ``parameters`` (a name or pattern) fits none.
         """
         self._check_row("query", row)
+        if len(parameters) > PATTERN_LIMIT:
+            raise ValueError(f"parameters: got {len(parameters)} characters; a pattern has at most {PATTERN_LIMIT}")
         if row in self.query.failed:
             raise ValueError(f"query {row}: has no features ({self.query.failed[row]})")
         with self._lock:
@@ -249,7 +257,9 @@ class Explorer:
                 return self._scores[row, parameters]
             found = search.scores(self.train, self._features(row), parameters=parameters or None, progress=False)
             self._scores[row, parameters] = found.sdi[:, 0].float().numpy()
-            while len(self._scores) > 1 and sum(s.nbytes for s in self._scores.values()) > CACHE_BYTES:
+            # All answers have the same size, but for a batch of steps.
+            most = max(1, min(MOST_KEPT, CACHE_BYTES // max(1, self._scores[row, parameters].nbytes)))
+            while len(self._scores) > most:
                 self._scores.popitem(last=False)
             return self._scores[row, parameters]
 
@@ -262,6 +272,8 @@ class Explorer:
             if (row, parameters) not in self._energies:
                 found = search.checkpoint_energy(self.train, self._features(row), parameters=parameters or None)[:, 0]
                 self._energies[row, parameters] = found
+                while len(self._energies) > MOST_KEPT:
+                    self._energies.popitem(last=False)
             return self._energies[row, parameters]
 
     def _steps(self, first: int, last: int | None) -> slice:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +27,11 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # what a page's own policy cannot say
 }
+
+FORMULA = "=+-@"
+"""What a cell that a spreadsheet calculates begins with, fullwidth forms of it included."""
 
 
 class SameOrigin:
@@ -56,7 +62,7 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
         hosts: names that a request may address it by (``Host`` header), against pages that rebind their name to this
             machine.
     """
-    page = render_page(explorer.overview())
+    page = render_page(as_json(explorer.overview()))
 
     async def index(_: Request) -> Response:
         return HTMLResponse(page, headers=HEADERS)
@@ -66,8 +72,8 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
             try:
                 result = await run_in_threadpool(compute, request)
             except (ValueError, IndexError) as error:
-                return JSONResponse({"error": str(error)}, 400, headers=HEADERS)
-            return JSONResponse(result, headers=HEADERS)
+                return JSONResponse(as_json({"error": str(error)}), 400, headers=HEADERS)
+            return JSONResponse(as_json(result), headers=HEADERS)
 
         return endpoint
 
@@ -86,9 +92,9 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
         if kind not in ("csv", "json"):
             return JSONResponse({"error": f"format: got {kind!r}; use csv or json"}, 400, headers=HEADERS)
         try:
-            found = await run_in_threadpool(top, request)
+            found = as_json(await run_in_threadpool(top, request))
         except (ValueError, IndexError) as error:
-            return JSONResponse({"error": str(error)}, 400, headers=HEADERS)
+            return JSONResponse(as_json({"error": str(error)}), 400, headers=HEADERS)
         text = json.dumps(found, indent=1) if kind == "json" else as_csv(found)
         name = f"influence-{_int(request, 'query')}.{kind}"
         headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
@@ -119,6 +125,17 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
     return Starlette(routes=routes, middleware=middleware)
 
 
+def as_json(value: Any) -> Any:
+    """The value as JSON and UTF-8 can hold it: null for numbers that are not finite, � for halves of characters."""
+    if isinstance(value, dict):
+        return {as_json(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) and not value.isascii() else value
+
+
 def as_csv(found: dict[str, Any]) -> str:
     """The answer of :meth:`Explorer.top` as a table: one line for each example, one column for each step."""
     steps = max((len(e["sdi"]) for side in found.values() for e in side), default=0)
@@ -134,7 +151,10 @@ def as_csv(found: dict[str, Any]) -> str:
 
 def _harmless(cell: Any) -> Any:
     """Text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") else cell
+    if not isinstance(cell, str):
+        return cell
+    first = unicodedata.normalize("NFKC", cell.lstrip()[:1])[:1]
+    return f"'{cell}" if cell[:1] in ("\t", "\r") or (first and first in FORMULA) else cell
 
 
 def _int(request: Request, name: str, default: int | None = None) -> int:
