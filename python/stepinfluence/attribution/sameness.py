@@ -38,4 +38,5 @@ def features_differ(before: Tensor, now: Tensor, losses: Tensor, eps: float, sto
     """
     sizes = torch.maximum(before.norm(dim=1), now.norm(dim=1))
     bound = (eps**0.5 + 64 * eps / losses.abs()) * sizes + stored
-    return ~((before - now).norm(dim=1) <= bound) & (sizes > 0)
+    differ: Tensor = ~((before - now).norm(dim=1) <= bound) & (sizes > 0)
+    return differ

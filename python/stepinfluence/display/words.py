@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+FORMULA = "=+-@"
+"""What a cell that a spreadsheet calculates begins with, fullwidth forms of it included."""
+
 
 def visible(text: str) -> str:
     """``text`` with control and direction characters spelled out, so that it can only be shown, never act.
@@ -55,7 +58,10 @@ def top_rows(totals: NDArray[Any], per_side: int) -> tuple[list[int], list[int]]
 
 def harmless(cell: Any) -> Any:
     """Text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    return f"'{cell}" if isinstance(cell, str) and cell.lstrip()[:1] in tuple("=+-@＝＋－＠") else cell
+    if not isinstance(cell, str):
+        return cell
+    first = unicodedata.normalize("NFKC", cell.lstrip()[:1])[:1]
+    return f"'{cell}" if cell[:1] in ("\t", "\r") or (first and first in FORMULA) else cell
 
 
 def one_type(values: Sequence[Any]) -> list[Any]:

@@ -31,11 +31,14 @@ TEXT_LIMIT = 1_000_000
 CACHE_BYTES = 512 << 20
 """Scores ``(n_train, steps)`` of recent queries that are kept."""
 
+MOST_KEPT = 4096
+"""Questions whose answers are kept at all, however small they are."""
+
+PATTERN_LIMIT = 500
+"""Characters of a pattern of parameters."""
+
 MOST_ROWS = 1000
 """The largest k that a list may have."""
-
-MOST_ENERGIES = 10_000
-"""Queries (with parameters and score) whose energies by checkpoint are kept."""
 
 CORRECTED, SDI = "corrected", "sdi"
 NAMES = {CORRECTED: "corrected for curvature", SDI: "SDI (the paper's)"}
@@ -290,6 +293,8 @@ class Explorer:
             ValueError: no such row or score, the query failed, or ``parameters`` fits none.
         """
         self._check_row("query", row)
+        if len(parameters) > PATTERN_LIMIT:
+            raise ValueError(f"parameters: got {len(parameters)} characters; a pattern has at most {PATTERN_LIMIT}")
         if row in self.query.failed:
             raise ValueError(f"query {row}: has no features ({self.query.failed[row]})")
         with self._lock:
@@ -305,7 +310,9 @@ class Explorer:
                 progress=False,
             )
             self._scores[key] = found.sdi[:, 0].float().numpy()
-            while len(self._scores) > 1 and sum(s.nbytes for s in self._scores.values()) > CACHE_BYTES:
+            # All answers have the same size, but for a batch of steps.
+            most = max(1, min(MOST_KEPT, CACHE_BYTES // max(1, self._scores[key].nbytes)))
+            while len(self._scores) > most:
                 self._scores.popitem(last=False)
             return self._scores[key]
 
@@ -334,7 +341,7 @@ class Explorer:
                     :, 0
                 ]
                 self._energies[key] = found
-                while len(self._energies) > MOST_ENERGIES:
+                while len(self._energies) > MOST_KEPT:
                     self._energies.popitem(last=False)
             return self._energies[key]
 

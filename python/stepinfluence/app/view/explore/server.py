@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # what a page's own policy cannot say
 }
 
 
@@ -57,7 +59,7 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
         hosts: names that a request may address it by (``Host`` header), against pages that rebind their name to this
             machine.
     """
-    page = render_page(explorer.overview())
+    page = render_page(as_json(explorer.overview()))
 
     async def index(_: Request) -> Response:
         return HTMLResponse(page, headers=HEADERS)
@@ -67,8 +69,8 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
             try:
                 result = await run_in_threadpool(compute, request)
             except (ValueError, IndexError) as error:
-                return JSONResponse({"error": str(error)}, 400, headers=HEADERS)
-            return JSONResponse(result, headers=HEADERS)
+                return JSONResponse(as_json({"error": str(error)}), 400, headers=HEADERS)
+            return JSONResponse(as_json(result), headers=HEADERS)
 
         return endpoint
 
@@ -88,9 +90,9 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
         if kind not in ("csv", "json"):
             return JSONResponse({"error": f"format: got {kind!r}; use csv or json"}, 400, headers=HEADERS)
         try:
-            found = await run_in_threadpool(top, request)
+            found = as_json(await run_in_threadpool(top, request))
         except (ValueError, IndexError) as error:
-            return JSONResponse({"error": str(error)}, 400, headers=HEADERS)
+            return JSONResponse(as_json({"error": str(error)}), 400, headers=HEADERS)
         text = json.dumps(found, indent=1) if kind == "json" else as_csv(found)
         name = f"influence-{_int(request, 'query')}.{kind}"
         headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
@@ -133,6 +135,17 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
     ]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(SameOrigin)]
     return Starlette(routes=routes, middleware=middleware)
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON and UTF-8 can hold it: null for numbers that are not finite, � for halves of characters."""
+    if isinstance(value, dict):
+        return {as_json(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) and not value.isascii() else value
 
 
 def as_csv(found: dict[str, Any]) -> str:
