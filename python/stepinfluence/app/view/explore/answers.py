@@ -270,7 +270,8 @@ class Explorer:
         if not 1 <= k <= MOST_ROWS:
             raise ValueError(f"k: got {k}; use 1 to {MOST_ROWS}")
         a, b = self.scores(row, "", score).sum(1), self.scores(other, "", score).sum(1)
-        known = ~(np.isnan(a) | np.isnan(b))
+        known = np.isfinite(a) & np.isfinite(b)
+        a, b = np.where(known, a, 0), np.where(known, b, 0)
         size = np.where(known, np.maximum(np.abs(a) / _scale(a), np.abs(b) / _scale(b)), -np.inf)
         chosen = [int(r) for r in np.argsort(-size, kind="stable")[:k] if known[r]]
         varied = known.sum() > 1 and a[known].std() > 0 and b[known].std() > 0
