@@ -130,8 +130,8 @@ class Explorer:
         elif query not in splits:
             raise StoreError(f"{run}: has no split {query!r} (it has {', '.join(splits)}); use --query")
         store = Store.open(run / train)
-        found, why = curvatures(store)
-        return cls(store, Store.open(run / query), title=run.resolve().name, curvatures=found, uncorrected=why)
+        fitted, why = curvatures(store)
+        return cls(store, Store.open(run / query), title=run.resolve().name, curvatures=fitted, uncorrected=why)
 
     # ------------------------------------------------------------------------------------------------------------
     # Answers
