@@ -68,11 +68,12 @@ def rounding_norm(values: Tensor, dtype: str) -> Tensor:
         values: as they are decoded.
     """
     if dtype == "int8":  # each entry by half a scale, and what decoding rounds
-        return values.abs().amax(-1) / 127 * (0.5 + 2.0**-16) * math.sqrt(values.shape[-1])
+        return values.abs().amax(-1) * ((0.5 + 2.0**-16) / 127 * math.sqrt(values.shape[-1]))
     relative = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}[dtype]
     # fp16: entries below a 2**-28th of the largest are rounded by a fixed step.
     smallest = 2.0**-39 * math.sqrt(values.shape[-1]) if dtype == "fp16" else 0.0
-    return values.norm(dim=-1) * relative * (1 + 2.0**-8) + values.abs().amax(-1) * smallest
+    moved: Tensor = values.norm(dim=-1) * (relative * (1 + 2.0**-8)) + values.abs().amax(-1) * smallest
+    return moved
 
 
 def decode(codes: npt.NDArray[Any], scales: npt.NDArray[np.float32] | None, dtype: StoreDtype) -> Tensor:
