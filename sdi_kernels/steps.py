@@ -73,7 +73,8 @@ def sketch_steps(
     chosen = plan_linear(total, longest, sketch, device, route, dtype=acts[0].dtype).route
     tables = sketch.tables(device)
     if buffer is None:
-        return ops.linear_steps_sketch(acts, grads, tables, m, chosen, columns, first_rows, size, entries)
+        made: Tensor = ops.linear_steps_sketch(acts, grads, tables, m, chosen, columns, first_rows, size, entries)
+        return made
     acts, grads = ([x.detach() if x.requires_grad else x for x in values] for values in (acts, grads))
     _add(buffer, acts, grads, tables, m, chosen, columns, first_rows, entries)
     return buffer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -21,8 +22,11 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton_i
 THREADS = int(os.environ.get("SDI_TEST_THREADS", "1"))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
+    settings = tempfile.TemporaryDirectory()  # of the user who runs the tests, nothing is read or written
+    os.environ["XDG_CONFIG_HOME"] = settings.name
+    config.add_cleanup(settings.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -113,6 +113,8 @@ def work(
         constants = {"IS_LIST": False, "IS_ALIGNED": False}
         strides = (*activations.stride(), *grad_outputs.stride())
         return Work(out, activations, grad_outputs, out, 1, count, 1, tokens, tokens, strides, constants)
+    assert not isinstance(activations, Tensor)
+    assert not isinstance(grad_outputs, Tensor)
     assert steps is not None
     assert rows is not None
     return _many(out, _dense(activations), _dense(grad_outputs), steps, rows)

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.attribution.checkpoints.border import border
 from stepinfluence.attribution.features import weights_digest
 from stepinfluence.errors import CheckpointError
 from stepinfluence.wrappers import canonical_name, unwrap
@@ -168,14 +169,15 @@ def from_optimizer(
     if optimizer is None:
         raise CheckpointError("optimizer: got None; the checkpoint has no optimizer state, save it beside the model")
     parameters = {canonical_name(name): p for name, p in unwrap(model).named_parameters()}
-    if isinstance(optimizer, torch.optim.Optimizer):
-        states = _of_object(optimizer, parameters)
-    elif isinstance(optimizer, Mapping):
-        states = _of_state_dict(optimizer, parameters, names)
-    else:
+    if not isinstance(optimizer, torch.optim.Optimizer | Mapping):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}; pass a torch optimizer or its state dict")
     read = _adam if kind == "adam" else _adafactor
-    roots = {name: read(name, parameters[name], group, state) for name, group, state in states if state}
+    with border(f"optimizer: its state is not readable as {kind}'s"):
+        if isinstance(optimizer, torch.optim.Optimizer):
+            states = _of_object(optimizer, parameters)
+        else:
+            states = _of_state_dict(optimizer, parameters, names)
+        roots = {name: read(name, parameters[name], group, state) for name, group, state in states if state}
     if not roots:
         raise CheckpointError(f"optimizer: holds no {kind} state of this model's parameters (has it taken a step?)")
     return roots
@@ -246,6 +248,10 @@ def _moment(name: str, state: Mapping[str, Any], key: str, shape: tuple[int, ...
             f"optimizer: {key} of {name} has shape {tuple(value.shape)}, not {shape}; pass the model it trained, and "
             "names= if its parameters are in another order"
         )
+    if not value.is_floating_point() or value.layout != torch.strided or value.device.type == "meta":
+        raise CheckpointError(f"optimizer: {key} of {name} is no plain tensor of real numbers ({value.dtype})")
+    if not bool((value >= 0).all()) or not bool(value.isfinite().all()):
+        raise CheckpointError(f"optimizer: {key} of {name} has entries that are negative or not finite")
     return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
 

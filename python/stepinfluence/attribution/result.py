@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepinfluence.arguments import non_negative_int, one_of, positive_int
 from stepinfluence.display.table import Hit, Hits, step_columns
-from stepinfluence.display.words import short, top_rows
+from stepinfluence.display.words import one_type, short, top_rows
 
 if TYPE_CHECKING:
     import pandas
@@ -194,8 +194,7 @@ class Influence:
 
         columns = self._columns("to_arrow")
         for name in ("train_id", "query_id"):
-            if len({type(value) for value in columns[name]}) > 1 or not isinstance(columns[name][0], str | int):
-                columns[name] = [str(value) for value in columns[name]]
+            columns[name] = one_type(columns[name])
         return pyarrow.table(columns)
 
     def _columns(self, what: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ def losses_differ(before: Tensor, now: Tensor, eps: float) -> Tensor:
     Where they are small, because what they came from cancelled, by more than 64 ``eps``. Losses that are not finite
     differ.
     """
-    bound = eps**0.5 * torch.maximum(before.abs(), now.abs()) + 64 * eps
+    bound = math.sqrt(eps) * torch.maximum(before.abs(), now.abs()) + 64 * eps
     return ~((before - now).abs() <= bound)
 
 
@@ -38,4 +40,5 @@ def features_differ(before: Tensor, now: Tensor, losses: Tensor, eps: float, sto
     """
     sizes = torch.maximum(before.norm(dim=1), now.norm(dim=1))
     bound = (eps**0.5 + 64 * eps / losses.abs()) * sizes + stored
-    return ~((before - now).norm(dim=1) <= bound) & (sizes > 0)
+    differ: Tensor = ~((before - now).norm(dim=1) <= bound) & (sizes > 0)
+    return differ

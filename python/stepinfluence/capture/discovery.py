@@ -95,7 +95,8 @@ class Featurizing(Protocol):
     @property
     def step_log(self) -> StepTracker: ...
 
-    def featurize(self, loader: Iterable[Any], loss_fn: LossFn, **options: Any) -> Features: ...
+    @property
+    def featurize(self) -> Callable[..., Features]: ...
 
 
 C = TypeVar("C", bound=Featurizing)

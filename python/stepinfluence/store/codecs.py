@@ -8,6 +8,7 @@ Measured errors are in docs/store.md.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -67,11 +68,12 @@ def rounding_norm(values: Tensor, dtype: str) -> Tensor:
         values: as they are decoded.
     """
     if dtype == "int8":  # each entry by half a scale, and what decoding rounds
-        return values.abs().amax(-1) / 127 * (0.5 + 2.0**-16) * values.shape[-1] ** 0.5
+        return values.abs().amax(-1) * ((0.5 + 2.0**-16) / 127 * math.sqrt(values.shape[-1]))
     relative = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}[dtype]
     # fp16: entries below a 2**-28th of the largest are rounded by a fixed step.
-    smallest = 2.0**-39 * values.shape[-1] ** 0.5 if dtype == "fp16" else 0.0
-    return values.norm(dim=-1) * relative * (1 + 2.0**-8) + values.abs().amax(-1) * smallest
+    smallest = 2.0**-39 * math.sqrt(values.shape[-1]) if dtype == "fp16" else 0.0
+    moved: Tensor = values.norm(dim=-1) * (relative * (1 + 2.0**-8)) + values.abs().amax(-1) * smallest
+    return moved
 
 
 def decode(codes: npt.NDArray[Any], scales: npt.NDArray[np.float32] | None, dtype: StoreDtype) -> Tensor:

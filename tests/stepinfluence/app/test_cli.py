@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import stepinfluence
 import stepinfluence.app.demo.run
 from stepinfluence.app.cli import app
+from stepinfluence.app.cli._common import Stopped, end_on_signals, interrupted
 from stepinfluence.app.demo.run import DemoConfig, run_demo
 from stepinfluence.errors import LossError
 from typer.testing import CliRunner, Result
@@ -139,3 +141,30 @@ def test_unsolved_task_fails_loudly(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (tmp_path / "a" / "report.html").exists()
     for words in ("Task", "Accuracy", "helpful", "largest at", "Conservation error", "peak MiB", "Open"):
         assert words in done.stdout
+
+
+def test_signals_that_are_ignored_stay_ignored() -> None:
+    """``nohup sdi ...`` goes on; SIGTERM becomes an interruption with a status of its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        end_on_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        with pytest.raises(Stopped) as caught:
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupted(caught.value).exit_code == 143
+        assert interrupted(KeyboardInterrupt()).exit_code == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr("stepinfluence.app.runs.stored.StoredRun.open", stopped)
+    done = CliRunner().invoke(app, ["influence", "run"])
+    assert done.exit_code == 143
+    assert done.stderr.strip().endswith("interrupted by SIGTERM: nothing is half-written")

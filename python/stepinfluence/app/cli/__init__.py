@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from stepinfluence.app.cli import demo, doctor, evaluate, explore, featurize, influence, init, outliers, query, store
-from stepinfluence.app.cli._common import CommandGroup, show_version
+from stepinfluence.app.cli._common import CommandGroup, end_on_signals, show_version
 
 HELP = """Which training examples shaped a looped transformer's answer, and at which loop step.
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     name="sdi",
     cls=CommandGroup,
     help=HELP,
-    epilog="Exit status: 0 all well, 1 a check failed, 2 wrong use or input, 130 interrupted.",
+    epilog="Exit status: 0 all well, 1 a check failed, 2 wrong use, 130 interrupted (SIGTERM 143, SIGHUP 129).",
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # with --debug, the plain traceback; without, one line (CommandGroup)
@@ -62,4 +62,5 @@ app.add_typer(store.app, name="store", help=store.HELP, epilog=store.EPILOG, ric
 
 def main() -> None:
     """Entry point of the ``sdi`` command and of ``python -m stepinfluence``."""
+    end_on_signals()
     app(prog_name="sdi")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -11,6 +14,40 @@ from typer.core import TyperCommand, TyperGroup
 
 FAILED_CHECK = 1
 WRONG_USE = 2
+
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after Ctrl-C; other signals that end a command have 128 and their own number."""
+
+
+class Stopped(KeyboardInterrupt):  # no error
+    """A signal that asks a command to end; handled wherever Ctrl-C is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def end_on_signals() -> None:
+    """Have SIGTERM and SIGHUP end this process as Ctrl-C does: files aside and locks go, what is finished stays.
+
+    A signal that whoever started the process has it ignore (``nohup``) stays ignored.
+    """
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped(number)
+
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, stop)
+
+
+def interrupted(error: KeyboardInterrupt, then: str = "nothing is half-written") -> typer.Exit:
+    """Say on stderr that a command was interrupted, by which signal, and what that means; the way to leave."""
+    name = f" by {signal.Signals(error.number).name}" if isinstance(error, Stopped) else ""
+    console(json_output=True).print(f"[bold]interrupted{name}[/bold]: {then}", soft_wrap=True)
+    return typer.Exit(128 + error.number if isinstance(error, Stopped) else INTERRUPTED)
 
 
 class _OneLineErrors:
@@ -29,7 +66,7 @@ class _OneLineErrors:
         """Run the command.
 
         Raises:
-            typer.Exit: with code 2, after an error that the user can mend.
+            typer.Exit: with code 2, after an error that the user can mend; after a signal, with 128 and its number.
         """
         try:
             return super().invoke(ctx)  # type: ignore[misc]
@@ -40,6 +77,8 @@ class _OneLineErrors:
             if self._debug:
                 raise
             fail(str(error) or type(error).__name__, program=self.program)
+        except KeyboardInterrupt as error:
+            raise interrupted(error) from None
 
 
 class CommandGroup(_OneLineErrors, TyperGroup):
@@ -59,6 +98,29 @@ def fail(message: str, *, code: int = WRONG_USE, program: str = "sdi") -> None:
     typer.secho(f"{program}: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(" ".join(message.split()), err=True)
     raise typer.Exit(code)
+
+
+TRUST_HELP = "Run the project file that a run from elsewhere names."
+
+
+def require_trust(run: Path, project: Path, *, trusted: bool) -> None:
+    """Before the project file that a run's config names is run: unless the run was written here, ask, or leave.
+
+    Args:
+        trusted: it was said on the command line that it may be run.
+
+    Raises:
+        typer.Exit: with code 2, if it may not.
+    """
+    from stepinfluence.app.runs.trust import is_written_here, mark
+
+    if not trusted and not is_written_here(run, project):
+        what = f"{run}: was not written here by you, and this runs the code of {project}"
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            fail(f"{what}; look at it first, then add --trust-project")
+        if not typer.confirm(f"{what}. Run it?", err=True):
+            raise typer.Exit(WRONG_USE)
+    mark(run, project)
 
 
 def damping_of(text: str | None) -> Any:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from stepinfluence.app.cli._common import console, fail
+from stepinfluence.app.cli._common import TRUST_HELP, console, fail, interrupted, require_trust
 
 if TYPE_CHECKING:
     from stepinfluence.app.runs import RunConfig, SplitReport, Worker
 
-INTERRUPTED = 130
 HELP = """Compute the features of a project's examples and keep them: featurize once, ask many times.
 
 Each split becomes a store, RUN/SPLIT. The split "train" is summed over loop steps, all others have a row per step. \
@@ -107,6 +106,7 @@ def run(
         bool,
         typer.Option("--accept-changes", help="Go on though code, data or losses have changed since; it is recorded."),
     ] = False,
+    trust_project: Annotated[bool, typer.Option("--trust-project", help=TRUST_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a report as JSON on stdout at the end.")] = False,
 ) -> None:
     """See :data:`HELP`."""
@@ -114,9 +114,8 @@ def run(
     screen = console(json_output=True)
     try:
         _run(screen, given, out, config, as_json=as_json)
-    except KeyboardInterrupt:
-        screen.print("[bold]interrupted[/bold]: finished shards are kept; repeat the command to go on")
-        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt as error:
+        raise interrupted(error, "finished shards are kept; repeat the command to go on") from None
 
 
 def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path | None, *, as_json: bool) -> None:
@@ -132,6 +131,9 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
         assert folder is not None
         earlier = _read(folder / CONFIG)
         asked = _asked(given, _read(config) if config is not None else earlier)
+    if "project" not in given:
+        require_trust(config.parent if config is not None else folder, asked.project, trusted=given["trust_project"])
+    with screen.status("starting"):
         prepared = Prepared(Project.load(asked.project), asked, worker.device(asked.device))
     terminal = sys.stderr.isatty()
     who = f"worker {worker.rank} of {worker.world_size}: " if worker.world_size > 1 else ""

@@ -12,24 +12,29 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from stepinfluence.app.cli._common import console, fail
+from stepinfluence.app.cli._common import console, fail, need_extra
 
 if TYPE_CHECKING:
     from stepinfluence.search import TopK
+    from stepinfluence.store import Store
 
 HELP = """Influence of every training example of a run on every query.
 
 Without --top-k: RUN/influence.npy, float32 (n_train, n_query, steps), written block by block in bounded memory, and \
-RUN/influence.json with the ids and its checksum. With --top-k: the K leading examples of each query, as JSON or CSV \
-on stdout; the full matrix is never made. Positive: training on the example lowers the query's loss.
+RUN/influence.json with the ids and its checksum. With --top-k: the K leading examples of each query with their texts, \
+as JSON or CSV on stdout, or as Parquet into a file; the full matrix is never made. Positive: training on the example \
+lowers the query's loss.
 
 [bold]Examples[/bold]
   [cyan]sdi influence run[/cyan]                                  the whole matrix, for numpy.load
   [cyan]sdi influence run --top-k 20 --format csv > top.csv[/cyan]
+  [cyan]sdi influence run --top-k 20 --format parquet -o top.parquet[/cyan]
   [cyan]sdi influence run --top-k 5 --per-step --harmful[/cyan]   the worst examples of each loop step
 """
 EPILOG = "Exit status: 0 done, 2 wrong use or input (damaged or incomplete store), 130 interrupted."
-COLUMNS = ("query_row", "query_id", "step", "rank", "train_row", "train_id", "score", "peak_step")
+COLUMNS = (
+    "query_row", "query_id", "query_text", "step", "rank", "train_row", "train_id", "train_text", "score", "peak_step",
+)  # fmt: skip
 
 
 def run(
@@ -39,7 +44,9 @@ def run(
         typer.Option("--out", "-o", metavar="FILE", help="\\[default: RUN/influence.npy, stdout with --top-k]"),
     ] = None,
     k: Annotated[int | None, typer.Option("--top-k", "-k", metavar="K", min=1, help="Leading examples only.")] = None,
-    fmt: Annotated[str, typer.Option("--format", help="Of --top-k: json (with trajectories) or csv.")] = "json",
+    fmt: Annotated[
+        str, typer.Option("--format", help="Of --top-k: json (with trajectories), csv or parquet.")
+    ] = "json",
     per_step: Annotated[bool, typer.Option("--per-step", help="With --top-k: rank at each loop step.")] = False,
     harmful: Annotated[bool, typer.Option("--harmful", help="With --top-k: those that raise the loss most.")] = False,
     parameters: Annotated[
@@ -51,8 +58,14 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON on stdout.")] = False,
 ) -> None:
     """See :data:`HELP`."""
-    if fmt not in ("json", "csv"):
-        fail(f"format: got {fmt!r}; use json or csv")
+    if fmt not in ("json", "csv", "parquet"):
+        fail(f"format: got {fmt!r}; use json, csv or parquet")
+    if fmt == "parquet":
+        if k is None or out is None:
+            fail("format: parquet goes with --top-k, and into a file: --out top.parquet")
+        from stepinfluence.app.doctor import missing_modules
+
+        need_extra("notebook", missing_modules(("pyarrow",)))
     if k is None and (per_step or harmful):
         fail("per-step, harmful: go with --top-k; the full matrix has every step and both signs")
     screen = console(json_output=True)
@@ -76,8 +89,12 @@ def run(
             device=device,
             progress=not quiet,
         )
+        if fmt == "parquet":
+            assert out is not None
+            _write_parquet(out, found, rows, queries)
+            return
         with _output(out) as file:
-            (_write_csv if fmt == "csv" else _write_json)(file, found)
+            (_write_csv if fmt == "csv" else _write_json)(file, found, rows, queries)
         return
     path = out if out is not None else folder / SCORES
     shape = write_scores(rows, queries, path, parameters=parameters, device=device, progress=not quiet)
@@ -96,7 +113,7 @@ def _output(path: Path | None) -> Iterator[TextIO]:
             yield file
 
 
-def _hits(found: TopK) -> Iterator[tuple[int, int | None, list[dict[str, Any]]]]:
+def _hits(found: TopK, train: Store) -> Iterator[tuple[int, int | None, list[dict[str, Any]]]]:
     """(query row, 0-based step if each was ranked, its hits) in order."""
     for q in range(len(found)):
         for place, step in enumerate(found.ranked if found.per_step else (None,)):
@@ -112,6 +129,7 @@ def _hits(found: TopK) -> Iterator[tuple[int, int | None, list[dict[str, Any]]]]
                         "rank": rank + 1,
                         "row": row,
                         "id": found.train_ids[(*at, rank)],
+                        "text": train.row(row).text,
                         "score": float(found.scores[(*at, rank)]),
                         "peak_step": 1 + int(trajectory.abs().argmax()),
                         "trajectory": trajectory.tolist(),
@@ -120,21 +138,47 @@ def _hits(found: TopK) -> Iterator[tuple[int, int | None, list[dict[str, Any]]]]
             yield q, step, hits
 
 
-def _write_json(file: TextIO, found: TopK) -> None:
+def _write_json(file: TextIO, found: TopK, train: Store, query: Store) -> None:
     entries = [
-        {"query": {"row": q, "id": found.query_ids[q]}, **({} if step is None else {"step": step + 1}), "hits": hits}
-        for q, step, hits in _hits(found)
+        {
+            "query": {"row": q, "id": found.query_ids[q], "text": query.row(q).text},
+            **({} if step is None else {"step": step + 1}),
+            "hits": hits,
+        }
+        for q, step, hits in _hits(found, train)
     ]
     json.dump(entries, file, ensure_ascii=False, indent=2)
     file.write("\n")
 
 
-def _write_csv(file: TextIO, found: TopK) -> None:
+def _lines(found: TopK, train: Store, query: Store) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """The cells of :data:`COLUMNS` of each hit, and the hit."""
+    for q, step, hits in _hits(found, train):
+        text = query.row(q).text
+        for hit in hits:
+            shown = None if step is None else step + 1
+            cells = [q, found.query_ids[q], text, shown, hit["rank"], hit["row"], hit["id"], hit["text"], hit["score"]]
+            yield [*cells, hit["peak_step"]], hit
+
+
+def _write_csv(file: TextIO, found: TopK, train: Store, query: Store) -> None:
+    from stepinfluence.display.words import harmless
+
     writer = csv.writer(file)
     writer.writerow(COLUMNS)
-    for q, step, hits in _hits(found):
-        shown = "" if step is None else step + 1
-        for hit in hits:
-            writer.writerow(
-                [q, found.query_ids[q], shown, hit["rank"], hit["row"], hit["id"], repr(hit["score"]), hit["peak_step"]]
-            )
+    for cells, _ in _lines(found, train, query):
+        writer.writerow(["" if c is None else repr(c) if isinstance(c, float) else harmless(c) for c in cells])
+
+
+def _write_parquet(path: Path, found: TopK, train: Store, query: Store) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    from stepinfluence.display.words import one_type
+
+    lines = list(_lines(found, train, query))
+    columns: dict[str, Any] = {name: [cells[k] for cells, _ in lines] for k, name in enumerate(COLUMNS)}
+    for name in ("query_id", "train_id"):
+        columns[name] = one_type(columns[name])
+    columns["trajectory"] = [hit["trajectory"] for _, hit in lines]
+    parquet.write_table(pyarrow.table(columns), path)

@@ -7,13 +7,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from stepinfluence.app.cli._common import console, damping_of, fail
-from stepinfluence.display.bars import bars, printable
 
 if TYPE_CHECKING:
     from stepinfluence.search import Outlier
@@ -86,6 +84,10 @@ def _json(one: Outlier, by: str) -> dict[str, object]:
 
 
 def _show(found: list[Outlier], shown: str) -> None:
+    import numpy as np
+
+    from stepinfluence.display.bars import bars, printable
+
     screen = console()
     if not found:
         screen.print("no training example")

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from stepinfluence.app.cli._answers import show
-from stepinfluence.app.cli._common import console, damping_of, fail
+from stepinfluence.app.cli._common import TRUST_HELP, console, damping_of, fail, require_trust
 
 if TYPE_CHECKING:
     from stepinfluence.app.runs.query import Answer
@@ -70,6 +69,7 @@ def run(
     train: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")] = "train",
     query: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. \\[default: the other one]")] = "",
     device: Annotated[str | None, typer.Option(help="For --input and --exact. \\[default: the run's]")] = None,
+    trust_project: Annotated[bool, typer.Option("--trust-project", help=TRUST_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """See :data:`HELP`."""
@@ -88,6 +88,9 @@ def run(
         from stepinfluence.app.runs.stored import StoredRun
 
         opened = StoredRun.open(folder, device=device)
+    if file is not None or exact:
+        require_trust(folder, opened.config.project, trusted=trust_project)
+    with screen.status("reading"):
         store = opened.store(train)
         if file is not None:
             new = [opened.prepared.project.from_json(fields) for fields in _examples(file)]
@@ -126,6 +129,8 @@ def run(
         lines = [_json(one) | {"also": [_json(other) for other in rest]} for one, *rest in zip(*answers, strict=True)]
         typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))
         return
+    from stepinfluence.app.cli._answers import show
+
     for together in zip(*answers, strict=True):
         show(console(), together, harmful=harmful, step=step, exact=exact)
     if why:

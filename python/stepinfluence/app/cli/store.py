@@ -114,7 +114,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 @app.command(
     "verify",
-    help="Read every byte of stores (and a run's score table); exit status 1 and one line per problem if any is wrong.",
+    help="Read every byte of stores, and of a run's score table; exit status 1 and one line per problem, if any.",
 )
 def verify(stores: Stores, as_json: Json = False) -> None:
     """Print problems on stdout, one a line."""

@@ -17,6 +17,7 @@ from stepinfluence.app.runs.config import CONFIG, SUMMED_SPLIT, RunConfig, Split
 from stepinfluence.app.runs.examples import Part, featurize_part
 from stepinfluence.app.runs.pinned import checked_pins
 from stepinfluence.app.runs.prepared import Prepared
+from stepinfluence.app.runs.trust import mark
 from stepinfluence.app.runs.workers import Worker
 from stepinfluence.errors import ProjectError
 from stepinfluence.files import write_bytes
@@ -147,6 +148,11 @@ def _run_splits(
     if earlier is not None and begun:
         config = config.merged(replace(earlier, splits=begun), out)
     prepared.config = config
+
+    def begin() -> None:
+        config.save(out / CONFIG)
+        mark(out, config.project)
+
     for split in splits:
         on_start(split, len(data[split]))
         yield featurize_split(
@@ -156,7 +162,7 @@ def _run_splits(
             out / split,
             worker=worker,
             accept_changes=accept_changes,
-            on_begin=lambda: config.save(out / CONFIG),
+            on_begin=begin,
             progress=progress,
             log=log,
         )

@@ -73,7 +73,11 @@ def write_scores(
         "train": {"store": train.path.name, "ids": list(train.ids)},
         "query": {"store": query.path.name, "ids": list(query.ids)},
     }
-    write_bytes(beside, (json.dumps(content, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+    try:
+        text = json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # ids with lone surrogates
+        text = json.dumps(content).encode()
+    write_bytes(beside, text + b"\n")
     return shape
 
 

@@ -72,19 +72,27 @@ class StoredRun:
         return others[0] if others else train
 
     @cached_property
+    def config(self) -> RunConfig:
+        """What was asked for.
+
+        Raises:
+            ConfigError: the run has no ``config.yaml``, or not a valid one.
+        """
+        file = self.path / CONFIG
+        if not file.is_file():
+            raise ConfigError(f"{self.path}: has no {CONFIG}, which names the project; featurize the run again")
+        return RunConfig.load(file)
+
+    @cached_property
     def prepared(self) -> Prepared:
-        """The run's project and model.
+        """The run's project, which is run, and its model.
 
         Raises:
             ConfigError: the run has no ``config.yaml``.
             StepInfluenceError: the project or a checkpoint is not as it must be.
         """
-        file = self.path / CONFIG
-        if not file.is_file():
-            raise ConfigError(f"{self.path}: has no {CONFIG}, which names the project; featurize the run again")
-        config = RunConfig.load(file)
-        device = Worker.here().device(self._device or config.device)
-        return Prepared(Project.load(config.project), config, device)
+        device = Worker.here().device(self._device or self.config.device)
+        return Prepared(Project.load(self.config.project), self.config, device)
 
     def new_features(self, data: MapStyle, *, per_step: bool = True, batch_size: int = 32) -> list[Features]:
         """Features of examples that are in no store, as the run's stores have them: one per checkpoint, or one if the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from stepinfluence.attribution.checkpoints.border import border
 from stepinfluence.attribution.checkpoints.fitting import fit
 from stepinfluence.errors import CheckpointError
 
@@ -39,8 +41,11 @@ class Checkpoint:
         """
         if self.optimizer is None:
             raise CheckpointError(f"{self.path}: no learning rate in it (no optimizer state); give etas, or etas=1.0")
-        groups = self.optimizer.get("param_groups") or []
-        rates = sorted({float(group["lr"]) for group in groups if "lr" in group})
+        with border(f"{self.path}: its optimizer state has no readable learning rate; give etas, or etas=1.0"):
+            groups = self.optimizer.get("param_groups") or []
+            rates = sorted({float(group["lr"]) for group in groups if "lr" in group})
+            if not all(map(math.isfinite, rates)):
+                raise ValueError(f"got {rates}")
         if not rates:
             raise CheckpointError(
                 f"{self.path}: no learning rate in it (its optimizer state has no 'lr'); give etas, or etas=1.0"
@@ -70,7 +75,8 @@ class Checkpoint:
         Raises:
             CheckpointError: names or shapes do not fit (says which); the model is then unchanged.
         """
-        fit(self.path, self.model, model, strict=strict, needed=needed)
+        with border(f"{self.path}: does not fit the model"):
+            fit(self.path, self.model, model, strict=strict, needed=needed)
 
 
 def resolve_etas(checkpoints: Sequence[object], etas: Etas) -> Callable[[int, Checkpoint], float]:

@@ -52,7 +52,22 @@ def fit(path: Path, state: Mapping[str, Tensor], model: nn.Module, *, strict: bo
                 f"{path}: does not fit the model: {name} has shape {tuple(state[name].shape)}, "
                 f"the model's is {tuple(value.shape)}"
             )
+        if isinstance(value, Tensor) and (why := _unusable(state[name], value)) is not None:
+            raise CheckpointError(f"{path}: does not fit the model: {name} {why}; save plain weights")
     model.load_state_dict({own[n][0]: v for n, v in state.items() if n in own}, strict=False)
+
+
+def _unusable(given: Any, own: Tensor) -> str | None:
+    """Why a value cannot be copied into a tensor of the model: torch would copy others before it finds out."""
+    if not isinstance(given, Tensor):
+        return f"is {type(given).__name__}, no tensor"
+    if given.device.type == "meta":
+        return "has no values (it is on the meta device)"
+    if given.is_quantized or given.is_nested or given.layout != own.layout:
+        return "is quantised" if given.is_quantized else f"has layout {given.layout}, the model's has {own.layout}"
+    if given.is_complex() and not own.is_complex():
+        return "is complex, the model's is real"
+    return None
 
 
 def _some(names: Sequence[str]) -> str:

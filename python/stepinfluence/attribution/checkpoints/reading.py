@@ -17,7 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stepinfluence.attribution.checkpoints.border import border, reason
 from stepinfluence.attribution.checkpoints.checkpoint import Checkpoint
+from stepinfluence.attribution.checkpoints.claims import check_claims
 from stepinfluence.attribution.checkpoints.optimizers import find_optimizer
 from stepinfluence.errors import CheckpointError, StepInfluenceError
 from stepinfluence.wrappers import canonical_name
@@ -53,13 +55,18 @@ def load_checkpoint(path: PathLike, *, reader: Reader | None = None) -> Checkpoi
         CheckpointError: the file is missing, damaged, holds arbitrary pickled objects (named), or no model state.
     """
     path = Path(path)
+    with border(f"{path}: not a readable checkpoint"):
+        return _loaded(path, reader)
+
+
+def _loaded(path: Path, reader: Reader | None) -> Checkpoint:
     if reader is not None:
         try:
             return _from_content(path, reader(path))
         except StepInfluenceError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{path}: the reader failed ({type(error).__name__}: {_reason(error)})") from error
+            raise CheckpointError(f"{path}: the reader failed ({type(error).__name__}: {reason(error)})") from error
     weights, optimizer = path, None
     if path.is_dir():
         found = _weights_in(path)
@@ -162,19 +169,23 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({_reason(error)})") from error
+        raise CheckpointError(f"{path}: not a readable safetensors file ({reason(error)})") from error
 
 
 def _torch_file(path: Path) -> Any:
     try:
+        with border(f"{path}: not a readable PyTorch file"):
+            check_claims(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds pickled Python objects{_foreign(path)}, which are not loaded because they can run code; if "
             f"you trust it, convert it once: {CONVERT}, or pass a reader of your own"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a readable PyTorch file ({_reason(error)})") from error
+    except StepInfluenceError:
+        raise
+    except Exception as error:  # struct.error, AssertionError, MemoryError and more: torch trusts what it reads
+        raise CheckpointError(f"{path}: not a readable PyTorch file ({reason(error)})") from error
 
 
 def _foreign(path: Path) -> str:
@@ -206,11 +217,6 @@ def _from_content(path: Path, content: Any) -> Checkpoint:
     raise CheckpointError(
         f"{path}: no model state in it; save a state dict, or a dict with one of {', '.join(MODEL_KEYS)}"
     )
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none (an empty file's EOFError)."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _clean(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def test_a_split_more_takes_the_runs_settings(run: Path, tmp_path: Path) -> None
     shutil.copytree(run.parent, tmp_path / "copy")
     out = tmp_path / "copy" / "run"
     shutil.rmtree(out / "query")
-    invoke("featurize", "--split", "query", "--out", out)
+    invoke("featurize", "--split", "query", "--trust-project", "--out", out)
     manifest = Store.open(out / "query").manifest
     assert set(manifest.sketch.sizes.values()) <= {64, 16}  # vectors are kept at their own length
     assert "sketch_size: the run in" in refused("featurize", "--split", "query", "--sketch-size", "32", "--out", out)
@@ -125,18 +125,57 @@ def test_a_first_call_that_fails_leaves_nothing_that_binds(run: Path, tmp_path: 
     assert "--eta 1" in refused(*command, "--checkpoints", tmp_path / "c.pt")
     assert not out.exists()
     invoke(*command, "--checkpoints", tmp_path / "c.pt", "--eta", "1")
-    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "query", "query.pinned.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".written-here", "config.yaml", "query", "query.pinned.json"]
+
+
+def test_the_project_of_a_run_from_elsewhere_is_run_only_if_it_is_trusted(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied, moved, or with another project file in its config: whoever made it may have written that file."""
+    shutil.copytree(run.parent, tmp_path / "copy")
+    copy, ran = tmp_path / "copy" / "run", tmp_path / "ran"
+    project = tmp_path / "copy" / "my_project.py"
+    project.write_text(project.read_text() + f"\n\nopen({str(ran)!r}, 'w').close()\n")
+    commands: list[tuple[Any, ...]] = [
+        ("query", copy, "--row", "0", "--exact"),
+        ("query", copy, "--input", "-"),
+        ("featurize", "--out", copy, "--split", "query"),
+        ("featurize", "--config", copy / "config.yaml", "--out", tmp_path / "other"),
+    ]
+    for command in commands:
+        said = refused(*command, input="{}")
+        assert "was not written here by you" in said
+        assert "--trust-project" in said
+        assert not ran.exists()
+    for command in (("query", copy, "--row", "0"), ("influence", copy), ("store", "verify", copy)):
+        invoke(*command)
+        assert not ran.exists(), "what reads stores alone runs no code"
+    config = (run / "config.yaml").read_text()
+    try:  # a run that was written here, which somebody has made to name another file
+        (run / "config.yaml").write_text(config.replace("../my_project.py", str(project)))
+        refused("query", run, "--row", "0", "--exact")
+    finally:
+        (run / "config.yaml").write_text(config)
+    invoke("query", run, "--row", "0", "--exact")
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "somebody"))
+        refused("query", run, "--row", "0", "--exact")
+    assert not ran.exists()
+    invoke(*commands[0], "--trust-project")
+    assert ran.exists()
+    invoke(*commands[0])  # said once
 
 
 def test_a_changed_project_is_accepted_knowingly(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run.parent, tmp_path / "copy")
     project, out = tmp_path / "copy" / "my_project.py", tmp_path / "copy" / "run"
     project.write_text(project.read_text() + "\n# a remark\n")
-    said = invoke("featurize", "--config", out / "config.yaml", code=2).stderr
+    again = ("featurize", "--config", out / "config.yaml")
+    said = invoke(*again, "--trust-project", code=2).stderr
     assert "the project's code (my_project.py)" in said
     assert "--accept-changes" in said
-    invoke("featurize", "--config", out / "config.yaml", "--accept-changes")
-    assert "nothing left to do" in invoke("featurize", "--config", out / "config.yaml").stderr
+    invoke(*again, "--accept-changes")
+    assert "nothing left to do" in invoke(*again).stderr
     assert json.loads((out / "train.pinned.json").read_text())["accepted"][0]["changed"]
 
 
@@ -173,7 +212,8 @@ def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(config.replace("../my_project.py", str(file)))
     line = json.dumps({"x": inputs.tolist(), "label": label})
-    done = invoke("query", tmp_path / "run", "--input", "-", "--curvature", "none", "--json", input=line + "\n")
+    asked = ("query", tmp_path / "run", "--trust-project", "--input", "-", "--curvature", "none", "--json")
+    done = invoke(*asked, input=line + "\n")
     project = Project.load(file)
     capture = attach(project.model(), body="core", sketch_size=64)
     sketches = {target.name: target.sketch for target in capture.targets}
@@ -324,11 +364,25 @@ def test_influence_full_and_leading(run: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(invoke("influence", run, "-k", "3", "--format", "csv").stdout)))
     order = (-expected.sum(2)).argsort(0)[:3].T
     assert [int(row["train_row"]) for row in rows] == order.flatten().tolist()
+    stores = [Store.open(run / split) for split in ("train", "query")]
+    for row in rows:
+        assert row["train_text"] == stores[0].row(int(row["train_row"])).text
+        assert row["query_text"] == stores[1].row(int(row["query_row"])).text
+    parquet = pytest.importorskip("pyarrow.parquet")
+    invoke("influence", run, "-k", "3", "--format", "parquet", "--out", tmp_path / "top.parquet")
+    table = parquet.read_table(tmp_path / "top.parquet").to_pylist()
+    assert [(r["query_row"], r["train_row"], r["train_text"]) for r in table] == [
+        (int(r["query_row"]), int(r["train_row"]), r["train_text"]) for r in rows
+    ]
+    np.testing.assert_allclose(table[0]["trajectory"], expected[table[0]["train_row"], 0], rtol=1e-4, atol=1e-5)
     entries = json.loads(invoke("influence", run, "-k", "1", "--per-step", "--harmful").stdout)
     assert [e["step"] for e in entries] == [1, 2, 3, 4] * 8
     assert [e["hits"][0]["row"] for e in entries] == expected.argmin(0).flatten().tolist()
+    assert entries[0]["hits"][0]["text"] == stores[0].row(entries[0]["hits"][0]["row"]).text
+    assert entries[0]["query"]["text"] == stores[1].row(0).text
     assert "go with --top-k" in refused("influence", run, "--harmful")
-    assert "use json or csv" in refused("influence", run, "-k", "2", "--format", "xml")
+    assert "use json, csv or parquet" in refused("influence", run, "-k", "2", "--format", "xml")
+    assert "into a file" in refused("influence", run, "-k", "2", "--format", "parquet")
 
 
 def test_store_commands(run: Path, tmp_path: Path) -> None:

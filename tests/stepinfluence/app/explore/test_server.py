@@ -5,10 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+from pathlib import Path
 
+import explored
 import pytest
-from serving import Served
-from stepinfluence.app.view.explore import Explorer
+import torch
+from serving import Served, serving
+from stepinfluence.app.view.explore import Explorer, answers
+from stepinfluence.attribution.features import Features
+from stepinfluence.display.words import harmless
+from stepinfluence.store import FailedRow, Manifest, RowInfo, StoredCheckpoint, StoreWriter
 
 
 def test_page_and_answers(served: Served, explorer: Explorer) -> None:
@@ -65,6 +71,80 @@ def test_a_link_from_elsewhere_may_open_the_page(served: Served) -> None:
 @pytest.mark.parametrize("path", ["/manifest.json", "/../../etc/passwd", "/train/manifest.json", "/%2e%2e/train"])
 def test_files_are_not_served(served: Served, path: str) -> None:
     assert served.get(path)[0] == 404
+
+
+def test_the_page_is_in_nobodys_frame(served: Served) -> None:
+    for path in ("/", "/api/overview"):
+        assert served.get(path)[1]["content-security-policy"] == "frame-ancestors 'none'"
+
+
+def test_scores_and_texts_that_json_cannot_hold(tmp_path: Path) -> None:
+    """Scores beyond float32, rows that failed, halves of characters in ids, names and texts: no answer is a 500."""
+    for split, per_step in (("train", False), ("query", True)):
+        stored = (StoredCheckpoint("step \ud800.pt", 1e30, explored.space(0)),)
+        manifest = Manifest(stored, 3, per_step=per_step, steps=2 if per_step else None)
+        values = torch.full((2, 2, 12) if per_step else (2, 12), 1e30)
+        features = Features(
+            values=values,
+            losses=torch.tensor([1.0, float("inf")]),
+            steps=torch.full((2,), 2),
+            lengths=torch.full((2,), 2) if per_step else None,
+            ids=(0, 1),
+            space=explored.space(0),
+            step_labels=("core \udfff",) * 2,
+        )
+        rows = [RowInfo(f"\ud83d {row}", "text \udc00", {"half \ud800": "\udfff"}) for row in range(3)]
+        writer = StoreWriter.create(tmp_path / split, manifest)
+        writer.write_shard(0, 0, features, rows, [FailedRow(2, "NaN")])
+    with serving(Explorer.open(tmp_path)) as served:
+        assert served.get("/")[0] == 200
+        for path, fields in (
+            ("/api/overview", {}),
+            ("/api/queries", {"find": "text"}),
+            ("/api/example", {"side": "train", "row": 1}),
+            ("/api/curve", {"query": 0}),
+            ("/api/top", {"query": 0}),
+            ("/api/pair", {"query": 0, "train": 0}),
+            ("/api/pair", {"query": 1, "train": 2}),
+            ("/api/compare", {"query": 0, "other": 1}),
+            ("/api/export", {"query": 0}),
+            ("/api/export", {"query": 0, "format": "json"}),
+        ):
+            status, _, body = served.get(path, **fields)
+            # Shares of an energy that is not finite are none, and that is said.
+            assert status == (400 if path == "/api/curve" else 200), (path, fields, body)
+            assert b"Infinity" not in body
+            assert b"NaN" not in body.replace(b'"failed": "NaN"', b"").replace(b'"failed":"NaN"', b"")
+        for fields in ({"query": "\u0661" * 5000}, {"query": 10**30}, {"query": 0, "parameters": "*" * 10_000}):
+            assert served.get("/api/curve", **fields)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("cell", "made"),
+    [
+        ("=1+1", "'=1+1"),
+        ("\uff1d1+1", "'\uff1d1+1"),
+        ("\uff0b1", "'\uff0b1"),
+        ("\uff0d1", "'\uff0d1"),
+        ("\uff20SUM(1)", "'\uff20SUM(1)"),
+        (" =1", "' =1"),
+        ("\t=1", "'\t=1"),
+        ("\r1", "'\r1"),
+        ("-1", "'-1"),
+        ("plain", "plain"),
+        ("", ""),
+        (-1.5, -1.5),
+    ],
+)
+def test_cells_that_a_spreadsheet_would_calculate(cell: object, made: object) -> None:
+    assert harmless(cell) == made
+
+
+def test_what_is_kept_does_not_grow_without_bound(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MOST_KEPT", 3)
+    for k in range(8):
+        explorer.curve(3, parameters="core" + "*" * (k + 1))
+    assert len(explorer._scores) == len(explorer._energies) == 3
 
 
 def test_export_as_csv_and_json(served: Served, explorer: Explorer) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a store or run but the log of times."""
+    """Every file of a store or run but the log of times, and the mark of its place."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "times.jsonl"
+        if path.is_file() and path.name not in ("times.jsonl", ".written-here")
     }

@@ -93,7 +93,8 @@ def test_two_identical_commands_at_once(project_file: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_interrupted(project_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+def test_interrupted(project_file: Path, tmp_path: Path, number: signal.Signals) -> None:
     slow = tmp_path / "slow.py"
     text = project_file.read_text().replace(
         "def loss(model, batch):",
@@ -105,12 +106,14 @@ def test_interrupted(project_file: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     code, out, err = finish(process)
-    assert code == 130
+    assert code == 128 + number
+    assert ("interrupted" if number == signal.SIGINT else f"interrupted by {number.name}") in err
     assert out == ""
     assert "finished shards are kept; repeat the command to go on" in err
     assert "Traceback" not in err
     assert not Store.open(tmp_path / "run" / "train").complete
+    assert not list((tmp_path / "run").rglob(".*")), "neither a lock nor a file aside"
     alone(slow, tmp_path / "run")
     assert Store.open(tmp_path / "run" / "train").complete

@@ -31,11 +31,14 @@ TEXT_LIMIT = 1_000_000
 CACHE_BYTES = 512 << 20
 """Scores ``(n_train, steps)`` of recent queries that are kept."""
 
+MOST_KEPT = 4096
+"""Questions whose answers are kept at all, however small they are."""
+
+PATTERN_LIMIT = 500
+"""Characters of a pattern of parameters."""
+
 MOST_ROWS = 1000
 """The largest k that a list may have."""
-
-MOST_ENERGIES = 10_000
-"""Queries (with parameters and score) whose energies by checkpoint are kept."""
 
 CORRECTED, SDI = "corrected", "sdi"
 NAMES = {CORRECTED: "corrected for curvature", SDI: "SDI (the paper's)"}
@@ -127,8 +130,8 @@ class Explorer:
         elif query not in splits:
             raise StoreError(f"{run}: has no split {query!r} (it has {', '.join(splits)}); use --query")
         store = Store.open(run / train)
-        found, why = curvatures(store)
-        return cls(store, Store.open(run / query), title=run.resolve().name, curvatures=found, uncorrected=why)
+        fitted, why = curvatures(store)
+        return cls(store, Store.open(run / query), title=run.resolve().name, curvatures=fitted, uncorrected=why)
 
     # ------------------------------------------------------------------------------------------------------------
     # Answers
@@ -267,7 +270,8 @@ class Explorer:
         if not 1 <= k <= MOST_ROWS:
             raise ValueError(f"k: got {k}; use 1 to {MOST_ROWS}")
         a, b = self.scores(row, "", score).sum(1), self.scores(other, "", score).sum(1)
-        known = ~(np.isnan(a) | np.isnan(b))
+        known = np.isfinite(a) & np.isfinite(b)
+        a, b = np.where(known, a, 0), np.where(known, b, 0)
         size = np.where(known, np.maximum(np.abs(a) / _scale(a), np.abs(b) / _scale(b)), -np.inf)
         chosen = [int(r) for r in np.argsort(-size, kind="stable")[:k] if known[r]]
         varied = known.sum() > 1 and a[known].std() > 0 and b[known].std() > 0
@@ -290,6 +294,8 @@ class Explorer:
             ValueError: no such row or score, the query failed, or ``parameters`` fits none.
         """
         self._check_row("query", row)
+        if len(parameters) > PATTERN_LIMIT:
+            raise ValueError(f"parameters: got {len(parameters)} characters; a pattern has at most {PATTERN_LIMIT}")
         if row in self.query.failed:
             raise ValueError(f"query {row}: has no features ({self.query.failed[row]})")
         with self._lock:
@@ -305,7 +311,9 @@ class Explorer:
                 progress=False,
             )
             self._scores[key] = found.sdi[:, 0].float().numpy()
-            while len(self._scores) > 1 and sum(s.nbytes for s in self._scores.values()) > CACHE_BYTES:
+            # All answers have the same size, but for a batch of steps.
+            most = max(1, min(MOST_KEPT, CACHE_BYTES // max(1, self._scores[key].nbytes)))
+            while len(self._scores) > most:
                 self._scores.popitem(last=False)
             return self._scores[key]
 
@@ -334,7 +342,7 @@ class Explorer:
                     :, 0
                 ]
                 self._energies[key] = found
-                while len(self._energies) > MOST_ENERGIES:
+                while len(self._energies) > MOST_KEPT:
                     self._energies.popitem(last=False)
             return self._energies[key]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepinfluence.app.view.explore.answers import Explorer
 from stepinfluence.app.view.explore.page import render_page
+from stepinfluence.display.words import harmless
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # what a page's own policy cannot say
 }
 
 
@@ -56,7 +59,7 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
         hosts: names that a request may address it by (``Host`` header), against pages that rebind their name to this
             machine.
     """
-    page = render_page(explorer.overview())
+    page = render_page(as_json(explorer.overview()))
 
     async def index(_: Request) -> Response:
         return HTMLResponse(page, headers=HEADERS)
@@ -66,8 +69,8 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
             try:
                 result = await run_in_threadpool(compute, request)
             except (ValueError, IndexError) as error:
-                return JSONResponse({"error": str(error)}, 400, headers=HEADERS)
-            return JSONResponse(result, headers=HEADERS)
+                return JSONResponse(as_json({"error": str(error)}), 400, headers=HEADERS)
+            return JSONResponse(as_json(result), headers=HEADERS)
 
         return endpoint
 
@@ -87,9 +90,9 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
         if kind not in ("csv", "json"):
             return JSONResponse({"error": f"format: got {kind!r}; use csv or json"}, 400, headers=HEADERS)
         try:
-            found = await run_in_threadpool(top, request)
+            found = as_json(await run_in_threadpool(top, request))
         except (ValueError, IndexError) as error:
-            return JSONResponse({"error": str(error)}, 400, headers=HEADERS)
+            return JSONResponse(as_json({"error": str(error)}), 400, headers=HEADERS)
         text = json.dumps(found, indent=1) if kind == "json" else as_csv(found)
         name = f"influence-{_int(request, 'query')}.{kind}"
         headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
@@ -134,6 +137,17 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
     return Starlette(routes=routes, middleware=middleware)
 
 
+def as_json(value: Any) -> Any:
+    """The value as JSON and UTF-8 can hold it: null for numbers that are not finite, � for halves of characters."""
+    if isinstance(value, dict):
+        return {as_json(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) and not value.isascii() else value
+
+
 def as_csv(found: dict[str, Any]) -> str:
     """The answer of :meth:`Explorer.top` as a table: one line for each example, one column for each step."""
     steps = max((len(e["sdi"]) for side in found.values() for e in side), default=0)
@@ -143,13 +157,8 @@ def as_csv(found: dict[str, Any]) -> str:
     for side, examples in found.items():
         for rank, e in enumerate(examples, 1):
             cells = [side, rank, e["row"], e["id"], e["score"], *e["sdi"], e["text"]]
-            writer.writerow([_harmless(c) for c in cells])
+            writer.writerow([harmless(c) for c in cells])
     return out.getvalue()
-
-
-def _harmless(cell: Any) -> Any:
-    """Text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") else cell
 
 
 def _int(request: Request, name: str, default: int | None = None) -> int:

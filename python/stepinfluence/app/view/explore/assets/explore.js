@@ -204,7 +204,7 @@ async function compare() {
 function save(kind) {
   const wanted = filters();
   if (!answers) { window.location.assign(`/api/export?${new URLSearchParams({ query: state.query, format: kind, ...wanted })}`); return; }
-  const found = rankSaved(state.query, wanted), guard = (t) => (/^[=+\-@]/.test(t) ? `'${t}` : t), cell = (v) => `"${String(v).replace(/"/g, '""')}"`;
+  const found = rankSaved(state.query, wanted), guard = (t) => (/^[\t\r]|^\s*[=+\-@＝＋－＠]/.test(t) ? `'${t}` : t), cell = (v) => `"${String(v).replace(/"/g, '""')}"`;
   const lines = [["side", "rank", "row", "id", "score", ...steps.map((t) => `step_${t}`), "text"].join(",")];
   for (const side of ["helpful", "harmful"]) found[side].forEach((e, i) => lines.push([side, i + 1, e.row, cell(guard(e.id)), e.score, ...e.sdi, cell(guard(e.text))].join(",")));
   const url = URL.createObjectURL(new Blob([kind === "json" ? JSON.stringify(found, null, 1) : lines.join("\n")]));

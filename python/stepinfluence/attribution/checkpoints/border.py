@@ -1,0 +1,24 @@
+"""Where a file that may hold anything comes in: one error for whatever is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stepinfluence.errors import CheckpointError, StepInfluenceError
+
+
+@contextmanager
+def border(what: str) -> Iterator[None]:
+    """Turn whatever is raised within into a :class:`CheckpointError` of one line that begins with ``what``."""
+    try:
+        yield
+    except StepInfluenceError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what} ({type(error).__name__}: {reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none (an empty file's EOFError)."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
