@@ -116,6 +116,8 @@ def test_fake_and_meta() -> None:
     got = sketched(made._replace(activations=a, grad_outputs=g), route="direct")
     assert got.shape == (4, 3, M)
     assert got.is_meta
+    with pytest.raises(ValueError, match=r"grad_outputs\[1\]: got shape \(1, 6, 5\) on meta"):
+        sketched(made._replace(activations=a, grad_outputs=[g[0], g[1][:, 1:], *g[2:]]), route="direct")
 
 
 A, G = torch.zeros(2, 3, D_IN), torch.zeros(2, 3, D_OUT)

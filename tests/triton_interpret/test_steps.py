@@ -68,7 +68,7 @@ def test_exact_on_integers_with_tokens_in_parts(name: str, kind: str, monkeypatc
 
 
 @pytest.mark.numeric
-@kinds
+@pytest.mark.parametrize("kind", ["summed", "ragged"])
 def test_fft_in_parts_and_a_few_rows_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     made = uses(kind, D_IN, D_OUT)
     whole = sketched("fft", made)
