@@ -33,7 +33,9 @@ STEPS, WORKSPACES, BATCH = (8, 32), (0, 8 << 20, 32 << 20), 8
 class Calls(TorchDispatchMode):
     """Counts calls of linear layers' operators."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func.name() in ("sdi_kernels::linear_sketch_", "sdi_kernels::linear_steps_sketch_")
