@@ -53,9 +53,16 @@ def encode(values: Tensor, dtype: StoreDtype) -> tuple[Tensor, Tensor | None]:
         # The largest magnitude comes to lie in [2**14, 2**15).
         _, exponent = torch.frexp(largest)
         scale = torch.ldexp(torch.ones_like(largest), (exponent - 15).clamp(min=-126))
-        return (values / scale.unsqueeze(-1)).half().contiguous(), scale
+        codes = (values / scale.unsqueeze(-1)).half()
+        # The largest float32 round up to 2**15, which would be infinite when it is decoded.
+        bound = torch.where(exponent < 128, torch.inf, 2.0**15 - 2.0**4).half().unsqueeze(-1)
+        return codes.clamp(-bound, bound).contiguous(), scale
     scale = largest / 127
-    # A row below 127 * 2**-149 has no scale: it is stored as zero.
+    # Below the normal numbers a quotient can be rounded down so far that the largest would have no code.
+    short = (scale < torch.finfo(torch.float32).tiny) & (scale * 127 < largest)
+    scale = torch.where(short, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
+    # At the largest float32 it can be rounded up so far that 127 of it are infinite.
+    scale = torch.where((scale * 127).isinf(), torch.nextafter(scale, torch.zeros_like(scale)), scale)
     inverse = torch.where(scale > 0, scale, torch.inf).unsqueeze(-1)
     return (values / inverse).round_().clamp_(-127, 127).to(torch.int8).contiguous(), scale
 

@@ -209,7 +209,7 @@ def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     config = (run / "config.yaml").read_text()
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(config.replace("../my_project.py", str(file)))
-    line = json.dumps({"x": inputs.tolist(), "label": label})
+    line = json.dumps({"x": inputs.tolist(), "label": label, "text": "a\u2028b"}, ensure_ascii=False)
     done = invoke("query", tmp_path / "run", "--trust-project", "--input", "-", "--json", input=line + "\n")
     project = Project.load(file)
     capture = attach(project.model(), body="core", sketch_size=64)
@@ -326,11 +326,12 @@ def test_query_names_a_checkpoint_that_owns_the_sum(run: Path, tmp_path: Path) -
         (("--row", "0", "--step", "9"), "steps: got range(8, 9); the queries have steps 0 to 3"),
         (("--row", "0", "--train", "no"), "no split 'no' in it; it has train, query"),
         (("--input", "missing.jsonl"), "missing.jsonl could not be read"),
+        (("--input", "-"), "- is not JSON (maximum recursion depth"),
         (("--row", "0", "--parameters", "*.qqq"), "fits none of"),
     ],
 )
 def test_wrong_queries(run: Path, arguments: tuple[str, ...], words: str) -> None:
-    assert words in refused("query", run, *arguments)
+    assert words in refused("query", run, *arguments, input="[" * 100_000)
 
 
 def test_hostile_text_does_not_reach_the_terminal(run: Path, tmp_path: Path) -> None:
