@@ -19,7 +19,7 @@ from stepinfluence.attribution.checkpoints import Etas, PathLike, Reader
 from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected, one_each
 from stepinfluence.attribution.curvature.damping import Damping
 from stepinfluence.attribution.features import Features
-from stepinfluence.attribution.visiting import Featurizer, Metric, visit_checkpoints
+from stepinfluence.attribution.visiting import Featurizer, Metric, path_list, visit_checkpoints
 from stepinfluence.loaders import IdsOf, LossFn, is_one_shot
 
 Decompose: TypeAlias = Literal["query", "train", "both"]
@@ -237,7 +237,7 @@ def self_influence(
 
 def influence_over_checkpoints(
     capture: Featurizer,
-    checkpoints: Sequence[PathLike],
+    checkpoints: PathLike | Sequence[PathLike],
     train: Iterable[Any],
     query: Iterable[Any],
     loss_fn: LossFn,
@@ -259,7 +259,7 @@ def influence_over_checkpoints(
 
     Args:
         capture: from :func:`~stepinfluence.attach`, or an :class:`~stepinfluence.ExactCapture`.
-        checkpoints: paths of checkpoints of the capture's model.
+        checkpoints: paths of checkpoints of the capture's model, or one path.
         train, query: loaders, iterated at every checkpoint: they must give the same examples each time, in the same
             order unless there are ``ids``, by which rows are matched.
         loss_fn: ``loss_fn(model, batch) -> (B,)``.
@@ -283,6 +283,7 @@ def influence_over_checkpoints(
             again or draws a new order without ids; or the checkpoints' features differ in examples or loop steps.
             Errors of ``featurize`` pass through.
     """
+    checkpoints = path_list(checkpoints)
     if not checkpoints:
         raise ValueError("checkpoints: got none; pass at least one path")
     for side, loader in (("train", train), ("query", query)):

@@ -93,6 +93,8 @@ class RunConfig:
     """Fields that may differ between calls of one run."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.checkpoints, str):
+            raise ConfigError(f"checkpoints: got the text {self.checkpoints!r}; give a tuple of paths or patterns")
         _positive("sketch_size", self.sketch_size)
         _one_of("hashing", self.hashing, get_args(HashFamily))
         _one_of("layout", self.layout, get_args(Layout))
