@@ -24,7 +24,8 @@ def losses_differ(before: Tensor, now: Tensor, eps: float) -> Tensor:
     differ.
     """
     bound = eps**0.5 * torch.maximum(before.abs(), now.abs()) + 64 * eps
-    return ~((before - now).abs() <= bound)
+    differ: Tensor = ~((before - now).abs() <= bound)
+    return differ
 
 
 def features_differ(before: Tensor, now: Tensor, losses: Tensor, eps: float, stored: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ def encode(values: Tensor, dtype: StoreDtype) -> tuple[Tensor, Tensor | None]:
         scale = torch.ldexp(torch.ones_like(largest), (exponent - 15).clamp(min=-126))
         codes = (values / scale.unsqueeze(-1)).half()
         # The largest float32 round up to 2**15, which would be infinite when it is decoded.
-        bound = torch.where(exponent < 128, torch.inf, 2.0**15 - 2.0**4).half().unsqueeze(-1)
-        return codes.clamp(-bound, bound).contiguous(), scale
+        most = torch.where(exponent < 128, torch.inf, 2.0**15 - 2.0**4).half().unsqueeze(-1)
+        return codes.clamp(-most, most).contiguous(), scale
     scale = largest / 127
     # Below the normal numbers a quotient can be rounded down so far that the largest would have no code.
     short = (scale < torch.finfo(torch.float32).tiny) & (scale * 127 < largest)
@@ -73,12 +73,15 @@ def rounding_norm(values: Tensor, dtype: str) -> Tensor:
     Args:
         values: as they are decoded.
     """
+    largest: Tensor = values.abs().amax(-1)
+    roots = values.shape[-1] ** 0.5
     if dtype == "int8":  # each entry by half a scale, and what decoding rounds
-        return values.abs().amax(-1) / 127 * (0.5 + 2.0**-16) * values.shape[-1] ** 0.5
+        return largest * ((0.5 + 2.0**-16) / 127 * roots)
+    norms: Tensor = values.norm(dim=-1)
     relative = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}[dtype]
     # fp16: entries below a 2**-28th of the largest are rounded by a fixed step.
-    smallest = 2.0**-39 * values.shape[-1] ** 0.5 if dtype == "fp16" else 0.0
-    return values.norm(dim=-1) * relative * (1 + 2.0**-8) + values.abs().amax(-1) * smallest
+    smallest = 2.0**-39 * roots if dtype == "fp16" else 0.0
+    return norms * (relative * (1 + 2.0**-8)) + largest * smallest
 
 
 def decode(codes: npt.NDArray[Any], scales: npt.NDArray[np.float32] | None, dtype: StoreDtype) -> Tensor:

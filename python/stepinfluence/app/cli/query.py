@@ -95,6 +95,7 @@ def run(
         store = opened.store(train)
         if file is not None:
             new = [opened.prepared.project.from_json(fields) for fields in _examples(file)]
+            opened.require_unchanged(store)
             asked = ask_new(opened, new)
         else:
             source = opened.store(query or opened.other(train))

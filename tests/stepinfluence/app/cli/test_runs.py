@@ -290,6 +290,19 @@ def test_query_exact_refuses_other_checkpoints_and_other_data(run: Path, tmp_pat
     assert "the project's dataset now has 'new" in " ".join(said.split())
 
 
+def test_new_examples_are_not_compared_with_another_loss(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent, tmp_path / "copy")
+    project, folder = tmp_path / "copy" / "my_project.py", tmp_path / "copy" / "run"
+    text = project.read_text() + "\n\ndef from_json(fields):\n    return dataset('query')[fields]\n"
+    project.write_text(text)
+    ask = ("query", folder, "--trust-project", "--input", "-", "-k", "1")
+    invoke(*ask, input="0\n")
+    project.write_text(text + "\nfirst = loss\n\ndef loss(model, batch):\n    return 2 * first(model, batch)\n")
+    said = invoke(*ask, input="0\n", code=2).stderr
+    assert "new examples cannot be compared with it" in said
+    assert "the loss of row 0 at checkpoint model()" in said
+
+
 def test_query_for_people(run: Path) -> None:
     shown = invoke("query", run, "--row", "0", "-k", "2").stdout
     for words in ("Query 0", "loss", "total", "peak", "steps 1–4", "step ", "lowers the query's loss most", "negative"):
