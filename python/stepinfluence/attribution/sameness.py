@@ -26,7 +26,8 @@ def losses_differ(before: Tensor, now: Tensor, eps: float) -> Tensor:
     differ.
     """
     bound = math.sqrt(eps) * torch.maximum(before.abs(), now.abs()) + 64 * eps
-    return ~((before - now).abs() <= bound)
+    differ: Tensor = ~((before - now).abs() <= bound)
+    return differ
 
 
 def features_differ(before: Tensor, now: Tensor, losses: Tensor, eps: float, stored: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from stepinfluence.attribution.curvature.choice import Choice, Normalize, correc
 from stepinfluence.attribution.curvature.damping import Damping
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.result import Decompose, Influence
-from stepinfluence.attribution.visiting import Featurizer, Metric, visit_checkpoints
+from stepinfluence.attribution.visiting import Featurizer, Metric, path_list, visit_checkpoints
 from stepinfluence.loaders import IdsOf, LossFn, is_one_shot
 
 FeatureList: TypeAlias = Features | Sequence[Features]
@@ -184,7 +184,7 @@ def self_influence(
 
 def influence_over_checkpoints(
     capture: Featurizer,
-    checkpoints: Sequence[PathLike],
+    checkpoints: PathLike | Sequence[PathLike],
     train: Iterable[Any],
     query: Iterable[Any],
     loss_fn: LossFn,
@@ -206,7 +206,7 @@ def influence_over_checkpoints(
 
     Args:
         capture: from :func:`~stepinfluence.attach`, or an :class:`~stepinfluence.ExactCapture`.
-        checkpoints: paths of checkpoints of the capture's model.
+        checkpoints: paths of checkpoints of the capture's model, or one path.
         train, query: loaders, iterated at every checkpoint: they must give the same examples each time, in the same
             order unless there are ``ids``, by which rows are matched.
         loss_fn: ``loss_fn(model, batch) -> (B,)``.
@@ -230,6 +230,7 @@ def influence_over_checkpoints(
             again or draws a new order without ids; or the checkpoints' features differ in examples or loop steps.
             Errors of ``featurize`` pass through.
     """
+    checkpoints = path_list(checkpoints)
     if not checkpoints:
         raise ValueError("checkpoints: got none; pass at least one path")
     for side, loader in (("train", train), ("query", query)):

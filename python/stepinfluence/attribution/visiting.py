@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from torch import nn
@@ -32,6 +33,11 @@ class Featurizer(Protocol):
     def featurize(
         self, loader: Iterable[Any], loss_fn: LossFn, *, per_step: bool, ids: IdsOf | None, progress: bool
     ) -> Features: ...
+
+
+def path_list(checkpoints: PathLike | Sequence[PathLike]) -> Sequence[PathLike]:
+    """Paths of checkpoints; one path stands for a list of it, and is not gone through letter by letter."""
+    return [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
 
 
 def visit_checkpoints(

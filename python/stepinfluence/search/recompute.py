@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from stepinfluence.attribution.checkpoints import PathLike, Reader
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.sameness import features_differ, losses_differ, precision
-from stepinfluence.attribution.visiting import Metric
+from stepinfluence.attribution.visiting import Metric, path_list
 from stepinfluence.capture import Capture
 from stepinfluence.capture.pairs import PairRoute
 from stepinfluence.errors import FeatureMismatchError
@@ -61,6 +61,8 @@ class Recompute:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size: got {self.batch_size}; give a positive number")
+        if self.checkpoints is not None:
+            object.__setattr__(self, "checkpoints", path_list(self.checkpoints))
 
 
 class Batches:

@@ -181,7 +181,7 @@ class StoreSource:
     def __init__(self, name: str, store: Store) -> None:
         if not store.complete:
             raise StoreError(
-                f"{name}: {store.path} is incomplete ({len(store.missing())} shards missing); featurize again to resume"
+                f"{name}: {store.path} is incomplete ({store.missing_count} shards missing); featurize again to resume"
             )
         self._store = store
         self.spaces = tuple(c.space for c in store.checkpoints)

@@ -54,9 +54,16 @@ def encode(values: Tensor, dtype: StoreDtype) -> tuple[Tensor, Tensor | None]:
         # The largest magnitude comes to lie in [2**14, 2**15).
         _, exponent = torch.frexp(largest)
         scale = torch.ldexp(torch.ones_like(largest), (exponent - 15).clamp(min=-126))
-        return (values / scale.unsqueeze(-1)).half().contiguous(), scale
+        codes = (values / scale.unsqueeze(-1)).half()
+        # The largest float32 round up to 2**15, which would be infinite when it is decoded.
+        most = torch.where(exponent < 128, torch.inf, 2.0**15 - 2.0**4).half().unsqueeze(-1)
+        return codes.clamp(-most, most).contiguous(), scale
     scale = largest / 127
-    # A row below 127 * 2**-149 has no scale: it is stored as zero.
+    # Below the normal numbers a quotient can be rounded down so far that the largest would have no code.
+    short = (scale < torch.finfo(torch.float32).tiny) & (scale * 127 < largest)
+    scale = torch.where(short, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
+    # At the largest float32 it can be rounded up so far that 127 of it are infinite.
+    scale = torch.where((scale * 127).isinf(), torch.nextafter(scale, torch.zeros_like(scale)), scale)
     inverse = torch.where(scale > 0, scale, torch.inf).unsqueeze(-1)
     return (values / inverse).round_().clamp_(-127, 127).to(torch.int8).contiguous(), scale
 
@@ -67,13 +74,15 @@ def rounding_norm(values: Tensor, dtype: str) -> Tensor:
     Args:
         values: as they are decoded.
     """
+    largest: Tensor = values.abs().amax(-1)
+    roots = math.sqrt(values.shape[-1])
     if dtype == "int8":  # each entry by half a scale, and what decoding rounds
-        return values.abs().amax(-1) * ((0.5 + 2.0**-16) / 127 * math.sqrt(values.shape[-1]))
+        return largest * ((0.5 + 2.0**-16) / 127 * roots)
+    norms: Tensor = values.norm(dim=-1)
     relative = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}[dtype]
     # fp16: entries below a 2**-28th of the largest are rounded by a fixed step.
-    smallest = 2.0**-39 * math.sqrt(values.shape[-1]) if dtype == "fp16" else 0.0
-    moved: Tensor = values.norm(dim=-1) * (relative * (1 + 2.0**-8)) + values.abs().amax(-1) * smallest
-    return moved
+    smallest = 2.0**-39 * roots if dtype == "fp16" else 0.0
+    return norms * (relative * (1 + 2.0**-8)) + largest * smallest
 
 
 def decode(codes: npt.NDArray[Any], scales: npt.NDArray[np.float32] | None, dtype: StoreDtype) -> Tensor:

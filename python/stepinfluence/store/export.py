@@ -48,7 +48,7 @@ def export(path: str | Path, out: str | Path, format: ExportFormat = "npz") -> P
     store, out = Store.open(path), Path(out)
     remove_leftovers(out.parent)
     if not store.complete:
-        raise StoreError(f"{path}: incomplete: {len(store.missing())} shards are missing; featurize again to resume")
+        raise StoreError(f"{path}: incomplete: {store.missing_count} shards are missing; featurize again to resume")
     texts = {"ids": json.dumps(list(store.ids)), "manifest": (store.path / MANIFEST).read_text()}
     fill = _fill_npz if format == "npz" else _fill_safetensors
     write_atomically(out, lambda aside: fill(aside, _arrays(store), texts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,9 +23,15 @@ from stepinfluence.store.shards import (
     record_path,
     rows_path,
     values_path,
+    written_shards,
 )
 from stepinfluence.store.writer import TIMES, StoreWriter
 from stepinfluence.writers import ASIDE
+
+SHARD_NAME = re.compile(r"shard-([0-9]{8})\.(jsonl|safetensors|json)")
+
+MISSING_LINES = 100
+"""Shards of a checkpoint that are named if they are missing."""
 
 
 def verify(path: str | Path, *, progress: bool = False) -> list[str]:
@@ -39,15 +47,11 @@ def verify(path: str | Path, *, progress: bool = False) -> list[str]:
     manifest = Manifest.read(path)
     digest, table = manifest.digest, RowTable(path, manifest)
     problems = []
-    known = {path / MANIFEST, path / TIMES}
     rows_seen: dict[int, str] = {}
-    shards = [(k, s) for k in range(len(manifest.checkpoints)) for s in range(manifest.n_shards)]
+    shards = [(k, s) for k in range(len(manifest.checkpoints)) for s in written_shards(path, k, manifest)]
+    problems += _missing(path, manifest, shards)
     for checkpoint, shard in tqdm(shards, desc="verify", unit="shard", delay=2, disable=not progress):
         files = {"rows": rows_path(path, shard), "values": values_path(path, checkpoint, shard)}
-        known |= {*files.values(), record_path(path, checkpoint, shard)}
-        if not record_path(path, checkpoint, shard).is_file():
-            problems.append(f"{record_path(path, checkpoint, shard)}: missing: the shard was not written")
-            continue
         try:
             record = read_record(path, manifest, digest, checkpoint, shard)
             for name, file in files.items():
@@ -63,12 +67,33 @@ def verify(path: str | Path, *, progress: bool = False) -> list[str]:
                 table.of_shard(shard)
         except (StoreError, OSError) as error:
             problems.append(str(error))
-    return problems + list(_foreign(path, known))
+    return problems + list(_foreign(path, manifest))
 
 
-def _foreign(path: Path, known: set[Path]) -> Iterator[str]:
+def _missing(path: Path, manifest: Manifest, shards: Sequence[tuple[int, int]]) -> list[str]:
+    """A line for each shard that was not written, up to :data:`MISSING_LINES` of a checkpoint, and how many more."""
+    problems = []
+    for checkpoint in range(len(manifest.checkpoints)):
+        there = {shard for k, shard in shards if k == checkpoint}
+        lacking = manifest.n_shards - len(there)
+        named = itertools.islice((s for s in range(manifest.n_shards) if s not in there), MISSING_LINES)
+        problems += [f"{record_path(path, checkpoint, s)}: missing: the shard was not written" for s in named]
+        if lacking > MISSING_LINES:
+            problems.append(
+                f"{path}: {lacking - MISSING_LINES:,} more shards of checkpoint {checkpoint} were not written"
+            )
+    return problems
+
+
+def _foreign(path: Path, manifest: Manifest) -> Iterator[str]:
+    folders = {record_path(path, k, 0).parent for k in range(len(manifest.checkpoints))}
     for file in sorted(path.rglob("*")):
-        if file in known or (file.is_dir() and not file.is_symlink()):
+        if file in (path / MANIFEST, path / TIMES) or (file.is_dir() and not file.is_symlink()):
+            continue
+        shard = SHARD_NAME.fullmatch(file.name)
+        parts = ("jsonl",) if file.parent == rows_path(path, 0).parent else ("safetensors", "json")
+        placed = file.parent in folders or len(parts) == 1
+        if placed and shard is not None and shard[2] in parts and int(shard[1]) < manifest.n_shards:
             continue
         what = "left behind by a killed writer; the next command that writes here removes it"
         left = file.name.startswith(ASIDE)
@@ -100,11 +125,10 @@ def merge(paths: Sequence[str | Path], out: str | Path, *, link: bool = True, pr
             raise StoreError(f"{source}: not a part of the same store as {sources[0]}: {difference}")
     StoreWriter.create(out, manifest)
     for source in sources:
-        shards = [(k, s) for k in range(len(manifest.checkpoints)) for s in range(manifest.n_shards)]
+        shards = [(k, s) for k in range(len(manifest.checkpoints)) for s in written_shards(source, k, manifest)]
         for checkpoint, shard in tqdm(shards, desc=f"merge {source.name}", unit="shard", delay=2, disable=not progress):
-            if record_path(source, checkpoint, shard).is_file():
-                record = read_record(source, manifest, manifest.digest, checkpoint, shard)
-                _add_shard(source, Path(out), manifest, record, link=link)
+            record = read_record(source, manifest, manifest.digest, checkpoint, shard)
+            _add_shard(source, Path(out), manifest, record, link=link)
     return Store.open(out)
 
 
@@ -135,7 +159,7 @@ def _add_shard(source: Path, out: Path, manifest: Manifest, record: Record, *, l
 def _link_or_copy(old: Path, new: Path, *, link: bool) -> None:
     if link:
         try:
-            new.hardlink_to(old)
+            new.hardlink_to(old.resolve())  # a link to a symbolic link would be one that leads elsewhere
             return
         except OSError:  # another file system, or one without hard links
             pass

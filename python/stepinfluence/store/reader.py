@@ -25,9 +25,9 @@ from stepinfluence.store.shards import (
     expected_arrays,
     map_arrays,
     read_record,
-    record_path,
     rows_path,
     values_path,
+    written_shards,
 )
 
 BLOCK_BYTES = 32 << 20
@@ -48,11 +48,10 @@ class Store(StoredFeatures):
         self._records: dict[tuple[int, int], Record] = {}
         digest = manifest.digest
         for checkpoint in range(len(manifest.checkpoints)):
-            for shard in range(manifest.n_shards):
-                if record_path(path, checkpoint, shard).is_file():
-                    record = read_record(path, manifest, digest, checkpoint, shard)
-                    self._check_sizes(record)
-                    self._records[checkpoint, shard] = record
+            for shard in written_shards(path, checkpoint, manifest):
+                record = read_record(path, manifest, digest, checkpoint, shard)
+                self._check_sizes(record)
+                self._records[checkpoint, shard] = record
         self._table = RowTable(path, manifest)
         stored_steps = max((r.steps for r in self._records.values()), default=0)
         self._steps = stored_steps if manifest.steps is None else manifest.steps
@@ -100,7 +99,7 @@ class Store(StoredFeatures):
     def __repr__(self) -> str:
         m = self.manifest
         kind = "per step" if m.per_step else "summed over steps"
-        state = "" if self.complete else f", {len(self.missing())} shards missing"
+        state = "" if self.complete else f", {self.missing_count} shards missing"
         return (
             f"Store({str(self.path)!r}: {m.n_rows} rows, {kind}, {m.width} columns of {m.dtype}, "
             f"{len(m.checkpoints)} checkpoints{state})"
@@ -132,7 +131,12 @@ class Store(StoredFeatures):
 
     @property
     def complete(self) -> bool:
-        return len(self._records) == self.manifest.n_shards * len(self.checkpoints)
+        return self.missing_count == 0
+
+    @property
+    def missing_count(self) -> int:
+        """How many shards are not there yet, of all checkpoints together."""
+        return self.manifest.n_shards * len(self.checkpoints) - len(self._records)
 
     def missing(self) -> list[tuple[int, int]]:
         """(checkpoint, shard) of all shards that are not there yet."""
@@ -199,7 +203,7 @@ class Store(StoredFeatures):
         if record is None:
             raise StoreError(
                 f"{self.path}: incomplete: shard {shard} of checkpoint {checkpoint} is missing, and "
-                f"{len(self.missing()) - 1} more; featurize again to resume"
+                f"{self.missing_count - 1} more; featurize again to resume"
             )
         return record
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from stepinfluence.store.manifest import MAX_STEPS, Manifest
 
 RowId: TypeAlias = str | int
 RECORD_LIMIT = 1 << 28
+RECORD_NAME = re.compile(r"shard-([0-9]{8})\.json")
 HEADER_LIMIT = 1 << 20
 SAFETENSORS_NAMES = {"<f4": "F32", "<f2": "F16", "<u2": "BF16", "i1": "I8", "<i4": "I32"}
 
@@ -59,6 +62,17 @@ def values_path(store: Path, checkpoint: int, shard: int) -> Path:
 
 def record_path(store: Path, checkpoint: int, shard: int) -> Path:
     return values_path(store, checkpoint, shard).with_suffix(".json")
+
+
+def written_shards(store: Path, checkpoint: int, manifest: Manifest) -> list[int]:
+    """Numbers of a checkpoint's shards that have a record, in order: what is there, not what a manifest claims."""
+    folder = record_path(store, checkpoint, 0).parent
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = (int(match[1]) for name in names if (match := RECORD_NAME.fullmatch(name)))
+    return sorted(shard for shard in found if shard < manifest.n_shards)
 
 
 def rows_to_bytes(rows: Sequence[RowInfo]) -> bytes:

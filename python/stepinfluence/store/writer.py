@@ -29,6 +29,7 @@ from stepinfluence.store.shards import (
     rows_path,
     rows_to_bytes,
     values_path,
+    written_shards,
 )
 from stepinfluence.writers import ASIDE, remove_leftovers
 
@@ -113,8 +114,8 @@ class StoreWriter:
     def pending(self, checkpoint: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
         """Shards that have not been written at a checkpoint: all, or the share of worker ``rank`` of ``world_size``."""
         self._check(checkpoint, 0)
-        mine = range(rank, self.manifest.n_shards, world_size)
-        return [shard for shard in mine if not record_path(self.path, checkpoint, shard).is_file()]
+        written = set(written_shards(self.path, checkpoint, self.manifest))
+        return [shard for shard in range(rank, self.manifest.n_shards, world_size) if shard not in written]
 
     def _check(self, checkpoint: int, shard: int) -> None:
         if not 0 <= checkpoint < self._checkpoints:

@@ -231,7 +231,7 @@ def test_over_checkpoints_bad_input(run: tuple[LoopedGPT, list[Path]], tmp_path:
     capture = attach(model, body="core", sketch_size=16)
     train, query = batches([2], 1), batches([2], 2)
 
-    def scores(given: list[Path], **kwargs: Any) -> Any:
+    def scores(given: Any, **kwargs: Any) -> Any:
         return influence_over_checkpoints(
             capture, given, kwargs.pop("train", train), query, gpt_loss, progress=False, **kwargs
         )
@@ -246,7 +246,9 @@ def test_over_checkpoints_bad_input(run: tuple[LoopedGPT, list[Path]], tmp_path:
     torch.save(model.state_dict(), plain)
     with pytest.raises(CheckpointError, match=r"plain\.pt: no learning rate in it.*etas=1\.0"):
         scores([plain])
-    scores([plain], etas=1.0)
+    one = scores([plain], etas=1.0)
+    for path in (plain, str(plain)):  # not a list of letters
+        assert torch.equal(scores(path, etas=1.0).sdi, one.sdi)
     with pytest.raises(FeatureMismatchError, match="different examples"):
         scores(paths, train=iter(batches([2], 1)))
 

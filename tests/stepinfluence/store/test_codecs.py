@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from stepinfluence import StoreError
 from stepinfluence.store import STORE_DTYPES, StoreDtype, bytes_per_row, decode, encode
@@ -45,6 +45,21 @@ def test_any_magnitude_is_kept(dtype: StoreDtype, size: float, seed: int) -> Non
 def test_codes_of_stored_values_are_the_same_again(dtype: StoreDtype) -> None:
     once = there_and_back(torch.randn(4, 33), dtype)
     assert torch.equal(there_and_back(once, dtype), once)
+
+
+@pytest.mark.parametrize("dtype", STORE_DTYPES)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=6))
+@example([torch.finfo(torch.float32).max])
+@example([-torch.finfo(torch.float32).max, 1.0])
+@example([190 * 2.0**-149, 2.0**-149])
+@example([2.0**-149])
+def test_the_largest_and_the_smallest_numbers_are_kept(dtype: StoreDtype, row: list[float]) -> None:
+    """Near the largest float32 nothing becomes infinite; below the normal ones a step of the format is all there is."""
+    values = torch.tensor([row])
+    found = there_and_back(values, dtype)
+    assert found.isfinite().all()
+    largest, step = float(values.abs().max()), 2.0**-133 if dtype == "bf16" else 2.0**-149
+    assert ((found.double() - values.double()).abs() <= BOUNDS[dtype] * (1 + 1e-5) * largest + step).all()
 
 
 def test_int8_rounds_to_nearest() -> None:

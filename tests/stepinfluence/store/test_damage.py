@@ -200,6 +200,23 @@ def test_a_store_of_an_earlier_version_says_what_to_do(path: Path) -> None:
         Store.open(path)
 
 
+def test_a_manifest_that_claims_millions_of_shards_is_quickly_read(path: Path) -> None:
+    """What is there is listed; what is claimed is not asked for one by one."""
+    content = json.loads((path / "manifest.json").read_bytes())
+    del content["sha256"]
+    shutil.rmtree(path / "c000")
+    shutil.rmtree(path / "c001")
+    (path / "manifest.json").write_bytes(sealed({**content, "n_rows": 1 << 22, "shard_rows": 1}))
+    began = time.process_time()
+    store = Store.open(path)
+    assert (store.missing_count, store.complete) == (2 << 22, False)
+    assert "8388608 shards missing" in repr(store)
+    problems = verify(path)
+    assert sum("missing: the shard was not written" in line for line in problems) == 200
+    assert sum("4,194,204 more shards of checkpoint" in line for line in problems) == 2
+    assert time.process_time() - began < 10  # the goal for any input; asked one by one it takes minutes
+
+
 def test_a_manifest_without_end_is_not_read(path: Path) -> None:
     with (path / "manifest.json").open("wb") as file:
         file.truncate(1 << 40)  # sparse: takes no space

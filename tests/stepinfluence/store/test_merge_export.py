@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -99,3 +100,16 @@ def test_hard_links_do_not_tie_stores_together(tmp_path: Path) -> None:
         values += 1
     assert stores.content(whole.path) == before
     assert torch.equal(Store.open(merged.path).features().values, whole.features().values)
+
+
+def test_merging_a_store_of_relative_links_leaves_no_link(tmp_path: Path) -> None:
+    whole = stores.written(tmp_path / "deep" / "whole").path
+    linked = tmp_path / "linked"
+    for file in whole.rglob("*"):
+        place = linked / file.relative_to(whole)
+        if file.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(os.path.relpath(file, place.parent))
+    merge([linked], tmp_path / "out" / "merged")
+    assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
+    assert stores.content(tmp_path / "out" / "merged") == stores.content(whole)

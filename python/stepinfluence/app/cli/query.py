@@ -94,6 +94,7 @@ def run(
         store = opened.store(train)
         if file is not None:
             new = [opened.prepared.project.from_json(fields) for fields in _examples(file)]
+            opened.require_unchanged(store)
             asked = ask_new(opened, new)
         else:
             source = opened.store(query or opened.other(train))
@@ -156,10 +157,11 @@ def _examples(name: str) -> list[Any]:
             content = json.loads(text)
             found = content if isinstance(content, list) else [content]
         else:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            # Other characters that end lines may stand in a text as they are.
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]
     except OSError as error:
         fail(f"input: {name} could not be read ({error.strerror})")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"input: {name} is not JSON ({error}); one example per line, or a list in a .json file")
     if not found:
         fail(f"input: {name} holds no example")

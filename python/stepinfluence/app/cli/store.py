@@ -68,7 +68,7 @@ def _facts(store: Store) -> dict[str, Any]:
         "rows": m.n_rows,
         "failed": len(store.failed),
         "complete": store.complete,
-        "shards": {"total": m.n_shards * len(store.checkpoints), "missing": len(store.missing()), "rows": m.shard_rows},
+        "shards": {"total": m.n_shards * len(store.checkpoints), "missing": store.missing_count, "rows": m.shard_rows},
         "per_step": store.per_step,
         "steps": store.steps if store.per_step else None,
         "width": store.width,
@@ -150,7 +150,7 @@ def merge(
     with console(json_output=True).status("starting"):
         from stepinfluence.store import merge as put_together
     merged = put_together(stores, out, link=not copy, progress=sys.stderr.isatty())
-    missing = len(merged.missing())
+    missing = merged.missing_count
     state = "complete" if not missing else f"{missing} shards still missing"
     console(json_output=True).print(f"{out}: {len(merged):,} rows, {state}", soft_wrap=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,8 @@ CONFIG = "config.yaml"
 HEADER = "# Repeat with: sdi featurize --config {name}\n# Paths are relative to this file.\n"
 SUMMED_SPLIT = "train"
 """The split whose rows are summed over steps unless told otherwise: the side that is searched."""
+
+CONFIG_LIMIT = 16 << 20
 
 OnFailure: TypeAlias = Literal["stop", "skip"]
 T = TypeVar("T")
@@ -95,6 +98,8 @@ class RunConfig:
     """Fields that may differ between calls of one run."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.checkpoints, str):
+            raise ConfigError(f"checkpoints: got the text {self.checkpoints!r}; give a tuple of paths or patterns")
         _positive("sketch_size", self.sketch_size)
         _one_of("hashing", self.hashing, get_args(HashFamily))
         _one_of("layout", self.layout, get_args(Layout))
@@ -122,10 +127,16 @@ class RunConfig:
         """
         path = Path(path)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                raw = file.read(CONFIG_LIMIT + 1)
+            if len(raw) > CONFIG_LIMIT:
+                raise ConfigError(f"{path}: larger than {CONFIG_LIMIT} bytes; give the config.yaml of a run")
+            content = yaml.load(raw.decode(), _Loader)  # noqa: S506  # a safe one
+        except ConfigError:
+            raise
         except OSError as error:
             raise ConfigError(f"{path}: could not be read ({error.strerror}); give the config.yaml of a run") from error
-        except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        except Exception as error:  # of yaml, or of the dates and numbers that it makes
             raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from error
         try:
             return cls.from_dict(content, path.parent)
@@ -200,6 +211,28 @@ class RunConfig:
         return dataclasses.replace(self, splits={**earlier.splits, **self.splits})
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values, each written out: what refers to itself or to others could be of any size."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next value.
+
+        Raises:
+            ConstructorError: it is an alias.
+        """
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not read; write it out", mark)
+        return super().compose_node(parent, index)
+
+
+def _shown(value: object) -> str:
+    """A value in a message: what it begins with."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**64:
+        return "a very large number"
+    return reprlib.repr(value)
+
+
 def _relative(path: str | Path, folder: Path) -> str:
     """``path`` as seen from ``folder``, with forward slashes; on another Windows drive it stays absolute."""
     try:
@@ -231,6 +264,7 @@ def _fields(cls: type, content: object, prefix: str) -> dict[str, Any]:
     for name in content:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
+            name = _shown(name) if not isinstance(name, str) or len(name) > 60 else name
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise ConfigError(f"{prefix}{name}: unknown key; {hint}")
     fields = {name: _typed(f"{prefix}{name}", value, *TYPES[name]) for name, value in content.items()}
@@ -244,7 +278,11 @@ def _fields(cls: type, content: object, prefix: str) -> dict[str, Any]:
 def _typed(name: str, value: Any, *types: Any) -> Any:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         wanted = " or ".join("nothing" if t is type(None) else t.__name__.lower() for t in types)
-        raise ConfigError(f"{name}: got {value!r}, a {type(value).__name__}; give {wanted}")
+        raise ConfigError(f"{name}: got {_shown(value)}, a {type(value).__name__}; give {wanted}")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{name}: got {_shown(value)}, with a NUL character in it; leave it out")
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise ConfigError(f"{name}: got a number of more than 64 bits; give a smaller one")
     return value
 
 

@@ -248,7 +248,7 @@ def featurize_split(
     if store.complete:
         writer.finish()
     return SplitReport(
-        split, path, len(store), written, len(store.missing()), store.failed, time.monotonic() - began
+        split, path, len(store), written, store.missing_count, store.failed, time.monotonic() - began
     )  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def checked_pins(
 
 
 def changed_rows(
-    prepared: Prepared, store: Store, data: MapStyle, batch_size: int, shards: Sequence[int]
+    prepared: Prepared, store: Store, data: MapStyle, batch_size: int, shards: Sequence[int], *, to_the_bit: bool = True
 ) -> Iterator[str]:
     """What rows that a store holds would be now, where that differs from what it holds: at most one line for rows and
     one for losses.
@@ -204,6 +204,7 @@ def changed_rows(
 
     Args:
         shards: those that are there, at any checkpoint; of these at most :data:`PROBES` are looked at.
+        to_the_bit: False where the number of threads may be another one than the shards were made with.
     """
     last = len(shards) - 1
     chosen = [shards[k * last // (PROBES - 1)] for k in range(PROBES)] if last >= PROBES else list(shards)
@@ -221,7 +222,7 @@ def changed_rows(
             yield line
             break
     for column, found in probes.items():
-        if (line := _changed_loss(prepared, store, data, column, found, batch_size)) is not None:
+        if (line := _changed_loss(prepared, store, data, column, found, batch_size, to_the_bit)) is not None:
             yield line
             break
 
@@ -247,6 +248,7 @@ def _changed_loss(
     column: int,
     probes: Sequence[tuple[int, range]],
     batch_size: int,
+    to_the_bit: bool,
 ) -> str | None:
     folded = prepared.config.fold
     losses: dict[int, list[Tensor]] = {shard: [] for shard, _ in probes}
@@ -270,7 +272,7 @@ def _changed_loss(
     for shard, cut in probes:
         before = store.features(column, rows=cut).losses
         now = torch.stack(losses[shard]).mean(0) if folded else losses[shard][0]
-        same_machine = prepared.device.type == "cpu" and store.machine_of(column, shard) == arithmetic()
+        same_machine = to_the_bit and prepared.device.type == "cpu" and store.machine_of(column, shard) == arithmetic()
         eps = precision(prepared.capture.model, prepared.device)
         differ = before != now if same_machine else losses_differ(before, now, eps)
         wrong = differ.nonzero().flatten().tolist()

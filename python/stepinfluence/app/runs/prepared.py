@@ -40,12 +40,28 @@ def expand(patterns: Sequence[str], *, any_path: bool = False) -> tuple[Path, ..
 
     found: list[Path] = []
     for pattern in patterns:
-        matches = [pattern] if fits(Path(pattern)) else glob.glob(pattern, recursive=True)  # noqa: PTH207  # absolute patterns
+        matches = [pattern] if fits(Path(pattern)) else _matching(pattern)
         files = sorted((Path(match) for match in matches if fits(Path(match))), key=_natural)
+        if not files and matches:
+            raise ConfigError(
+                f"checkpoints: {pattern!r} matches folders with no checkpoint in them ({matches[0]}); name the files, "
+                f"such as {pattern.rstrip('/')}/*.pt"
+            )
         if not files:
             raise ConfigError(f"checkpoints: {pattern!r} matches no file; quote patterns, so that the shell keeps them")
         found += files
     return tuple(dict.fromkeys(found))
+
+
+def _matching(pattern: str) -> list[str]:
+    """What a pattern matches. Folders that are there under the name as it stands are meant, brackets and all."""
+    path = Path(pattern)
+    there = next((parent for parent in path.parents if parent.exists()), None)
+    if there is not None:
+        literal = Path(glob.escape(str(there)), *path.parts[len(there.parts) :])
+        if found := glob.glob(str(literal), recursive=True):  # noqa: PTH207  # absolute patterns
+            return sorted(found)
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

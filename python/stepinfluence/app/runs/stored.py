@@ -11,6 +11,7 @@ from typing import Any
 from stepinfluence.app.project import MapStyle, Project
 from stepinfluence.app.runs.config import CONFIG, SUMMED_SPLIT, RunConfig
 from stepinfluence.app.runs.examples import featurize_part
+from stepinfluence.app.runs.pinned import Pins, changed_rows, pins_path
 from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.app.runs.workers import Worker
 from stepinfluence.attribution.features import Features
@@ -121,6 +122,24 @@ class StoredRun:
         if prepared.config.fold:
             return [fold(features, [c.eta for c in prepared.stored()], seed=prepared.config.seed)]
         return features
+
+    def require_unchanged(self, store: Store) -> None:
+        """Raise unless the project still gives the rows and losses of a store, looked at in one batch.
+
+        Raises:
+            FeatureMismatchError: it does not (says what differs).
+        """
+        settings = store.manifest.project
+        data = self.prepared.project.dataset(str(settings.get("split", store.path.name)))
+        size = int(settings.get("batch_size", 32))
+        pins = Pins.read(pins_path(store.path))
+        shards = [s for s in range(store.manifest.n_shards) if pins is None or not pins.excused(s)][:1]
+        change = next(changed_rows(self.prepared, store, data, size, shards, to_the_bit=False), None)
+        if change is not None:
+            raise FeatureMismatchError(
+                f"{store.path}: new examples cannot be compared with it, since the project has changed: {change}; put "
+                "it back, or featurize again"
+            )
 
     def examples(self, store: Store, rows: Sequence[int] | None = None) -> StoredExamples:
         """The examples of a store's rows (of all if not given), read from the project's dataset.

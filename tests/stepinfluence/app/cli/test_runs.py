@@ -211,7 +211,7 @@ def test_query_by_row_id_and_new_example(run: Path, tmp_path: Path) -> None:
     config = (run / "config.yaml").read_text()
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(config.replace("../my_project.py", str(file)))
-    line = json.dumps({"x": inputs.tolist(), "label": label})
+    line = json.dumps({"x": inputs.tolist(), "label": label, "text": "a\u2028b"}, ensure_ascii=False)
     asked = ("query", tmp_path / "run", "--trust-project", "--input", "-", "--curvature", "none", "--json")
     done = invoke(*asked, input=line + "\n")
     project = Project.load(file)
@@ -293,6 +293,19 @@ def test_query_exact_refuses_other_checkpoints_and_other_data(run: Path, tmp_pat
     assert "the project's dataset now has 'new" in " ".join(said.split())
 
 
+def test_new_examples_are_not_compared_with_another_loss(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent, tmp_path / "copy")
+    project, folder = tmp_path / "copy" / "my_project.py", tmp_path / "copy" / "run"
+    text = project.read_text() + "\n\ndef from_json(fields):\n    return dataset('query')[fields]\n"
+    project.write_text(text)
+    ask = ("query", folder, "--trust-project", "--input", "-", "-k", "1")
+    invoke(*ask, input="0\n")
+    project.write_text(text + "\nfirst = loss\n\ndef loss(model, batch):\n    return 2 * first(model, batch)\n")
+    said = invoke(*ask, input="0\n", code=2).stderr
+    assert "new examples cannot be compared with it" in said
+    assert "the loss of row 0 at checkpoint model()" in said
+
+
 def test_query_for_people(run: Path) -> None:
     shown = invoke("query", run, "--row", "0", "-k", "2").stdout
     for words in ("Query 0", "loss", "total", "peak", "steps 1–4", "step ", "lowers the query's loss most", "negative"):
@@ -330,11 +343,12 @@ def test_query_names_a_checkpoint_that_owns_the_sum(run: Path, tmp_path: Path) -
         (("--row", "0", "--step", "9"), "step: got '9'; the queries have steps 1 to 4"),
         (("--row", "0", "--train", "no"), "no split 'no' in it; it has train, query"),
         (("--input", "missing.jsonl"), "missing.jsonl could not be read"),
+        (("--input", "-"), "- is not JSON (maximum recursion depth"),
         (("--row", "0", "--parameters", "*.qqq"), "fits none of"),
     ],
 )
 def test_wrong_queries(run: Path, arguments: tuple[str, ...], words: str) -> None:
-    assert words in refused("query", run, *arguments)
+    assert words in refused("query", run, *arguments, input="[" * 100_000)
 
 
 def test_hostile_text_does_not_reach_the_terminal(run: Path, tmp_path: Path) -> None:

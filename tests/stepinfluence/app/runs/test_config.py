@@ -64,12 +64,38 @@ def test_refused(config: RunConfig, tmp_path: Path, change: dict[str, object], w
     assert str(caught.value).startswith(str(file))
 
 
-@pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "", "a: !!python/object/apply:os.system ['true']", "\x00"])
+LAUGHS = "\n".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9) if k else 'lol'}]" for k in range(9))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2",
+        "- a\n- b",
+        "",
+        "a: !!python/object/apply:os.system ['true']",
+        "\x00",
+        LAUGHS + "\nproject: *a8\nsplits: {train: {}}",
+        "project: &p [*p]\nsplits: {train: {}}",
+        "project: 2001-99-99 99:99:99\nsplits: {train: {}}",
+        "project: 0001-01-01 00:00:00 +23:59\nsplits: {train: {}}",
+        'project: "a\\0b"\nsplits: {train: {}}',
+        'project: p.py\nsplits: {"a\\0b": {}}',
+        'project: p.py\ncheckpoints: ["a\\0b"]\nsplits: {train: {}}',
+        f"project: p.py\nseed: 0x{'f' * 20000}\nsplits: {{train: {{}}}}",
+        f"project: p.py\n{'k' * 100_000}: 1\nsplits: {{train: {{}}}}",
+        f"project: {'[' * 50_000}\nsplits: {{train: {{}}}}",
+        "? [1]\n: 2\nproject: p.py\nsplits: {train: {}}",
+        "project: 12:30:45\nsplits: {train: {}}",
+    ],
+)
 def test_not_a_config(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=r"config.yaml"):
+    with pytest.raises(ConfigError, match=r"config.yaml") as caught:
         RunConfig.load(file)
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
 
 
 JSON = st.recursive(

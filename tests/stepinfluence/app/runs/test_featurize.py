@@ -14,6 +14,7 @@ import torch
 from folders import content
 from stepinfluence import CheckpointError, ConfigError, LossError, Project, ProjectError, StoreError
 from stepinfluence.app.runs import Prepared, RunConfig, SplitConfig, SplitReport, Worker, run_splits
+from stepinfluence.app.runs.prepared import expand
 from stepinfluence.app.runs.stored import StoredRun
 from stepinfluence.store import Store, verify
 
@@ -138,6 +139,21 @@ def test_a_run_that_failed_at_once_is_repeated_with_the_settings_it_asked_for(
     featurize(project_file, out, "query", settings=smaller)
     with pytest.raises(ConfigError, match=r"batch_size: split 'train' .* was begun with 2"):
         featurize(project_file, out, "train")
+
+
+def test_names_of_checkpoints(tmp_path: Path) -> None:
+    """Brackets in a folder's name, and patterns that match folders only."""
+    folder = tmp_path / "run[1]" / "a"
+    folder.mkdir(parents=True)
+    for step in (10, 9):
+        (folder / f"step-{step}.pt").write_text("")
+    for pattern in ("run[1]/a/*.pt", "run[1]/*/step-*.pt", "run?1?/a/*.pt", "run[[]1]/a/step-[0-9]*.pt"):
+        found = expand([str(tmp_path / pattern)])
+        assert [path.name for path in found] == ["step-9.pt", "step-10.pt"], pattern
+    with pytest.raises(ConfigError, match=r"matches folders with no checkpoint in them .*such as .*/\*\.pt"):
+        expand([str(tmp_path / "run[1]" / "*")])
+    with pytest.raises(ConfigError, match="checkpoints: got the text"):
+        RunConfig(tmp_path / "p.py", {"train": SMALL}, checkpoints="step.pt")
 
 
 def test_checkpoint_folders_and_a_reader_of_the_projects(

@@ -75,7 +75,7 @@ class Explorer:
         for store in (train, query):
             if not store.complete:
                 raise StoreError(
-                    f"{store.path}: incomplete: {len(store.missing())} shards are missing; featurize again to resume"
+                    f"{store.path}: incomplete: {store.missing_count} shards are missing; featurize again to resume"
                 )
         if not query.per_step:
             raise StoreError(f"{query.path}: holds rows summed over steps; featurize the queries with --per-step")
