@@ -8,6 +8,7 @@ Measured errors are in docs/store.md.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -74,7 +75,7 @@ def rounding_norm(values: Tensor, dtype: str) -> Tensor:
         values: as they are decoded.
     """
     largest: Tensor = values.abs().amax(-1)
-    roots = values.shape[-1] ** 0.5
+    roots = math.sqrt(values.shape[-1])
     if dtype == "int8":  # each entry by half a scale, and what decoding rounds
         return largest * ((0.5 + 2.0**-16) / 127 * roots)
     norms: Tensor = values.norm(dim=-1)
