@@ -60,14 +60,15 @@ class Capture(session.LoaderCapture):
         batch_dim: int,
         training: bool,
         verify: bool,
+        preconditioner: Preconditioner | None,
     ) -> None:
         self.model, self.body, self.targets = model, steps.body, list(targets)
+        self.device = single_device(self._body_parameters())
         self.sketching = sketching
         self.hashing: HashFamily = hashing
         self.layout: Layout = sketching.layout
         self.seed, self.batch_dim, self.training, self.verify = seed, batch_dim, training, verify
         self.tapped = TappedModel(model, targets, steps, outside=outside, batch_dim=batch_dim, seed=seed)
-        self.device = single_device(self._body_parameters())
         double = any(t.parameter.dtype == torch.float64 for t in targets)
         self.dtype = torch.float64 if double else torch.float32
         self.reduced_loss = False
@@ -75,7 +76,7 @@ class Capture(session.LoaderCapture):
         self._tables = hashlib.blake2b(tables.encode(), digest_size=16).hexdigest()
         self._memory = Memory()
         self._last: SketchedRun | None = None
-        self.precondition(None)
+        self.precondition(preconditioner)
 
     @property
     def width(self) -> int:
@@ -300,9 +301,8 @@ def attach(
     def of(body: Body) -> Capture:
         modules = find_body(model, body)
         parameters = body_parameters(model, modules)
-        single_device(parameters)
         targets = make_targets(parameters, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout)
-        capture = Capture(
+        return Capture(
             model,
             targets,
             StepTracker(model, modules, loop),
@@ -313,9 +313,8 @@ def attach(
             batch_dim=batch_dim,
             training=training,
             verify=verify,
+            preconditioner=preconditioner,
         )
-        capture.precondition(preconditioner)
-        return capture
 
     if body is not None:
         return of(body)
