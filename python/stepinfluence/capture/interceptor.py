@@ -114,7 +114,7 @@ class Interceptor(TorchFunctionMode):
         self._without_rows = False
         self._sink: GradientSink | None = None
         self.owners = Ownership(self._provenance, batch_size, tapping.batch_dim, inputs)
-        self.usage = Usage()
+        self.usage, self.hooked = Usage(), False
         self.uses: list[Use] = []
         self.shared = Pass()
 
@@ -261,6 +261,7 @@ class Interceptor(TorchFunctionMode):
         if kwargs:
             self._scan(kwargs.values(), found)
         self.usage.looked |= func in LOOKS and bool(found.data)
+        self.hooked |= func is Tensor.register_hook
         if func in GRADIENT_TAKERS:
             if in_backward() or any(tensor is self._tapping.anchor for tensor in kwargs.get("inputs") or ()):
                 # The capture's own backward pass, or one within it (a hook's), with this mode on: a recomputation must

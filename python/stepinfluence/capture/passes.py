@@ -36,12 +36,14 @@ class TappedPass:
         told: how the owners of rows became known.
         steps: number of loop steps.
         labels: the body module of each step.
+        hooked: whether hooks of the model's own may see gradients on their way back, and so write to them.
     """
 
     losses: Tensor
     told: Told
     steps: int
     labels: list[str]
+    hooked: bool
     _interceptor: Interceptor
 
     @property
@@ -135,7 +137,8 @@ class TappedModel:
             self._doubt = False
             losses, interceptor = self._run(batch, loss_fn, ids, index, size)
             told = owners_of_rows(interceptor, losses, reduced=reduced)
-        return TappedPass(losses, told, self.steps.count, list(self.steps.labels), interceptor)
+        hooked = interceptor.hooked or any(m._backward_hooks or m._backward_pre_hooks for m in self.model.modules())
+        return TappedPass(losses, told, self.steps.count, list(self.steps.labels), hooked, interceptor)
 
     def plain(self, batch: Any, loss_fn: session.LossFn, index: int) -> Tensor:
         """The losses of a batch without tapping anything."""

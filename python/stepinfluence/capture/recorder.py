@@ -27,12 +27,18 @@ class SketchRecorder(DenseSink):
 
     Uses of linear layers wait for each other as far as the capture's workspace goes
     (:mod:`stepinfluence.capture.waiting`); all else is sketched at once.
+
+    Args:
+        sketching: of the capture.
+        buffer: that sketches are added to.
+        wait: False where hooks of the model's own may write to gradients, through ``.data`` even unseen: then nothing
+            waits.
     """
 
-    def __init__(self, sketching: Sketching, buffer: Tensor) -> None:
+    def __init__(self, sketching: Sketching, buffer: Tensor, *, wait: bool = True) -> None:
         super().__init__(buffer.dtype)
         self._sketching, self.buffer = sketching, buffer
-        self._waiting = WaitingUses(sketching.share, buffer)
+        self._waiting = WaitingUses(sketching.share if wait else 0, buffer)
         self._layers: dict[Piece, Layer | None] = {}
 
     def finish(self) -> None:

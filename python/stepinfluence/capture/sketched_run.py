@@ -73,7 +73,7 @@ class SketchedRun:
         given = list(ids) if ids is not None else list(range(builder.count, builder.count + size))
         buffer = builder.reserve(size, one.steps)
         seen = self.ledger.add(one.uses, self.told)
-        one.backward(SketchRecorder(self.sketching, buffer))
+        one.backward(SketchRecorder(self.sketching, buffer, wait=not one.hooked))
         del one  # and with it what the forward pass computed from parameters
         session.check_features(buffer, ids)
         if first and steps == 1 and self.verifying:

@@ -205,28 +205,66 @@ def test_bits_do_not_depend_on_the_batch_before(layout: Any) -> None:
 # What is changed while it waits
 
 
-def doubled(core: Any, x: Tensor) -> Tensor:
+def doubled(write: Callable[[Tensor], object]) -> Callable[[Any, Tensor], Tensor]:
     """A hook writes to the gradient that a linear layer has been given, after that."""
-    beside = x.tanh()
-    if beside.requires_grad:
-        beside.register_hook(lambda g: g.mul_(2.0))
+
+    def step(core: Any, x: Tensor) -> Tensor:
+        beside = x.tanh()
+        if beside.requires_grad:
+            beside.register_hook(write)
+        result: Tensor = core.mix(x) + beside
+        return result
+
+    return step
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda g: g.mul_(2.0),
+    "through .data": lambda g: g.data.mul_(2.0) is None or None,
+}
+
+
+@pytest.mark.parametrize("workspace", [None, 0])
+@pytest.mark.parametrize("write", WRITES)
+def test_nothing_waits_where_hooks_may_write_to_gradients(write: str, workspace: int | None) -> None:
+    torch.manual_seed(0)
+    model = zoo.Looped(zoo.Core(doubled(WRITES[write]), mix=zoo.linear())).double()
+    compare(model, [zoo.make_batch(3, dtype=torch.float64)], workspace=workspace)
+
+
+def test_nothing_waits_where_modules_have_backward_hooks() -> None:
+    model = Two()
+    assert calls_of(model, zoo.make_batch(B, T)) == [STEPS] * 2
+    handle = model.read_out.register_full_backward_hook(lambda *_: None)
+    assert calls_of(model, zoo.make_batch(B, T)) == [1] * 2 * STEPS
+    handle.remove()
+    assert calls_of(model, zoo.make_batch(B, T)) == [STEPS] * 2
+
+
+class Writes(torch.autograd.Function):
+    """Writes to the gradient that it is given, which a function must not do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].mul_(2.0)
+
+
+def written(core: Any, x: Tensor) -> Tensor:
+    beside: Tensor = Writes.apply(x)
     result: Tensor = core.mix(x) + beside
     return result
 
 
 def test_a_gradient_that_is_changed_in_place_is_refused() -> None:
     torch.manual_seed(0)
-    model, batch = zoo.Looped(zoo.Core(doubled, mix=zoo.linear())), zoo.make_batch(3)
+    model, batch = zoo.Looped(zoo.Core(written, mix=zoo.linear())), zoo.make_batch(3)
     with pytest.raises(UnsupportedUseError, match=r"core.mix.weight.*changed in place.*workspace=0") as caught:
         attach(model, body="core", sketch_size=1 << 12).featurize([batch], zoo.squared_error)
     assert "\n" not in str(caught.value)
-
-
-def test_it_is_right_where_nothing_waits() -> None:
-    torch.manual_seed(0)
-    model = zoo.Looped(zoo.Core(doubled, mix=zoo.linear())).double()
-    batch = zoo.make_batch(3, dtype=torch.float64)
-    compare(model, [batch], workspace=0)
 
 
 def test_a_use_on_another_stream_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
