@@ -19,15 +19,31 @@ if TYPE_CHECKING:
 OTHER_COLUMNS = 44  # characters that the columns without texts and bars take
 
 
-def show(screen: Console, together: Sequence[Answer], *, harmful: bool, step: str | None, exact: bool) -> None:
-    """Print what one query's leading training examples are.
+def show(
+    screen: Console,
+    answers: Sequence[Sequence[Answer]],
+    *,
+    harmful: bool,
+    step: str | None,
+    exact: bool,
+    why: str = "",
+) -> None:
+    """Print what the leading training examples of some queries are.
 
     Args:
-        together: answers to one query by different scores, the one to look at first in front.
+        answers: for each query its answers by different scores, the one to look at first in front.
         harmful: whether those that harm most were asked for.
         step: the steps that were ranked by, as they were given.
         exact: whether scores were recomputed without sketches.
+        why: why scores are not corrected for curvature, where they were to be.
     """
+    for together in answers:
+        _show(screen, together, harmful=harmful, step=step, exact=exact)
+    if why:
+        screen.print(f"Not corrected for curvature: {why}", style="dim", markup=False)
+
+
+def _show(screen: Console, together: Sequence[Answer], *, harmful: bool, step: str | None, exact: bool) -> None:
     first = together[0]
     title = Text.assemble(("Query ", "bold"), (str(printable(first.id)), "bold"))
     if first.text is not None and first.text != str(first.id):

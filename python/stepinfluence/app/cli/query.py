@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from stepinfluence.app.cli._common import TRUST_HELP, console, damping_of, fail, require_trust
 
 if TYPE_CHECKING:
-    from stepinfluence.app.runs.query import Answer
+    from stepinfluence.app.runs.query import Answer, Asked
+    from stepinfluence.app.runs.stored import StoredRun
+    from stepinfluence.attribution.curvature import Damping
+    from stepinfluence.attribution.features import Features
+    from stepinfluence.store import Store
 
 HELP = """Ask a run: which training examples helped (or harmed) an answer most, and at which loop step.
 
@@ -75,16 +78,11 @@ def run(
     """See :data:`HELP`."""
     if sum(given is not None for given in (ids or rows, file)) != 1:
         fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
-    ranked = _steps(step)
-    if curvature in (None, "none") and damping is not None:
-        fail("damping: goes with --curvature fisher or block")
-    if curvature not in (None, "none") and exact:
-        fail("exact: recomputes scores without curvature; leave out --exact or --curvature")
-    number = damping_of(damping)
+    number = _damping(curvature, damping, exact=exact)
     screen = console(json_output=True)
     with screen.status("reading"):
-        from stepinfluence.app.runs.curvatures import curvatures_if_any, kept_curvatures, shown_first
-        from stepinfluence.app.runs.query import answer, ask_new, ask_rows
+        from stepinfluence.app.runs.curvatures import scores_to_show
+        from stepinfluence.app.runs.query import answer, ask_rows
         from stepinfluence.app.runs.stored import StoredRun
 
         opened = StoredRun.open(folder, device=device)
@@ -93,52 +91,50 @@ def run(
     with screen.status("reading"):
         store = opened.store(train)
         if file is not None:
-            new = [opened.prepared.project.from_json(fields) for fields in _examples(file)]
-            opened.require_unchanged(store)
-            asked = ask_new(opened, new)
+            asked = _new(opened, store, file)
         else:
             source = opened.store(query or opened.other(train))
             asked = ask_rows(opened, source, [*(source.find(i) for i in ids or ()), *(rows or ())])
-        count = asked.features[0].values.shape[1] if asked.features[0].per_step else 1
-        if ranked is not None and ranked.stop > count:
-            fail(f"step: got {step!r}; the queries have steps 1 to {count}")
-        why = ""
-        if curvature is not None:
-            scores = [kept_curvatures(opened.path, store, curvature, number)]
-        elif exact:
-            scores = [None]
-        else:
-            first, why = curvatures_if_any(opened.path, store, shown_first(opened.path))
-            scores = [None] if first is None else [first, None]
-    answers = [
-        answer(
-            opened,
-            store,
-            asked,
-            k,
-            steps=ranked,
-            harmful=harmful,
-            exact=exact,
-            candidates=candidates,
-            parameters=parameters,
-            curvature=fitted,
-            progress=sys.stderr.isatty(),
-        )
-        for fitted in scores
-    ]
+        ranked = _steps(step, asked.features[0])
+        scores, why = scores_to_show(opened.path, store, "none" if exact else curvature, number)
+    how: dict[str, Any] = {
+        "steps": ranked,
+        "harmful": harmful,
+        "exact": exact,
+        "candidates": candidates,
+        "parameters": parameters,
+    }
+    terminal = sys.stderr.isatty()
+    found = [answer(opened, store, asked, k, curvature=score, progress=terminal, **how) for score in scores]
+    together = list(zip(*found, strict=True))
     if as_json:
-        lines = [_json(one) | {"also": [_json(other) for other in rest]} for one, *rest in zip(*answers, strict=True)]
+        lines = [_json(one) | {"also": [_json(other) for other in rest]} for one, *rest in together]
         typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))
         return
     from stepinfluence.app.cli._answers import show
 
-    for together in zip(*answers, strict=True):
-        show(console(), together, harmful=harmful, step=step, exact=exact)
-    if why:
-        console().print(Text(f"Not corrected for curvature: {why}", style="dim"))
+    show(console(), together, harmful=harmful, step=step, exact=exact, why=why)
 
 
-def _steps(text: str | None) -> range | None:
+def _damping(curvature: str | None, damping: str | None, *, exact: bool) -> Damping:
+    if curvature in (None, "none") and damping is not None:
+        fail("damping: goes with --curvature fisher or block")
+    if curvature not in (None, "none") and exact:
+        fail("exact: recomputes scores without curvature; leave out --exact or --curvature")
+    found: Damping = damping_of(damping)
+    return found
+
+
+def _new(opened: StoredRun, train: Store, file: str) -> Asked:
+    """Queries that are in a file of new examples."""
+    from stepinfluence.app.runs.query import ask_new
+
+    new = [opened.prepared.project.from_json(fields) for fields in _examples(file)]
+    opened.require_unchanged(train)
+    return ask_new(opened, new)
+
+
+def _steps(text: str | None, queries: Features) -> range | None:
     """``"17-32"`` as the 0-based range of these 1-based steps."""
     if text is None:
         return None
@@ -146,6 +142,9 @@ def _steps(text: str | None) -> range | None:
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last:
         fail(f"step: got {text!r}; give a step (17) or a range (17-32), counted from 1")
+    count = queries.values.shape[1] if queries.per_step else 1
+    if last > count:
+        fail(f"step: got {text!r}; the queries have steps 1 to {count}")
     return range(first - 1, last)
 
 

@@ -35,6 +35,25 @@ def curvatures_if_any(run: Path, train: Store, kind: str) -> tuple[list[Curvatur
         return None, str(error)
 
 
+def scores_to_show(
+    run: Path, train: Store, kind: str | None, damping: Damping = "auto"
+) -> tuple[list[list[Curvature] | None], str]:
+    """What people are shown: the curvatures of each score, the one to look at first in front (None: SDI), and why there
+    is none where one was wanted.
+
+    Args:
+        kind: that score alone; None for the run's, and SDI beside it.
+        damping: as for :func:`kept_curvatures`.
+
+    Raises:
+        As :func:`kept_curvatures`, for a ``kind`` that was asked for.
+    """
+    if kind is not None:
+        return [kept_curvatures(run, train, kind, damping)], ""
+    first, why = curvatures_if_any(run, train, shown_first(run))
+    return ([None] if first is None else [first, None]), why
+
+
 def kept_curvatures(run: Path, train: Store, kind: str, damping: Damping = "auto") -> list[Curvature] | None:
     """The curvature of each checkpoint of a run's store, or None for ``"none"``.
 

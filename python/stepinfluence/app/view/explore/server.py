@@ -74,23 +74,14 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
 
         return endpoint
 
-    def top(request: Request) -> dict[str, Any]:
-        last = request.query_params.get("last")
-        return explorer.top(
-            _int(request, "query"),
-            k=_int(request, "k", 10),
-            first=_int(request, "first", 1),
-            last=_int(request, "last") if last is not None else None,
-            parameters=request.query_params.get("parameters", ""),
-            score=request.query_params.get("score", ""),
-        )
+    questions = _questions(explorer)
 
     async def export(request: Request) -> Response:
         kind = request.query_params.get("format", "csv")
         if kind not in ("csv", "json"):
             return JSONResponse({"error": f"format: got {kind!r}; use csv or json"}, 400, headers=HEADERS)
         try:
-            found = as_json(await run_in_threadpool(top, request))
+            found = as_json(await run_in_threadpool(questions["top"], request))
         except (ValueError, IndexError) as error:
             return JSONResponse(as_json({"error": str(error)}), 400, headers=HEADERS)
         text = json.dumps(found, indent=1) if kind == "json" else as_csv(found)
@@ -98,43 +89,40 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
         headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
         return Response(text, media_type="application/json" if kind == "json" else "text/csv", headers=headers)
 
-    routes = [
-        Route("/", index),
-        Route("/api/export", export),
-        Route("/api/overview", answers(lambda _: explorer.overview())),
-        Route(
-            "/api/queries",
-            answers(
-                lambda r: explorer.queries(
-                    find=r.query_params.get("find", ""), offset=_int(r, "offset", 0), limit=_int(r, "limit", 100)
-                )
-            ),
-        ),
-        Route("/api/example", answers(lambda r: explorer.example(r.query_params.get("side", "train"), _int(r, "row")))),
-        Route(
-            "/api/curve",
-            answers(
-                lambda r: explorer.curve(
-                    _int(r, "query"),
-                    parameters=r.query_params.get("parameters", ""),
-                    score=r.query_params.get("score", ""),
-                )
-            ),
-        ),
-        Route("/api/top", answers(top)),
-        Route(
-            "/api/pair",
-            answers(lambda r: explorer.pair(_int(r, "query"), _int(r, "train"), score=r.query_params.get("score", ""))),
-        ),
-        Route(
-            "/api/compare",
-            answers(
-                lambda r: explorer.compare(_int(r, "query"), _int(r, "other"), score=r.query_params.get("score", ""))
-            ),
-        ),
-    ]
+    routes = [Route("/", index), Route("/api/export", export)]
+    routes += [Route(f"/api/{name}", answers(compute)) for name, compute in questions.items()]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(SameOrigin)]
     return Starlette(routes=routes, middleware=middleware)
+
+
+def _questions(explorer: Explorer) -> dict[str, Callable[[Request], dict[str, Any]]]:
+    """What can be asked, by the last part of the address."""
+
+    def given(request: Request, name: str) -> str:
+        return str(request.query_params.get(name, ""))
+
+    def top(request: Request) -> dict[str, Any]:
+        last = request.query_params.get("last")
+        return explorer.top(
+            _int(request, "query"),
+            k=_int(request, "k", 10),
+            first=_int(request, "first", 1),
+            last=_int(request, "last") if last is not None else None,
+            parameters=given(request, "parameters"),
+            score=given(request, "score"),
+        )
+
+    return {
+        "overview": lambda _: explorer.overview(),
+        "queries": lambda r: explorer.queries(
+            find=given(r, "find"), offset=_int(r, "offset", 0), limit=_int(r, "limit", 100)
+        ),
+        "example": lambda r: explorer.example(r.query_params.get("side", "train"), _int(r, "row")),
+        "curve": lambda r: explorer.curve(_int(r, "query"), parameters=given(r, "parameters"), score=given(r, "score")),
+        "top": top,
+        "pair": lambda r: explorer.pair(_int(r, "query"), _int(r, "train"), score=given(r, "score")),
+        "compare": lambda r: explorer.compare(_int(r, "query"), _int(r, "other"), score=given(r, "score")),
+    }
 
 
 def as_json(value: Any) -> Any:
