@@ -10,14 +10,18 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from stepinfluence.errors import StoreError
 from stepinfluence.writers import aside
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEAL = "sha256"
 """The field of a JSON file that holds the checksum of the others."""
@@ -60,6 +64,23 @@ def write_atomically(path: Path, fill: Callable[[Path], object]) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """:func:`write_atomically` of bytes."""
     write_atomically(path, lambda made: made.write_bytes(content))
+
+
+def save_tensors(tensors: dict[str, Tensor], made: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a file aside, within :func:`write_atomically`.
+
+    safetensors has a file aside of its own, beside the one that it is asked for, whose name tells nothing: a writer
+    that is killed would leave it behind for good. So it gets a folder, whose name tells the writer.
+    """
+    from safetensors.torch import save_file  # torch is not needed for anything else here
+
+    folder = made.with_name(f"{made.name}.folder")
+    folder.mkdir()
+    try:
+        save_file(tensors, folder / made.name, metadata=metadata)
+        (folder / made.name).replace(made)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_folder(path: Path) -> None:

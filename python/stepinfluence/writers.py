@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 import time
@@ -48,8 +49,11 @@ def aside(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path, *, within: bool = False) -> None:
-    """Remove the files aside of writers that are gone from a folder, and with ``within`` from all folders in it."""
-    for parent, _, names in os.walk(folder):
+    """Remove what writers that are gone left aside in a folder, and with ``within`` in all folders in it."""
+    for parent, folders, names in os.walk(folder):
+        for name in folders:
+            if name.startswith(ASIDE) and _is_abandoned(Path(parent) / name):
+                shutil.rmtree(Path(parent) / name, ignore_errors=True)
         for name in names:
             if name.startswith(ASIDE) and _is_abandoned(Path(parent) / name):
                 with contextlib.suppress(OSError):

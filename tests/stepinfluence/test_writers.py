@@ -81,3 +81,20 @@ def test_files_aside_tell_their_writer(tmp_path: Path) -> None:
     write_bytes(tmp_path / "a.json", b"{}")
     assert writers.unknown_files(tmp_path, ("a.json", "within")) == []
     assert writers.unknown_files(tmp_path, ("within",)) == ["a.json"]
+
+
+def test_what_a_killed_save_of_tensors_leaves_names_its_writer(tmp_path: Path) -> None:
+    """safetensors writes to a file of its own first, under a name that tells nothing."""
+    code = (
+        "import os, sys\nfrom pathlib import Path\nimport safetensors.torch\nfrom stepinfluence.files import *\n"
+        "def save(tensors, path, metadata):\n"
+        "    (Path(path).parent / '.tmpAbCdEf').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "safetensors.torch.save_file = save\n"
+        "write_atomically(Path(sys.argv[1]), lambda made: save_tensors({}, made))"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.safetensors")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.rglob(".tmpAbCdEf"))
+    writers.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []

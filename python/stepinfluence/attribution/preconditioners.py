@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from stepinfluence.attribution.checkpoints.border import border
+from stepinfluence.attribution.border import border
 from stepinfluence.attribution.features import weights_digest
 from stepinfluence.errors import CheckpointError
 from stepinfluence.wrappers import canonical_name, unwrap

@@ -11,7 +11,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from stepinfluence.attribution.features import Features
 from stepinfluence.capture import session
@@ -45,7 +44,7 @@ def find_loop(model: nn.Module, forward: Callable[[], Any], *, training: bool = 
     modes = {module: module.training for module in names}
     try:
         model.train(training)
-        with torch.no_grad():
+        with torch.enable_grad():  # as in a run: models may put hooks on tensors
             forward()
     finally:
         for module, mode in modes.items():
@@ -178,5 +177,7 @@ class PendingCapture(Generic[C]):
 
 
 def _size(count: int) -> str:
+    from tqdm import tqdm  # not on every GPU machine
+
     text = str(tqdm.format_sizeof(count, "", 1024))
     return f"{text[:-1]} {text[-1].upper()}iB" if text[-1].isalpha() else f"{text} bytes"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from stepinfluence.display.bars import bars
 from stepinfluence.display.style import HARMFUL, HELPFUL
 from stepinfluence.display.words import peak_step, short, signed
 
@@ -117,6 +116,8 @@ class Hits(Sequence[Hit]):
         return max((float(np.abs(hit.trajectory).max(initial=0.0)) for hit in self), default=0.0)
 
     def __repr__(self) -> str:
+        from stepinfluence.display.bars import bars  # needs rich, which not every GPU machine has
+
         head = ("", "row", "id", "score", "peak", "steps", "text")
         lines: list[tuple[str, ...]] = [head]
         for place, hit in enumerate(self, 1):

@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import FeatureMismatchError, StoreError
-from stepinfluence.files import file_digest, make_folder, sealed, write_atomically, write_bytes
+from stepinfluence.files import file_digest, make_folder, save_tensors, sealed, write_atomically, write_bytes
 from stepinfluence.machine import arithmetic
 from stepinfluence.store.codecs import encode
 from stepinfluence.store.manifest import FORMAT, MANIFEST, Manifest
@@ -240,7 +239,7 @@ class StoreWriter:
         files = dict(record.files)
 
         def fill(aside: Path) -> None:
-            save_file(arrays, aside, metadata={"format": FORMAT})
+            save_tensors(arrays, aside, {"format": FORMAT})
             map_arrays(aside, expected_arrays(self.manifest, record))  # all there, whatever the library did on errors
             files["values"] = (aside.stat().st_size, file_digest(aside))
             if there.is_file():

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import stores
 import torch
-from stepinfluence.store import Manifest, writer
+from stepinfluence.store import Manifest
 
 MANIFEST = stores.manifest(n_rows=22, per_step=True, dtype="int8")
 
@@ -54,7 +54,7 @@ def after(count: int, act: Callable[[], None], patch: Callable[[object, str, Any
     wrap(os, "fsync")
     wrap(pathlib.Path, "replace")
     wrap(pathlib.Path, "write_bytes", half_of_bytes)
-    wrap(writer, "save_file", half_of_arrays)
+    wrap(safetensors.torch, "save_file", half_of_arrays)
 
 
 def run(path: Path, log: Path, count: int, made: Manifest = MANIFEST) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from stepinfluence.attribution.checkpoints.border import border
+from stepinfluence.attribution.border import border
 from stepinfluence.attribution.checkpoints.fitting import fit
 from stepinfluence.errors import CheckpointError
 

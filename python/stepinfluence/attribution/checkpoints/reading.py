@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stepinfluence.attribution.checkpoints.border import border, reason
+from stepinfluence.attribution.border import border, reason
 from stepinfluence.attribution.checkpoints.checkpoint import Checkpoint
 from stepinfluence.attribution.checkpoints.claims import check_claims
 from stepinfluence.attribution.checkpoints.optimizers import find_optimizer

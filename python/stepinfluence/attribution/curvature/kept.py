@@ -10,14 +10,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stepinfluence.attribution.curvature.choice import KINDS
 from stepinfluence.attribution.curvature.factors import Factor
 from stepinfluence.attribution.curvature.fisher import Curvature
 from stepinfluence.attribution.features import Block, FeatureSpace
 from stepinfluence.errors import StoreError
-from stepinfluence.files import file_digest, make_folder, read_sealed, sealed, write_atomically, write_bytes
+from stepinfluence.files import (
+    file_digest,
+    make_folder,
+    read_sealed,
+    save_tensors,
+    sealed,
+    write_atomically,
+    write_bytes,
+)
 from stepinfluence.writers import unknown_files
 
 FORMAT = "sdi-fisher-1"
@@ -46,7 +54,7 @@ def save(curvature: Curvature, path: str | Path, *, of: str = "") -> None:
     for k, factor in enumerate(curvature.factors):
         tensors[f"basis.{k}"] = factor.basis.cpu().contiguous()
         tensors[f"values.{k}"] = factor.values.cpu().contiguous()
-    write_atomically(path / FILE, lambda aside: save_file(tensors, aside))
+    write_atomically(path / FILE, lambda aside: save_tensors(tensors, aside))
     space = curvature.space
     description = {
         "format": FORMAT,
