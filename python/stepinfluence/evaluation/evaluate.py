@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -159,7 +159,7 @@ def _score_all(
     )
 
 
-def _retrain(trained: Retrainings, drawn: Draws, seed: int, repeats: int, bar: tqdm[None]) -> _Run:
+def _retrain(trained: Retrainings, drawn: Draws, seed: int, repeats: int, bar: tqdm[Any]) -> _Run:
     everyone = trained.everyone
 
     def losses(rows: npt.NDArray[np.int64], repeat: int, what: str) -> Array:

@@ -221,7 +221,7 @@ class _Loader(yaml.SafeLoader):
             ConstructorError: it is an alias.
         """
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # so its stubs have it
             raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not read; write it out", mark)
         return super().compose_node(parent, index)
 
