@@ -7,7 +7,7 @@ those of :meth:`sdi_kernels.TensorSketch.tables` or :meth:`sdi_kernels.CountSket
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -78,11 +78,14 @@ def linear_steps(
     steps: Sequence[int],
     rows: Sequence[int],
     metric: Tensor | None = None,
+    *,
+    one: Callable[..., None] = linear,
 ) -> None:
-    """:func:`linear` of every pair ``k``, added to ``out[rows[k] :, steps[k]]``; ``out`` is (rows, steps, m)."""
+    """``one`` (:func:`linear`, here or of the CPU kernels) of every pair ``k``, added to ``out[rows[k] :, steps[k]]``;
+    ``out`` is (rows, steps, m)."""
     for a, g, step, row in zip(activations, grad_outputs, steps, rows, strict=True):
         if a.shape[0] and a.shape[1]:
-            linear(out[row : row + a.shape[0], step], a, g, tables, m, route, metric)
+            one(out[row : row + a.shape[0], step], a, g, tables, m, route, metric)
 
 
 def linear_direct(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -56,20 +57,8 @@ def linear(
         torch_routes.linear(o, a, g, tables, m, route, metric)
 
 
-def linear_steps(
-    out: Tensor,
-    activations: Sequence[Tensor],
-    grad_outputs: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    steps: Sequence[int],
-    rows: Sequence[int],
-    metric: Tensor | None = None,
-) -> None:
-    """:func:`linear` of every pair ``k``, added to ``out[rows[k] :, steps[k]]``."""
-    for a, g, step, row in zip(activations, grad_outputs, steps, rows, strict=True):
-        linear(out[row : row + a.shape[0], step], a, g, tables, m, route, metric)
+linear_steps = functools.partial(torch_routes.linear_steps, one=linear)
+""":func:`linear` of every pair of a list, see :func:`.torch_routes.linear_steps`."""
 
 
 def vector(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
