@@ -60,6 +60,26 @@ def test_layers(kind: Any, options: dict[str, Any], fn: Any) -> None:
     assert result.capture.owners == "followed"
 
 
+def sequence_by_sequence(core: Any, x: Tensor) -> Tensor:
+    """A sequence alone has no dimension of examples, whatever ``batch_first`` says."""
+    found = []
+    for row in x:
+        start = row[0].tanh().expand(core.layer.num_layers * (1 + core.layer.bidirectional), D).contiguous()
+        out, state = core.layer(row, (start, start.sin()) if isinstance(core.layer, nn.LSTM) else start)
+        end = state[0] if isinstance(state, tuple) else state
+        found.append(fitted(out) + fitted(end).mean(0))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=name)
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_sequences_without_a_dimension_of_examples(kind: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(5)
+    core = zoo.Core(sequence_by_sequence, layer=kind(D, D, **options))
+    result = compare(zoo.Looped(core, steps=2).double(), BATCHES)
+    assert result.capture.owners == "followed"
+
+
 @pytest.mark.parametrize("fn", [over_tokens, last_state])
 @pytest.mark.parametrize("options", OPTIONS[::3], ids=name)
 @pytest.mark.parametrize("size", [1, 4])
