@@ -1,0 +1,1 @@
+"""This project against full per-example gradients: one linear layer, and looped models."""
