@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-calibrate build clean test-cpus test-triton test-asan bench-evaluate bench-demo
+.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-bench gpu-tests gpu-calibrate build clean test-cpus test-triton test-asan bench-evaluate bench-demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -101,9 +101,14 @@ fuzz-models: $(VENV)/.stamp-test ## MINUTES of random looped models, from SEED o
 	$(BIN)/python -m bench.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 # On a GPU machine's own python: it needs torch, triton, numpy and pytest, nothing is installed, no network is used.
-gpu-check: ## on a GPU machine: test the Triton kernels and benchmark them into bench/results/
-	PYTHONPATH=.:python $(PYTHON) -m pytest tests/gpu -m gpu
-	PYTHONPATH=.:python $(PYTHON) -m bench.gpu.run
+gpu-check: ## on a GPU machine: benchmark the Triton kernels into bench/results/, then test them; under nine minutes
+	PYTHONPATH=.:python $(PYTHON) -m bench.gpu.check
+
+gpu-bench: ## the benchmark of gpu-check alone
+	PYTHONPATH=.:python $(PYTHON) -m bench.gpu.check --only bench
+
+gpu-tests: ## the tests of gpu-check alone
+	PYTHONPATH=.:python $(PYTHON) -m bench.gpu.check --only tests
 
 gpu-calibrate: ## on a GPU machine: measure rates and tiles for the planner and keep them in the user's cache
 	PYTHONPATH=.:python $(PYTHON) -m bench.gpu.run --calibrate

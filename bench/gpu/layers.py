@@ -18,6 +18,7 @@ SKETCH_SIZES = (2048, 1024, 4096)  # the paper's first, in case time runs out
 DTYPES = (torch.float32, torch.bfloat16)
 ROTATE_BYTES = 256 << 20
 """Inputs are rotated over sets of at least this size together: more than any L2."""
+NO_MEMORY = "out of memory"
 BASELINE_BYTES = 2 << 30
 """Temporary memory of the baselines that materialise something; they run on fewer rows where they need more."""
 
@@ -105,37 +106,70 @@ def time_case(case: Case) -> dict[str, Any]:
         "ms": {}, "error": {}, "refused": {},
     }  # fmt: skip
     for route, tables_of in routes.items():
-        got = sketch_linear_grads(activations[0], grads[0], tables_of, route=route)
-        error = checked_error(got, activations[0], grads[0], tables_of)
-        record["error"][route] = error
-        exact = dtype == torch.float32 or route != "fft"
-        if not error <= (2e-5 if exact else 4e-3):
-            record["refused"][route] = f"wrong result (relative error {error:.2e}): not timed"
-            continue
-
-        def run(i: int, route: Route = route, tables_of: TensorSketch = tables_of) -> object:
-            return sketch_linear_grads(activations[i % sets], grads[i % sets], tables_of, route=route, out=buffer)
-
-        run(0)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run(0)
-        torch.cuda.synchronize()
-        record.setdefault("workspace_mb", {})[route] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        record["ms"][route] = median_ms(run)
+        try:
+            _time_route(record, route, tables_of, activations, grads, buffer)
+        except Exception as problem:  # a route that does not run is a finding; the others are to be timed
+            record["refused"][route] = reason(problem)
 
     flat_a = [x.view(-1, case.d_in) for x in activations]
     flat_g = [x.view(-1, case.d_out) for x in grads]
     record["ms"]["weight_gradient_gemm"] = median_ms(lambda i: flat_g[i % sets].T @ flat_a[i % sets])
 
-    # The baselines below materialise (rows, tokens, m) or (rows, d_out, d_in): scaled up from as many rows as fit.
-    some = max(1, min(rows, BASELINE_BYTES // (24 * case.tokens * m)))
-    a_some, g_some = [x[:some] for x in activations], [x[:some] for x in grads]
-    ms = median_ms(lambda i: published_formula(a_some[i % sets], g_some[i % sets], tables, m))
-    record["ms"]["published_formula"] = ms * rows / some
-    some = max(1, min(rows, BASELINE_BYTES // (case.d_out * case.d_in * dtype.itemsize)))
-    a_some, g_some = [x[:some] for x in activations], [x[:some] for x in grads]
-    ms = median_ms(lambda i: torch.einsum("rto,rti->roi", g_some[i % sets], a_some[i % sets]))
-    record["ms"]["per_example_gradients"] = ms * rows / some
+    for name, baseline in (("published_formula", _published), ("per_example_gradients", _per_example)):
+        try:
+            record["ms"][name] = baseline(case, activations, grads, tables)
+        except torch.cuda.OutOfMemoryError as problem:
+            record["refused"][name] = reason(problem)
     return record
+
+
+def reason(problem: Exception) -> str:
+    """Why something was not timed, in one line."""
+    first = str(problem).splitlines()[0] if str(problem) else ""
+    if isinstance(problem, torch.cuda.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return f"{NO_MEMORY} ({first})"
+    return f"{type(problem).__name__}: {first}"
+
+
+def _time_route(
+    record: dict[str, Any], route: Route, sketch: TensorSketch, activations: list[Tensor], grads: list[Tensor],
+    buffer: Tensor,
+) -> None:  # fmt: skip
+    """Fill a record's error, workspace and time of one route; a wrong result is refused."""
+    sets = len(activations)
+    got = sketch_linear_grads(activations[0], grads[0], sketch, route=route)
+    error = checked_error(got, activations[0], grads[0], sketch)
+    record["error"][route] = error
+    exact = activations[0].dtype == torch.float32 or route != "fft"
+    if not error <= (2e-5 if exact else 4e-3):
+        record["refused"][route] = f"wrong result (relative error {error:.2e}): not timed"
+        return
+
+    def run(i: int) -> object:
+        return sketch_linear_grads(activations[i % sets], grads[i % sets], sketch, route=route, out=buffer)
+
+    run(0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(0)
+    torch.cuda.synchronize()
+    record.setdefault("workspace_mb", {})[route] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    record["ms"][route] = median_ms(run)
+
+
+# The baselines materialise (rows, tokens, m) or (rows, d_out, d_in): they are scaled up from as many rows as fit.
+
+
+def _published(case: Case, activations: list[Tensor], grads: list[Tensor], tables: list[Tensor]) -> float:
+    some = max(1, min(case.rows, BASELINE_BYTES // (24 * case.tokens * case.m)))
+    a, g = [x[:some] for x in activations], [x[:some] for x in grads]
+    return median_ms(lambda i: published_formula(a[i % len(a)], g[i % len(a)], tables, case.m)) * case.rows / some
+
+
+def _per_example(case: Case, activations: list[Tensor], grads: list[Tensor], _: list[Tensor]) -> float:
+    some = max(1, min(case.rows, BASELINE_BYTES // (case.d_out * case.d_in * case.dtype.itemsize)))
+    a, g = [x[:some] for x in activations], [x[:some] for x in grads]
+    ms = median_ms(lambda i: torch.einsum("rto,rti->roi", g[i % len(a)], a[i % len(a)]))
+    return ms * case.rows / some

@@ -51,7 +51,7 @@ FULL = [
 ]
 
 
-def random_shapes(count: int = 50) -> list[Shape]:
+def random_shapes(count: int = 12) -> list[Shape]:
     """Shapes over the whole supported range, small enough to check each in float64."""
     rng = random.Random(SEED)
     shapes = []

@@ -15,7 +15,7 @@ import pytest
 import torch
 from sketch_cases import expected_linear
 
-from bench.gpu import end_to_end, report, run
+from bench.gpu import check, end_to_end, layers, report, run
 from bench.gpu.end_to_end import Bench, Setup
 from bench.gpu.layers import cases, checked_error, published_formula
 from sdi_kernels import TensorSketch
@@ -189,6 +189,64 @@ def test_layers_stop_in_time_and_survive_a_failure(monkeypatch: pytest.MonkeyPat
     assert "| 256 × 256 | 2048 | 2048 | float32 | 1.00 | refused | – | fft | 0.50 |" in table
 
 
+def test_a_route_that_fails_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = layers.Case(8, 8, 4, 16, torch.float32), []
+
+    def time_route(record: dict[str, Any], route: str, *_: object) -> None:
+        calls.append(route)
+        if route == "fft":
+            raise RuntimeError("no such kernel\nmore")
+        record["ms"][route] = 1.0
+
+    def no_memory(*_: object) -> float:
+        raise torch.cuda.OutOfMemoryError("too much")
+
+    real = {name: getattr(torch, name) for name in ("randn", "zeros", "Generator")}
+    monkeypatch.setattr(layers.torch, "randn", lambda *a, **k: real["randn"](*a))
+    monkeypatch.setattr(layers.torch, "zeros", lambda *a, **k: real["zeros"](*a))
+    monkeypatch.setattr(layers.torch, "Generator", lambda *_: real["Generator"]())
+    monkeypatch.setattr(TensorSketch, "tables", lambda self, *_: [])
+    monkeypatch.setattr(layers, "median_ms", lambda run: 2.0)
+    monkeypatch.setattr(layers, "_time_route", time_route)
+    monkeypatch.setattr(layers, "_published", no_memory)
+    found = layers.time_case(made)
+    assert calls[:2] == ["fft", "direct"]
+    assert found["refused"] == {"fft": "RuntimeError: no such kernel", "published_formula": "out of memory (too much)"}
+    assert set(found["ms"]) >= {"direct", "weight_gradient_gemm", "per_example_gradients"}
+
+
+def test_the_halves_of_a_check_do_not_stop_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(name: str, code: str, seconds: float = 60, log: bool = True) -> check.Half:
+        return check.Half(name, [sys.executable, "-c", code], seconds, tmp_path / f"{name}.log" if log else None)
+
+    hangs = "import time; print('tests/a.py::test_x FAILED [ 5%]', flush=True); time.sleep(600)"
+    slow = "import time; print('tests/a.py::test_x PASSED [ 5%]', flush=True); time.sleep(600)"
+    monkeypatch.setattr(sys, "argv", ["check"])
+    for found, status, said in (
+        (
+            [half("bench", "raise SystemExit(1)"), half("tests", "print('3 passed in 1 s')")],
+            1,
+            "tests: 3 passed in 1 s",
+        ),
+        ([half("bench", "pass", log=False), half("tests", "print('3 passed')")], 0, "bench: ended with status 0"),
+        ([half("bench", "pass", log=False), half("tests", slow, 5)], 0, "tests: stopped after 5 s"),
+        ([half("bench", "pass", log=False), half("tests", hangs, 5)], 1, "tests: WRONG: stopped after 5 s"),
+    ):
+        monkeypatch.setattr(check, "halves", lambda found=found: found)
+        assert check.main() == status
+        assert said in capsys.readouterr().out
+    assert "FAILED" in (tmp_path / "tests.log").read_text(), "what it had finished is there"
+
+
+def test_both_halves_fit_into_nine_minutes() -> None:
+    found = check.halves()
+    assert [h.name for h in found] == ["bench", "tests"]
+    assert sum(h.seconds for h in found) < 9 * 60
+    assert float(found[0].command[-1]) < found[0].seconds, "the benchmark ends by itself"
+
+
 def record(case: Any) -> dict[str, Any]:
     tokens = case.rows * case.tokens
     ms = {
@@ -248,7 +306,7 @@ import runpy, torch
 from pathlib import Path
 runpy.run_path("tests/conftest.py")
 runpy.run_path("tests/gpu/checks.py", run_name="checks")
-from bench.gpu import end_to_end, report, run
+from bench.gpu import check, end_to_end, report, run
 results = report.new({ABOUT!r})
 run.run_end_to_end(results, lambda: report.write(results, Path({str(tmp_path)!r})), lambda: True,
                    torch.device("cpu"), end_to_end.Setup.tiny())
