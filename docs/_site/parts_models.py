@@ -21,4 +21,18 @@ def workspace() -> str:
     return f"{source('workspace.json', False, result)}\n\n" + table([*HEAD], [cells(row) for row in result["rows"]])
 
 
-PARTS: Parts = {"models": models, "workspace": workspace}
+def inline() -> str:
+    """docs/capture.md: what inline features add to a training step."""
+    result = load("inline.json")
+    names = list(next(iter(result["cases"].values()))["ratio"])
+    rows = []
+    for case in result["cases"].values():
+        shape = f"d = {case['d_model']}, {case['steps']} steps, batch {case['batch']}"
+        rows.append([shape, *(f"{case['ratio'][name]:.2f}" for name in names[1:])])
+    return (
+        f"Processor time over a plain forward and backward pass, one thread. {source('inline.json', False, result)}\n\n"
+        + table(["model of bench.capture", *names[1:]], rows)
+    )
+
+
+PARTS: Parts = {"models": models, "workspace": workspace, "inline": inline}

@@ -13,7 +13,8 @@ computed from them) among its arguments, the first of these that applies decides
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from stepinfluence.capture.calls import (
     in_custom_function,
     undispatched,
 )
+from stepinfluence.capture.operands import Operands
 from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.ownership import Ownership
 from stepinfluence.capture.rows import Pass, Use, gains_examples
@@ -68,16 +70,6 @@ class Tapping:
     batch_dim: int
 
 
-class _Operands:
-    """The tensors among a call's arguments, sorted by what they are."""
-
-    def __init__(self) -> None:
-        self.sources: list[Source] = []
-        self.data: list[Tensor] = []
-        self.has_constant = False
-        self.only_doubtful = True  # no data that surely is data, see Provenance
-
-
 def nested(where: str) -> UnsupportedUseError:
     """The error for tensors whose examples have lengths of their own."""
     return UnsupportedUseError(
@@ -98,18 +90,30 @@ class Interceptor(TorchFunctionMode):
         inputs: the batch's tensors.
         doubt: whether tensors made without data that have the batch's size are taken for states of the examples; else
             they are constants.
+        trains: parameters take part in autograd as well, so that a backward pass of the user's own gives them
+            gradients, too.
 
     Attributes:
+        backward_call: what a backward pass that the user calls is given to, see :class:`stepinfluence.capture.inline`.
         owners: whose the operands' rows are.
         usage: which targets this forward pass used, and how.
         uses: all uses of this forward pass.
         shared: what these uses have in common.
     """
 
-    def __init__(self, tapping: Tapping, batch_size: int | None, inputs: Sequence[Tensor], *, doubt: bool) -> None:
+    def __init__(
+        self,
+        tapping: Tapping,
+        batch_size: int | None,
+        inputs: Sequence[Tensor],
+        *,
+        doubt: bool,
+        trains: bool = False,
+    ) -> None:
         super().__init__()
         self._tapping = tapping
-        self._doubt = doubt
+        self._doubt, self._trains, self._in_own_pass = doubt, trains, False
+        self.backward_call: Callable[[Callable[..., Any], Any, Any], Any] | None = None
         self._provenance = Provenance(tapping.tensors)
         self._without_rows = False
         self._sink: GradientSink | None = None
@@ -125,23 +129,28 @@ class Interceptor(TorchFunctionMode):
             weights: of the losses, ``(B,)``.
             keep: keep the graph for another.
         """
+        # The anchor is reached through taps only: nothing but the way from the loss to the taps is computed. The mode
+        # is on because activation checkpointing runs the forward pass again.
+        with self.receiving(losses, sink), self:
+            torch.autograd.backward(losses, weights, inputs=[self._tapping.anchor], retain_graph=keep)
+
+    @contextmanager
+    def receiving(self, losses: Tensor, sink: GradientSink) -> Iterator[None]:
+        """Around a backward pass: the gradients of ``losses`` at all uses go to a sink."""
         shared = self.shared
 
         def began(_: Tensor) -> None:
             shared.graph_task = torch._C._current_graph_task_id()
 
         handle = losses.register_hook(began)
-        self._sink = sink
+        self._sink, self._in_own_pass = sink, True
         try:
-            # The anchor is reached through taps only: nothing but the way from the loss to the taps is computed. The
-            # mode is on because activation checkpointing runs the forward pass again.
-            with self:
-                torch.autograd.backward(losses, weights, inputs=[self._tapping.anchor], retain_graph=keep)
+            yield
             sink.finish()
         finally:
             handle.remove()
             shared.graph_task = -1
-            self._sink = None
+            self._sink, self._in_own_pass = None, False
 
     @property
     def sink(self) -> GradientSink:
@@ -153,8 +162,8 @@ class Interceptor(TorchFunctionMode):
     # What rules need
 
     def detached(self, value: Any) -> Any:
-        """A parameter as autograd does not see it; anything else as it is."""
-        return value.detach() if self.source(value) is not None else value
+        """A parameter as autograd does not see it, unless it is to train; anything else as it is."""
+        return value if self._trains or self.source(value) is None else value.detach()
 
     def without_capture(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The call with its sources detached."""
@@ -203,7 +212,7 @@ class Interceptor(TorchFunctionMode):
 
     def tap_expanded(self, source: Source, use: Use, receive: Receive, shape: tuple[int, ...]) -> Tensor:
         """``source`` expanded to ``shape``, with the gradient of that shape handed to ``receive``."""
-        return tap_expanded(source.tensor.detach(), self._tapping.anchor, self._received(use, receive), shape)
+        return tap_expanded(self.detached(source.tensor), self._tapping.anchor, self._received(use, receive), shape)
 
     def _received(self, use: Use, receive: Receive) -> Receive:
         """``receive``, for gradients of the capture's own backward pass alone: a model may take gradients of its own
@@ -237,36 +246,20 @@ class Interceptor(TorchFunctionMode):
     # ------------------------------------------------------------------------------------------------------------
     # Dispatch
 
-    def _scan(self, values: Any, found: _Operands) -> None:
-        for value in values:
-            if isinstance(value, Tensor):
-                key, known = id(value), self._provenance
-                source = known.source_of(key)
-                if source is not None:
-                    found.sources.append(source)
-                elif known.constants.has_id(key):
-                    found.has_constant = True
-                else:
-                    found.data.append(value)
-                    found.only_doubtful &= known.doubtful.has_id(key)
-            elif type(value) in (tuple, list):
-                self._scan(value, found)
-
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = _Operands()
-        self._scan(args, found)
-        if kwargs:
-            self._scan(kwargs.values(), found)
+        found = Operands(self._provenance, args, kwargs)
         self.usage.looked |= func in LOOKS and bool(found.data)
         self.hooked |= func is Tensor.register_hook
         if func in GRADIENT_TAKERS:
-            if in_backward() or any(tensor is self._tapping.anchor for tensor in kwargs.get("inputs") or ()):
+            if in_backward() or self._in_own_pass:
                 # The capture's own backward pass, or one within it (a hook's), with this mode on: a recomputation must
                 # tap as the forward did.
                 return self.look_inside(func, args, kwargs)
+            if self.backward_call is not None and func is not torch.autograd.grad:
+                return self.backward_call(func, args, kwargs)
             self._refuse_inner_gradients(func, args)
         if not found.sources or not torch.is_grad_enabled():
             if found.sources and not in_backward() and in_custom_function():
@@ -292,7 +285,7 @@ class Interceptor(TorchFunctionMode):
             self._follow_use(func, args, kwargs, result, found)
         return result
 
-    def _without_sources(self, func: Any, args: Any, kwargs: Any, found: _Operands) -> Any:
+    def _without_sources(self, func: Any, args: Any, kwargs: Any, found: Operands) -> Any:
         following = self.owners.following and bool(found.data)
         if following:
             for operand in found.data:
@@ -323,7 +316,7 @@ class Interceptor(TorchFunctionMode):
             result = self.look_inside(func, args, kwargs)
         return self._tapping.otherwise(self, func, args, kwargs) if result is NotImplemented else result
 
-    def _follow_use(self, func: Any, args: Any, kwargs: Any, result: Any, found: _Operands) -> None:
+    def _follow_use(self, func: Any, args: Any, kwargs: Any, result: Any, found: Operands) -> None:
         results = result if isinstance(result, tuple | list) else (result,)
         if any(self.source(r) is not None for r in results):
             return  # the data only picked a part of the parameter
@@ -347,7 +340,7 @@ class Interceptor(TorchFunctionMode):
             return True
         return any(value.dim() > k and value.shape[k] == self.owners.batch_size for k in self.owners.example_dims)
 
-    def _note_data(self, func: Any, args: Any, kwargs: Any, result: Any, found: _Operands) -> None:
+    def _note_data(self, func: Any, args: Any, kwargs: Any, result: Any, found: Operands) -> None:
         """Tell data from constants in what an operation without target parameters gives."""
         known = self._provenance
         if found.has_constant and changes_in_place(func, kwargs):

@@ -140,6 +140,11 @@ class TappedModel:
         hooked = interceptor.hooked or any(m._backward_hooks or m._backward_pre_hooks for m in self.model.modules())
         return TappedPass(losses, told, self.steps.count, list(self.steps.labels), hooked, interceptor)
 
+    def training_pass(self, size: int, inputs: Sequence[Tensor]) -> Interceptor:
+        """The function mode of a training step on ``size`` examples: its forward pass is tapped, and parameters take
+        part in autograd as well."""
+        return Interceptor(self._tapping, size, inputs, doubt=self._doubt, trains=True)
+
     def plain(self, batch: Any, loss_fn: session.LossFn, index: int) -> Tensor:
         """The losses of a batch without tapping anything."""
         session.begin_pass(self.model, self.seed, index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
@@ -16,6 +16,7 @@ from stepinfluence.attribution.preconditioners import Preconditioner, prepare
 from stepinfluence.capture import session
 from stepinfluence.capture.discovery import PendingCapture
 from stepinfluence.capture.hooks import read_factors, with_factors
+from stepinfluence.capture.inline import Inline
 from stepinfluence.capture.passes import TappedModel, Told
 from stepinfluence.capture.sketched_run import SketchedRun
 from stepinfluence.capture.sketching import Sketching
@@ -76,6 +77,7 @@ class Capture(session.LoaderCapture):
         self._tables = hashlib.blake2b(tables.encode(), digest_size=16).hexdigest()
         self._memory = Memory()
         self._last: SketchedRun | None = None
+        self._inlined = 0
         self.precondition(preconditioner)
 
     @property
@@ -214,6 +216,40 @@ class Capture(session.LoaderCapture):
         if len(features) and run.verifying:
             run.usage.check(self.model, self.targets, last=True)
         return features
+
+    def inline(
+        self,
+        batch: Any,
+        *,
+        ids: Sequence[Hashable] | None = None,
+        per_step: bool = False,
+        verify: bool | None = None,
+    ) -> Inline:
+        """Featurize a batch within an ordinary training step, which keeps its gradients (docs/capture.md)::
+
+            with capture.inline(batch) as inline:
+                losses = inline.losses(loss_fn(model, batch))  # (B,), not reduced
+                losses.mean().backward()
+            optimizer.step()
+            inline.features  # at the weights before the step
+
+        The model runs as it is: in its own mode, with hooks, wrappers (DDP) and its own random state; parts under
+        ``torch.compile`` run eagerly. What the training loss weights each example with is read and divided out.
+
+        Args:
+            batch: what the model is run on: its tensors tell the examples.
+            ids: one hashable per example; places in the batch if not given.
+            per_step: ``(B, steps, D)``, or ``(B, D)`` summed over steps.
+            verify: check that the examples' features add up to the sketch of the parameters' gradients, on the first
+                batch and one in 64 after it; as given to :func:`attach` if None. Which row is whose is followed through
+                the forward pass of every batch; where it cannot be, the batch is refused.
+
+        Raises:
+            LayoutError: the batch does not tell how many examples it has.
+        """
+        check = self.verify if verify is None else verify
+        self._inlined += 1
+        return Inline(self, batch, ids, self._inlined - 1, per_step=per_step, verify=check)
 
     def begin(self, loss_fn: session.LossFn, space: FeatureSpace, verify: bool | None = None) -> SketchedRun:
         """Begin a run: batches with this loss follow, at the model's present weights.

@@ -84,7 +84,7 @@ class SketchedRun:
             self.checked.add(self.told)
             self.ledger.add_verified(seen)
         values = losses.to("cpu", torch.float32)
-        builder.commit(given, values, labels, self._lengths(buffer) if buffer.dim() == 3 else None)
+        builder.commit(given, values, labels, self.sketching.lengths(buffer) if buffer.dim() == 3 else None)
         return values
 
     def _look_for_a_loop(self, body: str, batch: Any, index: int) -> None:
@@ -98,11 +98,3 @@ class SketchedRun:
         then, by seed and position."""
         picked = random.Random(f"{self.tapped.seed}, batch {index}").random() < VERIFIED_SHARE
         return self.verifying and (not self.checked.covers(self.told) or picked)
-
-    def _lengths(self, buffer: Tensor) -> Tensor:
-        """Number of steps up to the last with a gradient, for each example ``(B,)``."""
-        active = (buffer[:, :, self.sketching.probe] != 0).any(-1)
-        # Dead units or tokens that do not occur leave the probed columns empty: then all columns decide.
-        active[~active] = (buffer[~active] != 0).any(-1)
-        last = torch.arange(1, buffer.shape[1] + 1, device=buffer.device) * active
-        return last.amax(1).cpu() if buffer.shape[1] else torch.zeros(len(buffer), dtype=torch.int64)

@@ -118,3 +118,11 @@ class Sketching:
         if piece not in self._sketches:
             self._sketches[piece] = piece.vector_sketch() or piece.matrix_sketch()
         return self._sketches[piece]
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Number of steps up to the last with a gradient, for each example of rows ``(B, steps, D)``: ``(B,)``."""
+        active = (rows[:, :, self.probe] != 0).any(-1)
+        # Dead units or tokens that do not occur leave the probed columns empty: then all columns decide.
+        active[~active] = (rows[~active] != 0).any(-1)
+        last = torch.arange(1, rows.shape[1] + 1, device=rows.device) * active
+        return last.amax(1).cpu() if rows.shape[1] else torch.zeros(len(rows), dtype=torch.int64)

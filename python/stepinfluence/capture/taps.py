@@ -1,8 +1,9 @@
 """Autograd nodes that hand the gradient at a parameter's use to a recorder.
 
 A tapped parameter takes part in the forward pass *detached*: autograd computes input gradients only and the
-weight-gradient products are never run. Each tap is connected to an ``anchor`` leaf, so that a backward pass to the
-anchor alone visits exactly the nodes between the loss and the taps.
+weight-gradient products are never run (inline, within a training step, it is not detached, and they are). Each tap is
+connected to an ``anchor`` leaf, so that a backward pass to the anchor alone visits exactly the nodes between the loss
+and the taps.
 
 What a tap needs at backward time goes through ``save_for_backward``: it is subject to version checks (an activation
 changed in place is an error, not a wrong number) and to activation checkpointing, while the loop step stays on the
@@ -46,14 +47,15 @@ class _ExpandTap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, anchor: Tensor, receive: Receive, shape: tuple[int, ...]) -> Tensor:
-        ctx.receive = receive
+        ctx.receive, ctx.shape = receive, parameter.shape
         return parameter.expand(shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         with torch._C.DisableTorchFunction():
             ctx.receive(grad, ())
-        return None, None, None, None
+            total = grad.sum_to_size(ctx.shape) if ctx.needs_input_grad[0] else None
+        return total, None, None, None
 
 
 TAPS = (_OutputTap._backward_cls, _ExpandTap._backward_cls)
@@ -71,15 +73,16 @@ def tap_output(output: Tensor, anchor: Tensor, receive: Receive, *saved: Tensor)
 
 
 def tap_expanded(parameter: Tensor, anchor: Tensor, receive: Receive, shape: tuple[int, ...]) -> Tensor:
-    """``parameter`` (detached) expanded to ``shape``; ``receive`` gets the gradient of that shape."""
+    """``parameter`` expanded to ``shape``; ``receive`` gets the gradient of that shape."""
     result: Tensor = _ExpandTap.apply(parameter, anchor, receive, shape)  # type: ignore[no-untyped-call]
     return result
 
 
-def has_tap(tensors: Iterable[object]) -> bool:
-    """Whether the graph behind some tensors holds a tap."""
+def has_tap(tensors: Iterable[object], *, but_through: Tensor | None = None) -> bool:
+    """Whether the graph behind some tensors holds a tap; one that is reached through ``but_through`` alone does not
+    count."""
     stack: list[Any] = [t.grad_fn for t in tensors if isinstance(t, Tensor)]
-    seen: set[Any] = set()
+    seen: set[Any] = set() if but_through is None else {but_through.grad_fn}
     while stack:
         node = stack.pop()
         if node is None or node in seen:

@@ -154,7 +154,7 @@ def _lookup(it: Interceptor, func: Any, table: Any, ids: Tensor, padding: int, b
     # Negative indices of plain indexing count from the end; as a lookup they are wrapped.
     ids = torch.where(ids < 0, ids + len(table), ids) if func is not torch.embedding else ids
     row = tuple(table.shape[1:])
-    output = torch.embedding(table.detach().flatten(1), ids)
+    output = torch.embedding(it.detached(table).flatten(1), ids, padding)
     output = output.unflatten(-1, row) if len(row) > 1 else output
     use = it.use(func, owners, source)
     used = source

@@ -1,0 +1,45 @@
+"""The tensors among a call's arguments, sorted by what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from stepinfluence.capture.sources import Provenance, Source
+
+
+class Operands:
+    """What a call is given.
+
+    Attributes:
+        sources: target parameters, and tensors computed from them alone.
+        data: tensors that the batch has a part in.
+        has_constant: whether there are others, made without data.
+        only_doubtful: whether no data surely is data, see :class:`Provenance`.
+    """
+
+    def __init__(self, known: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.sources: list[Source] = []
+        self.data: list[Tensor] = []
+        self.has_constant = False
+        self.only_doubtful = True
+        self._sort(known, args)
+        if kwargs:
+            self._sort(known, kwargs.values())
+
+    def _sort(self, known: Provenance, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                key = id(value)
+                source = known.source_of(key)
+                if source is not None:
+                    self.sources.append(source)
+                elif known.constants.has_id(key):
+                    self.has_constant = True
+                else:
+                    self.data.append(value)
+                    self.only_doubtful &= known.doubtful.has_id(key)
+            elif type(value) in (tuple, list):
+                self._sort(known, value)
