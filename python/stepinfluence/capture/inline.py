@@ -194,8 +194,8 @@ class Inline:
         if has_tap(tensors, but_through=losses):
             raise LossError(
                 "inline: what is backpropagated reaches the loop body beside the losses given to inline.losses(...), "
-                "by an auxiliary loss or a penalty on activations, so that gradients are not those of the examples; add "
-                "it to each example's loss, or backpropagate it on its own, after the context"
+                "by an auxiliary loss or a penalty on activations, so that gradients are not those of the examples; "
+                "add it to each example's loss, or backpropagate it on its own, after the context"
             )
 
     def _finish(self, buffer: Tensor, losses: Tensor) -> None:
