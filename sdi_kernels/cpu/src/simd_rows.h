@@ -50,3 +50,60 @@ static void rows_row(const struct job *job, int64_t row, float *scratch) {
   float *out = call->out + row * call->out_stride;
   for (int64_t p = 0; p < m; p++) out[p] += total[p] + total[m + p];
 }
+
+/* Entries first .. first + n of one row, as floats. */
+INLINE const float *entries(const struct side *s, int64_t row, int64_t t, int64_t first, int64_t n, float *buffer) {
+  int64_t at = row * s->row_stride + t * s->token_stride + first;
+  if (s->dtype == FLOAT32) return (const float *)s->data + at;
+  const uint16_t *half = (const uint16_t *)s->data + at;
+  if (s->dtype == BFLOAT16) from_bfloat16(half, buffer, n);
+  else from_float16(half, buffer, n);
+  return buffer;
+}
+
+typedef float V4 __attribute__((vector_size(16), may_alias));
+
+/* The same for MATRICES whole matrices side by side, whose columns are scattered: a bucket of all of them is one vector,
+ * read and written once. Where the call has fewer, the last one is there several times. */
+static void matrices(const struct job *job, int64_t group, float *scratch) {
+  const struct call *call = job->call;
+  const struct side *given = &call->acts, *side = &call->grads;
+  int64_t m = call->m, d = given->d, unit = job->depth, row = group * MATRICES;
+  int64_t last_row = call->rows - row < MATRICES ? call->rows - row - 1 : MATRICES - 1;
+  float *total = scratch, *partial = total + MATRICES * m;
+  float factor[256], buffer[MATRICES][256];
+  int32_t place[256];
+  memset(total, 0, sizeof(float) * MATRICES * m);
+  for (int64_t begin = 0; begin < call->tokens; begin += unit) {
+    int64_t end = begin + unit < call->tokens ? begin + unit : call->tokens;
+    float *sum = begin ? partial : total;
+    if (begin) memset(partial, 0, sizeof(float) * MATRICES * m);
+    for (int64_t t = begin; t < end; t++) {
+      float sign = side->sign[t];
+      for (int64_t first = 0; first < d; first += 256) {
+        int64_t count = d - first < 256 ? d - first : 256;
+        const float *x[MATRICES];
+        UNROLL for (int k = 0; k < MATRICES; k++)
+          x[k] = entries(given, row + (k < last_row ? k : last_row), t, first, count, buffer[k]);
+        for (int64_t j = 0; j < count; j++) {
+          int32_t p = given->bucket[first + j] + side->bucket[t];
+          place[j] = p - (p >= m ? (int32_t)m : 0);
+          factor[j] = given->sign[first + j] * sign;
+        }
+        if (call->metric) {
+          const float *metric = call->metric + t * call->metric_stride + first;
+          for (int64_t j = 0; j < count; j++) factor[j] *= metric[j];
+        }
+        for (int64_t j = 0; j < count; j++)
+          *(V4 *)(sum + MATRICES * place[j]) += (V4){x[0][j], x[1][j], x[2][j], x[3][j]} * factor[j];
+      }
+    }
+    if (begin) {
+      for (int64_t p = 0; p < MATRICES * m; p++) total[p] += partial[p];
+    }
+  }
+  for (int64_t k = 0; k <= last_row; k++) {
+    float *out = call->out + (row + k) * call->out_stride;
+    for (int64_t p = 0; p < m; p++) out[p] += total[MATRICES * p + k];
+  }
+}

@@ -224,6 +224,10 @@ static void rows_task(struct work *work, int64_t index, float *scratch) {
   work->variant->rows(work->job, index, scratch);
 }
 
+static void matrices_task(struct work *work, int64_t index, float *scratch) {
+  work->variant->matrices(work->job, index, scratch);
+}
+
 /* ------------------------------------------------------------------------------------------------------------ */
 
 /* Floats that look() needs for a side. */
@@ -375,12 +379,15 @@ EXPORT int sdi_rows_sketch(const struct call *call) {
   job.depth = job.depth < ROWS_UNIT ? ROWS_UNIT : job.depth;
   job.acts.contiguous = given->d <= call->m;
   for (int64_t j = 0; job.acts.contiguous && j < given->d; j++) job.acts.contiguous = given->bucket[j] == j;
-  int64_t each = round_up(4 * call->m, 16) + 2 * round_up(given->d, 16);
+  int together = !call->grads.data && !job.acts.contiguous;
+  int64_t each = together ? round_up(2 * MATRICES * call->m, 16)
+                          : round_up(4 * call->m, 16) + 2 * round_up(given->d, 16);
   int threads = clamp_threads(call, each * sizeof(float), 0);
   if (!threads) return UNSUPPORTED;
   float *memory = take_scratch(threads * each);
   if (!memory) return NO_MEMORY;
-  struct work work = {.job = &job, .variant = variant(), .task = rows_task, .tasks = call->rows,
+  struct work work = {.job = &job, .variant = variant(), .task = together ? matrices_task : rows_task,
+                      .tasks = together ? (call->rows + MATRICES - 1) / MATRICES : call->rows,
                       .scratch = memory, .scratch_each = each};
   run(&work, threads);
   give_scratch(memory, threads * each);
