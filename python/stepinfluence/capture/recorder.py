@@ -122,7 +122,9 @@ class SketchRecorder(DenseSink):
 
     def embedding(self, source: Source, use: Use, ids: Tensor, grad: Tensor, padding: int | None) -> None:
         piece = source.piece
-        as_table = piece is not None and (source.tensor.dim() == 2 or piece.whole)
+        as_table = piece is not None and (
+            piece.dim == 2 or piece.whole
+        )  # a block of more dimensions is a run of entries
         sketch = self._sketching.sketch_of(piece) if as_table else None
         if piece is None or not isinstance(sketch, TensorSketch):
             super().embedding(source, use, ids, grad, padding)
