@@ -95,6 +95,8 @@ def scaled_vector_sketch_(
 # On the CPU: compiled kernels where they are built and apply, the same torch routes elsewhere.
 linear_sketch_.register_kernel("cpu")(borders.guarded(borders.linear, cpu_routes.linear))
 linear_steps_sketch_.register_kernel("cpu")(borders.guarded(borders.linear_steps, cpu_routes.linear_steps))
+matrix_sketch_.register_kernel("cpu")(borders.guarded(borders.matrix, cpu_routes.matrix))
+embedding_sketch_.register_kernel("cpu")(borders.guarded(borders.embedding, cpu_routes.embedding))
 vector_sketch_.register_kernel("cpu")(borders.guarded(borders.vector, cpu_routes.vector))
 scaled_vector_sketch_.register_kernel("cpu")(borders.guarded(borders.scaled_vector, cpu_routes.scaled_vector))
 

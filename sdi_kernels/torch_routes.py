@@ -151,17 +151,16 @@ def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric:
     h_out, s_out, _, h_in, s_in, _ = tables
     rows, d_out, d_in = grads.shape
     budget = workspace_bytes(out.device)
-    per_line = 2 * out.element_size() * (m + d_in)
-    for some in _chunks(rows, min(per_line * d_out, budget), budget):
-        for part in _chunks(d_out, per_line * (some.stop - some.start) + INDEX_BYTES * m, budget):
-            values = grads[some, part].to(out.dtype)
+    values_each, position_each = 2 * out.element_size() * d_in, 2 * INDEX_BYTES * d_in  # of one line
+    for some in _chunks(rows, min(values_each * d_out, budget), budget):
+        for part in _chunks(d_out, values_each * (some.stop - some.start) + position_each, budget):
+            values = grads[some, part].to(out.dtype) * s_in.to(out.dtype)
             if metric is not None:
-                values = values * metric[part]
-            folded = _scatter(values, h_in, s_in, m)
-            del values
-            folded *= s_out[part].to(out.dtype)[:, None]
-            _add_shifted(out[some], folded, h_out[part], torch.arange(m, device=out.device), m)
-            del folded
+                values *= metric[part]
+            values *= s_out[part].to(out.dtype)[:, None]
+            position = (h_out[part].long()[:, None] + h_in).remainder_(m).flatten()
+            out[some].scatter_add_(1, position.expand(len(values), -1), values.flatten(1))
+            del values, position
 
 
 def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:

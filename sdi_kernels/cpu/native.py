@@ -87,6 +87,8 @@ def library() -> ctypes.CDLL | None:
         loaded.sdi_peak_bytes.restype = ctypes.c_int64
         for name in ("sdi_linear_sketch", "sdi_vector_sketch"):
             getattr(loaded, name).argtypes = (ctypes.POINTER(Call),)
+        if hasattr(loaded, "sdi_rows_sketch"):
+            loaded.sdi_rows_sketch.argtypes = (ctypes.POINTER(Call),)
         loaded.sdi_supports.argtypes = (ctypes.c_int64,)
         loaded.sdi_set_variant.argtypes = (ctypes.c_char_p,)
         if asked is not None and loaded.sdi_set_variant(asked.encode()) != 0:
@@ -125,6 +127,19 @@ def supports_fft(m: int) -> bool:
     """Whether the compiled transform can do sketches of size ``m`` (powers of two, from 16 to 256 on)."""
     loaded = library()
     return loaded is not None and bool(loaded.sdi_supports(m))
+
+
+def has_rows() -> bool:
+    """Whether the library sketches matrices by their rows: one built before that kernel was there does not."""
+    return hasattr(library(), "sdi_rows_sketch")
+
+
+def ids_side(ids: Tensor | None, tables: Sequence[Tensor]) -> Side:
+    """Numbers of matrix rows ``(rows, tokens)`` int64 (None: 0, 1, 2, ...), and the tables of that side."""
+    bucket, sign, sources = tables
+    strides = (0, 0) if ids is None else ids.stride()
+    at = None if ids is None else ids.data_ptr()
+    return Side(at, *strides, len(bucket), bucket.data_ptr(), sign.data_ptr(), sources.data_ptr(), sources.shape[1], 0)
 
 
 def side(values: Tensor, tables: Sequence[Tensor]) -> Side:

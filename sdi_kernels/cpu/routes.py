@@ -61,6 +61,44 @@ linear_steps = functools.partial(torch_routes.linear_steps, one=linear)
 """:func:`linear` of every pair of a list, see :func:`.torch_routes.linear_steps`."""
 
 
+def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
+    """``out[r] += TS(metric * grads[r])``."""
+    if grads.shape[0] and not _by_rows(out, None, grads, tables, metric):
+        torch_routes.matrix(out, grads, tables, m, metric)
+
+
+def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
+    """``out[r] += TS(sum_l onehot(token_ids[r, l]) (x) grad_outputs[r, l])``."""
+    torch_routes.ids_in_range("token_ids", token_ids, len(tables[0]))
+    if grad_outputs.numel() and not _by_rows(out, token_ids, grad_outputs, tables, None):
+        torch_routes.embedding(out, token_ids, grad_outputs, tables, m)
+
+
+def _by_rows(out: Tensor, ids: Tensor | None, given: Tensor, tables: Sequence[Tensor], metric: Tensor | None) -> bool:
+    """Sketch matrices whose rows are ``given`` ``(rows, tokens, d_in)`` by the compiled kernel, if it applies."""
+    if not (native.has_rows() and _applies(out, given)):
+        return False
+    # Held by name until the calls are over: the kernel reads them.
+    entries = metric
+    if metric is not None and (metric.dtype != torch.float32 or metric.stride(1) != 1):
+        entries = metric.to(torch.float32).contiguous()
+    rows, tokens, d = given.shape
+    some = rows
+    if given.stride(2) != 1:  # features that are not dense are copied, a few rows at a time
+        some = max(1, workspace_bytes(out.device) // max(1, tokens * given.element_size() * d))
+    for start in range(0, rows, some):
+        part = given[start : start + some]
+        part = part if part.stride(2) == 1 else part.clone(memory_format=torch.contiguous_format)
+        index = None if ids is None else ids[start : start + some]
+        sides = native.ids_side(index, tables[:3]), native.side(part, tables[3:])
+        call = native.call(
+            out[start : start + some], *sides, tokens, "direct", workspace_bytes(out.device), metric=entries
+        )
+        if not native.run("sdi_rows_sketch", call):
+            return False
+    return True
+
+
 def vector(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
     """``out[r] += CS(sum_l grads[r, l])``."""
     if grads.shape[0] == 0 or grads.shape[1] == 0:

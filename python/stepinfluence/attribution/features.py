@@ -136,9 +136,33 @@ class FeatureSpace:
             )
 
 
-DIGEST_ENTRIES = 1 << 16
+DIGEST_ENTRIES = 1 << 17
 """Entries of a tensor that are widened to 64 bits at a time for a digest: as many as stay in a CPU's cache. Other
 devices take 256 times as many, to be asked less often."""
+
+
+DIGEST_ROW = 64
+"""Entries of up to 32 bits whose weighted sums are exact in float64: 2**31 * (2 * 64)**2 * 64 = 2**51."""
+
+
+def _weighted_sums(data: Tensor, start: int) -> Tensor:
+    """``sum_k data[k] * p_k**e`` mod 2**64 for ``e`` = 0, 1, 2, with ``p_k = 2 * (start + k) + 1``: int64 ``(3,)``."""
+    whole = len(data) - len(data) % DIGEST_ROW if data.device.type == "cpu" and data.element_size() <= 4 else 0
+    sums = torch.zeros(3, dtype=torch.int64, device=data.device)
+    if whole:
+        # Rows by a product of matrices, which is exact; then their places are moved to where the rows are.
+        within = torch.arange(1, 2 * DIGEST_ROW, 2, dtype=torch.float64)
+        powers = torch.stack([torch.ones_like(within), within, within * within], 1)
+        s0, s1, s2 = (data[:whole].view(-1, DIGEST_ROW).double() @ powers).long().unbind(1)
+        offset = torch.arange(2 * start, 2 * (start + whole), 2 * DIGEST_ROW)
+        moved = s0 * offset
+        sums += torch.stack([s0.sum(), (s1 + moved).sum(), (s2 + (2 * s1 + moved) * offset).sum()])
+    if whole < len(data):
+        rest = data[whole:].long()
+        place = torch.arange(2 * (start + whole) + 1, 2 * (start + len(data)), 2, device=data.device)
+        weighted = rest * place
+        sums += torch.stack([rest.sum(), weighted.sum(), (weighted * place).sum()])
+    return sums
 
 
 def weights_digest(parameters: Sequence[Tensor]) -> str:
@@ -153,10 +177,7 @@ def weights_digest(parameters: Sequence[Tensor]) -> str:
         mixed = torch.zeros(3, dtype=torch.int64, device=data.device)
         size = DIGEST_ENTRIES if data.device.type == "cpu" else DIGEST_ENTRIES << 8
         for start in range(0, len(data), size):
-            bits = data[start : start + size].long()
-            place = torch.arange(2 * start + 1, 2 * (start + len(bits)), 2, device=bits.device)
-            weighted = bits * place
-            mixed += torch.stack([bits.sum(), weighted.sum(), (weighted * place).sum()])
+            mixed += _weighted_sums(data[start : start + size], start)
         digest.update(repr((tuple(parameter.shape), mixed.tolist())).encode())
     return digest.hexdigest()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepinfluence.capture.rows import Use
-from stepinfluence.capture.sources import Piece, Source, pull_back
+from stepinfluence.capture.sources import Piece, Source, memory_order, pull_back
 
 PULL_BACK_BYTES = 64 << 20
 """Workspace of one taking-back of per-example gradients through a function of parameters (chunked over examples)."""
@@ -24,6 +24,14 @@ def product_dtype(grads: Tensor, dtype: torch.dtype) -> torch.dtype:
 def examples_at_a_time(numbers: int) -> int:
     """Of how many examples gradients of so many numbers are formed at a time."""
     return max(1, PULL_BACK_BYTES // max(1, 4 * numbers))
+
+
+def _outer(left: Tensor, right: Tensor, swapped: bool) -> Tensor:
+    """``left^T right`` of ``(..., L, d)`` and ``(..., L, k)``, summed over L; ``swapped``: with the first of the two
+    dimensions dense in memory, for a parameter that has it last."""
+    if swapped:
+        return (right.transpose(-1, -2) @ left).transpose(-1, -2)
+    return left.transpose(-1, -2) @ right
 
 
 class DenseSink(ABC):
@@ -49,9 +57,10 @@ class DenseSink(ABC):
         a, first = use.rows(activations.to(grad.dtype))
         g, _ = use.rows(grad)
         size, dtype = examples_at_a_time(a.shape[-1] * g.shape[-1]), product_dtype(g, self.dtype)
+        swapped = memory_order(source.tensor) == [1, 0]
         for k in range(0, len(a), size):
-            outer = torch.bmm(g[k : k + size].to(dtype).transpose(1, 2), a[k : k + size].to(dtype))
-            self.dense(source, use, outer, first + k)
+            left, right = g[k : k + size].to(dtype), a[k : k + size].to(dtype)
+            self.dense(source, use, _outer(left, right, swapped), first + k)
 
     def products(
         self, source: Source, use: Use, x: Tensor, grad: Tensor, counts: tuple[int, int, int], back: Sequence[int]
@@ -66,8 +75,11 @@ class DenseSink(ABC):
             x, g = (t.flatten(2, 1 + both).transpose(1, 2) for t in (x, g))
         dtype = torch.promote_types(g.dtype, torch.float32)
         size = examples_at_a_time(source.tensor.numel())
+        last = back[-1] if back else 0
+        swapped = both <= last < both + outer
         for k in range(0, len(g), size):
-            found = g[k : k + size].to(dtype).transpose(-1, -2) @ x[k : k + size].to(dtype)
+            left, right = g[k : k + size].to(dtype), x[k : k + size].to(dtype)
+            found = _outer(left, right, swapped)
             found = found.reshape(len(found), *sizes).permute(0, *(1 + d for d in back))
             self.dense(source, use, found, first + k)
 
@@ -113,6 +125,9 @@ class DenseSink(ABC):
         piece = source.piece
         if piece is not None:
             shape = (len(piece.columns), len(piece.rows)) if piece.transposed else (len(piece.rows), len(piece.columns))
+            if piece.dim == 1 and source.tensor.dim() > 1:  # a block
+                grads = grads.reshape(len(grads), *source.tensor.shape)
+                grads = grads.permute(0, *(1 + d for d in memory_order(source.tensor)))
             self.add(piece, use.step, grads.reshape(len(grads), *shape), first)
             return
         grads = grads.reshape(len(grads), *source.tensor.shape)

@@ -208,10 +208,12 @@ class Interceptor(TorchFunctionMode):
         Uses that are left out (their step is ``OUTSIDE``) are tapped all the same: a recomputation of activation
         checkpointing does not know them, and must save the same tensors.
         """
+        self.shared.dtypes.add(output.dtype)
         return tap_output(output, self._tapping.anchor, self._received(use, receive), *saved)
 
     def tap_expanded(self, source: Source, use: Use, receive: Receive, shape: tuple[int, ...]) -> Tensor:
         """``source`` expanded to ``shape``, with the gradient of that shape handed to ``receive``."""
+        self.shared.dtypes.add(source.tensor.dtype)
         return tap_expanded(self.detached(source.tensor), self._tapping.anchor, self._received(use, receive), shape)
 
     def _received(self, use: Use, receive: Receive) -> Receive:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.batches import infer_batch_size, leaves
-from stepinfluence.capture.found import owners_of_rows
+from stepinfluence.capture.found import find, how_told
 from stepinfluence.capture.interceptor import Interceptor, Tapping, nested
 from stepinfluence.capture.row_by_row import per_row
 from stepinfluence.capture.rows import Use
@@ -33,7 +33,7 @@ class TappedPass:
 
     Attributes:
         losses: of the examples, ``(B,)``.
-        told: how the owners of rows became known.
+        told: how the owners of rows become known.
         steps: number of loop steps.
         labels: the body module of each step.
         hooked: whether hooks of the model's own may see gradients on their way back, and so write to them.
@@ -64,7 +64,16 @@ class TappedPass:
 
         Returns:
             Whether some gradients were of reduced precision.
+
+        Raises:
+            LossError, LayoutError, UnsupportedUseError: the owners of rows cannot be found.
         """
+        to_find = self.told == "found" and not self._interceptor.shared.found
+        if to_find and weights is None:
+            find(self._interceptor, self.losses, sink)
+            return self._interceptor.shared.coarse
+        if to_find:
+            find(self._interceptor, self.losses)
         ones = torch.ones_like(self.losses) if weights is None else weights
         self._interceptor.backward(self.losses, ones, sink, keep=False)
         return self._interceptor.shared.coarse
@@ -129,14 +138,16 @@ class TappedModel:
             size = len(session.check_losses(self.plain(batch, loss_fn, index), None, ids))
         losses, interceptor = self._run(batch, loss_fn, ids, index, size)
         try:
-            told = owners_of_rows(interceptor, losses, reduced=reduced)
+            told = how_told(interceptor, losses, reduced=reduced)
+            if told == "found" and interceptor.owners.doubted:
+                find(interceptor, losses)
         except LayoutError:
             if not interceptor.owners.doubted:
                 raise
             # Tensors made without data had the batch's size by chance: taken for constants from now on.
             self._doubt = False
             losses, interceptor = self._run(batch, loss_fn, ids, index, size)
-            told = owners_of_rows(interceptor, losses, reduced=reduced)
+            told = how_told(interceptor, losses, reduced=reduced)
         hooked = interceptor.hooked or any(m._backward_hooks or m._backward_pre_hooks for m in self.model.modules())
         return TappedPass(losses, told, self.steps.count, list(self.steps.labels), hooked, interceptor)
 

@@ -122,7 +122,9 @@ class SketchRecorder(DenseSink):
 
     def embedding(self, source: Source, use: Use, ids: Tensor, grad: Tensor, padding: int | None) -> None:
         piece = source.piece
-        as_table = piece is not None and (source.tensor.dim() == 2 or piece.whole)
+        as_table = piece is not None and (
+            piece.dim == 2 or piece.whole
+        )  # a block of more dimensions is a run of entries
         sketch = self._sketching.sketch_of(piece) if as_table else None
         if piece is None or not isinstance(sketch, TensorSketch):
             super().embedding(source, use, ids, grad, padding)
@@ -141,11 +143,7 @@ class SketchRecorder(DenseSink):
         matrices = matrices.to(out.dtype)
         root = self._sketching.root_of(piece)
         metric = None if root is None else root.as_matrix()
-        if isinstance(sketch, TensorSketch) and matrices.device.type == "cpu":
-            # Row by row, as a lookup of every row once: the compiled kernel, which there is none of for whole matrices.
-            rows = torch.arange(matrices.shape[1]).expand(matrices.shape[:2])
-            sketch_embedding_grads(rows, matrices if metric is None else matrices * metric, sketch, out=out)
-        elif isinstance(sketch, TensorSketch):
+        if isinstance(sketch, TensorSketch):
             sketch_matrix_grads(matrices, sketch, metric=metric, out=out)
         else:
             assert isinstance(sketch, CountSketch)

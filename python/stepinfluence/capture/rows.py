@@ -27,20 +27,20 @@ def gains_examples(
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
-    """Where the rows of a use go, flattened: row ``r`` is token ``position[r]`` of example ``first + owner[r]``.
+    """Where the rows of a use go, flattened: of the examples ``first : first + count``, ``width`` each, the rows
+    ``source`` in this order, of which those at ``padding`` are none.
 
     Attributes:
-        order: rows sorted by owner.
-        owner, position: of each of those.
-        first, count: the examples that rows are made for, ``first : first + count``.
+        source: ``(count * width,)``.
+        padding: places in ``source``.
+        first, count: the examples that rows are made for.
         width: most rows of one example.
     """
 
-    order: Tensor
-    owner: Tensor
-    position: Tensor
+    source: Tensor
+    padding: Tensor
     first: int
     count: int
     width: int
@@ -49,7 +49,7 @@ class Placement:
 def placement(owners: Tensor) -> Placement:
     """Rows grouped by their owners ``(n,)``."""
     if not len(owners):
-        return Placement(owners, owners, owners, 0, 0, 0)
+        return Placement(owners, owners, 0, 0, 0)
     order = torch.argsort(owners, stable=True)
     ordered = owners[order]
     first = int(ordered[0])
@@ -57,7 +57,10 @@ def placement(owners: Tensor) -> Placement:
     counts = torch.bincount(owner)
     begins = counts.cumsum(0) - counts
     position = torch.arange(len(order), device=owners.device) - begins[owner]
-    return Placement(order, owner, position, first, len(counts), int(counts.max()))
+    count, width = len(counts), int(counts.max())
+    source = torch.full((count * width,), -1, device=owners.device)
+    source[owner * width + position] = order
+    return Placement(source.clamp(min=0), (source < 0).nonzero().flatten(), first, count, width)
 
 
 @dataclass
@@ -68,14 +71,22 @@ class Pass:
         size: examples of the batch.
         relabelled: for each followed owner, the loss that it turned out to be of; None where they are the same.
         coarse: whether gradients of reduced precision were seen.
+        dtypes: of the gradients that uses will get.
+        found: whether owners were found by gradients.
         graph_task: autograd's number of the capture's own backward pass, while one runs.
+        placements: of rows, by the identity of their owners.
+        placed, arranged: the last of these with its owners, and the last tensor that was brought in such an order.
     """
 
     size: int = 0
     relabelled: Tensor | None = None
     coarse: bool = False
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    found: bool = False
     graph_task: int = -1
     placements: dict[int, tuple[Owners, Placement]] = field(default_factory=dict)
+    placed: tuple[Tensor, Placement] | None = None
+    arranged: tuple[Tensor, int, Placement, Tensor] | None = None
 
 
 class Use:
@@ -86,13 +97,13 @@ class Use:
         step: the loop step, 0-based.
         operation: name of the function that it is a use in.
         owners: of the rows, for their leading dimensions; None where that is not known.
-        found: ``(rows,)``, owners of the flattened rows as gradients told, which then count instead.
+        found: owners of the flattened rows ``(rows,)`` as gradients told, which then count instead.
     """
 
     def __init__(self, name: str, step: int, owners: Owners | None, shared: Pass, operation: str = "") -> None:
         self.name, self.step, self.owners, self.operation = name, step, owners, operation
         self.shared = shared
-        self.found: Tensor | None = None
+        self.found: Owners | None = None
 
     def rows(self, tensor: Tensor, trailing: int = 1) -> tuple[Tensor, int]:
         """``(*lead, *trailing dims) -> (n, tokens, *trailing dims)`` of the examples ``first : first + n``, and
@@ -103,32 +114,40 @@ class Use:
         tokens = math.prod(lead)
         if size == 1 or tokens == 0:
             return tensor.reshape(1 if size else 0, tokens, *tail), 0
-        owners = self.owners
-        if self.found is None and self.shared.relabelled is None and owners is not None:
+        owners = self.owners if self.found is None else self.found
+        if self.found is not None:
+            assert self.found.shape == (tokens,)
+        elif owners is not None and self.shared.relabelled is None:
             if owners.shape != tuple(lead):
                 raise LayoutError(f"{self.name}: its gradient has rows {tuple(lead)}, its use had {owners.shape}")
             if owners.along is not None and lead[owners.along] == size:
                 return tensor.movedim(owners.along, 0).reshape(size, tokens // size, *tail), 0
-            if (regular := owners.regular(size)) is not None:
-                split = tensor.reshape(*regular, *tail).transpose(0, 1)
-                return split.reshape(size, tokens // size, *tail), 0
-        place = self._placement(tokens)
-        flat = tensor.reshape(tokens, *tail)
-        out = flat.new_zeros(place.count, place.width, *tail)
-        out[place.owner, place.position] = flat[place.order]
-        return out, place.first
+        assert owners is not None
+        as_they_are = self.found is not None or self.shared.relabelled is None
+        if as_they_are and (regular := owners.regular(size)) is not None:
+            split = tensor.reshape(*regular, *tail).transpose(0, 1)
+            return split.reshape(size, tokens // size, *tail), 0
+        place, last = self._placement(owners), self.shared.arranged
+        if (
+            last is not None and last[0] is tensor and last[1:3] == (tensor._version, place)
+        ):  # the gradient of a weight and of its bias
+            return last[3].reshape(place.count, place.width, *tail), place.first
+        out = tensor.reshape(tokens, *tail).index_select(0, place.source)
+        if len(place.padding):
+            out.index_fill_(0, place.padding, 0)
+        self.shared.arranged = tensor, tensor._version, place, out
+        return out.reshape(place.count, place.width, *tail), place.first
 
-    def _placement(self, rows: int) -> Placement:
-        if self.found is not None:
-            assert len(self.found) == rows
-            return placement(self.found)
-        assert self.owners is not None
-        held = self.shared.placements.get(id(self.owners))
+    def _placement(self, owners: Owners) -> Placement:
+        held = self.shared.placements.get(id(owners))
         if held is None:
-            settled = self.owners.settled()
-            if self.shared.relabelled is not None:
+            settled = owners.settled()
+            if self.found is None and self.shared.relabelled is not None:
                 settled = self.shared.relabelled[settled]
-            held = self.shared.placements[id(self.owners)] = self.owners, placement(settled)
+            last = self.shared.placed
+            if last is None or not torch.equal(last[0], settled):  # as of the layers of one expert
+                last = self.shared.placed = settled, placement(settled)
+            held = self.shared.placements[id(owners)] = owners, last[1]
         return held[1]
 
     def lead_last(self, grad: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[int]]:

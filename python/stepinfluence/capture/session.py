@@ -75,7 +75,10 @@ def seed_batch(seed: int, index: int) -> None:
     """Random state of a batch (torch's, Python's and numpy's): a function of (seed, position of the batch), so that
     featurizing repeats exactly."""
     state = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
-    torch.manual_seed(state)
+    if torch.accelerator.current_accelerator() is None:
+        torch.default_generator.manual_seed(state)  # torch.manual_seed takes a stack trace for each kind of device
+    else:
+        torch.manual_seed(state)
     random.seed(state)
     np.random.seed(state % 2**32)  # noqa: NPY002
 

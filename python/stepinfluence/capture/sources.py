@@ -26,7 +26,8 @@ from stepinfluence.capture.targets import Target
 class Piece:
     """A strided piece of one target: entry (i, j) of the piece is entry (rows[i], columns[j]) of the target's matrix,
     or (rows[j], columns[i]) where ``transposed``. A 1-D tensor is a piece with one row (or one column); a block of a
-    target of more dimensions, such as one expert of many, is a run of entries in order, and ``dim`` is 1 for it."""
+    target of more dimensions, such as one expert of many, is a run of entries, and ``dim`` is 1 for it: in the order of
+    the tensor's dimensions by :func:`memory_order`."""
 
     target: Target
     rows: range
@@ -97,12 +98,20 @@ def find_piece(tensor: Tensor, target: Target) -> Piece | None:
     return None
 
 
+def memory_order(tensor: Tensor) -> list[int]:
+    """A tensor's dimensions, those whose neighbours lie farthest apart first: as they are where it is contiguous."""
+    if tensor.is_contiguous():
+        return list(range(tensor.dim()))
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+
+
 def _block(tensor: Tensor, target: Target) -> Piece | None:
-    """A run of entries of a target of more than two dimensions: whole rows of its matrix, or part of one."""
-    if not tensor.is_contiguous():
+    """A run of entries of a target of more than two dimensions: whole rows of its matrix, or part of one; perhaps with
+    its dimensions exchanged."""
+    if not tensor.permute(memory_order(tensor)).is_contiguous():
         return None
     n_columns, count = target.matrix_shape[1], tensor.numel()
-    if tuple(tensor.shape) == target.matrix_shape:  # flattened to its matrix
+    if tuple(tensor.shape) == target.matrix_shape and tensor.is_contiguous():  # flattened to its matrix
         return Piece(target, range(target.matrix_shape[0]), range(n_columns), False, 2)
     row, column = divmod(int(tensor.storage_offset() - target.parameter.storage_offset()), n_columns)
     if column == 0 and count % n_columns == 0:

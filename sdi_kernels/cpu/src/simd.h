@@ -222,4 +222,5 @@ static void transform_back(const struct fft_plan *plan, const float *x, float *y
 }
 
 #include "simd_sides.h"
+#include "simd_rows.h"
 #include "simd_routes.h"

@@ -179,5 +179,5 @@ static void finish(const struct job *job, int64_t row, const float *total, float
 }
 
 const struct variant VARIANT = {
-    VARIANT_NAME, LANES, TILE_ROWS, TILE_COLUMNS, unit, finish, add, vector_row,
+    VARIANT_NAME, LANES, TILE_ROWS, TILE_COLUMNS, unit, finish, add, vector_row, rows_row, matrices,
 };

@@ -220,6 +220,14 @@ static void vector_task(struct work *work, int64_t index, float *scratch) {
   work->variant->vector(work->job, index, scratch);
 }
 
+static void rows_task(struct work *work, int64_t index, float *scratch) {
+  work->variant->rows(work->job, index, scratch);
+}
+
+static void matrices_task(struct work *work, int64_t index, float *scratch) {
+  work->variant->matrices(work->job, index, scratch);
+}
+
 /* ------------------------------------------------------------------------------------------------------------ */
 
 /* Floats that look() needs for a side. */
@@ -341,10 +349,10 @@ EXPORT int sdi_linear_sketch(const struct call *call) {
   return OK;
 }
 
-/* out[r] += CountSketch(sum_l grads[r, l]); `acts` is not used. */
 /* For the loader: a library of another version of the struct must not be called. */
 EXPORT int64_t sdi_call_bytes(void) { return sizeof(struct call); }
 
+/* out[r] += CountSketch(sum_l grads[r, l]); `acts` is not used. */
 EXPORT int sdi_vector_sketch(const struct call *call) {
   struct job job = {.call = call};
   int64_t slot = sizeof(float);
@@ -359,5 +367,29 @@ EXPORT int sdi_vector_sketch(const struct call *call) {
                       .scratch = memory + shared, .scratch_each = each};
   run(&work, threads);
   give_scratch(memory, floats);
+  return OK;
+}
+
+/* out[r] += TensorSketch(metric * matrix) of the matrix with acts[r, l] in row ids[r, l], where rows that come several
+ * times add up. The ids are the data of `grads`, int64 and in range; without them acts[r] is the matrix. */
+EXPORT int sdi_rows_sketch(const struct call *call) {
+  const struct side *given = &call->acts;
+  struct job job = {.call = call};
+  job.depth = ROWS_UNIT * call->m / given->d;
+  job.depth = job.depth < ROWS_UNIT ? ROWS_UNIT : job.depth;
+  job.acts.contiguous = given->d <= call->m;
+  for (int64_t j = 0; job.acts.contiguous && j < given->d; j++) job.acts.contiguous = given->bucket[j] == j;
+  int together = !call->grads.data && !job.acts.contiguous;
+  int64_t each = together ? round_up(2 * MATRICES * call->m, 16)
+                          : round_up(4 * call->m, 16) + 2 * round_up(given->d, 16);
+  int threads = clamp_threads(call, each * sizeof(float), 0);
+  if (!threads) return UNSUPPORTED;
+  float *memory = take_scratch(threads * each);
+  if (!memory) return NO_MEMORY;
+  struct work work = {.job = &job, .variant = variant(), .task = together ? matrices_task : rows_task,
+                      .tasks = together ? (call->rows + MATRICES - 1) / MATRICES : call->rows,
+                      .scratch = memory, .scratch_each = each};
+  run(&work, threads);
+  give_scratch(memory, threads * each);
   return OK;
 }

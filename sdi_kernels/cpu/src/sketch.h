@@ -7,6 +7,8 @@
 
 #define MAX_PASSES 8
 #define FFT_UNIT 32  /* tokens whose spectra are summed before they join the row's total */
+#define ROWS_UNIT 16  /* rows of a matrix whose sum joins the total: as many as give so many additions to a bucket */
+#define MATRICES 4    /* whole matrices that are sketched side by side */
 #define DIRECT_ROWS 512  /* output features of one unit of the direct route */
 #define DIRECT_DEPTH 256  /* most tokens of one unit of the direct route */
 #define DIRECT_PANELS (128 * 1024)  /* floats of packed panels: half a mebibyte, so they stay in the L2 cache */
@@ -76,6 +78,8 @@ struct variant {
   void (*finish)(const struct job *, int64_t row, const float *total, float *scratch);
   void (*add)(float *total, const float *partial, int64_t count);
   void (*vector)(const struct job *, int64_t row, float *scratch);
+  void (*rows)(const struct job *, int64_t row, float *scratch);
+  void (*matrices)(const struct job *, int64_t group, float *scratch);
 };
 
 static inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stepinfluence.attribution.features import Block, FeatureBuilder, Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.features import (
+    Block,
+    FeatureBuilder,
+    Features,
+    FeatureSpace,
+    _weighted_sums,
+    weights_digest,
+)
 from stepinfluence.errors import FeatureMismatchError
 
 SPACE = FeatureSpace("sketch", (Block("a", (2, 2), 0, 3), Block("b", (2,), 3, 5)), "tables", "weights")
@@ -101,6 +108,21 @@ def test_weights_digest_sees_every_bit_and_place(dtype: torch.dtype) -> None:
     seen |= {weights_digest(weights[::-1]), weights_digest([weights[0].flip(0), weights[1]])}
     seen.add(weights_digest([weights[0].reshape(5, 7), weights[1]]))
     assert len(seen) == 1 + 35 + 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.int64])
+def test_weighted_sums_are_exact(dtype: torch.dtype) -> None:
+    """Digests are stored: however they are computed, they must stay what they are, in the largest numbers too."""
+    limits = torch.iinfo(dtype)
+    for count, start in ((0, 0), (1, 7), (64, 0), (65, 1 << 20), (4 * 64, 3), (1000, 1 << 33)):
+        for fill in (limits.min, limits.max, None):
+            data = torch.full((count,), fill or 0, dtype=dtype)
+            if fill is None:
+                data = torch.randint(limits.min, limits.max, (count,), dtype=dtype)
+            places = [2 * (start + k) + 1 for k in range(count)]
+            sums = [sum(v * p**e for v, p in zip(data.tolist(), places, strict=True)) for e in range(3)]
+            wrapped = [(s + 2**63) % 2**64 - 2**63 for s in sums]
+            assert _weighted_sums(data, start).tolist() == wrapped
 
 
 def test_weights_digest_is_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,10 +71,13 @@ class Follower:
         self._known: dict[int, tuple[weakref.ref[Tensor], Owners, bool]] = {}
         self._nobodys = TensorSet()  # results that require grad and that nobody has a part in
         self._memo: dict[Hashable, tuple[Any, Any]] = {}
+        self._along: dict[tuple[tuple[int, ...], int], Owners] = {}
 
     # ------------------------------------------------------------------------------------------------------------
 
     def note(self, tensor: Tensor, owners: Owners, *, tapped: bool) -> None:
+        if owners.along is not None:  # one object for all that say the same, so that what is remembered of it is found
+            owners = self._along.setdefault((owners.shape, owners.along), owners)
         key, known = id(tensor), self._known
         known[key] = (weakref.ref(tensor, lambda _: known.pop(key, None)), owners, tapped)
 
