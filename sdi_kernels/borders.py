@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdi_kernels._checks import FLOAT_DTYPES, sketch_dtype
+from sdi_kernels._checks import FLOAT_DTYPES, apart, own_memory, sketch_dtype
 from sdi_kernels.hashing import BLOCK_BUCKETS, MAX_SHEAR_SIZE, inverse_table
 
 ROUTES = ("direct", "fft", "shear")
@@ -123,34 +123,8 @@ def _out(out: Tensor, shape: tuple[int | None, ...], *inputs: Tensor) -> None:
         raise ValueError(f"m: got {m}; pass the sketch's number of buckets")
     if out.dtype != sketch_dtype(*inputs):
         raise TypeError(f"out: got dtype {out.dtype}; pass {sketch_dtype(*inputs)}")
-    _own_memory(out)
-    _apart(out, inputs)
-
-
-def _own_memory(out: Tensor) -> None:
-    """Raise where entries of ``out`` share memory: each stride must reach beyond all that smaller ones do."""
-    reach = 1
-    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
-        if size > 1 and stride < reach:
-            raise ValueError("out: its entries share memory (expanded or as_strided); pass a buffer of its own")
-        reach += (size - 1) * stride
-
-
-def _apart(out: Tensor, inputs: Sequence[Tensor]) -> None:
-    """Raise where an input lies within ``out``, which would change it while it is read."""
-    storage = out.untyped_storage().data_ptr()
-    for value in inputs:
-        if value.untyped_storage().data_ptr() == storage and out.numel() and value.numel():
-            start, stop = _bytes(out)
-            first, last = _bytes(value)
-            if first < stop and start < last:
-                raise ValueError("out: shares memory with an input; pass a buffer of its own")
-
-
-def _bytes(value: Tensor) -> tuple[int, int]:
-    """Addresses from the first byte of a tensor that has entries to the one after its last."""
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+    own_memory(out)
+    apart(out, inputs)
 
 
 def on_one_device(*arguments: object) -> None:
@@ -169,7 +143,7 @@ def _metric(metric: Tensor | None, d_out: int, d_in: int, out: Tensor) -> None:
     if metric is not None:
         _floats(metric=metric)
         _shaped("metric", metric, (d_out, d_in), out.device)
-        _apart(out, (metric,))
+        apart(out, (metric,))
 
 
 def linear(
@@ -273,7 +247,7 @@ def linear_steps(
     """As :func:`linear`, for ``linear_steps_sketch_``."""
     d_out, d_in = linear_pairs(activations, grad_outputs, tables)
     _out(out, (None, None, m), activations[0], grad_outputs[0])
-    _apart(out, (*activations[1:], *grad_outputs[1:]))
+    apart(out, (*activations[1:], *grad_outputs[1:]))
     slots(steps, rows, activations, out.shape[:2])
     _route(tables, d_out, d_in, m, route, metric, out)
 
@@ -327,5 +301,5 @@ def scaled_vector(
             _floats(**{name: value})
             _shaped(name, value, tuple(grads.shape[:2]), out.device)
     _out(out, (grads.shape[0], m), grads, factors)
-    _apart(out, [value for value in (center, scale) if value is not None])
+    apart(out, [value for value in (center, scale) if value is not None])
     _tables(tables, (("the vector", grads.shape[2]),), m, out.device)

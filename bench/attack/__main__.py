@@ -7,8 +7,8 @@
 
 Every input is made from the campaign's name and a seed. Files are damaged within a worker process, which is replaced if
 it hangs or dies; commands run in processes forked from one that has everything imported, and are killed there. Writes
-counts and bad inputs to ``--out``, or with ``--keep`` beside the other campaigns' that are kept; exit status 1 if any was
-bad. Needs Linux and faiss (the extra ``index``).
+counts and bad inputs to ``--out``, or with ``--keep`` beside those of the other campaigns that are kept; exit status 1
+if any was bad. Needs Linux and faiss (the extra ``index``).
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def prepare(folder: Path) -> Attack:
         restore()
         write_project(at, *CHANGES[name])
         where = f"{name} changed before another split"
-        first = of_command(run("featurize", "--split", "more", "--out", at / "run", "--trust-project"), where)
+        first = of_command(run("featurize", "--split", "more", "--out", at / "run"), where)
         if first.kind != SAME:
             return verdict_of(first, name)
         found = of_command(run("influence", at / "run", "--query", "more", "--device", "cpu"), where)

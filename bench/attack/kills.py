@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -18,6 +19,9 @@ from bench.attack.processes import Disturbance, Ended, forked, must, must_work, 
 from bench.attack.verdicts import HANG, LOST, SAME, UNCAUGHT, Verdict, judged
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PROGRAM = "index"
+"""What is no command, but a program of somebody's: Ctrl-C is its own affair."""
+
 MOST_EVENTS = 150
 """Dealings with files after which the last kills come: more than any of the commands has."""
 
@@ -54,7 +58,7 @@ def commands(folder: Path) -> dict[str, Callable[[Path], Callable[[], None]]]:
         "influence": lambda at: sdi("influence", run, "--out", at / "influence.npy", "--device", "cpu"),
         "merge": lambda at: sdi("store", "merge", *parts, "--out", at / "store"),
         "export": lambda at: sdi("store", "export", run / "train", at / "out.npz", "--force"),
-        "index": lambda at: index(run / "train", at),
+        PROGRAM: lambda at: index(run / "train", at),
     }
 
 
@@ -123,6 +127,8 @@ def prepare(folder: Path) -> Attack:
         kills = 0
         for _ in range(rng.choice((1, 1, 2, 3))):
             planned = disturbance(rng, seconds[name])
+            if name == PROGRAM and planned.number == signal.SIGINT:
+                planned = replace(planned, number=signal.SIGTERM)
             moment = f"event {planned.event}" if planned.event is not None else f"{planned.seconds:.2f} s"
             where = f"{name}, {signal.Signals(planned.number).name} at {moment}"
             ended = forked(known[name](at), at, planned)

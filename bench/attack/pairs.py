@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -44,7 +45,7 @@ def prepare(folder: Path) -> Attack:
         again = sdi("influence", run, "--out", at / FILES[0], "--device", "cpu", *calls[second])
         planned = disturbance(rng, seconds)
         if planned.event is not None:
-            planned = planned.__class__(planned.number, event=rng.randrange(1, 14))
+            planned = replace(planned, event=rng.randrange(1, 14))
         ended = forked(again, at, planned)
         where, kills = f"{first}, then {second}: {planned}", int(ended.disturbed)
         there = [(at / file).read_bytes() if (at / file).is_file() else None for file in FILES]
