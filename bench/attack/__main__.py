@@ -25,6 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench.attack.campaign import Campaign
+from bench.attack.processes import preload
 from bench.attack.report import Report
 from bench.attack.verdicts import BAD
 from bench.attack.workers import Workers, replayed
@@ -55,6 +56,8 @@ def seeds(first: int, inputs: int | None, seconds: float, bar: tqdm[None]) -> It
 def attacked(chosen: list[Campaign], *, minutes: float, inputs: int | None, first: int, shown: bool = True) -> Report:
     """Attack with these campaigns; each has its share of the minutes, or so many inputs."""
     report, whole = Report(), sum(campaign.share for campaign in chosen)
+    if not all(campaign.mutated for campaign in chosen):
+        preload()  # once, for all workers
     form = "{l_bar}{bar}| {elapsed} of " + ("some time" if inputs is not None else f"{minutes:g} min") + "{postfix}"
     with Workers() as workers, tqdm(total=60 * minutes, bar_format=form, disable=not shown) as bar:
         for campaign in chosen:

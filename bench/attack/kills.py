@@ -70,17 +70,21 @@ def disturbance(rng: Random, seconds: float) -> Disturbance:
     return Disturbance(number, event=1 + int(MOST_EVENTS * rng.random() ** 3))
 
 
-def well_ended(ended: Ended, planned: Disturbance, at: Path, where: str) -> Verdict | None:
-    """The verdict on the way in which a process left after a signal; None if it is as promised."""
+def well_ended(ended: Ended, planned: Disturbance, at: Path, where: str, *, first: bool) -> Verdict | None:
+    """The verdict on the way in which a process left after a signal; None if it is as promised.
+
+    Args:
+        first: whether no process was killed here before, which may have left its lock.
+    """
     if ended.code is None:
         return Verdict(HANG, f"{where}: no end: {ended.line}")
     if planned.number == signal.SIGKILL or not ended.disturbed:
         return must_work(ended, where) if not ended.disturbed else None
     if "Traceback" in ended.text:
         return Verdict(UNCAUGHT, f"{where}: {ended.line}")
-    if ended.code > 0 and (left := [path.name for path in at.rglob(".aside-*")] + [p.name for p in at.rglob(".lock")]):
-        return Verdict(LOST, f"{where}: left {left[0]} behind")
-    return None
+    left = [path.name for path in at.rglob(f".aside-*-{ended.process}-*")]
+    left += [path.name for path in at.rglob(".lock")] if first else []
+    return Verdict(LOST, f"{where}: left {left[0]} behind") if left and ended.code > 0 else None
 
 
 def stores_are_readable(at: Path, where: str) -> Verdict | None:
@@ -132,8 +136,8 @@ def prepare(folder: Path) -> Attack:
             moment = f"event {planned.event}" if planned.event is not None else f"{planned.seconds:.2f} s"
             where = f"{name}, {signal.Signals(planned.number).name} at {moment}"
             ended = forked(known[name](at), at, planned)
+            wrong = well_ended(ended, planned, at, where, first=not kills) or stores_are_readable(at, where)
             kills += ended.disturbed
-            wrong = well_ended(ended, planned, at, where) or stores_are_readable(at, where)
             if wrong is not None:
                 return wrong._replace(kills=kills)
         wrong = must_work(forked(known[name](at), at), f"{name}, again after {where}")

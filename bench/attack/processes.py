@@ -29,11 +29,13 @@ class Ended:
         code: its exit status; negative: the signal that ended it; None: it was ended because it took too long.
         text: what it wrote to stderr and stdout.
         disturbed: whether the signal that it was to get was sent.
+        process: its number.
     """
 
     code: int | None
     text: str
     disturbed: bool
+    process: int
 
     @property
     def line(self) -> str:
@@ -133,11 +135,11 @@ class Forked:
             if passed > LIMIT and (processor_seconds(self.process) > LIMIT or passed > PATIENCE * LIMIT):
                 os.kill(self.process, signal.SIGKILL)
                 os.waitpid(self.process, 0)
-                return Ended(None, self._text(), disturbed)
+                return Ended(None, self._text(), disturbed, self.process)
             time.sleep(0.0005 if due is not None and not disturbed else 0.005)
         code = os.waitstatus_to_exitcode(status)
         struck = self._disturbance is not None and code in (-self._disturbance.number, 128 + self._disturbance.number)
-        return Ended(code, self._text(), struck)
+        return Ended(code, self._text(), struck, self.process)
 
     def _text(self) -> str:
         try:

@@ -18,6 +18,8 @@ from pathlib import Path
 from random import Random
 from types import TracebackType
 
+import torch
+
 from bench.attack.campaign import Campaign
 from bench.attack.verdicts import CRASHED, HANG, Verdict
 
@@ -124,6 +126,7 @@ def _attack(campaign: Campaign, folder: Path, pipe: Connection) -> None:
         addresses = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (addresses + MEMORY, addresses + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        torch.set_num_threads(1)  # no threads of the process that was forked are here
         place = folder / "work"
         place.mkdir()
         try:
