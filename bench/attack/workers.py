@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -31,6 +32,9 @@ PATIENCE = 12
 
 LIVES = 20_000
 """Inputs after which a worker is replaced by a fresh one."""
+
+PLACE = "work"
+"""The folder in which a worker attacks."""
 
 MEMORY = 3 << 30
 """Bytes of addresses that a worker may take beyond those that it begins with."""
@@ -96,7 +100,8 @@ class Worker:
         if isinstance(found, str):
             self.close()
             raise RuntimeError(f"the attack itself failed: {found}")
-        return Verdict(*found)
+        verdict = Verdict(*found)
+        return verdict._replace(detail=verdict.detail.replace(f"{self._folder / PLACE}/", ""))
 
     def _lost(self, seed: int | None, kind: str, detail: str) -> Verdict:
         if seed is None:
@@ -106,7 +111,8 @@ class Worker:
     def _last_words(self) -> str:
         log = self._folder / "worker.log"
         lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-        return " | ".join(line.strip() for line in lines[-60:] if "File" in line or "rror" in line)[:500]
+        said = [line.strip() for line in lines[-60:] if "File" in line or "rror" in line][:8]
+        return " | ".join(re.sub(r'File "[^"]*/([^/"]+)"', r"\1", line) for line in said)
 
     def close(self) -> None:
         """End the process and remove its folder."""
@@ -127,7 +133,7 @@ def _attack(campaign: Campaign, folder: Path, pipe: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (addresses + MEMORY, addresses + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         torch.set_num_threads(1)  # no threads of the process that was forked are here
-        place = folder / "work"
+        place = folder / PLACE
         place.mkdir()
         try:
             attack = campaign.prepare(place)
