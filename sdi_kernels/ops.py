@@ -111,8 +111,8 @@ def _(*arguments: Any) -> None:
 @linear_steps_sketch_.register_fake
 def _(out: Tensor, activations: Sequence[Tensor], grad_outputs: Sequence[Tensor], *rest: Any) -> None:
     tables, _, _, steps, rows, *_ = rest
-    borders.on_one_device(out, activations, grad_outputs, *rest)
     borders.linear_pairs(activations, grad_outputs, tables)
+    borders.on_one_device(out, activations, grad_outputs, *rest)
     borders.slots(steps, rows, activations, out.shape[:2])
 
 
