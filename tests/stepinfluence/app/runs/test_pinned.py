@@ -317,5 +317,5 @@ def test_pins_of_other_types_are_refused(field: dict[str, Any], tmp_path: Path) 
     (tmp_path / "whole.json").write_bytes(sealed(whole))
     assert Pins.read(tmp_path / "whole.json") == Pins("m", {}, {}, "")
     (tmp_path / "odd.json").write_bytes(sealed({**whole, **field}))
-    with pytest.raises(StoreError, match="odd.json: not of the format"):
+    with pytest.raises(StoreError, match=r"odd\.json: not of the format"):
         Pins.read(tmp_path / "odd.json")
