@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-bench gpu-tests gpu-calibrate build clean test-cpus test-triton test-asan bench-evaluate bench-demo
+.PHONY: help demo test lint format docs bench bench-capture bench-layouts bench-search bench-peers bench-scale soak fuzz-models gpu-check gpu-bench gpu-tests gpu-calibrate build clean test-cpus test-triton test-asan bench-evaluate bench-demo attack
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +95,9 @@ bench-peers: .venv-peers/.stamp ## ask other attribution libraries about a loope
 MINUTES ?= 60
 soak: $(VENV)/.stamp-test ## featurize and search in a loop for MINUTES, watching memory (soak.json, soak.png)
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
+
+attack: $(VENV)/.stamp-test ## kill, damage and misuse for MINUTES, every input from a seed (attack.json)
+	$(BIN)/python -m bench.attack --minutes $(MINUTES)
 
 SEED ?= 0
 fuzz-models: $(VENV)/.stamp-test ## MINUTES of random looped models, from SEED on, against batches of one by autograd (fuzz.json)

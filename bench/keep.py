@@ -5,8 +5,8 @@
     python -m bench.keep --list
 
 Needs the extras ``bench``, ``hf`` and ``index``. Each command runs in a process of its own; one that fails is named at
-the end and does not take the others along. ``peers`` needs an environment of its own (``make bench-peers``) and is run
-only if asked for, with ``--python .venv-peers/bin/python``.
+the end and does not take the others along. Some are run only if asked for: ``attack`` and ``soak``, an hour each, and
+``peers``, which needs an environment of its own (``make bench-peers``) and ``--python .venv-peers/bin/python``.
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ COMMANDS: dict[str, list[str]] = {
     "integrations": ["-m", "bench.integrations", "--keep"],
     "search": ["-m", "bench.search", "--cpu-seconds", "--scratch", "SCRATCH", "--keep"],
     "install": ["-m", "bench.install", "--keep"],
-    "soak": ["-m", "bench.soak", "--minutes", "8", "--out", str(RESULTS / "soak")],
+    "attack": ["-m", "bench.attack", "--minutes", "60", "--keep"],
+    "soak": ["-m", "bench.soak", "--minutes", "60", "--out", str(RESULTS / "soak")],
     "workspace": ["-m", "bench.workspace", "--keep"],
     "models": ["-m", "bench.models", "--keep", "--anew"],
     "peers": ["-m", "bench.peers", "--keep"],
 }
+IF_ASKED = ("attack", "soak", "peers")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of --list; all but peers if none is given")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of --list; all but {', '.join(IF_ASKED)} if none is given"
+    )
     parser.add_argument("--list", action="store_true", help="print names and commands")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the measurements")
     options = parser.parse_args()
@@ -49,7 +53,7 @@ def main() -> int:
     if unknown := sorted(set(options.names) - set(COMMANDS)):
         parser.error(f"NAME: got {', '.join(unknown)}; use some of {', '.join(COMMANDS)}")
     failed = []
-    for name in options.names or [n for n in COMMANDS if n != "peers"]:
+    for name in options.names or [n for n in COMMANDS if n not in IF_ASKED]:
         print(f"--- {name}", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
             command = [scratch if part == "SCRATCH" else part for part in COMMANDS[name]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -84,7 +85,34 @@ def output_buffer(
         )
     if out.requires_grad:
         raise ValueError(f"{name}: got a tensor that requires grad; detach it (sketches add up in place)")
+    own_memory(out, name)
     return out
+
+
+def own_memory(out: Tensor, name: str = "out") -> None:
+    """Raise where entries of a tensor that is written to share memory: strides must reach beyond smaller ones."""
+    reach = 1
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(f"{name}: its entries share memory (expanded or as_strided); pass a buffer of its own")
+        reach += (size - 1) * stride
+
+
+def apart(out: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raise where an input lies within ``out``, which would change it while it is read."""
+    storage = out.untyped_storage().data_ptr()
+    for value in inputs:
+        if value.untyped_storage().data_ptr() == storage and out.numel() and value.numel():
+            start, stop = _bytes(out)
+            first, last = _bytes(value)
+            if first < stop and start < last:
+                raise ValueError("out: shares memory with an input; pass a buffer of its own")
+
+
+def _bytes(value: Tensor) -> tuple[int, int]:
+    """Addresses from the first byte of a tensor that has entries to the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
 
 
 def sketch_dtype(*inputs: Tensor) -> torch.dtype:

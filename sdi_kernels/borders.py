@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdi_kernels._checks import FLOAT_DTYPES, sketch_dtype
+from sdi_kernels._checks import FLOAT_DTYPES, apart, own_memory, sketch_dtype
 from sdi_kernels.hashing import BLOCK_BUCKETS, MAX_SHEAR_SIZE, inverse_table
 
 ROUTES = ("direct", "fft", "shear")
@@ -123,14 +123,27 @@ def _out(out: Tensor, shape: tuple[int | None, ...], *inputs: Tensor) -> None:
         raise ValueError(f"m: got {m}; pass the sketch's number of buckets")
     if out.dtype != sketch_dtype(*inputs):
         raise TypeError(f"out: got dtype {out.dtype}; pass {sketch_dtype(*inputs)}")
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError("out: its entries share memory (an expanded tensor); pass a buffer of its own")
+    own_memory(out)
+    apart(out, inputs)
 
 
-def _metric(metric: Tensor | None, d_out: int, d_in: int, device: torch.device) -> None:
+def on_one_device(*arguments: object) -> None:
+    """Raise where tensors among the arguments lie on several devices: a tensor without memory takes the call to where
+    nothing is computed."""
+    device: torch.device | None = None
+    for argument in arguments:
+        for value in argument if isinstance(argument, list | tuple) else (argument,):
+            if isinstance(value, Tensor):
+                device = device or value.device
+                if value.device != device:
+                    raise ValueError(f"out: tensors lie on {device} and on {value.device}; move them together")
+
+
+def _metric(metric: Tensor | None, d_out: int, d_in: int, out: Tensor) -> None:
     if metric is not None:
         _floats(metric=metric)
-        _shaped("metric", metric, (d_out, d_in), device)
+        _shaped("metric", metric, (d_out, d_in), out.device)
+        apart(out, (metric,))
 
 
 def linear(
@@ -148,15 +161,15 @@ def linear(
     rows, tokens, d_in = activations.shape
     _shaped("grad_outputs", grad_outputs, (rows, tokens, None), out.device)
     _out(out, (rows, m), activations, grad_outputs)
-    _route(tables, grad_outputs.shape[2], d_in, m, route, metric, out.device)
+    _route(tables, grad_outputs.shape[2], d_in, m, route, metric, out)
 
 
 def _route(
-    tables: Sequence[Tensor], d_out: int, d_in: int, m: int, route: str, metric: Tensor | None, device: torch.device
+    tables: Sequence[Tensor], d_out: int, d_in: int, m: int, route: str, metric: Tensor | None, out: Tensor
 ) -> None:
     """Check the tables and metric of a linear layer, and that ``route`` can take them."""
-    in_order = _tables(tables, (("outputs", d_out), ("inputs", d_in)), m, device)
-    _metric(metric, d_out, d_in, device)
+    in_order = _tables(tables, (("outputs", d_out), ("inputs", d_in)), m, out.device)
+    _metric(metric, d_out, d_in, out)
     if route not in ROUTES:
         raise ValueError(f"route: got {route!r}; the operator takes {', '.join(map(repr, ROUTES))}")
     if route == "fft" and metric is not None:
@@ -234,8 +247,9 @@ def linear_steps(
     """As :func:`linear`, for ``linear_steps_sketch_``."""
     d_out, d_in = linear_pairs(activations, grad_outputs, tables)
     _out(out, (None, None, m), activations[0], grad_outputs[0])
+    apart(out, (*activations[1:], *grad_outputs[1:]))
     slots(steps, rows, activations, out.shape[:2])
-    _route(tables, d_out, d_in, m, route, metric, out.device)
+    _route(tables, d_out, d_in, m, route, metric, out)
 
 
 def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
@@ -245,7 +259,7 @@ def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric:
     rows, d_out, d_in = grads.shape
     _out(out, (rows, m), grads)
     _tables(tables, (("rows", d_out), ("columns", d_in)), m, out.device)
-    _metric(metric, d_out, d_in, out.device)
+    _metric(metric, d_out, d_in, out)
 
 
 def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
@@ -284,6 +298,8 @@ def scaled_vector(
     _shaped("factors", factors, tuple(grads.shape), out.device)
     for name, value in (("center", center), ("scale", scale)):
         if value is not None:
+            _floats(**{name: value})
             _shaped(name, value, tuple(grads.shape[:2]), out.device)
     _out(out, (grads.shape[0], m), grads, factors)
+    apart(out, [value for value in (center, scale) if value is not None])
     _tables(tables, (("the vector", grads.shape[2]),), m, out.device)

@@ -40,6 +40,7 @@ def _accumulate(
     try:
         flat = buffer.view(-1, m)
     except RuntimeError:
+        _checks.apart(buffer, inputs)
         flat = buffer.reshape(-1, m)
         accumulate(flat)
         return buffer.copy_(flat.view(buffer.shape))

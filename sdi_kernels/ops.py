@@ -106,14 +106,15 @@ scaled_vector_sketch_.register_kernel("cpu")(borders.guarded(borders.scaled_vect
 @embedding_sketch_.register_fake
 @vector_sketch_.register_fake
 @scaled_vector_sketch_.register_fake
-def _(*_args: Any) -> None:
-    return None
+def _(*arguments: Any) -> None:
+    borders.on_one_device(*arguments)
 
 
 @linear_steps_sketch_.register_fake
 def _(out: Tensor, activations: Sequence[Tensor], grad_outputs: Sequence[Tensor], *rest: Any) -> None:
     tables, _, _, steps, rows, *_ = rest
     borders.linear_pairs(activations, grad_outputs, tables)
+    borders.on_one_device(out, activations, grad_outputs, *rest)
     borders.slots(steps, rows, activations, out.shape[:2])
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from kept import MARK, ROOT, Parts, rewritten
+from parts_attack import PARTS as ATTACK
 from parts_bench import PARTS as BENCH
 from parts_curvature import PARTS as CURVATURE
 from parts_models import PARTS as MODELS
 from parts_readme import PARTS as README
 from parts_store import PARTS as STORE
 
-PARTS: Parts = {**README, **STORE, **BENCH, **MODELS, **CURVATURE}
+PARTS: Parts = {**README, **STORE, **BENCH, **MODELS, **CURVATURE, **ATTACK}
 PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -165,17 +165,6 @@ def integrations() -> str:
     return "\n\n".join(texts)
 
 
-def soak() -> str:
-    r = load("soak.json")
-    left = "nothing" if r["held_before"] == r["held_after"] else f"{r['held_after']} after {r['held_before']}"
-    grown = "n/a" if r["growth_mib"] is None else f"{r['growth_mib']:.1f} MiB"
-    return (
-        f"The run that is kept: {r['rounds']} rounds in {r['minutes']:g} minutes; memory grew by {grown} between the first and "
-        f"the last quarter; of hooks, files, threads and processes {left} was left. {source('soak.json', False, r)} "
-        "An hour has not been run."
-    )
-
-
 def peers() -> str:
     """docs/peers.md: the table and what was asked."""
     from bench.peers.__main__ import markdown
@@ -191,6 +180,5 @@ PARTS: Parts = {
     "variance": variance,
     "search": search,
     "integrations": integrations,
-    "soak": soak,
     "peers": peers,
 }

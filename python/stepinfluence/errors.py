@@ -6,6 +6,20 @@ from __future__ import annotations
 class StepInfluenceError(ValueError):
     """Base class of the errors below; a ``ValueError``, so existing handlers keep working."""
 
+    def __str__(self) -> str:
+        """The message: one line whatever is named in it, since names come from files of others."""
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else _spelled(c) for c in text)
+
+
+def _spelled(character: str) -> str:
+    """A character that is no printable one, as it is written in Python; spaces of other widths as they are."""
+    return character if character.isspace() and character not in _BREAKS else ascii(character)[1:-1]
+
+
+_BREAKS = frozenset("\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029")
+"""White space that ends or moves lines."""
+
 
 class BodyError(StepInfluenceError):
     """The loop body, its parameters or its steps are not as they must be."""

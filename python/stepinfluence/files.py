@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from stepinfluence.errors import StoreError
-from stepinfluence.writers import aside
+from stepinfluence.writers import aside, folder_aside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,9 +74,9 @@ def save_tensors(tensors: dict[str, Tensor], made: Path, metadata: dict[str, str
     """
     from safetensors.torch import save_file  # torch is not needed for anything else here
 
-    folder = made.with_name(f"{made.name}.folder")
-    folder.mkdir()
+    folder = folder_aside(made)
     try:
+        folder.mkdir()
         save_file(tensors, folder / made.name, metadata=metadata)
         (folder / made.name).replace(made)
     finally:
@@ -115,6 +115,12 @@ def sealed(content: Mapping[str, Any]) -> bytes:
     return canonical({**content, SEAL: hashlib.sha256(canonical(content)).hexdigest()})
 
 
+def read_within(path: Path, limit: int) -> bytes:
+    """A file's bytes; of one that is larger than ``limit`` one byte more. Takes memory for what the file has."""
+    with path.open("rb") as file:
+        return file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
+
+
 def _refused_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
@@ -138,8 +144,7 @@ def read_sealed(path: Path, limit: int) -> dict[str, Any]:
         StoreError: the file is missing, larger than ``limit`` bytes, no JSON object, or not as it was written.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(limit + 1)
+        raw = read_within(path, limit)
     except OSError as error:
         raise StoreError(f"{path}: could not be read ({error.strerror or error})") from error
     if len(raw) > limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -29,6 +30,9 @@ ABANDONED_SECONDS = 24 * 3600
 """A file aside whose writer cannot be asked (it is, or was, on another machine) counts as left behind when it has not
 been written to for this long."""
 
+_recent: collections.deque[Path] = collections.deque(maxlen=64)
+"""Names that :func:`aside` gave last; no thread is at more of them at a time."""
+
 _OWNED = re.compile(re.escape(ASIDE) + r"(?P<host>[0-9a-f]{8})-(?P<process>\d+)-")
 
 
@@ -45,7 +49,22 @@ def host() -> str:
 
 def aside(path: Path) -> Path:
     """A new name beside ``path`` for what is to become it; tells this process."""
-    return path.with_name(f"{ASIDE}{host()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    made = path.with_name(f"{ASIDE}{host()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    _recent.append(made)
+    return made
+
+
+def remove_own_leftovers() -> None:
+    """Remove what this process has left aside: for the way out after a signal, which may have come while it tidied."""
+    for made in _recent:
+        for path in (made, folder_aside(made)):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def folder_aside(made: Path) -> Path:
+    """The folder beside a file aside in which a library may write it, with files aside of its own."""
+    return made.with_name(f"{made.name}.folder")
 
 
 def remove_leftovers(folder: Path, *, within: bool = False) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdi_kernels import CountSketch, TensorSketch, borders, ops, reference
+from sdi_kernels import CountSketch, TensorSketch, borders, ops, reference, sketch_linear_grads
 
 Arguments = dict[str, Any]
 OPERATORS = {
@@ -83,6 +83,14 @@ def replaced(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Calla
     return lambda call, _: {**call, name: change(call[name])} if name in call else {**call, "m": 0}
 
 
+def within_an_input(call: Arguments) -> Arguments:
+    """``out`` and the first gradients in one piece of memory."""
+    name = "grads" if "grads" in call else "grad_outputs"
+    value, out = call[name], call["out"]
+    memory = torch.zeros(value.numel() + out.numel())
+    return {**call, name: memory[: value.numel()].view_as(value), "out": memory[: out.numel()].view_as(out)}
+
+
 WRONG: dict[str, Callable[[Arguments, int], Arguments]] = {
     "a table missing": lambda call, _: {**call, "tables": call["tables"][:-1]},
     "no tables": lambda call, _: {**call, "tables": []},
@@ -103,6 +111,13 @@ WRONG: dict[str, Callable[[Arguments, int], Arguments]] = {
     "out in float64": replaced("out", torch.Tensor.double),
     "out in bfloat16": replaced("out", torch.Tensor.bfloat16),
     "out that shares memory": replaced("out", lambda t: t[:1, :1].expand(max(2, len(t)), t.shape[1])),
+    "out whose rows overlap": replaced(
+        "out", lambda t: t.new_zeros(t.numel() + 2).as_strided((max(2, len(t)), max(2, t.shape[1])), (1, 1))
+    ),
+    "out within an input": lambda call, _: within_an_input(call),
+    "out on meta": replaced("out", lambda t: t.to("meta")),
+    "gradients on meta": replaced("grads", lambda t: t.to("meta")),
+    "a scale of booleans": replaced("scale", torch.Tensor.bool),
     "wider activations": replaced("activations", lambda t: torch.cat([t, t], -1)),
     "activations of integers": replaced("activations", torch.Tensor.int),
     "a token less of activations": replaced("activations", lambda t: t[:, :-1]),
@@ -160,6 +175,20 @@ def test_right_calls_are_taken(name: str, size: tuple[int, int, int, int, int], 
     assert torch.isfinite(call["out"]).all()
     if layout != "16 bits":
         torch.testing.assert_close(call["out"], want, rtol=1e-4, atol=1e-4)
+
+
+def test_public_functions_refuse_shared_memory() -> None:
+    sketch = TensorSketch(4, 6, 8)
+    a, g, memory = torch.randn(2, 3, 5, 6), torch.randn(2, 3, 5, 4), torch.zeros(400)
+    shared = memory[: a.numel()].view_as(a)
+    for out in (torch.zeros(1, 3, 8).expand(2, 3, 8), memory.as_strided((2, 3, 8), (3, 1, 1))):
+        with pytest.raises(ValueError, match="out: its entries share memory"):
+            sketch_linear_grads(a, g, sketch, out=out)
+    for out in (memory[:48].view(2, 3, 8), memory[:48].view(3, 2, 8).transpose(0, 1)):
+        with pytest.raises(ValueError, match="out: shares memory with an input"):
+            sketch_linear_grads(shared, g, sketch, out=out)
+    beside = torch.zeros(2, 3, 20)
+    sketch_linear_grads(a, g, sketch, out=beside[..., 5:13])  # a part of a larger buffer is what it is for
 
 
 def test_another_device_is_refused() -> None:

@@ -16,6 +16,7 @@ from stepinfluence.attribution.features import FeatureBuilder, Features, Feature
 from stepinfluence.capture import state
 from stepinfluence.capture.batches import expected_rows, fingerprints, length_of, usable
 from stepinfluence.capture.diagnosis import check_parameters
+from stepinfluence.capture.threads import one_thread
 from stepinfluence.errors import BodyError, LossError
 from stepinfluence.loaders import IdsOf as IdsOf
 from stepinfluence.loaders import LossFn as LossFn
@@ -31,11 +32,15 @@ def isolated(model: nn.Module, *, training: bool) -> Iterator[None]:
     state come back as they were (:mod:`stepinfluence.capture.state`).
 
     ``torch.compile``d parts run eagerly within: their parameters' uses could not be seen otherwise.
+
+    Raises:
+        BodyError: another thread is at it.
     """
     modes = {module: module.training for module in model.modules()}
     streams = random.getstate(), np.random.get_state()  # noqa: NPY002  # what models draw loop counts from
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:
+        stack.enter_context(one_thread(model))
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
@@ -203,7 +208,10 @@ class LoaderCapture(ABC):
         if first_batch < 0:
             raise ValueError(f"first_batch: got {first_batch}; batches count from 0")
         self._check_parameters()
-        builder = FeatureBuilder(self.width, self.dtype, self.device, per_step=per_step, expected=expected_rows(loader))
+        with torch.inference_mode(False):  # features are tensors like any other, wherever they are made
+            builder = FeatureBuilder(
+                self.width, self.dtype, self.device, per_step=per_step, expected=expected_rows(loader)
+            )
         total = length_of(loader)
         with (
             isolated(self.model, training=self.training),
@@ -236,4 +244,5 @@ class LoaderCapture(ABC):
                 "body: its weights are others than before (the forward pass or the loss changes them, through .data or "
                 "another tensor); change weights outside of a run, or load them again"
             )
-        return builder.finish(space)
+        with torch.inference_mode(False):
+            return builder.finish(space)

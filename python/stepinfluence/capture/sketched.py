@@ -31,6 +31,7 @@ from stepinfluence.capture.targets import (
     single_device,
     unwrap,
 )
+from stepinfluence.capture.threads import one_thread
 from stepinfluence.capture.told import Ledger, Uses
 from stepinfluence.capture.verified import Memory
 
@@ -196,23 +197,25 @@ class Capture(session.LoaderCapture):
 
         Raises:
             LossError: the loss has a wrong shape, no gradient, or is not finite (names the examples).
-            BodyError: a body parameter is never used, or used outside the loop, or no step was entered.
+            BodyError: a body parameter is never used, or used outside the loop, or no step was entered; or another
+                thread is featurizing this model.
             UnsupportedUseError: a use whose gradient cannot be captured (names parameter and operation).
             LayoutError: the examples of a batch cannot be told apart or influence one another.
         """
-        self._check_parameters()
-        run = self.begin(loss_fn, self.space(), verify)
-        features = self._featurize_loader(
-            loader,
-            run.featurize_batch,
-            space=run.space,
-            per_step=per_step,
-            ids=ids,
-            progress=progress,
-            description="featurize",
-            first_batch=first_batch,
-            on_error=on_error,
-        )
+        with one_thread(self.model):  # already here: what a capture knows of its run is the run's
+            self._check_parameters()
+            run = self.begin(loss_fn, self.space(), verify)
+            features = self._featurize_loader(
+                loader,
+                run.featurize_batch,
+                space=run.space,
+                per_step=per_step,
+                ids=ids,
+                progress=progress,
+                description="featurize",
+                first_batch=first_batch,
+                on_error=on_error,
+            )
         if len(features) and run.verifying:
             run.usage.check(self.model, self.targets, last=True)
         return features

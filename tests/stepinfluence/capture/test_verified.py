@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 import zoo
 from stepinfluence.attribution.preconditioners import from_optimizer
 from stepinfluence.capture import Capture, attach
+from stepinfluence.capture.sketched_run import VERIFIED_SHARE
 from stepinfluence.capture.verification import Verification
 from stepinfluence.capture.verified import Memory
+from stepinfluence.errors import LayoutError
 from stepinfluence.search import rerank
 from torch import Tensor, nn
 
@@ -197,3 +200,48 @@ def test_a_loss_function_is_neither_kept_alive_nor_mistaken_for_its_successor() 
         del loss_fn
         gc.collect()
     assert len(memory._known) == 1
+
+
+class BeginsToMix(nn.Module):
+    """Exchanges something between examples in the batches that say so."""
+
+    def __init__(self, exchange: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.core, self.exchange = zoo.Core(lambda s, x: s.mix(x).tanh(), mix=zoo.linear()), exchange
+
+    def forward(self, x: Tensor, late: bool) -> Tensor:
+        for _ in range(zoo.STEPS):
+            x = self.core(x)
+            if late:
+                x = self.exchange(x)
+        return x.flatten(1).sum(1)
+
+
+def in_the_backward_pass(x: Tensor) -> Tensor:
+    """What no forward pass shows: a hook that takes the batch's mean from every gradient."""
+    x.register_hook(lambda grad: grad - grad.mean(0))
+    return x
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("exchange", [lambda x: x - x.mean(0), in_the_backward_pass], ids=["forward", "backward"])
+def test_examples_that_begin_to_mix_later_are_noticed(exchange: Callable[[Tensor], Tensor], seed: int) -> None:
+    """What is followed through the forward pass at once; else at the next batch that is picked."""
+    capture = attach(BeginsToMix(exchange), body="core", sketch_size=8, seed=seed)
+    given: list[int] = []
+
+    def loader() -> Iterator[tuple[Tensor, bool]]:
+        for k in range(600):
+            given.append(k)
+            yield torch.randn(4, 3, zoo.D), k >= 10
+
+    with pytest.raises(LayoutError):
+        capture.featurize(loader(), lambda net, batch: net(*batch) ** 2, progress=False)
+    picked = (k for k in range(10, 600) if Random(f"{seed}, batch {k}").random() < VERIFIED_SHARE)
+    assert given[-1] == (next(picked) if exchange is in_the_backward_pass else 10)
+
+
+def test_one_batch_in_64_is_picked() -> None:
+    assert VERIFIED_SHARE == 1 / 64
+    picked = sum(Random(f"0, batch {k}").random() < VERIFIED_SHARE for k in range(64_000))
+    assert abs(picked - 1000) < 4 * 1000**0.5

@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import stores
 from stepinfluence import StoreError, writers
-from stepinfluence.files import canonical, sealed
+from stepinfluence.files import canonical, read_sealed, read_within, sealed
 from stepinfluence.store import Manifest, Store, StoreWriter, verify
 
 Content = dict[str, Any]
@@ -271,3 +272,35 @@ def test_a_row_that_is_none_is_refused(path: Path, line: bytes) -> None:
     assert store.row(0).id == "example 0"
     with pytest.raises(StoreError, match=r"shard-00000000.jsonl: row 1"):
         store.row(1)
+
+
+def test_memory_is_taken_for_what_a_file_has(tmp_path: Path) -> None:
+    """Not for what it may have."""
+    (tmp_path / "a.json").write_bytes(sealed({"a": 1}))
+    tracemalloc.start()
+    assert read_sealed(tmp_path / "a.json", 1 << 40) == {"a": 1}
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1 << 20
+    assert len(read_within(tmp_path / "a.json", 10)) == 11
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\r\x1b[2Jb", "a\x85b", "a\u2028b", "a\ud800b", "a\0b", "a\tb"])
+def test_an_error_is_one_line_whatever_it_names(name: str) -> None:
+    text = str(StoreError(f"{name}: é \u3000 is no store"))
+    assert text.splitlines() == [text]
+    assert text.encode().decode() == text
+    assert "\x1b" not in text
+    assert "\0" not in text
+    assert text.startswith("a\\")
+    assert text.endswith("b: é \u3000 is no store")
+
+
+def test_what_a_process_leaves_is_removed_on_its_way_out(tmp_path: Path) -> None:
+    made = [writers.aside(tmp_path / name) for name in ("a", "b")]
+    made[0].write_bytes(b"half")
+    writers.folder_aside(made[1]).mkdir()
+    (writers.folder_aside(made[1]) / "inside").write_bytes(b"half")
+    (tmp_path / "whole").write_bytes(b"whole")
+    writers.remove_own_leftovers()
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

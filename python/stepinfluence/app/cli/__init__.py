@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from stepinfluence.app.cli import demo, doctor, evaluate, explore, featurize, influence, init, outliers, query, store
-from stepinfluence.app.cli._common import CommandGroup, end_on_signals, show_version
+from stepinfluence.app.cli._common import CommandGroup, end_on_signals, left, show_version
 
 HELP = """Which training examples shaped a looped transformer's answer, and at which loop step.
 
@@ -63,4 +63,7 @@ app.add_typer(store.app, name="store", help=store.HELP, epilog=store.EPILOG, ric
 def main() -> None:
     """Entry point of the ``sdi`` command and of ``python -m stepinfluence``."""
     end_on_signals()
-    app(prog_name="sdi")
+    try:
+        app(prog_name="sdi")
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise left(error) from None

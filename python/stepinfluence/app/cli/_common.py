@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
+from stepinfluence.writers import remove_own_leftovers
+
 FAILED_CHECK = 1
 WRONG_USE = 2
 
@@ -28,6 +30,10 @@ class Stopped(KeyboardInterrupt):  # no error
         self.number = number
 
 
+_came: list[int] = []
+"""Signals that asked this process to end."""
+
+
 def end_on_signals() -> None:
     """Have SIGTERM and SIGHUP end this process as Ctrl-C does: files aside and locks go, what is finished stays.
 
@@ -35,6 +41,7 @@ def end_on_signals() -> None:
     """
 
     def stop(number: int, _: object) -> None:
+        _came.append(number)
         raise Stopped(number)
 
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
@@ -43,8 +50,19 @@ def end_on_signals() -> None:
             signal.signal(number, stop)
 
 
+def left(error: KeyboardInterrupt | SystemExit) -> SystemExit:
+    """How the program ends, whose command has left so: where a signal struck outside of the command itself, click has
+    taken it for Ctrl-C and says nothing."""
+    if isinstance(error, SystemExit):
+        if error.code != INTERRUPTED or not _came:
+            return error
+        error = Stopped(_came[-1])
+    return SystemExit(interrupted(error).exit_code)
+
+
 def interrupted(error: KeyboardInterrupt, then: str = "nothing is half-written") -> typer.Exit:
     """Say on stderr that a command was interrupted, by which signal, and what that means; the way to leave."""
+    remove_own_leftovers()
     name = f" by {signal.Signals(error.number).name}" if isinstance(error, Stopped) else ""
     console(json_output=True).print(f"[bold]interrupted{name}[/bold]: {then}", soft_wrap=True)
     return typer.Exit(128 + error.number if isinstance(error, Stopped) else INTERRUPTED)

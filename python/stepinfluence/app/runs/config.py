@@ -17,7 +17,7 @@ from sdi_kernels import HashFamily
 from stepinfluence.attribution.preconditioners import Kind
 from stepinfluence.capture.targets import Layout
 from stepinfluence.errors import ConfigError
-from stepinfluence.files import make_folder, write_bytes
+from stepinfluence.files import make_folder, read_within, write_bytes
 from stepinfluence.store import StoreDtype
 
 CONFIG = "config.yaml"
@@ -127,8 +127,7 @@ class RunConfig:
         """
         path = Path(path)
         try:
-            with path.open("rb") as file:
-                raw = file.read(CONFIG_LIMIT + 1)
+            raw = read_within(path, CONFIG_LIMIT)
             if len(raw) > CONFIG_LIMIT:
                 raise ConfigError(f"{path}: larger than {CONFIG_LIMIT} bytes; give the config.yaml of a run")
             content = yaml.load(raw.decode(), _Loader)  # noqa: S506  # a safe one

@@ -85,7 +85,7 @@ class Pins:
         if not path.is_file():
             return None
         content = read_sealed(path, LIMIT)
-        if content.pop("format", None) != FORMAT or content.keys() != {f.name for f in dataclasses.fields(cls)}:
+        if content.pop("format", None) != FORMAT or not _is_valid(content):
             raise StoreError(f"{path}: not of the format {FORMAT!r}; use another --out")
         return cls(**{**content, "accepted": tuple(content["accepted"])})
 
@@ -125,6 +125,28 @@ class Pins:
                 ranges.append([shard, shard + 1])
         entry = {"on": time.strftime("%Y-%m-%d %H:%M:%S"), "changed": list(changes), "shards": ranges}
         return dataclasses.replace(now, accepted=(*self.accepted, entry))
+
+
+def _is_valid(content: Mapping[str, Any]) -> bool:
+    """Whether fields are those of :class:`Pins`, of the types that are written: a checksum can be made by anyone."""
+    if content.keys() != {f.name for f in dataclasses.fields(Pins)}:
+        return False
+    sources, batch, accepted = content["sources"], content["batch"], content["accepted"]
+    if not (isinstance(sources, dict) and isinstance(batch, dict) and isinstance(accepted, list)):
+        return False
+    texts = [content["machine"], content["rows"], *sources.values()]
+    pairs = batch.get("sums", [])
+    if not all(isinstance(text, str) for text in texts) or not isinstance(pairs, list):
+        return False
+    ranges = [entry.get("shards") if isinstance(entry, dict) else None for entry in accepted]
+    return all(_are_pairs(found, int) for found in ranges) and _are_pairs(pairs, float)
+
+
+def _are_pairs(values: object, kind: type) -> bool:
+    """Whether something is a list of lists of two numbers."""
+    return isinstance(values, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(number) is kind for number in pair) for pair in values
+    )
 
 
 def pins_path(store: Path) -> Path:

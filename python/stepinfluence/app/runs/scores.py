@@ -1,19 +1,18 @@
 """A run's whole score table on disk: ``influence.npy``, and ``influence.json`` that says what is in it.
 
-The description is the commit record of both: it is written last, with size and SHA-256 of the scores, and removed
-before they are replaced. Scores without a description, or with one that does not fit, do not count.
+The description is the commit record of both: it is written last, with size and SHA-256 of the scores and a checksum of
+its own, and removed before they are replaced. Scores without a description, or with one that does not fit, do not
+count.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
-from typing import Any
 
 from stepinfluence.attribution.features import Parameters
 from stepinfluence.errors import StoreError
-from stepinfluence.files import file_digest, parse_json, sync_folder, write_bytes
+from stepinfluence.files import file_digest, read_sealed, sealed, sync_folder, write_bytes
 from stepinfluence.search import scores
 from stepinfluence.store import Store
 from stepinfluence.writers import aside, remove_leftovers
@@ -73,11 +72,7 @@ def write_scores(
         "train": {"store": train.path.name, "ids": list(train.ids)},
         "query": {"store": query.path.name, "ids": list(query.ids)},
     }
-    try:
-        text = json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # ids with lone surrogates
-        text = json.dumps(content).encode()
-    write_bytes(beside, text + b"\n")
+    write_bytes(beside, sealed(content))
     return shape
 
 
@@ -87,9 +82,7 @@ def scores_problem(path: Path) -> str | None:
     if not beside.is_file():
         return f"{path}: has no {beside.name}: sdi influence was stopped while it wrote; run it again"
     try:
-        with beside.open("rb") as file:
-            content: Any = parse_json(str(beside), file.read(LIMIT))
-        told = content["scores"]
+        told = read_sealed(beside, LIMIT)["scores"]
         whole = path.is_file() and (path.stat().st_size, file_digest(path)) == (told["bytes"], told["sha256"])
     except (StoreError, OSError, KeyError, TypeError) as error:
         return f"{beside}: damaged, or written by an earlier version ({error}); run sdi influence again"

@@ -12,9 +12,12 @@ import pytest
 import torch
 from serving import Served, serving
 from stepinfluence.app.view.explore import Explorer, answers
+from stepinfluence.app.view.explore.server import make_app
 from stepinfluence.attribution.features import Features
 from stepinfluence.display.words import harmless
 from stepinfluence.store import FailedRow, Manifest, RowInfo, StoredCheckpoint, StoreWriter
+
+from bench.attack.requests import ask
 
 
 def test_page_and_answers(served: Served, explorer: Explorer) -> None:
@@ -159,3 +162,11 @@ def test_export_as_csv_and_json(served: Served, explorer: Explorer) -> None:
     assert not any(r["text"].startswith("=") for r in rows)  # no formula for a spreadsheet
     assert any(r["text"].startswith("'=HYPERLINK") for r in rows)
     assert json.loads(served.get("/api/export", query=3, k=40, format="json")[2]) == found
+
+
+@pytest.mark.parametrize("query", [b"x=\xb2", b"\xff\xfe", b"query=1&first=\xc3("])
+@pytest.mark.parametrize("path", ["/api/export/", "/api/top/", "/nothing"])
+def test_addresses_that_are_no_text(explorer: Explorer, path: str, query: bytes) -> None:
+    """A slash at the end once led to a redirect, whose address could not be written."""
+    status, body = ask(make_app(explorer), ("GET", path, query, [("host", "127.0.0.1")], b""))
+    assert (status, body) == (404, b"Not Found")

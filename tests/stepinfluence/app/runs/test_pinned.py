@@ -15,7 +15,7 @@ from stepinfluence import Project, StoreError
 from stepinfluence.app.runs import Prepared, RunConfig, SplitConfig, Worker, pinned, run_splits
 from stepinfluence.app.runs.pinned import Pins, batch_content
 from stepinfluence.app.runs.sources import sources_of
-from stepinfluence.files import read_sealed
+from stepinfluence.files import read_sealed, sealed
 from stepinfluence.machine import arithmetic
 from stepinfluence.store import Store
 
@@ -292,3 +292,30 @@ def test_batches_are_told_apart_by_every_leaf() -> None:
     ]
     found = [json.dumps(batch_content(batch(**change))) for change in changed]
     assert len({json.dumps(first), *found}) == 1 + len(changed)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"accepted": 3},
+        {"accepted": [3]},
+        {"accepted": [{"shards": [[1]]}]},
+        {"accepted": [{"shards": [["a", "b"]]}]},
+        {"sources": []},
+        {"sources": {"a.py": 1}},
+        {"batch": 1},
+        {"batch": {"sums": [[1.0]]}},
+        {"machine": None},
+        {"rows": 1},
+        {"more": 1},
+    ],
+    ids=repr,
+)
+def test_pins_of_other_types_are_refused(field: dict[str, Any], tmp_path: Path) -> None:
+    """A checksum can be made by anyone."""
+    whole = {"format": pinned.FORMAT, "machine": "m", "sources": {}, "batch": {}, "rows": "", "accepted": []}
+    (tmp_path / "whole.json").write_bytes(sealed(whole))
+    assert Pins.read(tmp_path / "whole.json") == Pins("m", {}, {}, "")
+    (tmp_path / "odd.json").write_bytes(sealed({**whole, **field}))
+    with pytest.raises(StoreError, match=r"odd\.json: not of the format"):
+        Pins.read(tmp_path / "odd.json")

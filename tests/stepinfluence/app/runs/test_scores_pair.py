@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,18 @@ def test_scores_of_another_call_are_found(folder: Path) -> None:
     (folder / "s.npy").unlink()
     (folder / "s.json").write_bytes(kept)
     assert scores_problem(folder / "s.npy") is not None
+
+
+def test_any_damage_is_found(folder: Path) -> None:
+    """Scores, and the ids beside them: neither is taken for what was written if a byte of it is another one."""
+    write(folder, 0)
+    rng = random.Random(0)
+    for name in ("s.npy", "s.json"):
+        path, whole = folder / name, (folder / name).read_bytes()
+        for place in [*range(min(len(whole), 60)), *(rng.randrange(len(whole)) for _ in range(200))]:
+            changed = bytearray(whole)
+            changed[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(changed)
+            assert scores_problem(folder / "s.npy") is not None, (name, place)
+        path.write_bytes(whole)
+        assert scores_problem(folder / "s.npy") is None

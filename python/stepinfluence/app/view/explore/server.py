@@ -92,7 +92,9 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
     routes = [Route("/", index), Route("/api/export", export)]
     routes += [Route(f"/api/{name}", answers(compute)) for name, compute in questions.items()]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(SameOrigin)]
-    return Starlette(routes=routes, middleware=middleware)
+    app = Starlette(routes=routes, middleware=middleware)
+    app.router.redirect_slashes = False  # there is nothing at other addresses, and bytes that are no text break it
+    return app
 
 
 def _questions(explorer: Explorer) -> dict[str, Callable[[Request], dict[str, Any]]]:
