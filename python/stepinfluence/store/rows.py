@@ -15,7 +15,7 @@ from stepinfluence.store.manifest import Manifest
 from stepinfluence.store.shards import RowId, RowInfo, row_from_bytes, rows_path
 
 LINE_LIMIT = 1 << 26
-"""Bytes of one row's text and metadata that are read, at most."""
+"""Bytes of one row's text, metadata and tokens that are read, at most."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class StoredRow:
         row: its number: the example's position in the dataset.
         id: the user's.
         text, metadata: what was given with it; None and empty if nothing was.
+        tokens: the text of each token; None if they were not given.
     """
 
     row: int
     id: RowId
     text: str | None
     metadata: dict[str, Any]
+    tokens: tuple[str, ...] | None = None
 
 
 class RowTable:
@@ -74,7 +76,8 @@ class RowTable:
 
     def _stored(self, row: int, line: bytes) -> StoredRow:
         info: RowInfo = row_from_bytes(f"{rows_path(self._store, row // self._manifest.shard_rows)}: row {row}", line)
-        return StoredRow(row, info.id, info.text, dict(info.metadata or {}))
+        tokens = None if info.tokens is None else tuple(info.tokens)
+        return StoredRow(row, info.id, info.text, dict(info.metadata or {}), tokens)
 
     def of_shard(self, shard: int) -> list[StoredRow]:
         """All rows of a shard."""
