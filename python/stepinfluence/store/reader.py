@@ -188,6 +188,14 @@ class Store(StoredFeatures):
         """
         return self._table.find(id)
 
+    def matching(self, find: str, most: int = 10_000) -> list[int]:
+        """The first rows, ``most`` at most, whose id or text contains ``find`` (case does not matter), in order.
+
+        Raises:
+            StoreError: a shard is missing or damaged.
+        """
+        return self._table.matching(find, most)
+
     @property
     def ids(self) -> RowIds:
         """Ids of all rows, read when asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,32 @@ class RowTable:
         if self._by_id[key] < 0:
             raise StoreError(f"id: {id!r} is the id of several rows of {self._store}; use row numbers")
         return self._by_id[key]
+
+    def matching(self, find: str, most: int) -> list[int]:
+        """The first rows, ``most`` at most, whose id or text contains ``find`` (case does not matter), in order."""
+        wanted = find.casefold()
+        quoted = json.dumps(wanted, ensure_ascii=False)[1:-1]  # as it stands in a line
+        found: list[int] = []
+        for shard in range(self._manifest.n_shards):
+            content, first = self._bytes_of(shard), self._manifest.rows_of(shard).start
+            folded = content.decode(errors="replace").casefold()
+            # Lines with halves of characters are written in ASCII altogether.
+            if quoted not in folded and "\\u" not in folded:
+                continue
+            lines = content.split(b"\n")
+            for place, line in enumerate(folded.split("\n")):
+                if quoted not in line and "\\u" not in line:
+                    continue
+                row = self._stored(first + place, lines[place])
+                if wanted in str(row.id).casefold() or wanted in (row.text or "").casefold():
+                    found.append(row.row)
+                    if len(found) >= most:
+                        return found
+        return found
+
+    def _bytes_of(self, shard: int) -> bytes:
+        self._line_starts(shard)
+        return rows_path(self._store, shard).read_bytes()
 
 
 class RowIds(Sequence[RowId]):
