@@ -30,18 +30,41 @@ from stepinfluence.store import Store, fold
 
 
 @dataclass(frozen=True)
-class TokenInfluence:
-    """What each token of a training example did to some queries.
+class TokenFeatures:
+    """A training example's features by token.
 
     Attributes:
         row: of the example.
         tokens: their texts; their numbers where the project has no ``tokens``.
-        sdi: ``(Q, T, steps)`` float32; zero for tokens that have no loss. Their sum over T is the example's influence.
+        features: ``(T, D)``, one for each of the run's checkpoints (or one if they are folded); zero for tokens that
+            have no loss. Their sum over T is the example's feature.
     """
 
     row: int
     tokens: tuple[str, ...]
-    sdi: npt.NDArray[np.float32]
+    features: tuple[Features, ...]
+
+    def influence(
+        self,
+        query: Sequence[Features],
+        *,
+        etas: Sequence[float],
+        parameters: Parameters = None,
+        curvature: Choice = "none",
+    ) -> npt.NDArray[np.float32]:
+        """``(Q, T, steps)``: what each token did to some queries, summed over checkpoints.
+
+        Args:
+            query: features of the queries per step, one for each checkpoint.
+            etas, parameters, curvature: as for :func:`stepinfluence.search.scores`.
+
+        Raises:
+            FeatureMismatchError, ValueError: as for :func:`stepinfluence.search.scores`.
+        """
+        found = scores(
+            self.features, list(query), etas=etas, parameters=parameters, curvature=curvature, progress=False
+        )
+        return np.asarray(found.sdi.transpose(0, 1).float().cpu().numpy())
 
 
 class _Copies:
@@ -70,80 +93,58 @@ class _Copies:
         return losses.gather(1, places[:, None]).squeeze(1)
 
 
-def influence_by_token(
-    run: StoredRun,
-    train: Store,
-    rows: Sequence[int],
-    query: Sequence[Features],
-    *,
-    etas: Sequence[float] | None = None,
-    parameters: Parameters = None,
-    curvature: Choice = "none",
-) -> list[TokenInfluence]:
-    """What the tokens of some training examples did to some queries, by query step, summed over checkpoints.
+def token_features(run: StoredRun, train: Store, rows: Sequence[int]) -> list[TokenFeatures]:
+    """Features of some training examples by token, at the run's checkpoints; each of them is loaded once.
 
     Args:
         rows: of ``train``.
-        query: features of the queries per step, one for each of the run's checkpoints.
-        etas, parameters, curvature: as for :func:`stepinfluence.search.scores`; the checkpoints' own etas if not given.
 
     Raises:
         ProjectError: the project has no ``token_losses``, it failed, or its losses do not add up to ``loss``.
-        FeatureMismatchError: the example has changed since it was featurized.
+        FeatureMismatchError: an example has changed since it was featurized.
         StepInfluenceError: the project or a checkpoint is not as it must be.
     """
     prepared, examples = run.prepared, run.examples(train, rows)
-    weights = [c.eta for c in train.checkpoints] if etas is None else list(etas)
     batch_size = int(train.manifest.project.get("batch_size", 32))
-    found = []
-    for place, row in enumerate(rows):
-        example = examples[place]
-        features, count = _token_features(prepared, train, row, example, batch_size)
-        result = scores(features, list(query), etas=weights, parameters=parameters, curvature=curvature, progress=False)
-        sdi = np.zeros((result.sdi.shape[1], count, result.sdi.shape[2]), np.float32)
-        sdi[:, list(features[0].ids)] = result.sdi.transpose(0, 1).float().cpu().numpy()
+    given = [examples[place] for place in range(len(rows))]
+    by_row: list[list[Features]] = [[] for _ in rows]
+    for checkpoint in range(prepared.count):
+        space = prepared.visit(checkpoint).space
+        for found, example in zip(by_row, given, strict=True):
+            found.append(dataclasses.replace(_by_token(prepared, example, batch_size), space=space))
+    result = []
+    for row, example, features in zip(rows, given, by_row, strict=True):
+        if prepared.config.fold:
+            features = [fold(features, [c.eta for c in prepared.stored()], seed=prepared.config.seed)]
+        _require_sum(prepared, train, row, features)
+        count = len(features[0])
         texts = train.row(row).tokens or prepared.project.tokens(example) or ()
         shown = [*texts[:count], *(str(n + 1) for n in range(len(texts), count))]
-        found.append(TokenInfluence(row, tuple(shown), sdi))
-    return found
+        result.append(TokenFeatures(row, tuple(shown), tuple(features)))
+    return result
 
 
-def _token_features(
-    prepared: Prepared, train: Store, row: int, example: Any, batch_size: int
-) -> tuple[list[Features], int]:
-    """Features of one example by token, one for each checkpoint (or one if they are folded), and how many tokens there
-    are; ids are the places of the tokens that have a loss at some checkpoint."""
-    losses = [_losses(prepared, checkpoint, example) for checkpoint in range(prepared.count)]
-    count = len(losses[0])
-    if count > MOST_TOKENS:
-        raise ProjectError(f"{prepared.project.path}: token_losses() gave {count:,} tokens; at most {MOST_TOKENS:,}")
-    places = torch.stack(losses).ne(0).any(0).nonzero().flatten().tolist() or [0]
-    features = []
-    for checkpoint in range(prepared.count):
-        where = prepared.visit(checkpoint)
-        copies = _Copies(prepared, example, places, batch_size)
-        part = prepared.capture.featurize(
-            copies, copies.loss, per_step=False, ids=copies.ids, progress=False, verify=False
-        )
-        features.append(dataclasses.replace(part.to("cpu"), space=where.space))
-    if prepared.config.fold:
-        features = [fold(features, [c.eta for c in prepared.stored()], seed=prepared.config.seed)]
-    _require_sum(prepared, train, row, features)
-    return features, count
-
-
-def _losses(prepared: Prepared, checkpoint: int, example: Any) -> Tensor:
-    """``(T,)``: losses of an example's tokens."""
-    prepared.visit(checkpoint)
-    model = prepared.capture.model
+def _by_token(prepared: Prepared, example: Any, batch_size: int) -> Features:
+    """Features ``(T, D)`` of one example by token at the checkpoint that ``prepared`` is at."""
+    model, project = prepared.capture.model, prepared.project
     with isolated(model, training=prepared.capture.training), torch.no_grad():
-        losses = prepared.project.token_losses(model, prepared.batch([example]))
+        losses = project.token_losses(model, prepared.batch([example]))
     if len(losses) != 1:
         raise ProjectError(
-            f"{prepared.project.path}: token_losses() returned shape {tuple(losses.shape)} for one example; return "
-            "(1, T)"
+            f"{project.path}: token_losses() returned shape {tuple(losses.shape)} for one example; return (1, T)"
         )
-    return losses[0].float().cpu()
+    count = losses.shape[1]
+    if not 1 <= count <= MOST_TOKENS:
+        raise ProjectError(f"{project.path}: token_losses() gave {count:,} tokens; give 1 to {MOST_TOKENS:,}")
+    places = losses[0].ne(0).nonzero().flatten().tolist() or [0]
+    copies = _Copies(prepared, example, places, batch_size)
+    part = prepared.capture.featurize(
+        copies, copies.loss, per_step=False, ids=copies.ids, progress=False, verify=False
+    ).to("cpu")
+    values, each = part.values.new_zeros(count, part.values.shape[1]), part.losses.new_zeros(count)
+    values[places], each[places] = part.values, part.losses
+    steps = part.steps.new_full((count,), int(part.steps.max()))
+    return dataclasses.replace(part, values=values, losses=each, steps=steps, ids=tuple(range(count)))
 
 
 def _require_sum(prepared: Prepared, train: Store, row: int, features: Sequence[Features]) -> None:

@@ -12,7 +12,7 @@ from folders import content
 from stepinfluence import Project, ProjectError, StoreError
 from stepinfluence.app.runs import Prepared, RunConfig, SplitConfig, run_splits
 from stepinfluence.app.runs.answers import Answered, answers_path, read_answers
-from stepinfluence.app.runs.by_token import influence_by_token
+from stepinfluence.app.runs.by_token import token_features
 from stepinfluence.app.runs.stored import StoredRun
 from token_project import write_checkpoints, write_project
 
@@ -105,18 +105,19 @@ def test_tokens_influences_add_up_to_their_examples(project: Path, tmp_path: Pat
     run = featurize(project, tmp_path / "run", checkpoints=write_checkpoints(project, tmp_path), fold=fold)
     train, query = run.store("train"), run.store("query")
     asked = [query.features(k, [2]) for k in range(len(query.checkpoints))]
-    for found in influence_by_token(run, train, [3, 5], asked):
+    for found in token_features(run, train, [3, 5]):
+        sdi = found.influence(asked, etas=[c.eta for c in train.checkpoints])
         assert found.tokens == train.row(found.row).tokens
-        assert found.sdi.shape == (1, len(found.tokens), 3)
-        assert not found.sdi[:, 0].any()  # nothing predicts the first token
+        assert sdi.shape == (1, len(found.tokens), 3)
+        assert not sdi[:, 0].any()  # nothing predicts the first token
         whole = run.new_features([run.examples(train)[found.row]], per_step=False)
         want = sum(
             c.eta * part.values[0].double() @ q.values[0].double().T
             for c, part, q in zip(train.checkpoints, whole, asked, strict=True)
         )
         # Gradients are float64 here; each token's influence is rounded to float32 once.
-        allowed = torch.from_numpy(abs(found.sdi).sum(1)[0]).double() * torch.finfo(torch.float32).eps
-        error = (torch.from_numpy(found.sdi[0].astype(np.float64).sum(0)) - want).abs()
+        allowed = torch.from_numpy(abs(sdi).sum(1)[0]).double() * torch.finfo(torch.float32).eps
+        error = (torch.from_numpy(sdi[0].astype(np.float64).sum(0)) - want).abs()
         assert bool((error <= allowed).all()), (error, allowed)
         assert bool((allowed < 1e-3 * want.abs().max()).all()), "cannot fail"
 
@@ -124,22 +125,20 @@ def test_tokens_influences_add_up_to_their_examples(project: Path, tmp_path: Pat
 def test_losses_by_token_that_do_not_add_up_are_refused(project: Path, tmp_path: Path) -> None:
     write_project(project, ("token_losses(model, batch).sum(1)", "token_losses(model, batch).sum(1) / 2"))
     run = featurize(project, tmp_path / "run")
-    query = run.store("query")
     with pytest.raises(ProjectError, match=r"token_losses\(\) adds up to .* make them add up"):
-        influence_by_token(run, run.store("train"), [3], [query.features(0, [2])])
+        token_features(run, run.store("train"), [3])
     write_project(
         project, ("def token_losses", "def other"), ("token_losses(model, batch).sum", "other(model, batch).sum")
     )
     with pytest.raises(ProjectError, match=r"has no token_losses; add def token_losses\(model, batch\)"):
-        influence_by_token(StoredRun.open(tmp_path / "run"), run.store("train"), [3], [query.features(0, [2])])
+        token_features(StoredRun.open(tmp_path / "run"), run.store("train"), [3])
 
 
 def test_a_changed_loss_is_told_from_a_wrong_sum(project: Path, tmp_path: Path) -> None:
     run = featurize(project, tmp_path / "run")
     write_project(project, ("[:, :-1]\n", "[:, :-1] * 2\n"))
-    query = run.store("query")
     with pytest.raises(ValueError, match="put the data and the loss back"):
-        influence_by_token(StoredRun.open(tmp_path / "run"), run.store("train"), [3], [query.features(0, [2])])
+        token_features(StoredRun.open(tmp_path / "run"), run.store("train"), [3])
 
 
 def test_the_file_of_answers_is_small_and_plain(project: Path, tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from typing import Any
 
 import torch
 
-from stepinfluence.app.runs.by_token import TokenInfluence, influence_by_token
+from stepinfluence.app.runs.by_token import TokenFeatures, token_features
 from stepinfluence.app.runs.stored import StoredRun
 from stepinfluence.app.view.explore.answers import Explorer
 from stepinfluence.app.view.explore.examples import TOKENS_SHOWN
@@ -19,6 +20,9 @@ from stepinfluence.search import exact_rows
 CANDIDATES, MOST_CANDIDATES = 4, 200
 """Rows on either side that are recomputed for each row that is shown, and altogether unless more are shown."""
 
+TOKEN_BYTES = 256 << 20
+"""Features of recent examples by token that are kept."""
+
 
 class RunModel:
     """The model of a run, one question at a time."""
@@ -26,6 +30,7 @@ class RunModel:
     def __init__(self, run: StoredRun) -> None:
         self._run = run
         self._lock = threading.Lock()
+        self._tokens: OrderedDict[int, TokenFeatures] = OrderedDict()
 
     def exact(self, explorer: Explorer, what: What, rows: list[int]) -> dict[int, list[float]]:
         """Exact influence of some training rows on one query, by step, without sketches.
@@ -41,24 +46,40 @@ class RunModel:
             found = exact_rows(question, torch.tensor([sorted(rows)]), exact=recompute, progress=False)
         return {row: found[0, k].tolist() for k, row in enumerate(sorted(rows))}
 
-    def by_token(self, explorer: Explorer, what: What, rows: list[int]) -> list[TokenInfluence]:
-        """Influence of the tokens of some training examples on one query.
+    def by_token(self, explorer: Explorer, what: What, rows: list[int]) -> dict[int, dict[str, Any]]:
+        """Tokens of some training examples, and their influence ``(tokens, steps)`` on one query, by row.
 
         Raises:
-            StepInfluenceError, ValueError: as for :func:`.influence_by_token`.
+            StepInfluenceError, ValueError: as for :func:`.token_features`.
         """
         assert what.query is not None
         explorer.scored.require_query(what.query)
+        query = [explorer.query.features(k, [what.query]) for k in range(len(explorer.query.checkpoints))]
         with self._lock:
-            return influence_by_token(
-                self._run,
-                explorer.train,
-                rows,
-                [explorer.query.features(k, [what.query]) for k in range(len(explorer.query.checkpoints))],
-                etas=explorer.scored.etas(what.checkpoint),
-                parameters=what.parameters or None,
-                curvature=explorer.scored.choice(what.score),
-            )
+            missing = [row for row in rows if row not in self._tokens]
+            self._tokens.update((one.row, one) for one in token_features(self._run, explorer.train, missing))
+            found = {}
+            for row in rows:
+                self._tokens.move_to_end(row)
+                one = self._tokens[row]
+                sdi = one.influence(
+                    query,
+                    etas=explorer.scored.etas(what.checkpoint),
+                    parameters=what.parameters or None,
+                    curvature=explorer.scored.choice(what.score),
+                )
+                found[row] = {
+                    "tokens": [visible(token) for token in one.tokens[:TOKENS_SHOWN]],
+                    "sdi": sdi[0][:TOKENS_SHOWN].tolist(),
+                    "more": max(0, len(one.tokens) - TOKENS_SHOWN),
+                }
+            while len(self._tokens) > 1 and sum(map(_bytes, self._tokens.values())) > TOKEN_BYTES:
+                self._tokens.popitem(last=False)
+        return found
+
+
+def _bytes(one: TokenFeatures) -> int:
+    return sum(f.values.numel() * f.values.element_size() for f in one.features)
 
 
 def exact(
@@ -119,20 +140,7 @@ def tokens(
     model, what = _model(explorer), What(row, score, checkpoint, parameters)
     explorer.sides["train"].require(train)
 
-    def make() -> dict[str, Any]:
-        [found] = model.by_token(explorer, what, [train])
-        return as_shown(found)
-
-    return explorer.scored.kept("tokens", what, train, make)
-
-
-def as_shown(found: TokenInfluence) -> dict[str, Any]:
-    """A training example's tokens and their influence ``(tokens, steps)`` on one query."""
-    return {
-        "tokens": [visible(token) for token in found.tokens[:TOKENS_SHOWN]],
-        "sdi": found.sdi[0][:TOKENS_SHOWN].tolist(),
-        "more": max(0, len(found.tokens) - TOKENS_SHOWN),
-    }
+    return explorer.scored.kept("tokens", what, train, lambda: model.by_token(explorer, what, [train])[train])
 
 
 def _model(explorer: Explorer) -> RunModel:

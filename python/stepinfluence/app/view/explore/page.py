@@ -12,7 +12,7 @@ from stepinfluence.app.view.explore import everything
 from stepinfluence.app.view.explore.agreement import agreement, errors
 from stepinfluence.app.view.explore.answers import Explorer
 from stepinfluence.app.view.explore.examples import MOST_ROWS
-from stepinfluence.app.view.explore.model import as_shown, exact
+from stepinfluence.app.view.explore.model import exact
 from stepinfluence.app.view.explore.scored import ALIKE, BY_SIZE, What
 from stepinfluence.app.view.page import render
 from stepinfluence.search.topk import trajectories
@@ -68,8 +68,7 @@ def saved_answers(
     for row in tqdm(rows, desc="queries", delay=2, disable=not progress):
         by_score = {score: _by_score(explorer, row, score) for score in scores}
         if by_token:
-            for score, found in by_score.items():
-                _add_tokens(explorer, What(row, score), found["pairs"])
+            _add_tokens(explorer, row, by_score)
         kept[str(row)] = {
             "example": explorer.example("query", row),
             "scores": by_score,
@@ -130,12 +129,15 @@ def _add_parts(explorer: Explorer, what: What, examples: list[dict[str, Any]], c
             e["parts"].append(path)
 
 
-def _add_tokens(explorer: Explorer, what: What, pairs: dict[str, Any]) -> None:
+def _add_tokens(explorer: Explorer, row: int, by_score: dict[str, dict[str, Any]]) -> None:
+    """Add to pairs what their training example's tokens did to the query."""
     if explorer.model is None:
         raise ValueError(f"tokens: {explorer.no_model or 'there is no model to compute them with'}")
-    rows = [int(row) for row in pairs]
-    for found in explorer.model.by_token(explorer, what, rows) if rows else ():
-        pairs[str(found.row)]["tokens"] = as_shown(found)
+    rows = sorted({int(train) for found in by_score.values() for train in found["pairs"]})
+    for score, found in by_score.items():
+        by_token = explorer.model.by_token(explorer, What(row, score), rows) if rows else {}
+        for train, pair in found["pairs"].items():
+            pair["tokens"] = by_token[int(train)]
 
 
 def _reverse(explorer: Explorer, kept: dict[str, Any], together: dict[str, Any]) -> dict[str, Any]:

@@ -57,8 +57,8 @@ function drawMatrix(matrix, asked) {
   $("matrix").hidden = !matrix;
   $("matrix-sub").textContent = matrix ? "Row: the step at which the training example's gradient arises. Column: the step of the query."
     : overview.trainSteps ? "" : "Not stored: featurize the training split with --per-step to see it.";
-  if (matrix) plot("matrix", [heatmap(matrix, steps, matrix.map((_, t) => t + 1), { hovertemplate: "training step %{y}, query step %{x}: <b>%{z:.3g}</b><extra></extra>" })],
-    { height: 420, xaxis: { ...stepAxis, title: { text: "step of the query" } }, yaxis: { autorange: "reversed", title: { text: "step of the example" }, showgrid: false } });
+  if (matrix) plot("matrix", [heatmap(matrix, steps, matrix.map((_, t) => t + 1), { hovertemplate: "training step %{y}, query step %{x}: <b>%{z:.3g}</b><extra></extra>", colorbar: scale() })],
+    { height: 420, margin: heatMargin(), xaxis: { ...stepAxis, title: { text: "step of the query" } }, yaxis: { ...stepAxis, autorange: "reversed", title: { text: "step of the example" } } });
 }
 
 /* ---- Token by token ---------------------------------------------------------------------------------------------- */
@@ -89,8 +89,8 @@ function drawTokens(found) {
   $("token-boxes").replaceChildren(...found.tokens.map((token, t) => { const box = bdi(token); tint(box, totals[t], most); return box; }));
   const order = found.tokens.map((_, t) => t).sort((a, b) => Math.abs(totals[b]) - Math.abs(totals[a])).slice(0, TOKEN_ROWS).sort((a, b) => a - b), z = order.map((t) => found.sdi[t]);
   plot("token-heat", [heatmap(z, steps, order.map((_, r) => r), { text: order.map((t) => steps.map(() => esc(short(found.tokens[t], 40)))), hovertemplate: "%{text}, step %{x}: <b>%{z:.3g}</b><extra></extra>",
-    colorbar: { title: { text: "influence", side: "right", font: { size: 11, color: css("--soft") } } } })],
-  { height: Math.max(220, 70 + 20 * z.length), margin: { l: 8, r: 8, t: 8, b: 44 }, xaxis: stepAxis,
+    colorbar: scale() })],
+  { height: Math.max(220, (narrow() ? 120 : 70) + 20 * z.length), margin: heatMargin(), xaxis: stepAxis,
     yaxis: { autorange: "reversed", showgrid: false, tickvals: order.map((_, r) => r), ticktext: order.map((t) => esc(short(found.tokens[t], 16))), tickfont: { size: 11 }, automargin: true } });
 }
 

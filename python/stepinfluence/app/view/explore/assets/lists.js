@@ -11,6 +11,10 @@ const INFLUENCE = "influence, first order";
 const stepAxis = { title: { text: "loop step" }, showgrid: false, zeroline: false, dtick: steps.length > 24 ? 4 : steps.length > 12 ? 2 : 1 };
 const bars = (values, errors = null) => ({ ...signedBars(steps, values, "step %{x}: <b>%{y:.3g}</b><extra></extra>"),
   ...(errors ? { error_y: { type: "data", array: errors, color: css("--soft"), thickness: 1, width: 3 } } : {}) });
+/* A heat map's scale: beside it, or above where there is no room. */
+const scale = () => ({ title: { text: "influence", side: narrow() ? "top" : "right", font: { size: 11, color: css("--soft") } },
+  ...(narrow() ? { orientation: "h", len: 0.9, thickness: 9, x: 0.5, xanchor: "center", y: 1, yanchor: "bottom", ypad: 4, nticks: 5 } : {}) });
+const heatMargin = () => ({ l: 8, r: 8, t: narrow() ? 64 : 8, b: 44 });
 /* Names of rows beside a chart: id and text, as much as there is room for. */
 const names = (examples) => {
   const most = narrow() ? 14 : 34;
@@ -36,6 +40,7 @@ const waiting = new WeakMap();
 const sight = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) if (isIntersecting) { target.replaceChildren(spark(waiting.get(target))); sight.unobserve(target); }
 }, { rootMargin: "300px" });
+addEventListener("beforeprint", () => { for (const cell of document.querySelectorAll("td.spark:empty")) cell.replaceChildren(spark(waiting.get(cell))); });
 function sparkCell(values) {
   const cell = element("td", { class: "spark" });
   waiting.set(cell, values); sight.observe(cell);
@@ -47,6 +52,7 @@ function table(id, rows, { part, extra = [], pick, chosen = null }) {
   const head = element("tr");
   const columns = [["score", part], ...extra.map(([cls, name]) => [cls, name]), ["spark", "by loop step"], ["peak", "peak"], ["id", "id"], ["words", "text"]];
   for (const [cls, name] of columns) head.append(element("th", { class: cls, scope: "col" }, name));
+  if (!rows.length) { $(id).replaceChildren(element("caption", {}, "none")); return; }
   $(id).replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows.map((e) => {
     const line = element("tr", { tabindex: "0", "data-row": e.row, "aria-selected": String(e.row === chosen) });
     const score = element("td", { class: `score ${e.score >= 0 ? "helpful" : "harmful"}-ink` }, signed(e.score));
@@ -57,7 +63,6 @@ function table(id, rows, { part, extra = [], pick, chosen = null }) {
     line.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); pick(e); } });
     return line;
   })));
-  if (!rows.length) $(id).append(element("caption", {}, "none"));
 }
 function describe(list, fields) {
   list.replaceChildren();

@@ -4,7 +4,7 @@ const queryList = new VirtualList($("queries"), (offset, limit) => source.querie
   loss.textContent = q.failed ? "failed" : `${q.right === null ? "" : q.right ? "✓ " : "✗ "}${q.loss === null ? "" : `loss ${Number(q.loss.toPrecision(3))}`}`;
   if (q.failed || q.right === false) loss.className = "failed";
   who.append(loss);
-  const item = element("li", { role: "option", id: `item${q.row}`, "aria-selected": String(q.row === state.query) }, who, bdi(q.text, "what"));
+  const item = element("li", { role: "option", id: `item${q.row}`, "aria-selected": String(state.view === "one" && q.row === state.query) }, who, bdi(q.text, "what"));
   item.addEventListener("click", () => open(q.row, place));
   return item;
 }, () => {
@@ -117,8 +117,8 @@ function drawHeat({ helpful, harmful }) {
   const shown = [...helpful.slice(0, HEAT_ROWS), ...harmful.slice(0, HEAT_ROWS)], z = shown.map((e) => e.sdi);
   $("heat-sub").textContent = `Each row is one of the examples above${shown.length < state.rows.length ? ` (the first ${HEAT_ROWS} on either side)` : ""}; blue helps, orange harms.`;
   plot("heat", z.length ? [heatmap(z, steps, z.map((_, r) => r), { text: shown.map((e) => steps.map(() => esc(short(label(e), 60)))), hovertemplate: "step %{x}: <b>%{z:.3g}</b><br>%{text}<extra></extra>",
-    colorbar: { title: { text: "influence", side: "right", font: { size: 11, color: css("--soft") } } } })] : [], {
-    xaxis: stepAxis, height: Math.max(260, 70 + 22 * z.length), margin: { l: 8, r: 8, t: 8, b: 44 },
+    colorbar: scale() })] : [], {
+    xaxis: stepAxis, height: Math.max(260, (narrow() ? 120 : 70) + 22 * z.length), margin: heatMargin(),
     yaxis: { autorange: "reversed", showgrid: false, ...names(shown) } });
 }
 
