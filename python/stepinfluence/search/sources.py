@@ -240,7 +240,7 @@ class StoreSource:
             yield RawBlock(first, tensor, None if scales is None else torch.from_numpy(scales))
 
     def take(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
-        return self._store.features(checkpoint, rows).values
+        return self._store.values(checkpoint, rows)
 
     def stored_error(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
         return _stored_error(self.take(checkpoint, rows), self._store.manifest.dtype)

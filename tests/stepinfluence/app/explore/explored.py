@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ def write_split(
     failed: int | None = None,
     checkpoints: int = 2,
     etas: tuple[float, ...] = (0.1, 0.2),
+    texts: Sequence[str] = HOSTILE,
+    shard_rows: int = 16,
 ) -> None:
     stored = tuple(StoredCheckpoint(f"step-{k}.pt", etas[k], space(k)) for k in range(checkpoints))
-    manifest = Manifest(stored, n, 16, per_step=per_step, steps=STEPS if per_step else None, sketch=SKETCH)
+    manifest = Manifest(stored, n, shard_rows, per_step=per_step, steps=STEPS if per_step else None, sketch=SKETCH)
     writer = StoreWriter.create(path, manifest)
     for k in range(checkpoints):
         for shard in writer.pending(k):
@@ -55,7 +58,7 @@ def write_split(
                 space=space(k),
                 step_labels=("core",) * STEPS,
             )
-            infos = [RowInfo(f"id {r}", HOSTILE[r % len(HOSTILE)], metadata(r), tokens(r)) for r in rows]
+            infos = [RowInfo(f"id {r}", texts[r % len(texts)], metadata(r), tokens(r)) for r in rows]
             failures = [FailedRow(r, "loss is NaN") for r in rows if r == failed]
             writer.write_shard(k, shard, features, infos, failures)
     writer.finish()

@@ -196,6 +196,8 @@ class Explorer:
             scores = self.scored.scores(what)
             totals = scores.sum(1)
             energy, signed = np.nansum(np.abs(scores), 0), np.nansum(scores, 0)
+            if not np.isfinite(energy).all():
+                raise ValueError("scores: some are too large for float32; look at checkpoints with smaller etas")
             total, late = float(energy.sum()), float(energy[len(energy) // 2 :].sum())
             return {
                 "energy": energy.tolist(),
@@ -332,6 +334,8 @@ class Explorer:
 
         def make() -> npt.NDArray[np.float64]:
             assert what.query is not None
+            if len(self.train.checkpoints) == 1:
+                return np.ones(1)
             features = [self.query.features(k, [what.query]) for k in range(len(self.query.checkpoints))]
             choice, parameters = self.scored.choice(what.score), what.parameters or None
             return checkpoint_energy(self.train, features, parameters=parameters, curvature=choice)[:, 0]

@@ -27,12 +27,12 @@ def overall(
     """The training examples that help and harm all queries together most, by influence in steps ``first..last``.
 
     One scan of the training rows, as influence is linear in the query: ``weights`` as for
-    :class:`~stepinfluence.app.view.explore.scored.What`.
+    :class:`~stepinfluence.app.view.explore.scored.What`. Of many queries some stand for all (``queries`` ``of``).
     """
     what = What(None, score, checkpoint, parameters, weights)
     found = explorer.ranked(what, k=k, first=first, last=last)
-    counted = len(explorer.query) - len(explorer.sides["query"].failed)
-    return {**found, "profile": explorer.profile(what), "queries": counted}
+    there = len(explorer.query) - len(explorer.sides["query"].failed)
+    return {**found, "profile": explorer.profile(what), "queries": len(explorer.scored.counted), "of": there}
 
 
 def reverse(

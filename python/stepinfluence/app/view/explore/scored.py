@@ -30,6 +30,9 @@ MOST_KEPT = 4096
 PATTERN_LIMIT = 500
 """Characters of a pattern of parameters."""
 
+MOST_TOGETHER = 1024
+"""Queries that all queries together stand for, at most."""
+
 QUERIES_TOGETHER = 128
 """Queries whose features are held at a time when all are added up."""
 
@@ -66,6 +69,15 @@ class Scored:
         self._scores: OrderedDict[What, Array] = OrderedDict()
         self._small: OrderedDict[tuple[str, What, Any], Any] = OrderedDict()
         self._failed = query.failed
+
+    @property
+    def counted(self) -> list[int]:
+        """The queries that count where all are looked at together: those with features, or :data:`MOST_TOGETHER` of
+        them, evenly spread."""
+        rows = [row for row in range(len(self._query)) if row not in self._failed]
+        if len(rows) <= MOST_TOGETHER:
+            return rows
+        return [rows[k] for k in np.linspace(0, len(rows) - 1, MOST_TOGETHER).round().astype(int)]
 
     def choice(self, score: str) -> Choice:
         """The curvature of a score.
@@ -118,7 +130,7 @@ class Scored:
             raise ValueError(f"query {row}: has no features ({self._failed[row]})")
 
     def _ask(self, what: What, rows: list[int], *, corrected: bool) -> Question:
-        features = [self._query.features(k, rows) for k in range(len(self._query.checkpoints))]
+        features = [self._query.features(k, rows, numbered=True) for k in range(len(self._query.checkpoints))]
         return search.ask(
             self._train,
             features,
@@ -128,7 +140,7 @@ class Scored:
         )
 
     def _together(self, what: What, *, corrected: bool) -> Question:
-        rows = [row for row in range(len(self._query)) if row not in self._failed]
+        rows = self.counted
         if not rows:
             raise ValueError("queries: none has features")
         total: list[torch.Tensor] = []

@@ -15,7 +15,7 @@ async function showAll() {
     say(null);
     state.rows = [...found.helpful, ...found.harmful];
     const { energy, signed: total, helpful, harmful, lateMass } = found.profile;
-    $("all-sub").textContent = `${found.queries.toLocaleString("en")} queries; ${helpful.toLocaleString("en")} training examples help them on the whole, ${harmful.toLocaleString("en")} harm. ` +
+    $("all-sub").textContent = `${found.queries.toLocaleString("en")}${found.queries < found.of ? ` of ${found.of.toLocaleString("en")} queries, evenly spread` : " queries"}; ${helpful.toLocaleString("en")} training examples help them on the whole, ${harmful.toLocaleString("en")} harm. ` +
       `The later half of the steps has ${(100 * lateMass).toFixed(0)} % of the energy.` + (answers && f.checkpoint !== "" ? " Saved page: all checkpoints." : "");
     plot("all-curve", [bars(total), { x: steps, y: energy, mode: "lines+markers", line: { color: css("--accent"), width: 2.2 },
       hovertemplate: "step %{x}: energy <b>%{y:.3g}</b><extra></extra>" }], { xaxis: stepAxis, yaxis: { title: { text: "influence on all queries" } }, height: 280 });

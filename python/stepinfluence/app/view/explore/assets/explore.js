@@ -88,7 +88,10 @@ $("limits").textContent = answers ? "Saved page: filters rank the examples kept 
 /* From the address, at the start and when a person goes back. */
 async function restore(start = false) {
   const query = fromAddress();
-  if (start) themed(() => redraw().catch(say), state.theme);
+  if (start) {
+    state.setTheme = themed(() => redraw().catch(say), state.theme);
+    $("theme").addEventListener("click", () => { state.theme = root.dataset.theme; remember(true); });
+  } else state.setTheme(state.theme);
   if (start) await queryList.reset();
   const usable = (row) => row !== null && row < overview.queries && (!answers || row in answers.byQuery);
   const first = queryList.items.find((q) => !q.failed) || queryList.items[0];
@@ -97,6 +100,7 @@ async function restore(start = false) {
   state.query = wanted;
   if (state.place === null && answers) { const place = answers.queries.findIndex((q) => q.row === wanted); state.place = $("find").value || place < 0 ? null : place; }
   if (state.row !== null && state.row >= overview.train) state.row = null;
+  if (state.other === null || !usable(state.other)) { state.other = null; $("other").value = ""; }
   offer();
   remember(true);
   await show();

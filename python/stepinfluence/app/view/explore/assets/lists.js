@@ -1,7 +1,7 @@
 /* Small things that are shown, and a list of any length of which only what is seen exists. */
 const bdi = (text, cls = null) => element("bdi", { class: cls }, text ?? "");
 const peak = (values) => 1 + values.reduce((best, v, t) => (Math.abs(v) > Math.abs(values[best]) ? t : best), 0);
-const label = (e) => (e.text && e.text !== e.id ? `${e.id}: ${e.text}` : e.id);
+const label = (e) => (!e.text ? e.id : e.text.startsWith(e.id) ? e.text : `${e.id}: ${e.text}`);
 const narrow = () => innerWidth < 600;
 function say(error, id = "notice") { $(id).hidden = !error; $(id).textContent = error ? String(error.message || error) : ""; }
 
@@ -58,7 +58,7 @@ function table(id, rows, { part, extra = [], pick, chosen = null }) {
     const score = element("td", { class: `score ${e.score >= 0 ? "helpful" : "harmful"}-ink` }, signed(e.score));
     if (e.error !== undefined && e.error !== null) score.append(element("small", { title: "standard error from sketching, at most" }, ` ± ${round(e.error, 2)}`));
     line.append(score, ...extra.map(([cls, , cell]) => element("td", { class: cls }, cell(e))), sparkCell(e.sdi),
-      element("td", { class: "peak" }, String(peak(e.sdi))), element("td", { class: "id" }, bdi(e.id)), element("td", { class: "words" }, bdi(e.text)));
+      element("td", { class: "peak" }, String(peak(e.sdi))), element("td", { class: "id", title: e.id }, bdi(e.id)), element("td", { class: "words", title: e.text }, bdi(e.text)));
     line.addEventListener("click", () => pick(e));
     line.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); pick(e); } });
     return line;

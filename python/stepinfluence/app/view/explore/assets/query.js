@@ -100,7 +100,7 @@ function drawCurve(curve, { first, last, checkpoint, score }) {
   $("curve-sub").textContent = `Scores: ${overview.scores.find((s) => s.key === score).name}${checkpoint === "" ? "" : `, at checkpoint ${overview.checkpoints[checkpoint].name} alone`}. ` +
     "Energy: influence of all training examples at each loop step, whatever its sign; bars: its signed sum. " +
     `${curve.helpful.toLocaleString("en")} examples help, ${curve.harmful.toLocaleString("en")} harm. The later half of the steps has ${(100 * curve.lateMass).toFixed(0)} % of the energy.`;
-  $("dominance").textContent = curve.dominance; $("dominance").hidden = !curve.dominance;
+  $("dominance").textContent = curve.dominance; $("dominance").hidden = !curve.dominance || checkpoint !== "";
   $("shares-box").hidden = curve.shares.length < 2;
   $("shares").replaceChildren(...curve.shares.map((s, k) => {
     const bar = element("span", { class: "bar" }), button = element("button", { class: "share", "aria-pressed": String(String(k) === checkpoint) }, bdi(overview.checkpoints[k].name, "name"), bar, element("span", { class: "percent" }, share(s)));
