@@ -4,8 +4,8 @@
 
 The run is synthetic: rows of normal numbers in int8, one checkpoint, ids, and texts of ten words. Its files lie in the
 page cache. A click is what the page asks its server for, of queries and examples that nothing is kept of yet; a first
-query, which maps the files, is not timed. The median of ``--rounds`` is shown, in seconds of the wall's clock and of the
-processor: on a machine that others use the latter says more.
+query, which maps the files, is not timed. The median of ``--rounds`` is shown, in seconds of the wall's clock and of
+the processor: on a machine that others use the latter says more.
 """
 
 from __future__ import annotations

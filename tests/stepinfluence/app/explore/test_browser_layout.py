@@ -14,7 +14,7 @@ pytestmark = needs_browser
 OUTSIDE = """
   const wide = document.documentElement.clientWidth;
   const cut = (e) => { const s = getComputedStyle(e); return s.overflowX !== 'visible' || s.clipPath !== 'none'; };
-  const hidden = (e) => { for (let p = e.parentElement; p; p = p.parentElement) if (cut(p)) return true; return false; };
+  const hidden = (e) => e.parentElement !== null && (cut(e.parentElement) || hidden(e.parentElement));
   const sticksOut = (r) => r.width > 1 && (r.right > wide + 1 || r.left < -1);
   return [...document.querySelectorAll('body *')]
     .filter((e) => e.checkVisibility() && !hidden(e) && !e.closest('.skip, .js-plotly-plot'))

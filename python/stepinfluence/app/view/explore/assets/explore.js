@@ -87,20 +87,19 @@ $("limits").textContent = answers ? "Saved page: filters rank the examples kept 
 
 /* From the address, at the start and when a person goes back. */
 async function restore(start = false) {
-  const query = fromAddress();
+  const query = fromAddress(), usable = (row) => row !== null && row < overview.queries && (!answers || row in answers.byQuery);
+  if (!usable(state.other)) { state.other = null; $("other").value = ""; }
   if (start) {
     state.setTheme = themed(() => redraw().catch(say), state.theme);
     $("theme").addEventListener("click", () => { state.theme = root.dataset.theme; remember(true); });
   } else state.setTheme(state.theme);
   if (start) await queryList.reset();
-  const usable = (row) => row !== null && row < overview.queries && (!answers || row in answers.byQuery);
   const first = queryList.items.find((q) => !q.failed) || queryList.items[0];
   const wanted = usable(query) ? query : first ? first.row : null;
   if (wanted !== state.query) state.place = null;
   state.query = wanted;
   if (state.place === null && answers) { const place = answers.queries.findIndex((q) => q.row === wanted); state.place = $("find").value || place < 0 ? null : place; }
   if (state.row !== null && state.row >= overview.train) state.row = null;
-  if (state.other === null || !usable(state.other)) { state.other = null; $("other").value = ""; }
   offer();
   remember(true);
   await show();
