@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 Parts = dict[str, Callable[[], str]]
 
 KINDS = (
-    "capture", "host-overhead", "install", "integrations", "models", "peers", "scale", "search", "sketch",
+    "capture", "explore", "host-overhead", "install", "integrations", "models", "peers", "scale", "search", "sketch",
     "sketch-sizes", "soak", "store-layouts", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""

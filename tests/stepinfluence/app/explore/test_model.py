@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accuracy import Expected, inner_products, multilinear
 from stepinfluence import Fisher
 from stepinfluence.app.runs.by_token import token_features
 from stepinfluence.app.runs.stored import StoredRun
@@ -27,21 +29,24 @@ def test_exact_scores_are_those_of_the_one_exact_path(told: Explorer, words: Pat
     found = exact(told, 1, k=3, first=2)
     run = StoredRun.open(words)
     train, query = run.store("train"), run.store("query")
-    rows = sorted(int(row) for row in found["rows"])
+    assert found["candidates"] == 12  # all rows: 12 on either side are asked for
+    rows = list(range(12))
     question = ask(train, [query.features(k, [1]) for k in (0, 1)])
     want = exact_rows(question, torch.tensor([rows]), exact=run.recompute(train, run.examples(query, [1])))[0]
-    for row, path in zip(rows, want.tolist(), strict=True):
-        assert found["rows"][str(row)]["sdi"] == pytest.approx(path, rel=1e-4, abs=1e-7)
-        assert found["rows"][str(row)]["score"] == pytest.approx(sum(path[1:]), rel=1e-4, abs=1e-7)
-    assert found["candidates"] == 12  # all rows: 12 on either side would be asked for
+    for row, one in found["rows"].items():
+        path = want[int(row)].tolist()
+        assert one["sdi"] == path  # the same batches, the same path
+        assert one["score"] == sum(path[1:])
     shown = told.top(1, k=3, first=2, score="sdi")
     assert {str(e["row"]) for side in shown.values() for e in side} == found["rows"].keys()
 
 
 def test_exact_scores_at_one_checkpoint(told: Explorer) -> None:
-    whole, parts = exact(told, 1, k=3), [exact(told, 1, k=12, checkpoint=k) for k in (0, 1)]
+    """They add up to those of all: the same numbers, added in another order."""
+    whole, parts = exact(told, 1, k=12), [exact(told, 1, k=12, checkpoint=k) for k in (0, 1)]
     for row, one in whole["rows"].items():
-        assert one["score"] == pytest.approx(sum(p["rows"][row]["score"] for p in parts if row in p["rows"]), rel=1e-4)
+        mine = torch.tensor([p["rows"][row]["sdi"] for p in parts], dtype=torch.float64)
+        Expected(mine.sum(0), mine.float().sum(0), mine.abs().sum(0)).check(torch.tensor(one["sdi"]))
 
 
 def test_tokens_of_a_pair(told: Explorer, words: Path) -> None:
@@ -52,26 +57,36 @@ def test_tokens_of_a_pair(told: Explorer, words: Path) -> None:
     found = tokens(told, 2, 4)
     assert found["tokens"] == list(want.tokens)
     np.testing.assert_array_equal(np.float32(found["sdi"]), sdi)
-    parts = [np.array(tokens(told, 2, 4, checkpoint=k)["sdi"]) for k in (0, 1)]
-    np.testing.assert_allclose(sum(parts), sdi, rtol=1e-4, atol=1e-7)
+    parts = torch.tensor([tokens(told, 2, 4, checkpoint=k)["sdi"] for k in (0, 1)], dtype=torch.float64)[:, 1:]
+    Expected(parts.sum(0), parts.float().sum(0), parts.abs().sum(0)).check(torch.from_numpy(sdi[1:]))
+
+
+def features(explorer: Explorer) -> list[torch.Tensor]:
+    """By checkpoint the train rows ``(N, D)``, then the queries' rows ``(Q, steps, D)``, times eta."""
+    train = [explorer.train.features(k).values.sum(1) for k in (0, 1)]
+    return train + [explorer.query.features(k).values * c.eta for k, c in enumerate(explorer.train.checkpoints)]
+
+
+def together(found: dict[str, Any]) -> torch.Tensor:
+    """``(N, steps)`` of the lists of all rows."""
+    listed = sorted([*found["helpful"], *found["harmful"]], key=lambda e: e["row"])
+    assert [e["row"] for e in listed] == list(range(12))
+    return torch.tensor([e["sdi"] for e in listed])
 
 
 def test_all_queries_count_alike_or_by_size(told: Explorer) -> None:
     """The sum over queries is that of their scores; alike, each is divided by the norm of its gradient."""
-    scores = np.stack([told.scores(q).sum(1) for q in range(5)])
-    by_size = {
-        e["row"]: e["score"] for side in ("helpful", "harmful") for e in overall(told, k=12, weights="size")[side]
-    }
-    for row, score in by_size.items():
-        assert score == pytest.approx(scores[:, row].sum(), rel=1e-3, abs=1e-5 * np.abs(scores).max())
-    etas = [c.eta for c in told.train.checkpoints]
-    gradients = [[told.query.features(k, [q]).values[0].sum(0) * eta for k, eta in enumerate(etas)] for q in range(5)]
-    norms = np.array([float(torch.cat(parts).norm()) for parts in gradients])
-    alike = {e["row"]: e["score"] for side in ("helpful", "harmful") for e in overall(told, k=12)[side]}
-    want = (scores / norms[:, None]).mean(0)
-    for row, score in alike.items():
-        assert score == pytest.approx(want[row], rel=1e-3, abs=1e-5 * np.abs(want).max())
-    assert len(alike) == len(by_size) == 12
+    sides = features(told)
+
+    def whole(*v: torch.Tensor) -> torch.Tensor:
+        return sum(torch.einsum("nd,qtd->nt", v[k], v[k + 2]) for k in (0, 1))  # type: ignore[return-value]
+
+    multilinear(whole, *sides).check(together(overall(told, k=12, weights="size")))
+    norms = torch.cat([part.double().sum(1) for part in sides[2:]], 1).norm(dim=1)[:, None, None]
+    alike = [*sides[:2], *(part.double() / norms / 5 for part in sides[2:])]
+    rounded = Expected(*(whole(*(f(v) for v in alike)) for f in (torch.Tensor.double, torch.Tensor.float)),
+                       whole(*(v.double().abs() for v in alike)))  # fmt: skip
+    rounded.check(together(overall(told, k=12)))
 
 
 def test_of_many_queries_some_stand_for_all(told: Explorer, monkeypatch: pytest.MonkeyPatch, words: Path) -> None:
@@ -80,30 +95,45 @@ def test_of_many_queries_some_stand_for_all(told: Explorer, monkeypatch: pytest.
     assert few.scored.counted == [0, 2, 4]
     found = overall(few, weights="size")
     assert (found["queries"], found["of"]) == (3, 5)
-    want = sum(told.scores(q).sum(1) for q in (0, 2, 4))
-    first = found["helpful"][0]
-    assert first["score"] == pytest.approx(want[first["row"]], rel=1e-3)
+    sides = features(told)
+    picked = [*sides[:2], *(part[[0, 2, 4]] for part in sides[2:])]
+    multilinear(lambda *v: sum(torch.einsum("nd,qtd->nt", v[k], v[k + 2]) for k in (0, 1)), *picked).check(
+        together(overall(few, k=12, weights="size"))
+    )
 
 
-@pytest.mark.parametrize("corrected", [False, True])
-def test_the_reverse_is_the_same_scores_by_example(words: Path, corrected: bool) -> None:
-    def fits(store: object) -> object:
-        return ([Fisher.fit(store, checkpoint=k, damping=0.1) for k in (0, 1)], "") if corrected else (None, "")
+def of_queries(found: dict[str, Any]) -> torch.Tensor:
+    """``(Q, steps)`` of the lists of all queries."""
+    listed = sorted([*found["helpful"], *found["harmful"]], key=lambda e: e["row"])
+    assert [e["row"] for e in listed] == list(range(5))
+    assert (found["helps"], found["harms"]) == (len(found["helpful"]), len(found["harmful"]))
+    return torch.tensor([e["sdi"] for e in listed])
 
-    explorer = Explorer.open(words, curvatures=fits)  # type: ignore[arg-type]
+
+def test_the_reverse_is_the_same_scores_by_example(told: Explorer) -> None:
+    sides = features(told)
     for row in (0, 7):
-        found = reverse(explorer, row, k=5)
-        listed = [*found["helpful"], *found["harmful"]]
-        assert sorted(e["row"] for e in listed) == list(range(5))
-        most = max(abs(e["score"]) for e in listed)
-        for e in listed:
-            want = explorer.scores(e["row"])[row]
-            assert e["score"] == pytest.approx(float(want.sum()), rel=1e-3, abs=1e-4 * most)
-        assert (found["helps"], found["harms"]) == (len(found["helpful"]), len(found["harmful"]))
-        one = reverse(explorer, row, k=5, checkpoint=1)
-        assert {e["row"]: e["score"] for e in one["helpful"]} == pytest.approx(
-            {e["row"]: float(explorer.scores(e["row"], checkpoint=1)[row].sum()) for e in one["helpful"]}, rel=1e-3
-        )
+        mine = [part[row] for part in sides[:2]]
+        both = multilinear(lambda *v: sum(torch.einsum("d,qtd->qt", v[k], v[k + 2]) for k in (0, 1)), *mine, *sides[2:])
+        both.check(of_queries(reverse(told, row, k=5)))
+        one = multilinear(lambda a, b: torch.einsum("d,qtd->qt", a, b), mine[1], sides[3])
+        one.check(of_queries(reverse(told, row, k=5, checkpoint=1)))
+
+
+def test_the_reverse_is_corrected_alike(words: Path) -> None:
+    """The train row is multiplied by the inverse instead of the queries. A solve rounds up to 1/damping as much."""
+    damping = 0.1
+    explorer = Explorer.open(
+        words, curvatures=lambda s: ([Fisher.fit(s, checkpoint=k, damping=damping) for k in (0, 1)], "")
+    )
+    fits, sides = explorer.curvatures(""), features(explorer)
+    assert fits is not None
+    found = of_queries(reverse(explorer, 7, k=5)).double()
+    want = torch.from_numpy(np.stack([explorer.scores(q)[7] for q in range(5)])).double()
+    sizes = sum(fits[k].solve(sides[k][7][None]).norm() * sides[k + 2].norm(dim=2) for k in (0, 1))
+    allowed = 8 * torch.finfo(torch.float32).eps / damping * sizes
+    assert bool(((found - want).abs() <= allowed).all())
+    assert bool((allowed < 1e-3 * want.abs().max()).all()), "cannot fail"
 
 
 def test_agreement_counts_what_leads_by_halves(told: Explorer) -> None:
@@ -125,7 +155,9 @@ def test_a_page_without_a_server_holds_what_it_shows(told: Explorer) -> None:
     assert one["agreement"] == agreement(told, 1)
     for e in one["examples"]:
         for k in (0, 1):
-            np.testing.assert_allclose(e["parts"][k], told.scores(1, checkpoint=k)[e["row"]], rtol=1e-4, atol=1e-7)
+            sides = [told.train.features(k, [e["row"]]).values[0].sum(0), told.query.features(k, [1]).values[0]]
+            want = inner_products("d,td->t", *sides, scale=told.train.checkpoints[k].eta)
+            want.check(torch.tensor(e["parts"][k]))
     for row, pair in one["pairs"].items():
         assert pair["tokens"] == tokens(told, 1, int(row))
         assert saved["reverse"]["sdi"][row]["helps"] == reverse(told, int(row))["helps"]

@@ -74,10 +74,10 @@ async function byToken() {
     drawTokens(found);
   } catch (error) { if (query === state.query && row === state.row) { $("by-token-note").textContent = String(error.message || error); drawTokens(null); } } finally { $("by-token-button").disabled = false; }
 }
-/* Colour of a box: full where the influence is largest, none where it is zero. */
+/* Colour of a box: strongest where the influence is largest, none where it is zero; its text stays readable. */
 function tint(box, value, most) {
-  const share = most ? Math.min(1, Math.abs(value) / most) : 0;
-  box.style.background = `color-mix(in srgb, ${ink(value)} ${Math.round(62 * share)}%, var(--panel))`;
+  const strongest = root.dataset.theme === "dark" ? 50 : 62, share = most ? Math.min(1, Math.abs(value) / most) : 0;
+  box.style.background = `color-mix(in srgb, ${ink(value)} ${Math.round(strongest * share)}%, var(--panel))`;
   box.title = signed(value);
 }
 function drawTokens(found) {
