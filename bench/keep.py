@@ -28,6 +28,7 @@ COMMANDS: dict[str, list[str]] = {
     "store-layouts": ["-m", "bench.store_layouts", "--keep"],
     "variance-table": ["-m", "bench.variance_table", "--keep"],
     "integrations": ["-m", "bench.integrations", "--keep"],
+    "explore": ["-m", "bench.explore", "--scratch", "SCRATCH", "--keep"],
     "search": ["-m", "bench.search", "--cpu-seconds", "--scratch", "SCRATCH", "--keep"],
     "install": ["-m", "bench.install", "--keep"],
     "attack": ["-m", "bench.attack", "--minutes", "60", "--keep"],

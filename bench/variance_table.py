@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sdi_kernels import HASH_FAMILIES, HashFamily, TensorSketch
-from sdi_kernels.hashing import difference_probability, largest_difference_probability
+from sdi_kernels.hashing import difference_probability
+from sdi_kernels.variance import matrix_bound, pair_probabilities
 
 Array = npt.NDArray[np.float64]
 
@@ -49,33 +50,6 @@ def cases(seed: int) -> list[Case]:
 
 # ---------------------------------------------------------------------------------------------------------------
 # The formula of docs/design.md
-
-
-def collision(d: int, m: int, hashing: HashFamily) -> float:
-    """Probability that two given coordinates share a bucket."""
-    if hashing == "iid":
-        return 1 / m
-    if d < 2:
-        return 0.0
-    full, rest = divmod(d, m)
-    return (rest * (full + 1) * full + (m - rest) * full * (full - 1)) / (d * (d - 1))
-
-
-def pair_probabilities(d_out: int, d_in: int, m: int, hashing: HashFamily) -> tuple[float, float, float, float]:
-    """(kappa_out, kappa_in, pi, rho) of docs/design.md; rho as it is where h_in(j) = j, for columns m/2 apart.
-
-    Where pi depends on how far apart the columns are (``block`` with d_out < m, h_in(j) = j), it is the largest.
-    """
-    k_out, k_in = collision(d_out, m, hashing), collision(d_in, m, hashing)
-    if m == 1:
-        return k_out, k_in, 1.0, 1.0
-    blocks = hashing == "block" and d_out < m
-    half = 0.0 if m % 2 else difference_probability(m // 2, d_out, m) if blocks else (1 - k_out) / (m - 1)
-    if hashing != "iid" and d_in <= m:
-        return k_out, 0.0, largest_difference_probability(d_out, m) if blocks else (1 - k_out) / (m - 1), half
-    differ_out, differ_in = (1 - k_out) / (m - 1), (1 - k_in) / (m - 1)
-    pi = k_out * k_in + (m - 1) * differ_out * differ_in
-    return k_out, k_in, pi, k_out * k_in + half * differ_in
 
 
 def exact_variance(x: Array, y: Array, m: int, hashing: HashFamily) -> float:
@@ -111,16 +85,6 @@ def exact_variance(x: Array, y: Array, m: int, hashing: HashFamily) -> float:
     else:
         t24 = t1 - same_row + same + t3 - same_column + same
     return float(k_in * (t1 + t5) + k_out * (t3 + t6) + pairs + rho * t24)
-
-
-def bound(d_out: int, d_in: int, m: int, hashing: HashFamily) -> float:
-    """What ``Var / (|X|^2 |Y|^2)`` cannot exceed.
-
-    6/m + 4/m^2 for iid; 2/(m-1) for balanced with d_out, d_in <= m; about 2/d_out for block with d_out far below m.
-    """
-    k_out, k_in, pi, rho = pair_probabilities(d_out, d_in, m, hashing)
-    contiguous = hashing != "iid" and d_in <= m and m > 1
-    return 2 * (k_out + k_in + pi + (0.0 if contiguous else rho))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for family in HASH_FAMILIES:
             measured = inner_products(case.x, case.y, case.m, family, options.trials).var(ddof=1)
             exact = exact_variance(case.x, case.y, case.m, family)
-            limit = bound(*case.x.shape, case.m, family)
+            limit = matrix_bound(*case.x.shape, case.m, family)
             cells += [normalised(measured, case), normalised(exact, case), case.m * limit]
         rows.append({"matrices": case.name, "m": case.m, "cells": cells})
         print(f"| {case.name} | {case.m} |", " | ".join(f"{cell:.2f}" for cell in cells), "|", flush=True)

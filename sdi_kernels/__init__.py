@@ -19,6 +19,7 @@ from sdi_kernels.linear import sketched_linear
 from sdi_kernels.pairwise import pairwise_linear_influence
 from sdi_kernels.plan import LinearPlan, Route, plan_linear
 from sdi_kernels.sketches import CountSketch, TensorSketch
+from sdi_kernels.variance import variance_bound
 
 __all__ = [
     "HASH_FAMILIES",
@@ -38,4 +39,5 @@ __all__ = [
     "sketch_scaled_vector_grads",
     "sketch_vector_grads",
     "sketched_linear",
+    "variance_bound",
 ]

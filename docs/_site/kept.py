@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 Parts = dict[str, Callable[[], str]]
 
 KINDS = (
-    "attack", "capture", "host-overhead", "install", "integrations", "models", "peers", "scale", "search", "sketch",
-    "sketch-sizes", "soak", "store-layouts", "variance-table", "workspace",
+    "attack", "capture", "explore", "host-overhead", "install", "integrations", "models", "peers", "scale", "search",
+    "sketch", "sketch-sizes", "soak", "store-layouts", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""
 

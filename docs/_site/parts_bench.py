@@ -111,6 +111,17 @@ def variance() -> str:
     )
 
 
+def explore() -> str:
+    """docs/explore.md: seconds of a click."""
+    texts = []
+    for name, result in machines("explore"):
+        size = f"{result['rows']:,} training rows of {result['columns']:,} columns in int8 and {result['queries']:,} queries"
+        texts.append(f"{source(name, False, result)} {size}, medians of {result['rounds']}.")
+        rows = [[what, f"{s['wall s']:.2f}", f"{s['processor s']:.2f}"] for what, s in result["clicks"].items()]
+        texts.append(table(["what is chosen", "seconds", "of the processor"], rows))
+    return "\n\n".join(texts)
+
+
 def search() -> str:
     """docs/search.md: speed and recall."""
     texts = []
@@ -179,6 +190,7 @@ PARTS: Parts = {
     "scale": scale,
     "variance": variance,
     "search": search,
+    "explore": explore,
     "integrations": integrations,
     "peers": peers,
 }

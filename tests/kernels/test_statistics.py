@@ -22,6 +22,8 @@ import torch
 
 import sdi_kernels as sk
 from sdi_kernels import CountSketch, HashFamily, TensorSketch
+from sdi_kernels.variance import collision
+from sdi_kernels.variance import matrix_bound as bound
 
 Array = npt.NDArray[np.float64]
 
@@ -29,8 +31,6 @@ Array = npt.NDArray[np.float64]
 TABLE = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "variance_table.py"))
 cases: Callable[[int], list[Any]] = TABLE["cases"]
 exact_variance: Callable[[Array, Array, int, HashFamily], float] = TABLE["exact_variance"]
-bound: Callable[[int, int, int, HashFamily], float] = TABLE["bound"]
-collision: Callable[[int, int, HashFamily], float] = TABLE["collision"]
 inner_products: Callable[[Array, Array, int, HashFamily, int], Array] = TABLE["inner_products"]
 
 TRIALS = 1500

@@ -6,26 +6,22 @@
     body(model) -> module, name or list  what the loop applies at every step
 
 and, if wanted, ``collate(examples)``, ``example_id(example, index)``, ``text(example)``, ``metadata(example)``,
-``tokens(example)``, ``from_json(fields)``, ``load_checkpoint(path)`` and ``attach_options()``; :class:`Project` has the
-defaults.
+``tokens(example)``, ``token_losses(model, batch)``, ``answer(model, batch)``, ``truth(example)``,
+``from_json(fields)``, ``load_checkpoint(path)`` and ``attach_options()``; :class:`Project` has the defaults.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from stepinfluence.app.project_file import checked, describe, kind_of, run_file
 from stepinfluence.capture.targets import Body
 from stepinfluence.errors import ProjectError, StepInfluenceError
 
@@ -41,6 +37,9 @@ OPTIONAL = {
     "text": "text(example) -> str",
     "metadata": "metadata(example) -> dict of str to str or number",
     "tokens": "tokens(example) -> list of str",
+    "token_losses": "token_losses(model, batch) -> Tensor of shape (B, T), losses of tokens that add up to loss()",
+    "answer": "answer(model, batch) -> list of str, the model's answer to each example",
+    "truth": "truth(example) -> str, the right answer",
     "from_json": "from_json(fields) -> example",
     "load_checkpoint": "load_checkpoint(path) -> state dict, or dict with 'model' (and 'optimizer')",
     "attach_options": "attach_options() -> dict of keyword arguments of stepinfluence.attach",
@@ -55,6 +54,12 @@ FORBIDDEN_OPTIONS = {
     "preconditioner": "sdi featurize --metric",
 }
 
+MOST_TOKENS, TOKEN_CHARACTERS = 1 << 16, 1 << 24
+"""Tokens of one example that a run keeps, and characters of them together."""
+
+ANSWER_CHARACTERS = 10_000
+"""Characters of an answer that are kept."""
+
 Scalar: TypeAlias = str | int | float | bool | None
 RowId: TypeAlias = str | int
 
@@ -64,12 +69,6 @@ class MapStyle(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
-
-
-def arguments_of(signature: str) -> int:
-    """How many arguments the function of a signature in :data:`REQUIRED` or :data:`OPTIONAL` is called with."""
-    inner = signature[signature.index("(") + 1 : signature.index(")")]
-    return len(inner.split(",")) if inner else 0
 
 
 class Project:
@@ -92,7 +91,7 @@ class Project:
                 arguments (says which, and what is expected).
         """
         path = Path(path)
-        module = _run(path)
+        module = run_file(path)
         functions: dict[str, Callable[..., Any]] = {}
         missing = [name for name in REQUIRED if not hasattr(module, name)]
         if missing:
@@ -100,7 +99,7 @@ class Project:
             raise ProjectError(f"{path}: defines no {', '.join(missing)}; add: {expected}")
         for name, signature in (REQUIRED | OPTIONAL).items():
             if hasattr(module, name):
-                functions[name] = _checked(path, name, getattr(module, name), signature)
+                functions[name] = checked(path, name, getattr(module, name), signature)
         return cls(path, functions)
 
     @classmethod
@@ -139,7 +138,7 @@ class Project:
 
     def _wrong(self, name: str, got: object) -> ProjectError:
         expected = (REQUIRED | OPTIONAL)[name]
-        return ProjectError(f"{self.path}: {name}() returned {_type(got)}; expected {expected}")
+        return ProjectError(f"{self.path}: {name}() returned {kind_of(got)}; expected {expected}")
 
     # ------------------------------------------------------------------------------------------------------------
     # Required functions
@@ -242,14 +241,66 @@ class Project:
         return plain
 
     def tokens(self, example: Any) -> list[str] | None:
-        """Text of each token of an example, for attribution by token; None if the file does not say."""
+        """Text of each token of an example; None if the file does not say.
+
+        Raises:
+            ProjectError: the function failed, returned something else, or more than is kept of one example.
+        """
         if "tokens" not in self._functions:
             return None
         with self._named("tokens"):
             value = self._functions["tokens"](example)
+        if value is None:
+            return None
         if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(t, str) for t in value):
             raise self._wrong("tokens", value)
+        if len(value) > MOST_TOKENS or sum(map(len, value)) > TOKEN_CHARACTERS:
+            raise ProjectError(
+                f"{self.path}: tokens() returned {len(value):,} tokens of {sum(map(len, value)):,} characters; at most "
+                f"{MOST_TOKENS:,} of {TOKEN_CHARACTERS:,} are kept of an example: return None for longer ones"
+            )
         return list(value)
+
+    def token_losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """Losses ``(B, T)`` of a batch by token, zero for tokens that are not predicted; they add up to :meth:`loss`.
+
+        Raises:
+            ProjectError: the file has no such function, it failed, or returned something else.
+        """
+        if "token_losses" not in self._functions:
+            raise ProjectError(f"{self.path}: has no token_losses; add def {OPTIONAL['token_losses']}")
+        with self._named("token_losses"):
+            value = self._functions["token_losses"](model, batch)
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            raise self._wrong("token_losses", value)
+        return value
+
+    def answers(self, model: nn.Module, batch: Any, count: int) -> list[str] | None:
+        """The model's answer to each of a batch's ``count`` examples, at most :data:`ANSWER_CHARACTERS` of it; None if
+        the file does not say.
+
+        Raises:
+            ProjectError: the function failed, or returned something else.
+        """
+        if "answer" not in self._functions:
+            return None
+        with self._named("answer"), torch.no_grad():
+            value = self._functions["answer"](model, batch)
+        if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+            raise self._wrong("answer", value)
+        if len(value) != count:
+            raise ProjectError(f"{self.path}: answer() returned {len(value)} for {count} examples; return one for each")
+        return [text[:ANSWER_CHARACTERS] for text in value]
+
+    def truth(self, example: Any) -> str | None:
+        """The right answer to an example, at most :data:`ANSWER_CHARACTERS` of it; None if the file does not say."""
+        if "truth" not in self._functions:
+            return None
+        with self._named("truth"):
+            value = self._functions["truth"](example)
+        if not isinstance(value, str | None):
+            raise self._wrong("truth", value)
+        return None if value is None else value[:ANSWER_CHARACTERS]
 
     def from_json(self, fields: Any) -> Any:
         """An example from what a JSON file has for it (``sdi query --input``); itself if the file does not say."""
@@ -280,63 +331,6 @@ class Project:
             if name in value:
                 raise ProjectError(f"{self.path}: attach_options() sets {name}, which is set by {place}; leave it out")
         return value
-
-
-def describe(error: BaseException, file: Path) -> str:
-    """``TypeError: message (line 12)``: an error with the last line of ``file`` that led to it."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file.absolute()]
-    place = f" (line {lines[-1]})" if lines else ""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"
-
-
-def _run(path: Path) -> ModuleType:
-    if not path.is_file():
-        hint = "; sdi init writes one" if path.suffix == ".py" else "; give a Python file (sdi init writes one)"
-        raise ProjectError(f"{path}: no such project file{hint}")
-    path = path.absolute()
-    folder = str(path.parent)
-    if folder not in sys.path:  # the file may import its neighbours, as it may when it is run as a script
-        sys.path.insert(0, folder)
-    # A name of its own: it must not hide, or be hidden by, an installed module of the same name.
-    name = f"_sdi_project_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ProjectError(f"{path}: not a Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(name)
-    sys.modules[name] = module  # dataclasses and pickle look modules up there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        if before is None:
-            sys.modules.pop(name)
-        else:
-            sys.modules[name] = before
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise ProjectError(f"{path}: could not be run: {describe(error, path)}") from error
-    return module
-
-
-def _checked(path: Path, name: str, value: object, signature: str) -> Callable[..., Any]:
-    if not callable(value) or isinstance(value, type | nn.Module):
-        raise ProjectError(f"{path}: {name} is {_type(value)}, not a function; write def {signature}")
-    try:
-        inspect.signature(value).bind(*[None] * arguments_of(signature))
-    except TypeError:
-        raise ProjectError(
-            f"{path}: {name}{inspect.signature(value)} does not take the right arguments; write def {signature}"
-        ) from None
-    except ValueError:  # built in C: it does not tell its arguments
-        pass
-    return value
-
-
-def _type(value: object) -> str:
-    return (
-        "None" if value is None else f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-    )
 
 
 def _field(example: Any, name: str) -> Any:

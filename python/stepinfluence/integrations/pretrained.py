@@ -162,14 +162,28 @@ class Pretrained:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Losses in nats, ``(B,)``."""
-        logits: Tensor = model(**self._inputs({k: v for k, v in batch.items() if k != "labels"})).logits.float()
-        labels = batch["labels"]
         if self.task == "classification":
-            return F.cross_entropy(logits, labels, reduction="none")
-        if self.task == "causal-lm":
+            return F.cross_entropy(self._logits(model, batch), batch["labels"], reduction="none")
+        return self.token_losses(model, batch).sum(1)
+
+    def token_losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """``(B, T)``: what each token adds to the loss; zero where it is not scored.
+
+        Raises:
+            ProjectError: the model classifies: its loss is not one of tokens.
+        """
+        if self.task == "classification":
+            raise ProjectError(f"{self.name}: the loss of a classification is not one of tokens; ask without --tokens")
+        logits, labels = self._logits(model, batch), batch["labels"]
+        first = int(self.task == "causal-lm")  # nothing predicts the first token
+        if first:
             logits, labels = logits[:, :-1], labels[:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
-        return losses.sum(1) / (labels != IGNORED).sum(1)
+        return F.pad(losses / (labels != IGNORED).sum(1, keepdim=True), (first, 0))
+
+    def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        logits: Tensor = model(**self._inputs({k: v for k, v in batch.items() if k != "labels"})).logits
+        return logits.float()
 
     def example_id(self, example: Record, index: int) -> str | int:
         """The record's ``id``, or its position."""

@@ -7,7 +7,7 @@ from stepinfluence.search.recompute import Recompute
 from stepinfluence.search.rerank import rerank
 from stepinfluence.search.table import scores
 from stepinfluence.search.topk import TopK, top_k
-from stepinfluence.search.two_stage import TwoStage, two_stage
+from stepinfluence.search.two_stage import TwoStage, exact_rows, two_stage
 from stepinfluence.search.unusual import Outlier, outliers
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "TwoStage",
     "ask",
     "checkpoint_energy",
+    "exact_rows",
     "outliers",
     "rerank",
     "scores",

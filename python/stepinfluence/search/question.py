@@ -62,6 +62,11 @@ class Question:
     def steps(self) -> int:
         return self.vectors[0].shape[1]
 
+    @property
+    def counted(self) -> tuple[int, ...]:
+        """The checkpoints that count: those with a weight; one of them where none has."""
+        return tuple(k for k, eta in enumerate(self.etas) if eta) or (0,)
+
     def heads(self) -> tuple[Tensor, ...]:
         """By checkpoint ``(C, columns)``, one vector for each ranking: ``Q``, or ``Q * len(ranked)`` of them."""
         chosen = [v[:, list(self.ranked)] for v in self.vectors]

@@ -43,7 +43,9 @@ def score_blocks(question: Question, vectors: tuple[Tensor, ...]) -> Iterator[Te
     checkpoint. Scores of rows without features are NaN."""
     train = question.train
     valid = torch.from_numpy(train.valid)
-    for blocks in zip(*(train.blocks(k) for k in range(len(train.spaces))), strict=True):
+    counted = question.counted
+    vectors = tuple(vectors[k] for k in counted)
+    for blocks in zip(*(train.blocks(k) for k in counted), strict=True):
         rows = len(blocks[0].codes)
         held = len(vectors[0])  # numbers that a stored row becomes
         if question.device.type != "cpu":  # rows are decoded a block at a time there, else a few at a time or never

@@ -19,7 +19,7 @@ from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.files import file_digest
 from stepinfluence.store import Store, bytes_per_row
 from stepinfluence.store.codecs import rounding_norm
-from stepinfluence.store.manifest import MANIFEST
+from stepinfluence.store.manifest import MANIFEST, SketchSpec
 from stepinfluence.store.shards import record_path
 
 Rows: TypeAlias = Store | Features | Sequence[Features]
@@ -83,6 +83,10 @@ class RowSource(Protocol):
         """What was folded into the only checkpoint; None for others."""
 
     @property
+    def sketch(self) -> SketchSpec | None:
+        """How the sketches were made; None if the rows do not tell, or are none."""
+
+    @property
     def per_step(self) -> bool: ...
 
     @property
@@ -137,7 +141,7 @@ class FeatureSource:
             raise FeatureMismatchError(f"{name}: features per step at some checkpoints and summed at others")
         self._features = list(features)
         self.spaces = tuple(f.space for f in features)
-        self.etas = self.folded = None
+        self.etas = self.folded = self.sketch = None
         self.per_step = features[0].per_step
         self.valid = ~np.isnan(np.stack([f.losses.cpu().numpy() for f in features])).any(0)
         self.dtype = torch.promote_types(features[0].values.dtype, torch.float32)
@@ -186,6 +190,7 @@ class StoreSource:
         self._store = store
         self.spaces = tuple(c.space for c in store.checkpoints)
         self.etas = tuple(c.eta for c in store.checkpoints)
+        self.sketch = store.manifest.sketch
         self.per_step = store.per_step
         self.valid = store.valid
         self.dtype = torch.float32
@@ -235,7 +240,7 @@ class StoreSource:
             yield RawBlock(first, tensor, None if scales is None else torch.from_numpy(scales))
 
     def take(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
-        return self._store.features(checkpoint, rows).values
+        return self._store.values(checkpoint, rows)
 
     def stored_error(self, checkpoint: int, rows: Sequence[int]) -> Tensor:
         return _stored_error(self.take(checkpoint, rows), self._store.manifest.dtype)

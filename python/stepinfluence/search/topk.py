@@ -178,13 +178,14 @@ def trajectories(question: Question, rows: Tensor) -> Tensor:
         wanted, which = flat[some].unique(return_inverse=True)
         if not len(wanted):
             continue
-        for checkpoint, vectors in enumerate(question.vectors):
+        for checkpoint in question.counted:
+            vectors = question.vectors[checkpoint]
             values = train.take(checkpoint, wanted.tolist())[..., question.columns].to(vectors)
             values = values.sum(1) if values.dim() == 3 else values
             for query in queries.unique().tolist():
                 mine = queries == query
                 term = (values[which[mine].to(values.device)] @ vectors[query].T).float().cpu()
-                out[some[mine]] = term if checkpoint == 0 else out[some[mine]] + term
+                out[some[mine]] = term if checkpoint == question.counted[0] else out[some[mine]] + term
     return out.reshape(*rows.shape, question.steps)
 
 

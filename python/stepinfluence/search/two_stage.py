@@ -69,14 +69,7 @@ def two_stage(
         raise ValueError(f"k: got {k!r}; give a positive number of rows")
     if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < k:
         raise ValueError(f"candidates: got {candidates!r} for k = {k}; give at least k")
-    if question.corrected:
-        raise ValueError("question: exact influence is recomputed without curvature; ask with curvature='none'")
-    for name, data, want in (
-        ("train", exact.train, len(question.train)),
-        ("query", exact.query, len(question.query_ids)),
-    ):
-        if len(data) != want:
-            raise ValueError(f"{name}: got {len(data)} examples for {want} rows of features; give the same dataset")
+    _require_same(question, exact)
     began = time.perf_counter()
     if index is None:
         found, _ = best_rows(question, candidates, progress=progress)
@@ -89,6 +82,36 @@ def two_stage(
     top = _ranked(question, lists, _exact_sdi(question, lists, exact, progress=progress), k)
     estimates = _scores(trajectories(question, top.rows), question.ranked, per_step=question.per_step)
     return TwoStage(top, estimates, lists, {"candidates": middle - began, "exact": time.perf_counter() - middle})
+
+
+def exact_rows(question: Question, rows: Tensor, *, exact: Recompute, progress: bool = True) -> Tensor:
+    """Exact influence of given rows on each query, recomputed from the model.
+
+    Args:
+        question: from :func:`ask`; its steps and ``k`` play no part.
+        rows: ``(Q, n)`` int64, ascending within a query and each once, padded with -1 at the end.
+        exact, progress: as for :func:`two_stage`.
+
+    Returns:
+        ``(Q, n, steps)`` float32, summed over the checkpoints that have a weight; zero where a row is -1.
+
+    Raises:
+        FeatureMismatchError, ValueError: as for :func:`two_stage`.
+    """
+    _require_same(question, exact)
+    return _exact_sdi(question, rows, exact, progress=progress)
+
+
+def _require_same(question: Question, exact: Recompute) -> None:
+    """Raise unless exact influence can answer a question, and its examples are as many as the features are of."""
+    if question.corrected:
+        raise ValueError("question: exact influence is recomputed without curvature; ask with curvature='none'")
+    for name, data, want in (
+        ("train", exact.train, len(question.train)),
+        ("query", exact.query, len(question.query_ids)),
+    ):
+        if len(data) != want:
+            raise ValueError(f"{name}: got {len(data)} examples for {want} rows of features; give the same dataset")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -149,6 +172,8 @@ def _exact_sdi(question: Question, lists: Tensor, exact: Recompute, *, progress:
     visits = visit_checkpoints(exact.capture, exact.checkpoints, weights, exact.metric, reader=exact.reader)
     with closing(visits) as visited:
         for checkpoint, eta in enumerate(visited):
+            if train.folded is None and not eta:
+                continue
             _require_weights(question, exact, checkpoint)
             for check in checks:
                 check.visit(checkpoint)

@@ -124,7 +124,7 @@ def fold_store(path: str | Path, out: str | Path, *, seed: int = 0) -> Store:
         numbers = store.manifest.rows_of(shard)
         kept = [row for row in numbers if row not in failed]
         features = [store.features(k, rows=kept) for k in range(len(etas))]
-        rows = [RowInfo(r.id, r.text, r.metadata) for r in (store.row(row) for row in numbers)]
+        rows = [RowInfo(r.id, r.text, r.metadata, r.tokens) for r in (store.row(row) for row in numbers)]
         bad = [FailedRow(row, failed[row]) for row in numbers if row in failed]
         writer.write_shard(0, shard, fold(features, etas, seed=seed) if kept else None, rows, bad)
     writer.finish()

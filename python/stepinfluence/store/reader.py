@@ -188,6 +188,14 @@ class Store(StoredFeatures):
         """
         return self._table.find(id)
 
+    def matching(self, find: str, most: int = 10_000) -> list[int]:
+        """The first rows, ``most`` at most, whose id or text contains ``find`` (case does not matter), in order.
+
+        Raises:
+            StoreError: a shard is missing or damaged.
+        """
+        return self._table.matching(find, most)
+
     @property
     def ids(self) -> RowIds:
         """Ids of all rows, read when asked for."""
@@ -257,45 +265,74 @@ class Store(StoredFeatures):
             values = torch.nn.functional.pad(values, (0, 0, 0, self.steps - values.shape[1]))
         return values
 
-    def features(self, checkpoint: int = 0, rows: Sequence[int] | slice | None = None) -> Features:
-        """Features of all rows, or of some in the order given, decoded and in memory.
-
-        Failed rows come with zero features and a NaN loss (:attr:`valid` tells).
-
-        Raises:
-            IndexError: a row that the store does not have.
-            StoreError: a shard is missing or damaged.
-        """
+    def _within(
+        self, checkpoint: int, rows: Sequence[int] | slice | None
+    ) -> tuple[npt.NDArray[np.int64], Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], dict[str, npt.NDArray[Any]]]]]:
+        """The numbers of rows, and shard by shard: their places among these, in the shard, and the shard's arrays."""
         n = len(self)
         wanted = np.arange(n)[rows] if isinstance(rows, slice) else np.arange(n) if rows is None else np.asarray(rows)
         wanted = wanted.astype(np.int64)
         if wanted.ndim != 1 or ((wanted < 0) | (wanted >= n)).any():
             raise IndexError(f"rows: got {rows!r}; give numbers from 0 to {n - 1}")
-        lead = (len(wanted), self.steps) if self.per_step else (len(wanted),)
-        values = torch.zeros(*lead, self.width)
-        losses, steps, lengths = (
-            np.zeros(len(wanted), "<f4"),
-            np.zeros(len(wanted), "<i8"),
-            np.zeros(len(wanted), "<i8"),
-        )
         shards = wanted // self.manifest.shard_rows
-        for shard in np.unique(shards):
-            arrays = self._arrays(checkpoint, int(shard))
-            (places,) = np.nonzero(shards == shard)
-            within = wanted[places] - int(shard) * self.manifest.shard_rows
-            for k in range(0, len(places), 256):
-                part, chosen = places[k : k + 256], within[k : k + 256]
-                scales = arrays["scales"][chosen] if "scales" in arrays else None
-                values[torch.from_numpy(part)] = self._decoded(arrays["values"][chosen], scales)
+
+        def parts() -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], dict[str, npt.NDArray[Any]]]]:
+            for shard in np.unique(shards):
+                (places,) = np.nonzero(shards == shard)
+                within = wanted[places] - int(shard) * self.manifest.shard_rows
+                yield places, within, self._arrays(checkpoint, int(shard))
+
+        return wanted, parts()
+
+    def values(self, checkpoint: int = 0, rows: Sequence[int] | slice | None = None) -> Tensor:
+        """Values of :meth:`features` alone, float32 ``([rows], [steps,] D')``: ids, of which each is read from a file,
+        are not.
+
+        Raises:
+            IndexError, StoreError: as for :meth:`features`.
+        """
+        wanted, parts = self._within(checkpoint, rows)
+        values = torch.zeros(*((len(wanted), self.steps) if self.per_step else (len(wanted),)), self.width)
+        for places, within, arrays in parts:
+            self._fill(values, places, within, arrays)
+        return values
+
+    def _fill(self, values: Tensor, places: npt.NDArray[Any], within: npt.NDArray[Any], arrays: Any) -> None:
+        for k in range(0, len(places), 256):
+            part, chosen = places[k : k + 256], within[k : k + 256]
+            scales = arrays["scales"][chosen] if "scales" in arrays else None
+            values[torch.from_numpy(part)] = self._decoded(arrays["values"][chosen], scales)
+
+    def features(
+        self, checkpoint: int = 0, rows: Sequence[int] | slice | None = None, *, numbered: bool = False
+    ) -> Features:
+        """Features of all rows, or of some in the order given, decoded and in memory.
+
+        Failed rows come with zero features and a NaN loss (:attr:`valid` tells).
+
+        Args:
+            numbered: give the rows' numbers for ids, which are then not read.
+
+        Raises:
+            IndexError: a row that the store does not have.
+            StoreError: a shard is missing or damaged.
+        """
+        wanted, parts = self._within(checkpoint, rows)
+        values = torch.zeros(*((len(wanted), self.steps) if self.per_step else (len(wanted),)), self.width)
+        losses = np.zeros(len(wanted), "<f4")
+        steps, lengths = np.zeros(len(wanted), "<i8"), np.zeros(len(wanted), "<i8")
+        for places, within, arrays in parts:
+            self._fill(values, places, within, arrays)
             losses[places], steps[places] = arrays["losses"][within], arrays["steps"][within]
             if self.per_step:
                 lengths[places] = arrays["lengths"][within]
+        ids = tuple(wanted.tolist()) if numbered else tuple(self.ids) if rows is None else None
         return Features(
             values=values,
             losses=torch.from_numpy(losses),
             steps=torch.from_numpy(steps),
             lengths=torch.from_numpy(lengths) if self.per_step else None,
-            ids=tuple(self.ids) if rows is None else tuple(self._table[int(row)].id for row in wanted),
+            ids=tuple(self._table[int(row)].id for row in wanted) if ids is None else ids,
             space=self.checkpoints[checkpoint].space,
             step_labels=self.step_labels,
             stored_as=self.manifest.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from stepinfluence.store.manifest import Manifest
 from stepinfluence.store.shards import RowId, RowInfo, row_from_bytes, rows_path
 
 LINE_LIMIT = 1 << 26
-"""Bytes of one row's text and metadata that are read, at most."""
+"""Bytes of one row's text, metadata and tokens that are read, at most."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class StoredRow:
         row: its number: the example's position in the dataset.
         id: the user's.
         text, metadata: what was given with it; None and empty if nothing was.
+        tokens: the text of each token; None if they were not given.
     """
 
     row: int
     id: RowId
     text: str | None
     metadata: dict[str, Any]
+    tokens: tuple[str, ...] | None = None
 
 
 class RowTable:
@@ -74,7 +77,8 @@ class RowTable:
 
     def _stored(self, row: int, line: bytes) -> StoredRow:
         info: RowInfo = row_from_bytes(f"{rows_path(self._store, row // self._manifest.shard_rows)}: row {row}", line)
-        return StoredRow(row, info.id, info.text, dict(info.metadata or {}))
+        tokens = None if info.tokens is None else tuple(info.tokens)
+        return StoredRow(row, info.id, info.text, dict(info.metadata or {}), tokens)
 
     def of_shard(self, shard: int) -> list[StoredRow]:
         """All rows of a shard."""
@@ -104,6 +108,32 @@ class RowTable:
         if self._by_id[key] < 0:
             raise StoreError(f"id: {id!r} is the id of several rows of {self._store}; use row numbers")
         return self._by_id[key]
+
+    def matching(self, find: str, most: int) -> list[int]:
+        """The first rows, ``most`` at most, whose id or text contains ``find`` (case does not matter), in order."""
+        wanted = find.casefold()
+        quoted = json.dumps(wanted, ensure_ascii=False)[1:-1]  # as it stands in a line
+        found: list[int] = []
+        for shard in range(self._manifest.n_shards):
+            content, first = self._bytes_of(shard), self._manifest.rows_of(shard).start
+            folded = content.decode(errors="replace").casefold()
+            # Lines with halves of characters are written in ASCII altogether.
+            if quoted not in folded and "\\u" not in folded:
+                continue
+            lines = content.split(b"\n")
+            for place, line in enumerate(folded.split("\n")):
+                if quoted not in line and "\\u" not in line:
+                    continue
+                row = self._stored(first + place, lines[place])
+                if wanted in str(row.id).casefold() or wanted in (row.text or "").casefold():
+                    found.append(row.row)
+                    if len(found) >= most:
+                        return found
+        return found
+
+    def _bytes_of(self, shard: int) -> bytes:
+        self._line_starts(shard)
+        return rows_path(self._store, shard).read_bytes()
 
 
 class RowIds(Sequence[RowId]):

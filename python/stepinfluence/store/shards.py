@@ -1,6 +1,6 @@
 """One shard: a range of rows at one checkpoint, in three files.
 
-    rows/shard-00000003.jsonl         one JSON object a row: ``id``, and ``text`` and ``metadata`` where given
+    rows/shard-00000003.jsonl         one JSON object a row: ``id``; ``text``, ``metadata`` and ``tokens`` where given
     c000/shard-00000003.safetensors   values, scales (fp16 and int8), losses, steps, lengths (per step)
     c000/shard-00000003.json          the commit record, written last: a shard exists exactly when its record does
 
@@ -37,11 +37,13 @@ SAFETENSORS_NAMES = {"<f4": "F32", "<f2": "F16", "<u2": "BF16", "i1": "I8", "<i4
 
 @dataclass(frozen=True)
 class RowInfo:
-    """What is known of a row whatever the checkpoint: the user's id, and text and metadata where there are any."""
+    """What is known of a row whatever the checkpoint: the user's id, and text, metadata and the text of each token
+    where there are any."""
 
     id: RowId
     text: str | None = None
     metadata: Mapping[str, str | int | float | bool | None] | None = None
+    tokens: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def rows_to_bytes(rows: Sequence[RowInfo]) -> bytes:
             fields["text"] = row.text
         if row.metadata:
             fields["metadata"] = dict(row.metadata)
+        if row.tokens is not None:
+            fields["tokens"] = list(row.tokens)
         try:
             try:
                 line = json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
@@ -110,10 +114,14 @@ def row_from_bytes(name: str, line: bytes) -> RowInfo:
     fields = parse_json(name, line)
     if not isinstance(fields, dict) or type(fields.get("id")) not in (str, int):
         raise StoreError(f"{name}: damaged: no row with an id")
-    text, metadata = fields.get("text"), fields.get("metadata")
-    if not isinstance(text, str | None) or not isinstance(metadata, dict | None):
-        raise StoreError(f"{name}: damaged: text or metadata of a wrong type")
-    return RowInfo(fields["id"], text, metadata)
+    text, metadata, tokens = fields.get("text"), fields.get("metadata"), fields.get("tokens")
+    if not isinstance(text, str | None) or not isinstance(metadata, dict | None) or not _is_tokens(tokens):
+        raise StoreError(f"{name}: damaged: text, metadata or tokens of a wrong type")
+    return RowInfo(fields["id"], text, metadata, None if tokens is None else tuple(tokens))
+
+
+def _is_tokens(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(token, str) for token in value))
 
 
 @dataclass(frozen=True)

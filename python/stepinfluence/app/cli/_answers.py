@@ -51,11 +51,15 @@ def _show(screen: Console, together: Sequence[Answer], *, harmful: bool, step: s
     title.append(f"  loss {first.loss:.3g}", style="dim")
     screen.print()
     screen.print(title)
+    if (said := _said(first)) is not None:
+        screen.print(said)
     for one in together:
         if len(together) > 1:
             screen.print()
         screen.print(Text(f"Score: {one.score}", style="dim"))
         _list(screen, one, step)
+        if (trust := _trust(one)) is not None:
+            screen.print(Text(trust, style="dim"))
         if one.dominance is not None:
             screen.print(Text(printable(one.dominance.sentence).plain, style="yellow"))
     if len(together) > 1 and first.hits:
@@ -68,6 +72,39 @@ def _show(screen: Console, together: Sequence[Answer], *, harmful: bool, step: s
     else:
         note += "The query is summed over steps: no trajectory."
     screen.print(f"[dim]{note}[/dim]")
+
+
+def _said(one: Answer) -> Text | None:
+    """The model's answer beside the truth."""
+    answer, truth, right = one.answered.answer, one.answered.truth, one.answered.right
+    if answer is None and truth is None:
+        return None
+    said = Text()
+    if answer is not None:
+        said.append("The model answers ").append(printable(answer, 200))
+    if truth is not None:
+        said.append("; the truth is " if answer is not None else "The truth is ").append(printable(truth, 200))
+    if right is not None:
+        said.append("  ✓ right" if right else "  ✗ wrong", style="green" if right else "red")
+    return said
+
+
+def _trust(one: Answer) -> str | None:
+    """How far the ranking can be trusted, in a sentence."""
+    told, count = one.agreement, len(one.hits)
+    if not count:
+        return None
+    if told.exact is not None:
+        return f"{told.exact} of these {count} are also the first {count} by the sketches."
+    parts = []
+    if told.noise is not None:
+        how = "at most" if told.errors else "as two halves of the columns tell it"
+        parts.append(f"Sketch noise: a score is off by ± {told.noise:.2g} (standard error, {how}).")
+    if told.halves is not None:
+        parts.append(f"{told.halves[0]} and {told.halves[1]} of the {count} lead by either half of the columns, too.")
+    if told.unknown:
+        parts.append(f"Not known: {told.unknown}.")
+    return " ".join(parts) or None
 
 
 def _list(screen: Console, one: Answer, step: str | None) -> None:

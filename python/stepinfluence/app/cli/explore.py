@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepinfluence.app.cli._common import console, need_extra
+from stepinfluence.app.cli._common import TRUST_HELP, console, need_extra, require_trust
 
 if TYPE_CHECKING:
+    from stepinfluence.app.view.explore.model import RunModel
     from stepinfluence.attribution.curvature import Curvature
     from stepinfluence.store import Store
 
 EXPLORE_HELP = """Look at a run in a browser: queries, the examples that helped or harmed, and at which loop step.
 
-Starts a server on this machine that reads RUN and nothing else; Ctrl-C stops it.
+Starts a server on this machine that reads RUN and nothing else; Ctrl-C stops it. "Recompute exactly" and "Influence \
+by token" run the model: of a run that was not written here, only with [cyan]--trust-project[/cyan].
 
 [bold]Examples[/bold]
   [cyan]sdi explore my-run[/cyan]
@@ -30,6 +32,7 @@ The file needs no network and no server. It holds the leading examples of the fi
 
 [bold]Examples[/bold]
   [cyan]sdi report my-run --out influence.html[/cyan]
+  [cyan]sdi report my-run --queries 5 --exact --tokens[/cyan]   also what is computed from the model
 """
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")]
@@ -43,6 +46,10 @@ Kind = Annotated[
         help="Corrected for curvature by fisher or block, beside SDI; none: SDI alone. \\[default: the run's setting]",
     ),
 ]
+Device = Annotated[
+    str | None, typer.Option(help="Where the model runs, for what is computed from it. \\[default: the run's]")
+]
+Trust = Annotated[bool, typer.Option("--trust-project", help=TRUST_HELP)]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open it in a browser.")]
 
 
@@ -55,6 +62,8 @@ def explore(
     host: Annotated[
         str, typer.Option(metavar="NAME", help="Address to listen on. Others than this machine can read the run then.")
     ] = "127.0.0.1",
+    device: Device = None,
+    trust_project: Trust = False,
     open_: Open = True,
 ) -> None:
     """See :data:`EXPLORE_HELP`."""
@@ -66,7 +75,10 @@ def explore(
         from stepinfluence.app.view.explore import Explorer
         from stepinfluence.app.view.explore.serve import serve
 
-        explorer = Explorer.open(run, train=train, query=query, curvatures=_curvatures(run, curvature))
+        model, why = _model(run, device, trusted=trust_project)
+        explorer = Explorer.open(
+            run, train=train, query=query, curvatures=_curvatures(run, curvature), model=model, no_model=why
+        )
 
     def ready(address: str) -> None:
         screen.print(f"{run}: open [bold link={address}]{address}[/] (Ctrl-C stops)")
@@ -85,19 +97,36 @@ def report(
     query: Query = "",
     curvature: Kind = None,
     queries: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many queries the file holds.")] = 50,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Also recompute the influence of the leading examples from the model.")
+    ] = False,
+    tokens: Annotated[
+        bool,
+        typer.Option("--tokens", help="Also the influence of single tokens of the first examples, from the model."),
+    ] = False,
+    device: Device = None,
+    trust_project: Trust = False,
     open_: Open = False,
 ) -> None:
     """See :data:`REPORT_HELP`."""
     screen = console()
+    model, why = None, ""
+    if exact or tokens:
+        from stepinfluence.app.runs.stored import StoredRun
+
+        require_trust(run, StoredRun.open(run).config.project, trusted=trust_project)
+        model, why = _model(run, device, trusted=True)
     with screen.status("starting"):
         from stepinfluence.app.doctor import missing_modules
 
         need_extra("report", missing_modules(("plotly", "jinja2")))
         from stepinfluence.app.view.explore import Explorer, write_page
 
-        explorer = Explorer.open(run, train=train, query=query, curvatures=_curvatures(run, curvature))
+        explorer = Explorer.open(
+            run, train=train, query=query, curvatures=_curvatures(run, curvature), model=model, no_model=why
+        )
     path = out or run / "report.html"
-    write_page(explorer, path, queries=queries)
+    write_page(explorer, path, queries=queries, exactly=exact, by_token=tokens)
     screen.print(f"Open {path}")
     if open_:
         webbrowser.open(path.resolve().as_uri())
@@ -110,3 +139,25 @@ def _curvatures(run: Path, kind: str | None) -> Callable[[Store], tuple[list[Cur
     if kind is not None:
         return lambda store: (kept_curvatures(run, store, kind), "")
     return lambda store: curvatures_if_any(run, store, shown_first(run))
+
+
+def _model(run: Path, device: str | None, *, trusted: bool) -> tuple[RunModel | None, str]:
+    """What answers from the run's model, where its project file may be run; else None, and why not."""
+    from stepinfluence.app.runs.stored import StoredRun
+    from stepinfluence.app.runs.trust import is_written_here, mark
+    from stepinfluence.app.view.explore.model import RunModel
+    from stepinfluence.errors import ConfigError, StoreError
+
+    try:
+        opened = StoredRun.open(run, device=device)
+        project = opened.config.project
+    except (ConfigError, StoreError) as error:
+        return None, str(error)
+    if trusted:
+        mark(run, project)
+    elif not is_written_here(run, project):
+        return None, (
+            f"this run was not written here by you, and that runs the code of {project}: look at it, then start "
+            "sdi explore with --trust-project"
+        )
+    return RunModel(opened), ""

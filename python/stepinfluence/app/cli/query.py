@@ -172,14 +172,27 @@ def _number(value: float) -> float | None:
 
 
 def _json(one: Answer) -> dict[str, Any]:
+    errors = one.agreement.errors
     return {
-        "query": {"id": one.id, "text": one.text, "loss": _number(one.loss)},
+        "query": {
+            "id": one.id,
+            "text": one.text,
+            "loss": _number(one.loss),
+            "answer": one.answered.answer,
+            "truth": one.answered.truth,
+        },
         "score": one.score,
         "unit": one.unit,
         "checkpoints": [
             {"name": name, "share": share} for name, share in zip(one.checkpoints, one.shares, strict=True)
         ],
         "dominated_by": None if one.dominance is None else one.dominance.name,
+        "agreement": {
+            "standard_error": None if one.agreement.noise is None else _number(one.agreement.noise),
+            "lead_by_halves": one.agreement.halves,
+            "lead_exactly": one.agreement.exact,
+            "unknown": one.agreement.unknown or None,
+        },
         "hits": [
             {
                 "row": hit.row,
@@ -190,7 +203,8 @@ def _json(one: Answer) -> dict[str, Any]:
                 "peak_step": hit.peak_step,
                 "trajectory": [_number(float(value)) for value in hit.trajectory],
                 **({"estimate": _number(hit.estimate)} if hit.estimate is not None else {}),
+                **({"standard_error": _number(errors[place])} if errors else {}),
             }
-            for hit in one.hits
+            for place, hit in enumerate(one.hits)
         ],
     }

@@ -51,7 +51,8 @@ def info_of(project: Project, example: Any, row: int) -> RowInfo:
     Raises:
         ProjectError: the project's functions give something else than they must.
     """
-    return RowInfo(project.example_id(example, row), project.text(example), project.metadata(example) or None)
+    metadata = project.metadata(example) or None
+    return RowInfo(project.example_id(example, row), project.text(example), metadata, project.tokens(example))
 
 
 class PartLoader:

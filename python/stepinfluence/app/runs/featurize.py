@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from stepinfluence.app.project import MapStyle
+from stepinfluence.app.runs.answers import write_answers
 from stepinfluence.app.runs.config import CONFIG, SUMMED_SPLIT, RunConfig, SplitConfig
 from stepinfluence.app.runs.examples import Part, featurize_part
 from stepinfluence.app.runs.pinned import checked_pins
@@ -247,6 +248,8 @@ def featurize_split(
     store = Store.open(path)
     if store.complete:
         writer.finish()
+        if split != SUMMED_SPLIT:
+            write_answers(prepared, store, data, settings.batch_size)
     return SplitReport(
         split, path, len(store), written, store.missing_count, store.failed, time.monotonic() - began
     )  # fmt: skip

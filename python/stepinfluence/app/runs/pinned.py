@@ -47,7 +47,7 @@ class Pins:
         machine: where they were made, see :func:`stepinfluence.machine.arithmetic`.
         sources: as :func:`sources_of` gives them.
         batch: of the collated first batch, see :func:`batch_content`.
-        rows: SHA-256 of the first batch's ids, texts and metadata.
+        rows: SHA-256 of the first batch's ids, texts, metadata and tokens.
         accepted: changes that were accepted knowingly: when, which, and the ranges of shards that were there then.
     """
 
@@ -113,7 +113,7 @@ class Pins:
         if not _same_batch(self.batch, now.batch, same_machine=self.machine == now.machine):
             yield "the first batch of data"
         if self.rows != now.rows:
-            yield "ids, texts or metadata of the first batch"
+            yield "ids, texts, metadata or tokens of the first batch"
 
     def accepting(self, now: Pins, changes: Sequence[str], shards: Sequence[int]) -> Pins:
         """What is pinned from now on, with these changes on record; the shards that are there need no longer fit it."""
@@ -221,8 +221,8 @@ def changed_rows(
     """What rows that a store holds would be now, where that differs from what it holds: at most one line for rows and
     one for losses.
 
-    Looks at the first batch without failed rows of some shards: ids, texts and metadata as they are, losses to the
-    last bit where the shard was written on a machine like this one, else to half the digits.
+    Looks at the first batch without failed rows of some shards: ids, texts, metadata and tokens as they are, losses to
+    the last bit where the shard was written on a machine like this one, else to half the digits.
 
     Args:
         shards: those that are there, at any checkpoint; of these at most :data:`PROBES` are looked at.
@@ -258,8 +258,9 @@ def _changed_info(prepared: Prepared, store: Store, data: MapStyle, rows: range)
             return f"row {row} (id {before.id!r}), which cannot be read now ({type(error).__name__})"
         if now.id != before.id:
             return f"row {row}, whose id was {before.id!r} and is {now.id!r}"
-        if (now.text, dict(now.metadata or {})) != (before.text, before.metadata):
-            return f"text or metadata of row {row} (id {before.id!r})"
+        told = now.text, dict(now.metadata or {}), None if now.tokens is None else tuple(now.tokens)
+        if told != (before.text, before.metadata, before.tokens):
+            return f"text, metadata or tokens of row {row} (id {before.id!r})"
     return None
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from stepinfluence.app.project import MapStyle, RowId
+from stepinfluence.app.runs.answers import Answered, answers_of, read_answers
 from stepinfluence.app.runs.stored import StoredRun
 from stepinfluence.attribution.aggregation import Dominance, dominating, energy_shares, first_order_unit
 from stepinfluence.attribution.curvature import Choice, Curvature
 from stepinfluence.attribution.features import Features
 from stepinfluence.display.table import Hit
 from stepinfluence.errors import StoreError
-from stepinfluence.search import TopK, ask, checkpoint_energy, two_stage
-from stepinfluence.search.topk import best
+from stepinfluence.search import Question, TopK, ask, checkpoint_energy, two_stage
+from stepinfluence.search.noise import halves, standard_errors, why_no_errors, why_no_halves
+from stepinfluence.search.topk import best, best_rows
 from stepinfluence.store import Store
 
 CANDIDATES = 4
@@ -35,12 +37,34 @@ class Asked:
         features: one per checkpoint.
         ids, texts: of the queries.
         examples: to recompute from.
+        answered: what the model answers to each, and what is right.
     """
 
     features: list[Features]
     ids: tuple[RowId, ...]
     texts: tuple[str | None, ...]
     examples: Callable[[], MapStyle]
+    answered: tuple[Answered, ...] = ()
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a ranking can be trusted.
+
+    Attributes:
+        noise: standard error of the hits' scores from sketching, root mean square; None where it is not known.
+        errors: of each hit's score, at most; empty where they are not known one by one.
+        halves: how many hits lead by the one and by the other half of the sketches' columns, too.
+        unknown: why there is no noise, or why there are no halves, in words; empty if there are.
+        exact: how many of the rows that lead by the sketches are among the hits, whose scores are exact; None for hits
+            that are estimates.
+    """
+
+    noise: float | None = None
+    errors: tuple[float, ...] = ()
+    halves: tuple[int, int] | None = None
+    unknown: str = ""
+    exact: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,8 @@ class Answer:
         dominance: the checkpoint that holds most of it, if one does.
         unit: of the influence.
         score: which score it is, in words.
+        answered: what the model answers, and what is right.
+        agreement: how far the ranking can be trusted.
     """
 
     id: RowId
@@ -67,6 +93,8 @@ class Answer:
     dominance: Dominance | None
     unit: str
     score: str
+    answered: Answered
+    agreement: Agreement
 
 
 def ask_rows(run: StoredRun, store: Store, rows: Sequence[int]) -> Asked:
@@ -85,7 +113,9 @@ def ask_rows(run: StoredRun, store: Store, rows: Sequence[int]) -> Asked:
     features = [store.features(k, rows=list(rows)) for k in range(len(store.checkpoints))]
     infos = [store.row(row) for row in rows]
     ids, texts = tuple(i.id for i in infos), tuple(i.text for i in infos)
-    return Asked(features, ids, texts, lambda: run.examples(store, rows))
+    known = read_answers(store)
+    answered = tuple(known.get(row, Answered()) for row in rows)
+    return Asked(features, ids, texts, lambda: run.examples(store, rows), answered)
 
 
 def ask_new(run: StoredRun, examples: Sequence[Any]) -> Asked:
@@ -97,7 +127,8 @@ def ask_new(run: StoredRun, examples: Sequence[Any]) -> Asked:
     project = run.prepared.project
     ids = tuple(project.example_id(example, k) for k, example in enumerate(examples))
     texts = tuple(project.text(example) for example in examples)
-    return Asked(run.new_features(examples), ids, texts, lambda: examples)
+    features = run.new_features(examples)
+    return Asked(features, ids, texts, lambda: examples, tuple(answers_of(run.prepared, examples)))
 
 
 def answer(
@@ -129,26 +160,74 @@ def answer(
     """
     corrections: Choice = "none" if curvature is None else curvature
     question = ask(train, asked.features, steps=steps, harmful=harmful, parameters=parameters, curvature=corrections)
+    survived: list[int] | None = None
     if exact:
         wanted = max(k, candidates if candidates is not None else CANDIDATES * k)
         both = two_stage(
             question, k, exact=run.recompute(train, asked.examples()), candidates=wanted, progress=progress
         )
         found, estimates = both.top, both.estimates
+        before, _ = best_rows(question, found.rows.shape[1], progress=progress)
+        survived = [_shared(a, b) for a, b in zip(before.tolist(), found.rows.tolist(), strict=True)]
     else:
         found, estimates = best(question, k, progress=progress), None
     energy = np.nan_to_num(checkpoint_energy(train, asked.features, parameters=parameters, curvature=corrections))
     score = PLAIN if curvature is None else _named(curvature)
     names = tuple(checkpoint.name for checkpoint in train.checkpoints)
     unit = first_order_unit([checkpoint.eta for checkpoint in train.checkpoints])
+    agreements = _agreements(train, asked, question, found, curvature, parameters, survived)
     answers = []
     for q, query_id in enumerate(asked.ids):
         hits = _hits(train, found, q, estimates)
         loss = float(asked.features[-1].losses[q])
         shares = tuple(energy_shares(energy[:, q]).tolist())
         owner = dominating(energy[:, q], names)
-        answers.append(Answer(query_id, asked.texts[q], loss, hits, names, shares, owner, unit, score))
+        said = asked.answered[q] if asked.answered else Answered()
+        answers.append(
+            Answer(query_id, asked.texts[q], loss, hits, names, shares, owner, unit, score, said, agreements[q])
+        )
     return answers
+
+
+def _agreements(
+    train: Store,
+    asked: Asked,
+    question: Question,
+    found: TopK,
+    curvature: Sequence[Curvature] | None,
+    parameters: str | None,
+    survived: list[int] | None,
+) -> list[Agreement]:
+    """How far each query's ranking can be trusted."""
+    count = len(asked.ids)
+    if survived is not None:
+        return [Agreement(exact=kept) for kept in survived]
+    plain = ask(train, asked.features, parameters=parameters)
+    plain = replace(plain, ranked=question.ranked, harmful=question.harmful)
+    no_errors = why_no_errors(plain.train, corrected=curvature is not None)
+    no_halves = why_no_halves(plain.train, corrected=curvature is not None)
+    errors = None if no_errors else standard_errors(plain, found.rows)[0]
+    half = None if no_halves else halves(plain, found.rows.shape[1], found.rows, curvature=curvature)
+    agreements = []
+    for q in range(count):
+        rows = found.rows[q].tolist()
+        mine = () if errors is None else tuple(e for e, row in zip(errors[q].tolist(), rows, strict=True) if row >= 0)
+        noise = None
+        if mine:
+            noise = float(np.sqrt(np.mean(np.square(mine))))
+        elif half is not None and no_errors:  # the halves tell it, too
+            noise = float(half.noise[q])
+        kept = (
+            None if half is None else (_shared(half.rows[0, q].tolist(), rows), _shared(half.rows[1, q].tolist(), rows))
+        )
+        unknown = no_halves or (no_errors if noise is None else "")
+        agreements.append(Agreement(noise, mine, kept, unknown))
+    return agreements
+
+
+def _shared(some: Sequence[int], others: Sequence[int]) -> int:
+    """Rows that two rankings share."""
+    return len({row for row in some if row >= 0} & {*others})
 
 
 def _hits(train: Store, found: TopK, q: int, estimates: Tensor | None) -> tuple[Hit, ...]:

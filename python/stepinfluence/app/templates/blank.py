@@ -64,7 +64,9 @@ def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
 #   example_id(example, index) -> str    example["id"] or example.id, else the position in the dataset
 #   text(example) -> str                 example["text"] or example.text, else nothing is shown
 #   metadata(example) -> dict            none; fields to filter and group by
-#   tokens(example) -> list of str       none
+#   tokens(example) -> list of str       none; what is shown token by token
+#   token_losses(model, batch) -> (B, T) none; losses of tokens that add up to loss(), for influence by token
+#   answer(model, batch) -> list of str  none; the model's answers, shown beside truth(example)
 #   from_json(fields) -> example         the JSON value itself (sdi query --input)
 #   attach_options() -> dict             further options of stepinfluence.attach
 

@@ -126,6 +126,16 @@ def tokens(example: dict[str, Any]) -> list[str]:
     return list(example["text"].split())
 
 
+def answer(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
+    """The word that the model says last, for each example of a batch."""
+    return [WORDS[word] for word in model(batch["tokens"][:, :-1])[:, -1].argmax(1).tolist()]
+
+
+def truth(example: dict[str, Any]) -> str:
+    """The right one."""
+    return str(example["text"].split()[-1])
+
+
 def from_json(fields: dict[str, Any]) -> dict[str, Any]:
     """A new example for sdi query --input: {"text": "anna is from peru"}."""
     return {"text": fields["text"], "tokens": [TOKEN[word] for word in fields["text"].split()]}

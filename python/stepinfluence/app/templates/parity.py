@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stepinfluence.models import ParityConfig, ParityTransformer, parity_loss, parity_task
 
+WORDS = {0: "even", 1: "odd"}
 TRAINING = parity_task.ParityTrainConfig(
     model=ParityConfig(d_model=32, n_heads=8),
     max_digits=6,
@@ -85,7 +86,7 @@ def example_id(example: parity_task.ParityExample, index: int) -> str:
 
 def text(example: parity_task.ParityExample) -> str:
     """What people see."""
-    return f"{example.bits} is {'odd' if example.parity else 'even'}"
+    return f"{example.bits} is {WORDS[example.parity]}"
 
 
 def metadata(example: parity_task.ParityExample) -> dict[str, int]:
@@ -96,6 +97,17 @@ def metadata(example: parity_task.ParityExample) -> dict[str, int]:
 def tokens(example: parity_task.ParityExample) -> list[str]:
     """The text of each token."""
     return [*example.bits, "="]
+
+
+def answer(model: ParityTransformer, batch: dict[str, Tensor]) -> list[str]:
+    """What the model answers to each string of a batch."""
+    said = model.answer_logits(batch["tokens"], batch["read_step"]).argmax(-1).tolist()
+    return [WORDS.get(token, f"token {token}") for token in said]
+
+
+def truth(example: parity_task.ParityExample) -> str:
+    """The right answer."""
+    return WORDS[example.parity]
 
 
 def from_json(fields: dict[str, str]) -> parity_task.ParityExample:

@@ -18,7 +18,8 @@ pretrained = Pretrained({arguments})
 
 model, body, loss = pretrained.model, pretrained.body, pretrained.loss
 dataset, collate = pretrained.dataset, pretrained.collate
-example_id, text, tokens = pretrained.example_id, pretrained.text, pretrained.tokens
+example_id, text = pretrained.example_id, pretrained.text
+tokens, token_losses = pretrained.tokens, pretrained.token_losses
 metadata, from_json, attach_options = pretrained.metadata, pretrained.from_json, pretrained.attach_options
 '''
 

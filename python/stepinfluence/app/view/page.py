@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -17,6 +17,7 @@ def render(
     name: str,
     data: object,
     *,
+    scripts: Sequence[str] = (),
     reach: str = "'none'",
     filters: Mapping[str, Callable[..., str]] | None = None,
     **values: Any,
@@ -30,6 +31,7 @@ def render(
         package: whose ``assets`` has ``<name>.html.j2``, ``<name>.css`` and ``<name>.js``; style and script come after
             the ones that all pages share (``app/view/assets/base.*``).
         name: of the page.
+        scripts: names of the page's scripts, where it has other ones than ``<name>.js``, in order.
         data: what its script draws, as JSON-able values.
         reach: source expression of what the page may ask: nothing, or ``'self'`` for one that has a server.
         filters: of the template, beside ``visible``.
@@ -42,7 +44,8 @@ def render(
     from plotly.offline import get_plotlyjs
 
     plotly = get_plotlyjs().replace("\r\n", "\n")  # as browsers read it
-    style, script = (_asset(__package__, f"base.{kind}") + _asset(package, f"{name}.{kind}") for kind in ("css", "js"))
+    style = _asset(__package__, "base.css") + _asset(package, f"{name}.css")
+    script = _asset(__package__, "base.js") + "".join(_asset(package, f"{part}.js") for part in scripts or (name,))
     environment = Environment(
         loader=FileSystemLoader(str(resources.files(package) / "assets")),
         autoescape=True,

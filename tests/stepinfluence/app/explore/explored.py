@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from stepinfluence.attribution.features import Block, Features, FeatureSpace
-from stepinfluence.store import FailedRow, Manifest, RowInfo, StoredCheckpoint, StoreWriter
+from stepinfluence.store import FailedRow, Manifest, RowInfo, SketchSpec, StoredCheckpoint, StoreWriter
 
 STEPS = 6
 BLOCKS = (Block("core.<b>w</b>", (4, 4), 0, 8), Block("core.b", (4,), 8, 12))
+SKETCH = SketchSpec({"core.<b>w</b>": 8, "core.b": 4}, "balanced", 0)
 HOSTILE = (
     "<script>document.title='hacked'</script>",
     "</script><img src=x onerror=\"document.title='hacked'\">",
@@ -35,9 +37,11 @@ def write_split(
     failed: int | None = None,
     checkpoints: int = 2,
     etas: tuple[float, ...] = (0.1, 0.2),
+    texts: Sequence[str] = HOSTILE,
+    shard_rows: int = 16,
 ) -> None:
     stored = tuple(StoredCheckpoint(f"step-{k}.pt", etas[k], space(k)) for k in range(checkpoints))
-    manifest = Manifest(stored, n, 16, per_step=per_step, steps=STEPS if per_step else None)
+    manifest = Manifest(stored, n, shard_rows, per_step=per_step, steps=STEPS if per_step else None, sketch=SKETCH)
     writer = StoreWriter.create(path, manifest)
     for k in range(checkpoints):
         for shard in writer.pending(k):
@@ -54,14 +58,18 @@ def write_split(
                 space=space(k),
                 step_labels=("core",) * STEPS,
             )
-            infos = [RowInfo(f"id {r}", HOSTILE[r % len(HOSTILE)], metadata(r)) for r in rows]
+            infos = [RowInfo(f"id {r}", texts[r % len(texts)], metadata(r), tokens(r)) for r in rows]
             failures = [FailedRow(r, "loss is NaN") for r in rows if r == failed]
             writer.write_shard(k, shard, features, infos, failures)
     writer.finish()
 
 
 def metadata(row: int) -> dict[str, Any]:
-    return {"<i>label</i>": row % 3, "tokens": ["<b>", "tok", "\u202e"]} if row % 2 else {"label": row % 3}
+    return {"<i>label</i>": row % 3} if row % 2 else {"label": row % 3}
+
+
+def tokens(row: int) -> list[str] | None:
+    return ["<b>", "tok", "\u202e"] if row % 2 else None
 
 
 def write_run(path: Path, *, train_per_step: bool = True) -> Path:

@@ -155,11 +155,11 @@ def test_runs_that_cannot_be_shown_say_why(tmp_path: Path, run: Path) -> None:
 
 
 def test_the_cache_forgets_the_oldest(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepinfluence.app.view.explore.answers.CACHE_BYTES", 2 * 40 * STEPS * 4)
+    monkeypatch.setattr("stepinfluence.app.view.explore.scored.CACHE_BYTES", 2 * 40 * STEPS * 4)
     first = explorer.scores(0)
     for row in (1, 2):
         explorer.scores(row)
-    assert len(explorer._scores) == 2
+    assert len(explorer.scored._scores) == 2
     assert explorer.scores(0) is not first
     np.testing.assert_array_equal(explorer.scores(0), first)
 

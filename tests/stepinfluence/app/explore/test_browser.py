@@ -2,80 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browsing import errors, needs_browser, open_page, rows, set_value, settled, webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 from serving import Served, serving
 from stepinfluence.app.view.explore import Explorer, write_page
 
-webdriver = pytest.importorskip("selenium.webdriver")
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-
-pytestmark = [
-    pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # selenium's own pipe to the driver
-]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1280,1400",
-    ):
-        options.add_argument(argument)
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path_factory.mktemp("downloads"))})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def open_page(browser: webdriver.Chrome, address: str) -> None:
-    browser.get("about:blank")
-    browser.get_log("browser")
-    browser.get(address)
-    settled(browser)
-
-
-def settled(browser: webdriver.Chrome) -> None:
-    WebDriverWait(browser, 30).until(
-        lambda b: b.execute_script(
-            "return document.querySelectorAll('#helpful tbody tr').length > 0 && "
-            "!document.querySelector('#main').classList.contains('busy')"
-        )
-    )
-
-
-def errors(browser: webdriver.Chrome) -> list[str]:
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-
-
-def rows(browser: webdriver.Chrome, table: str) -> list[int]:
-    # In one go: the page may draw the table anew between two questions.
-    script = "return [...document.querySelectorAll(arguments[0])].map((e) => Number(e.dataset.row))"
-    return list(browser.execute_script(script, f"#{table} tr[data-row]"))
-
-
-def set_value(browser: webdriver.Chrome, element: str, value: str) -> None:
-    browser.execute_script(
-        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; "
-        "e.dispatchEvent(new Event('change')); e.dispatchEvent(new Event('input'));",
-        element,
-        value,
-    )
+pytestmark = needs_browser
 
 
 def test_a_walk_through_the_explorer(browser: webdriver.Chrome, served: Served, explorer: Explorer) -> None:
@@ -107,7 +44,7 @@ def test_a_walk_through_the_explorer(browser: webdriver.Chrome, served: Served, 
     assert browser.execute_script("return location.hash") == "#q1"
 
     set_value(browser, "find", "id 3")
-    WebDriverWait(browser, 20).until(lambda b: b.find_element(By.ID, "found").text.startswith("1 of 1"))
+    WebDriverWait(browser, 20).until(lambda b: b.find_element(By.ID, "found").text.startswith("1 found"))
     assert errors(browser) == []
 
 
@@ -116,11 +53,11 @@ def test_wrong_filters_are_said_and_nothing_is_lost(browser: webdriver.Chrome, s
     before = rows(browser, "helpful")
     set_value(browser, "last", "99")
     WebDriverWait(browser, 20).until(
-        lambda b: "steps: give two numbers from 1 to 6" in b.find_element(By.ID, "notice").text
+        lambda b: "steps: give two numbers from 1 to 6" in b.find_element(By.ID, "refused").text
     )
     assert rows(browser, "helpful") == before
     set_value(browser, "last", "6")
-    WebDriverWait(browser, 20).until(lambda b: not b.find_element(By.ID, "notice").is_displayed())
+    WebDriverWait(browser, 20).until(lambda b: not b.find_element(By.ID, "refused").is_displayed())
     assert errors(browser) == []
 
 
@@ -151,7 +88,7 @@ def test_the_file_needs_no_server(browser: webdriver.Chrome, explorer: Explorer,
     write_page(explorer, tmp_path / "page.html", queries=3)
     open_page(browser, (tmp_path / "page.html").as_uri())
     assert rows(browser, "helpful") == [e["row"] for e in explorer.top(0)["helpful"]]
-    assert browser.find_element(By.ID, "found").text == "3 of 3 (of 9 in the run)"
+    assert browser.find_element(By.ID, "found").text == "3 (of 9 in the run)"
     set_value(browser, "first", "6")
     best = explorer.top(0, first=6, k=1)["helpful"][0]["row"]  # kept because it leads at that step
     WebDriverWait(browser, 20).until(lambda b: rows(b, "helpful")[0] == best)

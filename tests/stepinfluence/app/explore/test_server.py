@@ -11,7 +11,10 @@ import explored
 import pytest
 import torch
 from serving import Served, serving
-from stepinfluence.app.view.explore import Explorer, answers
+from stepinfluence.app.view.explore import Explorer, scored
+from stepinfluence.app.view.explore.agreement import agreement
+from stepinfluence.app.view.explore.everything import overall, reverse
+from stepinfluence.app.view.explore.questions import top_with_errors
 from stepinfluence.app.view.explore.server import make_app
 from stepinfluence.attribution.features import Features
 from stepinfluence.display.words import harmless
@@ -29,7 +32,13 @@ def test_page_and_answers(served: Served, explorer: Explorer) -> None:
     assert served.json("/api/queries", find="id 3") == explorer.queries(find="id 3")
     assert served.json("/api/example", side="train", row=2) == explorer.example("train", 2)
     assert served.json("/api/curve", query=3) == explorer.curve(3)
-    assert served.json("/api/top", query=3, k=4, first=2, last=5) == explorer.top(3, k=4, first=2, last=5)
+    shown = top_with_errors(explorer, 3, k=4, first=2, last=5)
+    assert served.json("/api/top", query=3, k=4, first=2, last=5) == shown
+    without = {side: [{k: v for k, v in e.items() if not k.startswith("error")} for e in shown[side]] for side in shown}
+    assert without == explorer.top(3, k=4, first=2, last=5)
+    assert served.json("/api/agreement", query=3, checkpoint=1) == agreement(explorer, 3, checkpoint=1)
+    assert served.json("/api/overall", k=3, weights="size") == overall(explorer, k=3, weights="size")
+    assert served.json("/api/reverse", train=5, k=3) == reverse(explorer, 5, k=3)
     assert served.json("/api/pair", query=3, train=5) == explorer.pair(3, 5)
     assert served.json("/api/compare", query=3, other=4) == explorer.compare(3, 4)
 
@@ -42,6 +51,11 @@ def test_page_and_answers(served: Served, explorer: Explorer) -> None:
         ("/api/top", {"query": 1, "last": 99}, "steps"),
         ("/api/export", {"query": 1, "format": "exe"}, "format"),
         ("/api/export", {"query": 99}, "query: got row 99"),
+        ("/api/top", {"query": 1, "checkpoint": 2}, "checkpoint: got 2; there are 0 to 1"),
+        ("/api/overall", {"weights": "any"}, "weights: got 'any'; use alike or size"),
+        ("/api/reverse", {"train": 7}, "train 7: has no features"),
+        ("/api/exact", {"query": 1}, "model: there is none to recompute with"),
+        ("/api/tokens", {"query": 1, "train": 2}, "model: there is none to recompute with"),
     ],
 )
 def test_wrong_requests_are_answered_with_what_is_wrong(
@@ -144,10 +158,10 @@ def test_cells_that_a_spreadsheet_would_calculate(cell: object, made: object) ->
 
 
 def test_what_is_kept_does_not_grow_without_bound(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "MOST_KEPT", 3)
+    monkeypatch.setattr(scored, "MOST_KEPT", 3)
     for k in range(8):
         explorer.curve(3, parameters="core" + "*" * (k + 1))
-    assert len(explorer._scores) == len(explorer._energies) == 3
+    assert len(explorer.scored._scores) == len(explorer.scored._small) == 3
 
 
 def test_export_as_csv_and_json(served: Served, explorer: Explorer) -> None:
@@ -155,9 +169,10 @@ def test_export_as_csv_and_json(served: Served, explorer: Explorer) -> None:
     assert status == 200
     assert headers["content-disposition"] == 'attachment; filename="influence-3.csv"'
     rows = list(csv.DictReader(io.StringIO(body.decode())))
-    found = explorer.top(3, k=40)
+    found = top_with_errors(explorer, 3, k=40)
     assert len(rows) == len(found["helpful"]) + len(found["harmful"])
     assert float(rows[0]["score"]) == pytest.approx(found["helpful"][0]["score"])
+    assert float(rows[0]["standard_error"]) == pytest.approx(found["helpful"][0]["error"])
     assert float(rows[0]["step_6"]) == pytest.approx(found["helpful"][0]["sdi"][5])
     assert not any(r["text"].startswith("=") for r in rows)  # no formula for a spreadsheet
     assert any(r["text"].startswith("'=HYPERLINK") for r in rows)

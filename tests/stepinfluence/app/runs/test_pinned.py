@@ -128,7 +128,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "values of a later shard": (_facts(lambda f: f["add"].update({"9": 0.5})), ("the loss of row 9",)),
     "order of ids": (_facts(lambda f: f["rows"].reverse()), ("row 0, whose id was 'id-0' and is 'id-21'",)),
     "ids of a later shard": (_facts(lambda f: f["rows"][8].__setitem__(0, "new")), ("row 8, whose id was 'id-8'",)),
-    "texts": (_facts(lambda f: f["rows"][9].__setitem__(1, "new")), ("text or metadata of row 9 (id 'id-9')",)),
+    "texts": (_facts(lambda f: f["rows"][9].__setitem__(1, "new")), ("text, metadata or tokens of row 9 (id 'id-9')",)),
 }
 
 

@@ -60,11 +60,12 @@ function heatmap(z, x, y, { colorbar = {}, ...more }) {
   colorbar: { thickness: 12, outlinewidth: 0, len: 0.6, tickfont: { color: css("--soft"), size: 11 }, ...colorbar }, ...more };
 }
 
-/* ---- light and dark: as the system has it until the button is pressed; charts take their colours when drawn ---- */
+/* ---- light and dark: as the system has it until one is chosen; charts take their colours when drawn ---- */
 function themed(redraw, chosen = null) {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const set = () => { root.dataset.theme = chosen ?? (system.matches ? "dark" : "light"); };
   system.addEventListener("change", () => { set(); redraw(); });
   $("theme").addEventListener("click", () => { chosen = root.dataset.theme === "dark" ? "light" : "dark"; set(); redraw(); });
   set();
+  return (theme) => { chosen = theme; set(); };
 }

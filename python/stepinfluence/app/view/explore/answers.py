@@ -1,46 +1,30 @@
-"""What the explorer shows, as plain values. The first question about a query costs one scan of the training rows."""
+"""What the explorer shows of one query, as plain values. Its first question costs one scan of the training rows."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from stepinfluence import search
+from stepinfluence.app.runs.answers import Answered, read_answers
+from stepinfluence.app.view.explore.examples import MOST_ROWS, Side
+from stepinfluence.app.view.explore.scored import CORRECTED, SDI, Array, Scored, What, leading
 from stepinfluence.attribution.aggregation import dominating, energy_shares, first_order_unit
 from stepinfluence.attribution.curvature import Choice, Curvature
 from stepinfluence.attribution.features import Features
 from stepinfluence.display.words import visible
 from stepinfluence.errors import StoreError
-from stepinfluence.store import Store, StoredRow
+from stepinfluence.search import checkpoint_energy
+from stepinfluence.store import Store
 
-Array = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    from stepinfluence.app.view.explore.model import RunModel
 
-TEXT_IN_LISTS = 300
-"""Characters of an example's text shown in lists; the whole text comes with the example itself."""
-
-TEXT_LIMIT = 1_000_000
-"""Characters of one example's text that are sent at all."""
-
-CACHE_BYTES = 512 << 20
-"""Scores ``(n_train, steps)`` of recent queries that are kept."""
-
-MOST_KEPT = 4096
-"""Questions whose answers are kept at all, however small they are."""
-
-PATTERN_LIMIT = 500
-"""Characters of a pattern of parameters."""
-
-MOST_ROWS = 1000
-"""The largest k that a list may have."""
-
-CORRECTED, SDI = "corrected", "sdi"
 NAMES = {CORRECTED: "corrected for curvature", SDI: "SDI (the paper's)"}
 
 
@@ -49,7 +33,10 @@ class Explorer:
 
     Attributes:
         train, query: the stores.
+        sides: their examples.
+        scored: scores of the training rows.
         title: of the page.
+        model: what answers from the model itself; None where it must not be run, and why in ``no_model``.
     """
 
     def __init__(
@@ -60,6 +47,9 @@ class Explorer:
         title: str = "",
         curvatures: Sequence[Curvature] | None = None,
         uncorrected: str = "",
+        answers: Mapping[int, Answered] | None = None,
+        model: RunModel | None = None,
+        no_model: str = "",
     ) -> None:
         """Check the two stores against each other.
 
@@ -67,6 +57,8 @@ class Explorer:
             title: of the page.
             curvatures: of the training rows at each checkpoint; scores corrected with them are then shown first.
             uncorrected: why there are none, where they were wanted.
+            answers: of the model to the queries, by row.
+            model, no_model: as above.
 
         Raises:
             FeatureMismatchError: they cannot be compared (says what differs).
@@ -85,14 +77,14 @@ class Explorer:
         if train.manifest.fold != query.manifest.fold:
             raise StoreError(f"{query.path}: its checkpoints are folded otherwise than {train.path}'s; fold both alike")
         self.train, self.query = train, query
+        self.sides = {"train": Side("train", train), "query": Side("query", query, answers)}
         self.title = title or train.path.resolve().parent.name
         self.uncorrected = uncorrected
+        self.model, self.no_model = model, no_model
         self._curvatures: dict[str, Choice] = {SDI: "none"}
         if curvatures is not None:
             self._curvatures = {CORRECTED: list(curvatures), SDI: "none"}
-        self._lock = threading.Lock()
-        self._scores: OrderedDict[tuple[int, str, str], Array] = OrderedDict()
-        self._energies: OrderedDict[tuple[int, str, str], npt.NDArray[np.float64]] = OrderedDict()
+        self.scored = Scored(train, query, self._curvatures)
 
     @classmethod
     def open(
@@ -102,6 +94,8 @@ class Explorer:
         train: str = "train",
         query: str = "",
         curvatures: Callable[[Store], tuple[Sequence[Curvature] | None, str]] = lambda _: (None, ""),
+        model: RunModel | None = None,
+        no_model: str = "",
     ) -> Explorer:
         """Open a run folder.
 
@@ -110,6 +104,7 @@ class Explorer:
             train: name of the split whose rows are the training examples.
             query: name of the split whose rows are the queries; if not given, the only other one that is per step.
             curvatures: gives the curvatures of the training store, or None and the reason.
+            model, no_model: as for :class:`Explorer`.
 
         Raises:
             StoreError: no such split, or it is not clear which one the queries are.
@@ -129,9 +124,18 @@ class Explorer:
             query = others[0]
         elif query not in splits:
             raise StoreError(f"{run}: has no split {query!r} (it has {', '.join(splits)}); use --query")
-        store = Store.open(run / train)
+        store, asked = Store.open(run / train), Store.open(run / query)
         fitted, why = curvatures(store)
-        return cls(store, Store.open(run / query), title=run.resolve().name, curvatures=fitted, uncorrected=why)
+        return cls(
+            store,
+            asked,
+            title=run.resolve().name,
+            curvatures=fitted,
+            uncorrected=why,
+            answers=read_answers(asked),
+            model=model,
+            no_model=no_model,
+        )
 
     # ------------------------------------------------------------------------------------------------------------
     # Answers
@@ -143,7 +147,7 @@ class Explorer:
             "title": visible(self.title),
             "train": len(self.train),
             "queries": len(self.query),
-            "failed": {"train": len(self.train.failed), "query": len(self.query.failed)},
+            "failed": {name: len(side.failed) for name, side in self.sides.items()},
             "steps": self.query.steps,
             "trainSteps": self.train.steps if self.train.per_step else 0,
             "labels": [visible(label) for label in self.query.step_labels],
@@ -153,63 +157,57 @@ class Explorer:
             "unit": first_order_unit([c.eta for c in self.train.checkpoints]),
             "parameters": [visible(b.name) for b in space.blocks] if space.layout == "concat" else [],
             "sketched": space.kind == "sketch",
+            "folded": self.train.manifest.fold is not None,
+            "model": self.model is not None,
+            "noModel": visible(self.no_model),
         }
 
     def queries(self, *, find: str = "", offset: int = 0, limit: int = 100) -> dict[str, Any]:
-        """Queries in order, optionally those whose id or text contains ``find`` (case does not matter)."""
-        if offset < 0 or not 1 <= limit <= MOST_ROWS:
-            raise ValueError(f"limit: got offset {offset} and limit {limit}; use 0 or more, and 1 to {MOST_ROWS}")
-        losses = self.query.losses(len(self.query.checkpoints) - 1)
-        wanted = find.casefold()
-        found, items = 0, []
-        for row in range(len(self.query)):
-            if not wanted and not offset <= row < offset + limit:
-                continue
-            stored = self.query.row(row)
-            if wanted and wanted not in str(stored.id).casefold() and wanted not in (stored.text or "").casefold():
-                continue
-            if offset <= (found if wanted else row) < offset + limit:
-                items.append({**_short(stored), "loss": _number(losses[row]), "failed": row in self.query.failed})
-            found += 1
-        return {"total": found if wanted else len(self.query), "items": items}
+        """As :meth:`.Side.listed`."""
+        return self.sides["query"].listed(find=find, offset=offset, limit=limit)
 
     def example(self, side: str, row: int) -> dict[str, Any]:
         """Everything about one example of ``"train"`` or ``"query"``."""
-        store = self._store(side)
-        self._check_row(side, row)
-        stored = store.row(row)
-        text = stored.text or ""
-        tokens = stored.metadata.get("tokens")
-        return {
-            **_short(stored),
-            "text": _shown(text[:TEXT_LIMIT]),
-            "cut": max(0, len(text) - TEXT_LIMIT),
-            "tokens": [visible(str(t)) for t in tokens] if isinstance(tokens, list) else [],
-            "metadata": {visible(str(k)): visible(str(v)) for k, v in stored.metadata.items() if k != "tokens"},
-            "losses": [_number(store.losses(k)[row]) for k in range(len(store.checkpoints))],
-            "failed": visible(store.failed.get(row, "")),
-        }
+        if side not in self.sides:
+            raise ValueError(f"side: got {side!r}; use 'train' or 'query'")
+        return self.sides[side].whole(row)
 
-    def curve(self, row: int, *, parameters: str = "", score: str = "") -> dict[str, Any]:
+    def curve(
+        self, row: int, *, parameters: str = "", score: str = "", checkpoint: int | None = None
+    ) -> dict[str, Any]:
         """Energy ``sum_z |I_t|`` and signed sum by step (paper, D.3), and the energy's share in the later half.
 
         Also each checkpoint's share of the energy, and a sentence where one holds most of it.
         """
-        scores = self.scores(row, parameters, score)
-        energy, signed = np.nansum(np.abs(scores), 0), np.nansum(scores, 0)
-        total = float(energy.sum())
-        by_checkpoint = self._energy(row, parameters, score)
+        what = What(row, score, checkpoint, parameters)
+        profile = self.profile(what)
+        by_checkpoint = self._energy(what)
         owner = dominating(by_checkpoint, [visible(c.name) for c in self.train.checkpoints])
-        late = float(energy[len(energy) // 2 :].sum())
         return {
-            "energy": energy.tolist(),
-            "signed": signed.tolist(),
-            "lateMass": late / total if total else 0.0,
+            **profile,
             "shares": energy_shares(by_checkpoint).tolist(),
             "dominance": owner.sentence if owner else "",
-            "helpful": int((scores.sum(1) > 0).sum()),
-            "harmful": int((scores.sum(1) < 0).sum()),
         }
+
+    def profile(self, what: What) -> dict[str, Any]:
+        """Energy and signed sum of some influence by step, its share in the later half, and how many rows help."""
+
+        def make() -> dict[str, Any]:
+            scores = self.scored.scores(what)
+            totals = scores.sum(1)
+            energy, signed = np.nansum(np.abs(scores), 0), np.nansum(scores, 0)
+            if not np.isfinite(energy).all():
+                raise ValueError("scores: some are too large for float32; look at checkpoints with smaller etas")
+            total, late = float(energy.sum()), float(energy[len(energy) // 2 :].sum())
+            return {
+                "energy": energy.tolist(),
+                "signed": signed.tolist(),
+                "lateMass": late / total if total else 0.0,
+                "helpful": int((totals > 0).sum()),
+                "harmful": int((totals < 0).sum()),
+            }
+
+        return self.scored.kept("profile", what, None, make)
 
     def top(
         self,
@@ -220,163 +218,141 @@ class Explorer:
         last: int | None = None,
         parameters: str = "",
         score: str = "",
+        checkpoint: int | None = None,
     ) -> dict[str, Any]:
         """The most helpful and most harmful training examples by influence in steps ``first..last`` (1-based)."""
-        if not 1 <= k <= MOST_ROWS:
-            raise ValueError(f"k: got {k}; use 1 to {MOST_ROWS}")
-        scores = self.scores(row, parameters, score)
-        ranked = scores[:, self._steps(first, last)].sum(1)
-        known = np.flatnonzero(~np.isnan(ranked))
-        order = known[np.argsort(-ranked[known], kind="stable")]
-        sides = {
-            "helpful": [r for r in order[:k] if ranked[r] > 0],
-            "harmful": [r for r in order[::-1][:k] if ranked[r] < 0],
-        }
+        return self.ranked(What(row, score, checkpoint, parameters), k=k, first=first, last=last)
+
+    def ranked(self, what: What, *, k: int, first: int = 1, last: int | None = None) -> dict[str, Any]:
+        """:meth:`top` of any influence."""
+        scores = self.scored.scores(what)
+        steps = self.steps(first, last)
+        values = scores[:, steps].sum(1)
+        rows = self.leading_rows(what, k=k, first=first, last=last)
         return {
-            side: [
-                {**_short(self.train.row(int(r))), "score": float(ranked[r]), "sdi": scores[r].tolist()} for r in rows
-            ]
-            for side, rows in sides.items()
+            side: [{**self.sides["train"].short(r), "score": float(values[r]), "sdi": scores[r].tolist()} for r in some]
+            for side, some in rows.items()
         }
 
-    def pair(self, row: int, train: int, *, score: str = "") -> dict[str, Any]:
+    def leading_rows(self, what: What, *, k: int, first: int = 1, last: int | None = None) -> dict[str, list[int]]:
+        """The rows of :meth:`ranked`, best first on either side."""
+        if not 1 <= k <= MOST_ROWS:
+            raise ValueError(f"k: got {k}; use 1 to {MOST_ROWS}")
+        steps = self.steps(first, last)
+
+        def make() -> dict[str, list[int]]:
+            values = self.scored.scores(what)[:, steps].sum(1)
+            return {
+                "helpful": [r for r in leading(values, k) if values[r] > 0],
+                "harmful": [r for r in leading(values, k, smallest=True) if values[r] < 0],
+            }
+
+        return self.scored.kept("leading", what, (k, steps.start, steps.stop), make)
+
+    def pair(self, row: int, train: int, *, score: str = "", checkpoint: int | None = None) -> dict[str, Any]:
         """One training example and one query: influence by step and parameter, and by both sides' steps (eq. 9)."""
-        self._check_row("query", row)
-        self._check_row("train", train)
+        self.sides["query"].require(row)
+        self.sides["train"].require(train)
         by_block: dict[str, npt.NDArray[np.float64]] = {}
         matrix: Tensor | None = None
-        asked = self._asked(row, score)
-        for k, checkpoint in enumerate(self.train.checkpoints):
+        asked, etas = self._asked(row, score), self.scored.etas(checkpoint)
+        parts = []
+        for k, one in enumerate(self.train.checkpoints):
             left = self.train.features(k, [train]).values[0]
-            right = asked[k].values[0] * checkpoint.eta
+            summed = left.sum(0) if left.dim() == 2 else left
+            parts.append((asked[k].values[0] @ summed * one.eta).tolist())
+            if checkpoint is not None and k != checkpoint:
+                continue
+            right = asked[k].values[0] * etas[k]
             if left.dim() == 2:
                 term = left @ right.T
                 matrix = term if matrix is None else matrix + term
-            summed = left.sum(0) if left.dim() == 2 else left
-            if checkpoint.space.layout == "concat":
-                for block in checkpoint.space.blocks:
+            if one.space.layout == "concat":
+                for block in one.space.blocks:
                     columns = slice(block.start, block.stop)
                     value = (right[:, columns] @ summed[columns]).double().numpy()
                     by_block[block.name] = by_block.get(block.name, 0) + value
         return {
             "train": self.example("train", train),
-            "sdi": self.scores(row, "", score)[train].tolist(),
+            "sdi": self.scores(row, "", score, checkpoint)[train].tolist(),
+            "byCheckpoint": parts,
             "parameters": [{"name": visible(name), "sdi": value.tolist()} for name, value in by_block.items()],
             "matrix": matrix.tolist() if matrix is not None else None,
         }
 
-    def compare(self, row: int, other: int, *, k: int = 200, score: str = "") -> dict[str, Any]:
+    def compare(
+        self, row: int, other: int, *, k: int = 200, score: str = "", checkpoint: int | None = None
+    ) -> dict[str, Any]:
         """Two queries: what the same training examples do to each. The k examples that matter most to either."""
         if not 1 <= k <= MOST_ROWS:
             raise ValueError(f"k: got {k}; use 1 to {MOST_ROWS}")
-        a, b = self.scores(row, "", score).sum(1), self.scores(other, "", score).sum(1)
+        a, b = (self.scores(query, "", score, checkpoint).sum(1) for query in (row, other))
         known = np.isfinite(a) & np.isfinite(b)
         a, b = np.where(known, a, 0), np.where(known, b, 0)
-        size = np.where(known, np.maximum(np.abs(a) / _scale(a), np.abs(b) / _scale(b)), -np.inf)
-        chosen = [int(r) for r in np.argsort(-size, kind="stable")[:k] if known[r]]
+        size = np.where(known, np.maximum(np.abs(a) / _scale(a), np.abs(b) / _scale(b)), np.nan)
         varied = known.sum() > 1 and a[known].std() > 0 and b[known].std() > 0
         return {
             "correlation": float(np.corrcoef(a[known], b[known])[0, 1]) if varied else None,
-            "points": [{**_short(self.train.row(r)), "a": float(a[r]), "b": float(b[r])} for r in chosen],
+            "points": [{**self.sides["train"].short(r), "a": float(a[r]), "b": float(b[r])} for r in leading(size, k)],
         }
 
     # ------------------------------------------------------------------------------------------------------------
 
-    def scores(self, row: int, parameters: str = "", score: str = "") -> Array:
+    def scores(self, row: int, parameters: str = "", score: str = "", checkpoint: int | None = None) -> Array:
         """``(n_train, steps)`` float32: influence of every training row on one query; NaN for rows that failed.
 
         Args:
             row: of the query.
             parameters: a name or pattern; all if empty.
             score: one of the overview's ``scores``; the first if empty.
+            checkpoint: that one alone; the sum over all if None.
 
         Raises:
-            ValueError: no such row or score, the query failed, or ``parameters`` fits none.
+            ValueError: no such row, score or checkpoint, the query failed, or ``parameters`` fits none.
         """
-        self._check_row("query", row)
-        if len(parameters) > PATTERN_LIMIT:
-            raise ValueError(f"parameters: got {len(parameters)} characters; a pattern has at most {PATTERN_LIMIT}")
-        if row in self.query.failed:
-            raise ValueError(f"query {row}: has no features ({self.query.failed[row]})")
-        with self._lock:
-            key = row, parameters, score
-            if key in self._scores:
-                self._scores.move_to_end(key)
-                return self._scores[key]
-            found = search.scores(
-                self.train,
-                self._features(row),
-                parameters=parameters or None,
-                curvature=self._choice(score),
-                progress=False,
-            )
-            self._scores[key] = found.sdi[:, 0].float().numpy()
-            # All answers have the same size, but for a batch of steps.
-            most = max(1, min(MOST_KEPT, CACHE_BYTES // max(1, self._scores[key].nbytes)))
-            while len(self._scores) > most:
-                self._scores.popitem(last=False)
-            return self._scores[key]
+        return self.scored.scores(What(row, score, checkpoint, parameters))
 
-    def _choice(self, score: str) -> Choice:
-        if score and score not in self._curvatures:
-            raise ValueError(f"score: got {score!r}; use {' or '.join(self._curvatures)}")
-        return self._curvatures[score or next(iter(self._curvatures))]
+    def curvatures(self, score: str) -> list[Curvature] | None:
+        """The curvature of each checkpoint that a score is corrected with; None for SDI.
 
-    def _features(self, row: int) -> list[Features]:
-        return [self.query.features(k, [row]) for k in range(len(self.query.checkpoints))]
+        Raises:
+            ValueError: there is no such score.
+        """
+        choice = self.scored.choice(score)
+        return None if isinstance(choice, str) else list(choice)  # type: ignore[arg-type]
 
     def _asked(self, row: int, score: str) -> list[Features]:
         """A query's features as its scores are made of, one per checkpoint."""
-        choice, plain = self._choice(score), self._features(row)
-        if isinstance(choice, str):
-            return plain
-        return [one.transform(features) for one, features in zip(choice, plain, strict=True)]  # type: ignore[arg-type]
+        self.scored.require_query(row)
+        plain = [self.query.features(k, [row]) for k in range(len(self.query.checkpoints))]
+        found = self.curvatures(score)
+        return plain if found is None else [c.transform(f) for c, f in zip(found, plain, strict=True)]
 
-    def _energy(self, row: int, parameters: str, score: str) -> npt.NDArray[np.float64]:
+    def _energy(self, what: What) -> npt.NDArray[np.float64]:
         """``(K,)`` energy of one query by checkpoint."""
-        with self._lock:
-            key = row, parameters, score
-            if key not in self._energies:
-                features, choice = self._features(row), self._choice(score)
-                found = search.checkpoint_energy(self.train, features, parameters=parameters or None, curvature=choice)[
-                    :, 0
-                ]
-                self._energies[key] = found
-                while len(self._energies) > MOST_KEPT:
-                    self._energies.popitem(last=False)
-            return self._energies[key]
+        whole = replace(what, checkpoint=None)
 
-    def _steps(self, first: int, last: int | None) -> slice:
+        def make() -> npt.NDArray[np.float64]:
+            assert what.query is not None
+            if len(self.train.checkpoints) == 1:
+                return np.ones(1)
+            features = [self.query.features(k, [what.query]) for k in range(len(self.query.checkpoints))]
+            choice, parameters = self.scored.choice(what.score), what.parameters or None
+            return checkpoint_energy(self.train, features, parameters=parameters, curvature=choice)[:, 0]
+
+        return self.scored.kept("energy", whole, None, make)
+
+    def steps(self, first: int, last: int | None) -> slice:
+        """Places of the steps ``first..last`` (1-based).
+
+        Raises:
+            ValueError: the queries have no such steps.
+        """
         count = self.query.steps
         last = count if last is None else last
         if not 1 <= first <= last <= count:
             raise ValueError(f"steps: got {first} to {last}; use steps from 1 to {count}")
         return slice(first - 1, last)
-
-    def _store(self, side: str) -> Store:
-        if side not in ("train", "query"):
-            raise ValueError(f"side: got {side!r}; use 'train' or 'query'")
-        return self.train if side == "train" else self.query
-
-    def _check_row(self, side: str, row: int) -> None:
-        count = len(self._store(side))
-        if not 0 <= row < count:
-            raise ValueError(f"{side}: got row {row}; there are rows 0 to {count - 1}")
-
-
-def _short(stored: StoredRow) -> dict[str, Any]:
-    text = stored.text or ""
-    cut = "…" if len(text) > TEXT_IN_LISTS else ""
-    return {"row": stored.row, "id": visible(str(stored.id)[:200]), "text": visible(text[:TEXT_IN_LISTS]) + cut}
-
-
-def _shown(text: str) -> str:
-    """Control characters spelled out, line by line: the page keeps line breaks of a whole text."""
-    return "\n".join(visible(line) for line in text.splitlines())
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _scale(values: Array) -> float:

@@ -5,17 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
-from stepinfluence.app.view.explore.answers import MOST_ROWS, Explorer
+from stepinfluence.app.view.explore import everything
+from stepinfluence.app.view.explore.agreement import agreement, errors
+from stepinfluence.app.view.explore.answers import Explorer
+from stepinfluence.app.view.explore.examples import MOST_ROWS
+from stepinfluence.app.view.explore.model import exact
+from stepinfluence.app.view.explore.scored import ALIKE, BY_SIZE, What
 from stepinfluence.app.view.page import render
+from stepinfluence.search.topk import trajectories
+
+SCRIPTS = ("source", "lists", "state", "query", "example", "everything", "explore")
+"""The page's scripts, in the order in which they run; all share one scope."""
 
 ROWS_PER_SIDE = 20
 PAIRS_PER_SIDE = 5
 """Examples on either side for which the page also holds the text in full, parameters and the step by step matrix."""
 
-PER_STEP = 3
-"""Examples kept on either side for each step, beside the overall ones: so that the filter by steps has rows to rank."""
+LEADERS = 3
+"""Examples kept on either side for each step and each checkpoint, beside the overall ones: so that a choice of steps or
+of a checkpoint has rows to rank."""
+
+SHOWN = 10
+"""Rows on either side that the page shows at first, and whose agreement is told."""
 
 
 def render_page(overview: dict[str, Any], answers: dict[str, Any] | None = None) -> str:
@@ -27,43 +41,72 @@ def render_page(overview: dict[str, Any], answers: dict[str, Any] | None = None)
     """
     reach = "'none'" if answers else "'self'"
     data = {"overview": overview, "answers": answers}
-    return render(__package__, "explore", data, reach=reach, title=overview["title"])
+    return render(__package__, "explore", data, scripts=SCRIPTS, reach=reach, title=overview["title"])
 
 
-def saved_answers(explorer: Explorer, *, queries: int = 50, progress: bool = True) -> dict[str, Any]:
+def saved_answers(
+    explorer: Explorer, *, queries: int = 50, exactly: bool = False, by_token: bool = False, progress: bool = True
+) -> dict[str, Any]:
     """The answers that a page without a server needs, for the first queries that have features.
 
-    For each query: its curve, the examples that lead over all steps and at each single step, and the full trajectories
-    of these. Filtering by steps in the page ranks these examples only.
+    For each query: its curve, the examples that lead over all steps, at each single step and at each checkpoint, and
+    the full trajectories of these. Filtering in the page ranks these examples only.
+
+    Args:
+        exactly: also recompute the influence of the leading examples from the model.
+        by_token: also compute the influence of the tokens of the first examples, from the model.
+
+    Raises:
+        StepInfluenceError: the model must not be run, or as for :mod:`.model`.
     """
     if not 1 <= queries <= MOST_ROWS:
         raise ValueError(f"queries: got {queries}; use 1 to {MOST_ROWS}")
-    rows = [row for row in range(min(MOST_ROWS, len(explorer.query))) if row not in explorer.query.failed][:queries]
+    side = explorer.sides["query"]
+    rows = [row for row in range(min(MOST_ROWS, len(side))) if row not in side.failed][:queries]
     scores = [score["key"] for score in explorer.overview()["scores"]]
-    kept = {
-        str(row): {
+    kept: dict[str, Any] = {}
+    for row in tqdm(rows, desc="queries", delay=2, disable=not progress):
+        by_score = {score: _by_score(explorer, row, score) for score in scores}
+        if by_token:
+            _add_tokens(explorer, row, by_score)
+        kept[str(row)] = {
             "example": explorer.example("query", row),
-            "scores": {score: _by_score(explorer, row, score) for score in scores},
+            "scores": by_score,
+            "exact": exact(explorer, row, k=SHOWN) if exactly else None,
         }
-        for row in tqdm(rows, desc="queries", delay=2, disable=not progress)
+    together = {
+        score: {w: everything.overall(explorer, score=score, weights=w) for w in (ALIKE, BY_SIZE)} for score in scores
     }
     wanted = set(rows)
     items = [e for e in explorer.queries(limit=MOST_ROWS)["items"] if e["row"] in wanted]
-    return {"queries": items, "of": len(explorer.query), "byQuery": kept}
+    return {
+        "queries": items,
+        "of": len(explorer.query),
+        "byQuery": kept,
+        "overall": together,
+        "reverse": _reverse(explorer, kept, together),
+    }
 
 
 def _by_score(explorer: Explorer, row: int, score: str) -> dict[str, Any]:
     """What is shown of a query under one score."""
+    checkpoints = range(len(explorer.train.checkpoints)) if len(explorer.train.checkpoints) > 1 else range(0)
     found = explorer.top(row, k=ROWS_PER_SIDE, score=score)
-    for step in range(1, explorer.query.steps + 1):
-        extra = explorer.top(row, k=PER_STEP, first=step, last=step, score=score)
-        for side in ("helpful", "harmful"):
-            for example in extra[side]:
-                if all(example["row"] != e["row"] for s in found.values() for e in s):
-                    found[side].append({**example, "score": sum(example["sdi"])})
+    extra = [explorer.top(row, k=LEADERS, first=t, last=t, score=score) for t in range(1, explorer.query.steps + 1)]
+    extra += [explorer.top(row, k=LEADERS, score=score, checkpoint=k) for k in checkpoints]
+    whole, known = explorer.scores(row, score=score), {e["row"] for some in found.values() for e in some}
+    for side, example in [(name, e) for more in extra for name, some in more.items() for e in some]:
+        if example["row"] not in known:
+            known.add(example["row"])
+            sdi = whole[example["row"]].tolist()
+            found[side].append({**example, "sdi": sdi, "score": sum(sdi)})
+    examples = sorted(found["helpful"] + found["harmful"], key=lambda e: -e["score"])
+    _add_parts(explorer, What(row, score), examples, checkpoints)
     return {
         "curve": explorer.curve(row, score=score),
-        "examples": sorted(found["helpful"] + found["harmful"], key=lambda e: -e["score"]),
+        "curves": [explorer.curve(row, score=score, checkpoint=k) for k in checkpoints],
+        "examples": examples,
+        "agreement": agreement(explorer, row, k=SHOWN, score=score),
         "pairs": {
             str(e["row"]): explorer.pair(row, e["row"], score=score)
             for side in ("helpful", "harmful")
@@ -72,7 +115,57 @@ def _by_score(explorer: Explorer, row: int, score: str) -> dict[str, Any]:
     }
 
 
-def write_page(explorer: Explorer, path: Path, *, queries: int = 50, progress: bool = True) -> None:
-    """Write a self-contained page; errors as for :func:`render_page`."""
-    text = render_page(explorer.overview(), saved_answers(explorer, queries=queries, progress=progress))
-    path.write_text(text, encoding="utf-8")
+def _add_parts(explorer: Explorer, what: What, examples: list[dict[str, Any]], checkpoints: range) -> None:
+    """Add to examples their standard errors, and their influence at each checkpoint."""
+    rows = [e["row"] for e in examples]
+    known = errors(explorer, what, rows)
+    for e in examples:
+        if e["row"] in known:
+            e["error"], e["errors"] = known[e["row"]]
+        e["parts"] = []
+    for k in checkpoints if rows else ():
+        question = explorer.scored.question(What(what.query, what.score, k))
+        for e, path in zip(examples, trajectories(question, torch.tensor([rows]))[0].tolist(), strict=True):
+            e["parts"].append(path)
+
+
+def _add_tokens(explorer: Explorer, row: int, by_score: dict[str, dict[str, Any]]) -> None:
+    """Add to pairs what their training example's tokens did to the query."""
+    if explorer.model is None:
+        raise ValueError(f"tokens: {explorer.no_model or 'there is no model to compute them with'}")
+    rows = sorted({int(train) for found in by_score.values() for train in found["pairs"]})
+    for score, found in by_score.items():
+        by_token = explorer.model.by_token(explorer, What(row, score), rows) if rows else {}
+        for train, pair in found["pairs"].items():
+            pair["tokens"] = by_token[int(train)]
+
+
+def _reverse(explorer: Explorer, kept: dict[str, Any], together: dict[str, Any]) -> dict[str, Any]:
+    """What the examples that the page has in full, or that lead over all queries, do to every query."""
+    found: dict[str, Any] = {}
+    for score, by_weights in together.items():
+        rows = {int(row) for query in kept.values() for row in query["scores"][score]["pairs"]}
+        lists = [some[side] for some in by_weights.values() for side in ("helpful", "harmful")]
+        rows |= {e["row"] for some in lists for e in some}
+        found[score] = {
+            str(row): {
+                "train": explorer.example("train", row),
+                **everything.reverse(explorer, row, k=PAIRS_PER_SIDE, score=score),
+            }
+            for row in sorted(rows)
+        }
+    return found
+
+
+def write_page(
+    explorer: Explorer,
+    path: Path,
+    *,
+    queries: int = 50,
+    exactly: bool = False,
+    by_token: bool = False,
+    progress: bool = True,
+) -> None:
+    """Write a self-contained page; arguments and errors as for :func:`saved_answers` and :func:`render_page`."""
+    answers = saved_answers(explorer, queries=queries, exactly=exactly, by_token=by_token, progress=progress)
+    path.write_text(render_page(explorer.overview(), answers), encoding="utf-8")

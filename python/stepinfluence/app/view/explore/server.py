@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepinfluence.app.view.explore.answers import Explorer
 from stepinfluence.app.view.explore.page import render_page
+from stepinfluence.app.view.explore.questions import Question, questions_of, whole
 from stepinfluence.display.words import harmless
 
 HEADERS = {
@@ -64,28 +65,28 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
     async def index(_: Request) -> Response:
         return HTMLResponse(page, headers=HEADERS)
 
-    def answers(compute: Callable[[Request], dict[str, Any]]) -> Callable[[Request], Any]:
+    def answers(compute: Question) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
             try:
-                result = await run_in_threadpool(compute, request)
+                result = await run_in_threadpool(compute, request.query_params)
             except (ValueError, IndexError) as error:
                 return JSONResponse(as_json({"error": str(error)}), 400, headers=HEADERS)
             return JSONResponse(as_json(result), headers=HEADERS)
 
         return endpoint
 
-    questions = _questions(explorer)
+    questions = questions_of(explorer)
 
     async def export(request: Request) -> Response:
         kind = request.query_params.get("format", "csv")
         if kind not in ("csv", "json"):
             return JSONResponse({"error": f"format: got {kind!r}; use csv or json"}, 400, headers=HEADERS)
         try:
-            found = as_json(await run_in_threadpool(questions["top"], request))
+            found = as_json(await run_in_threadpool(questions["top"], request.query_params))
         except (ValueError, IndexError) as error:
             return JSONResponse(as_json({"error": str(error)}), 400, headers=HEADERS)
         text = json.dumps(found, indent=1) if kind == "json" else as_csv(found)
-        name = f"influence-{_int(request, 'query')}.{kind}"
+        name = f"influence-{whole(request.query_params, 'query')}.{kind}"
         headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
         return Response(text, media_type="application/json" if kind == "json" else "text/csv", headers=headers)
 
@@ -95,36 +96,6 @@ def make_app(explorer: Explorer, *, hosts: tuple[str, ...] = ("127.0.0.1", "loca
     app = Starlette(routes=routes, middleware=middleware)
     app.router.redirect_slashes = False  # there is nothing at other addresses, and bytes that are no text break it
     return app
-
-
-def _questions(explorer: Explorer) -> dict[str, Callable[[Request], dict[str, Any]]]:
-    """What can be asked, by the last part of the address."""
-
-    def given(request: Request, name: str) -> str:
-        return str(request.query_params.get(name, ""))
-
-    def top(request: Request) -> dict[str, Any]:
-        last = request.query_params.get("last")
-        return explorer.top(
-            _int(request, "query"),
-            k=_int(request, "k", 10),
-            first=_int(request, "first", 1),
-            last=_int(request, "last") if last is not None else None,
-            parameters=given(request, "parameters"),
-            score=given(request, "score"),
-        )
-
-    return {
-        "overview": lambda _: explorer.overview(),
-        "queries": lambda r: explorer.queries(
-            find=given(r, "find"), offset=_int(r, "offset", 0), limit=_int(r, "limit", 100)
-        ),
-        "example": lambda r: explorer.example(r.query_params.get("side", "train"), _int(r, "row")),
-        "curve": lambda r: explorer.curve(_int(r, "query"), parameters=given(r, "parameters"), score=given(r, "score")),
-        "top": top,
-        "pair": lambda r: explorer.pair(_int(r, "query"), _int(r, "train"), score=given(r, "score")),
-        "compare": lambda r: explorer.compare(_int(r, "query"), _int(r, "other"), score=given(r, "score")),
-    }
 
 
 def as_json(value: Any) -> Any:
@@ -143,19 +114,10 @@ def as_csv(found: dict[str, Any]) -> str:
     steps = max((len(e["sdi"]) for side in found.values() for e in side), default=0)
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["side", "rank", "row", "id", "score", *(f"step_{t + 1}" for t in range(steps)), "text"])
+    by_step = [f"step_{t + 1}" for t in range(steps)]
+    writer.writerow(["side", "rank", "row", "id", "score", "standard_error", *by_step, "text"])
     for side, examples in found.items():
         for rank, e in enumerate(examples, 1):
-            cells = [side, rank, e["row"], e["id"], e["score"], *e["sdi"], e["text"]]
+            cells = [side, rank, e["row"], e["id"], e["score"], e.get("error"), *e["sdi"], e["text"]]
             writer.writerow([harmless(c) for c in cells])
     return out.getvalue()
-
-
-def _int(request: Request, name: str, default: int | None = None) -> int:
-    given = request.query_params.get(name)
-    if given is None and default is not None:
-        return default
-    try:
-        return int(given or "")
-    except ValueError:
-        raise ValueError(f"{name}: got {given!r}; give a whole number") from None
