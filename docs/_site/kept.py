@@ -105,8 +105,8 @@ def rewritten(text: str, parts: Parts) -> str:
 
 
 def _wrapped(block: str) -> str:
-    """Lines of at most 120 characters, but for tables."""
-    if block.startswith("|"):
+    """Lines of at most 120 characters, but for tables and code."""
+    if block.startswith(("|", "```")):
         return block
     lines = block.split("\n") if block.startswith("- ") else [block]
     options = {"width": 120, "break_long_words": False, "break_on_hyphens": False}
