@@ -31,6 +31,10 @@ COMMANDS: dict[str, list[str]] = {
     "search": ["-m", "bench.search", "--cpu-seconds", "--scratch", "SCRATCH", "--keep"],
     "install": ["-m", "bench.install", "--keep"],
     "soak": ["-m", "bench.soak", "--minutes", "8", "--out", str(RESULTS / "soak")],
+    **{
+        f"uses-{use}": ["-m", "bench.uses", use, "--keep"]
+        for use in ("mislabelled", "curation", "horizon", "cancellation")
+    },
     "workspace": ["-m", "bench.workspace", "--keep"],
     "models": ["-m", "bench.models", "--keep", "--anew"],
     "peers": ["-m", "bench.peers", "--keep"],
