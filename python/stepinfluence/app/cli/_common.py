@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
+from stepinfluence.extras import install_command
+
 FAILED_CHECK = 1
 WRONG_USE = 2
 
@@ -156,4 +158,4 @@ def need_extra(extra: str, missing: list[str], *, program: str = "sdi") -> None:
         typer.Exit: with code 2.
     """
     if missing:
-        fail(f"{', '.join(missing)} not installed: run pip install 'sdi-kernels[{extra}]'", program=program)
+        fail(f"{', '.join(missing)} not installed: run {install_command(extra)}", program=program)
