@@ -42,7 +42,7 @@ def curation(runs: Runs) -> Figure:
     axes = figure.subplots()
     _dots(axes, names, [[run[name]["accuracy"] for run in runs] for name in names])
     axes.axvline(np.mean([run["random"]["accuracy"] for run in runs]), color=SOFT, linestyle=":", linewidth=1)
-    axes.set_xlabel("accuracy on new targets after fine-tuning on what was chosen (dotted: chosen at random)")
+    axes.set_xlabel("accuracy on new targets after fine-tuning (dotted: on a random choice)")
     return figure
 
 
