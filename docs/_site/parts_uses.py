@@ -85,13 +85,17 @@ def horizon() -> str:
 def cancellation() -> str:
     runs, note = _kept("cancellation")
     columns = ("median", "over half", "over 90 %", "confirmed")
-    rows = [[p, *(_over(runs, lambda run, p=p, k=k: run[p][k]) for k in columns)] for p in runs[0]]
+    rows = []
+    for problem in runs[0]:
+        known = {k: [run for run in runs if run[problem][k] is not None] for k in columns}
+        cells = [_over(of, lambda run, p=problem, k=k: run[p][k]) if len(of) > 1 else "–" for k, of in known.items()]
+        rows.append([problem, *cells])
     head = [
         "problem",
         "cancelled, median",
         "pairs over a half",
         "pairs over 90 %",
-        "of the 50 most cancelled, exact says over a half",
+        "of those over a half, exact agrees",
     ]
     return f"{table(head, rows)}\n\n{note}"
 

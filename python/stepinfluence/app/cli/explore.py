@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepinfluence.app.cli._common import console, need_extra
+from stepinfluence.app.cli._common import console, need_extra, require_run
 
 if TYPE_CHECKING:
     from stepinfluence.attribution.curvature import Curvature
@@ -58,6 +58,7 @@ def explore(
     open_: Open = True,
 ) -> None:
     """See :data:`EXPLORE_HELP`."""
+    require_run(run)
     screen = console()
     with screen.status("starting"):
         from stepinfluence.app.doctor import EXTRAS, missing_modules
@@ -88,6 +89,7 @@ def report(
     open_: Open = False,
 ) -> None:
     """See :data:`REPORT_HELP`."""
+    require_run(run)
     screen = console()
     with screen.status("starting"):
         from stepinfluence.app.doctor import missing_modules
