@@ -116,8 +116,14 @@ gpu-tests: ## the tests of gpu-check alone
 gpu-calibrate: ## on a GPU machine: measure rates and tiles for the planner and keep them in the user's cache
 	PYTHONPATH=.:python $(PYTHON) -m bench.gpu.run --calibrate
 
+# A wheel with compiled kernels is tagged for the oldest Linux that it runs on: indexes refuse plain linux tags.
 build: $(VENV)/.stamp-test ## build the sdist and the wheel into dist/
-	$(BIN)/python -m build
+	rm -rf dist build/dist
+	$(BIN)/python -m build --outdir build/dist
+	mkdir dist && cp build/dist/*.tar.gz dist/
+	if $(BIN)/python -m zipfile -l build/dist/*.whl | grep -q '_sketch.*\.so' && [ "$$(uname)" = Linux ]; then \
+		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist build/dist/*.whl; \
+	else cp build/dist/*.whl dist/; fi
 
 clean: ## remove what builds and tools leave behind; .venv stays
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

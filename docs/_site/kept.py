@@ -26,7 +26,8 @@ Parts = dict[str, Callable[[], str]]
 
 KINDS = (
     "attack", "capture", "explore", "host-overhead", "install", "integrations", "models", "peers", "scale", "search",
-    "sketch", "sketch-sizes", "soak", "store-layouts", "variance-table", "workspace",
+    "sketch", "sketch-sizes", "soak", "store-layouts", "uses-cancellation", "uses-curation", "uses-horizon",
+    "uses-mislabelled", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""
 
@@ -105,8 +106,8 @@ def rewritten(text: str, parts: Parts) -> str:
 
 
 def _wrapped(block: str) -> str:
-    """Lines of at most 120 characters, but for tables."""
-    if block.startswith("|"):
+    """Lines of at most 120 characters, but for tables and code."""
+    if block.startswith(("|", "```")):
         return block
     lines = block.split("\n") if block.startswith("- ") else [block]
     options = {"width": 120, "break_long_words": False, "break_on_hyphens": False}

@@ -6,7 +6,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kept import EXPERIMENTS, Parts, comparison, load, machines, mean, mib, source, table
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+from kept import EXPERIMENTS, ROOT, Parts, comparison, load, machines, mean, mib, source, table
 
 MODELS = {
     "sudoku": "Sudoku-like",
@@ -14,6 +19,7 @@ MODELS = {
     "gpt512": "GPT",
     "gpt768": "GPT",
 }
+EXTRAS = "report,explore,notebook"
 ROWS = {
     "floor": "floor (forward + input gradients)",
     "first": "sdi-kernels, first call",
@@ -46,7 +52,7 @@ def costs() -> str:
         head = ["looped model", "plain step, s", "floor", "first call", "**later calls**", "published package"]
         texts += [
             table(head, rows),
-            f"{threads} thread(s), {clock}, medians of {result['rounds']} rounds. {source(name, True, result)}",
+            f"{threads} thread(s), {clock}, medians of {result['rounds']} rounds. {source(name, False, result)}",
         ]
         lines = []
         grown = {r["field"]: r["ratio"] for r in result.get("scaling", ()) if r["factor"] == 4}
@@ -72,6 +78,28 @@ def costs() -> str:
     return "\n\n".join(text for text in texts if text)
 
 
+def costs_short() -> str:
+    """README: later and first calls of all machines in one table."""
+    found = machines("capture")
+    names = [result["provenance"]["machine"]["CPU"].split("(R)")[0].split()[0] for _, result in found]
+    columns = {"floor": "floor", "first": "first call", "later": "**later calls**", "published": "published package"}
+    head = ["looped model", *columns.values()]
+    rows = []
+    for key, first in found[0][1]["cases"].items():
+        figures = [result["cases"][key]["figures"] for _, result in found]
+        cells = {name: "; ".join(f"{f[ROWS[name]]['ratio']:.2f}" for f in figures) for name in columns}
+        rows.append([_case(key, first["case"]), *({**cells, "later": f"**{cells['later']}**"}.values())])
+    first = found[0][1]["cases"]["sudoku"]["figures"]
+    links = ", ".join(f"[{name}](bench/results/{name})" for name, _ in found)
+    return (
+        table(head, rows)
+        + "\n\n"
+        + f"In plain steps, {'; '.join(names)}. Memory: on the first model a call adds {mib(first[ROWS['later']]['peak_mib'])} MiB at its peak, a plain step "
+        f"{mib(first['plain forward+backward']['peak_mib'])}. Seconds, threads, how it grows with batch, tokens and steps, and the "
+        f"machines: [docs/capture.md](docs/capture.md#what-a-pass-costs) ({links})."
+    )
+
+
 def calls() -> str:
     """One sketch call, of every machine together."""
     faster, gemms = [], []
@@ -93,27 +121,55 @@ def install() -> str:
         one, two = result["stages"]
         total = one["seconds"] + two["seconds"]
         texts.append(
-            f"Both begin with an environment of their own in `.venv`, with torch's CPU build: {one['megabytes'] / 1000:.1f} GB for "
-            f"the demo, {two['megabytes'] / 1000:.1f} GB with what the tests need. Downloading and compiling took {one['seconds']:.0f} s "
-            f"and {total:.0f} s, with the package index near ({source(name, True, result).rstrip('.')})."
+            f"`make demo` first makes an environment in `.venv`, with torch's CPU build: {one['megabytes'] / 1000:.1f} GB in "
+            f"{one['seconds']:.0f} s ({two['megabytes'] / 1000:.1f} GB in {total:.0f} s with what the tests need) with the package index "
+            f"near ({source(name, True, result).rstrip('.')})."
         )
     return "\n\n".join(texts)
 
 
+def install_line() -> str:
+    """The commands that install the package: from pyproject.toml, the one place that knows where it is published."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    name, url = project["project"]["name"], project["project"]["urls"]["Repository"]
+    if project["tool"][name]["published"]:
+        lines = [f"pip install '{name}[{EXTRAS}]'"]
+    else:
+        lines = [f"git clone {url} && cd {name}", "make build", f'pip install "$(ls dist/*.whl)[{EXTRAS}]"']
+    return "\n".join(["```sh", *lines, "```"])
+
+
 def demo_seeds() -> str:
-    """How many seeds solve the task and show the period, a sentence for each machine and instruction set."""
+    """How many seeds solve the task and show the period, over machines and instruction sets together, in one sentence."""
+    found = [result["summary"] for _, result in machines("demo-seeds")]
+    summaries = [summary for of_machine in found for summary in of_machine.values()]
+    runs, solved, period = (sum(s[key] for s in summaries) for key in ("runs", "solved", "period_of_4"))
+    return (
+        f"*One seed is drawn. Of {runs} runs ({summaries[0]['runs']} seeds under each of {len(summaries)} instruction sets) {solved} "
+        f"learn the task and {period} show this period; where there is none, the report says so "
+        "([table](bench/README.md#seeds-of-the-demonstration)).*"
+    )
+
+
+def demo_table() -> str:
+    """bench/README.md: the same by instruction set."""
     texts = []
     for name, result in machines("demo-seeds"):
+        rows = []
         for capability, found in result["summary"].items():
-            cells = [c for c in result["cells"] if c["capability"] == capability]
-            seconds = sorted(c["cpu_seconds"] for c in cells)
-            texts.append(
-                f"The same with {found['runs']} seeds ({capability}): {found['solved']} of {found['runs']} runs answer at least 99 % at "
-                f"every length they are asked about; {found['period_of_4']} show the period of 4 in this view, "
-                f"{found['energy_period_of_4']} regardless of sign (line), and {found['plain_period_of_4']} in the paper's scores, without "
-                f"curvature; a run took {seconds[0]:.0f} to {seconds[-1]:.0f} s of processor time"
-            )
-        texts[-1] += f" ({source(name, True, result).rstrip('.')})."
+            seconds = sorted(c["cpu_seconds"] for c in result["cells"] if c["capability"] == capability)
+            counts = [found[k] for k in ("runs", "solved", "period_of_4", "energy_period_of_4", "plain_period_of_4")]
+            rows.append([capability, *map(str, counts), f"{seconds[0]:.0f} to {seconds[-1]:.0f}"])
+        head = [
+            "instructions",
+            "runs",
+            "solved",
+            "period of 4",
+            "regardless of sign",
+            "without curvature",
+            "processor s a run",
+        ]
+        texts += [source(name, False, result), table(head, rows)]
     return "\n\n".join(texts)
 
 
@@ -124,7 +180,8 @@ def reproduction() -> str:
             "0.0388 ± 0.0030",
             (
                 f"{comparison('fidelity', 'relative error of SDI, m = 2048, iid hashing')} with the paper's hashing, "
-                f"{comparison('fidelity', 'relative error of SDI, m = 2048, balanced hashing')} with ours"
+                f"{comparison('fidelity', 'relative error of SDI, m = 2048, balanced hashing')} with ours; **between different "
+                f"examples {_between():.2f}**"
             ),
         ],
         [
@@ -166,13 +223,17 @@ def reproduction() -> str:
     return table(["", "paper", "here"], rows)
 
 
-def between() -> str:
+def _between() -> float:
+    """Relative error of SDI between different examples at m = 2048 with the paper's hashing, mean over draws."""
     results = json.loads((EXPERIMENTS / "fidelity" / "results.json").read_text(encoding="utf-8"))["numbers"]
-    errors = results["errors"]["iid"]["sdi_cross"][results["sketch_sizes"].index(2048)]
+    return mean(results["errors"]["iid"]["sdi_cross"][results["sketch_sizes"].index(2048)])
+
+
+def between() -> str:
     return (
-        "The small errors in the first row are mostly about self-influence. Between its examples, which are random and so have "
-        f"nearly orthogonal gradients, the relative error is {mean(errors):.2f}. On trained models it lies between the two "
-        "([docs/store.md](docs/store.md)). Rank with a larger m, or recompute the short list exactly (`--exact`)."
+        f"The first row's two errors differ because an example is most like itself: the paper's measure is mostly self-influence, and "
+        f"{_between():.2f} is between random examples, whose gradients are nearly orthogonal. On trained models it lies between the "
+        "two ([docs/store.md](docs/store.md)). Where a ranking matters, take a larger m, or recompute the short list exactly (`--exact`)."
     )
 
 
@@ -199,9 +260,12 @@ def peers() -> str:
 
 PARTS: Parts = {
     "costs": costs,
+    "readme-costs": costs_short,
     "calls": calls,
     "demo-seeds": demo_seeds,
+    "demo-table": demo_table,
     "install": install,
+    "install-line": install_line,
     "readme-reproduction": reproduction,
     "between": between,
     "readme-peers": peers,

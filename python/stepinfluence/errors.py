@@ -33,6 +33,14 @@ class LossError(StepInfluenceError):
     """The per-example loss has a wrong shape, no gradient, or values that are not finite."""
 
 
+class LossFunctionError(LossError):
+    """The loss function returns something of a wrong kind or shape, for whichever examples."""
+
+
+class ExampleLossError(LossError):
+    """The losses or gradients of some examples, which are named, are not finite."""
+
+
 class LayoutError(StepInfluenceError):
     """The examples of a batch cannot be told apart, or influence one another."""
 

@@ -37,7 +37,11 @@ def test_signal_cancellation() -> None:
 
 
 def test_depth_targeted_selection() -> None:
-    assert 0 < run("depth_targeted_selection") < 1  # type: ignore[operator]
+    found = run("depth_targeted_selection")
+    assert {"before", "random", "TracIn", "late steps"} <= set(found)  # type: ignore[call-overload]
+    chosen, drawn = found["all steps, normalised"], found["random"]  # type: ignore[index]
+    assert chosen["of the kind"] > drawn["of the kind"]
+    assert chosen["loss"] < drawn["loss"]
 
 
 def test_mislabel_triage() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from sdi_kernels import TensorSketch, plan_linear
 from sdi_kernels.triton import tuning
+from stepinfluence.extras import install_command
 from stepinfluence.machine import machine_facts, versions
 
 EXTRAS = {
@@ -101,14 +102,15 @@ def _advice() -> list[str]:
     lines = []
     if _cpu_variant() is None:
         lines.append(
-            "no compiled CPU kernels: with a C compiler, reinstall (pip install --force-reinstall sdi-kernels)"
+            "no compiled CPU kernels, so plain torch is used: install a C compiler, then run "
+            "pip install --no-deps --force-reinstall CHECKOUT (the folder with pyproject.toml)"
         )
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
-        lines.append("there is a GPU but no Triton: pip install triton")
+        lines.append("there is a GPU but no Triton: run pip install triton")
     for extra, modules in EXTRAS.items():
         missing = missing_modules(modules)
         if missing:
-            lines.append(f"{', '.join(missing)} not installed: pip install 'sdi-kernels[{extra}]'")
+            lines.append(f"{', '.join(missing)} not installed: run {install_command(extra)}")
     return lines
 
 

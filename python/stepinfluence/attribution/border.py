@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,17 @@ def border(what: str) -> Iterator[None]:
     except StepInfluenceError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{what} ({type(error).__name__}: {reason(error)})") from error
+        raise CheckpointError(f"{what} ({why(error)})") from error
+
+
+def why(error: Exception) -> str:
+    """What is wrong with a file, for its reader. Whoever reads it stumbles over broken ones anywhere: where an error is
+    about its own insides (an index, a key, a number of bytes), the file is damaged or something else."""
+    if isinstance(
+        error, LookupError | AssertionError | TypeError | AttributeError | EOFError | struct.error | UnicodeError
+    ):
+        return "damaged, cut short, or something else"
+    return reason(error)
 
 
 def reason(error: Exception) -> str:

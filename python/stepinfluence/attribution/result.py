@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -13,6 +14,7 @@ from torch import Tensor
 from stepinfluence.arguments import non_negative_int, one_of, positive_int
 from stepinfluence.display.table import Hit, Hits, step_columns
 from stepinfluence.display.words import one_type, short, top_rows
+from stepinfluence.extras import needed
 
 if TYPE_CHECKING:
     import pandas
@@ -122,7 +124,7 @@ class Influence:
 
         Raises:
             TypeError, ValueError: as for :meth:`top`.
-            ModuleNotFoundError: the library is not installed; ``pip install 'sdi-kernels[notebook]'`` has both.
+            ModuleNotFoundError: the library is not installed; the extra ``notebook`` has both.
         """
         self._one_step_axis("plot")
         column, k = self._column(query), positive_int("k", k)
@@ -178,7 +180,8 @@ class Influence:
             ModuleNotFoundError: pandas is not installed.
             ValueError: a result with two step axes.
         """
-        import pandas
+        with needed("notebook"):
+            import pandas
 
         frame: pandas.DataFrame = pandas.DataFrame(self._columns("to_pandas"))
         return frame
@@ -190,7 +193,8 @@ class Influence:
             ModuleNotFoundError: pyarrow is not installed.
             ValueError: a result with two step axes.
         """
-        import pyarrow
+        with needed("notebook"):
+            import pyarrow
 
         columns = self._columns("to_arrow")
         for name in ("train_id", "query_id"):
@@ -270,10 +274,5 @@ def _numpy(values: Tensor) -> NDArray[Any]:
 def _figures(backend: Backend) -> Any:
     """The module that draws; matplotlib and plotly are imported where they are needed."""
     one_of("backend", backend, ("matplotlib", "plotly"))
-    if backend == "plotly":
-        from stepinfluence.display import with_plotly
-
-        return with_plotly
-    from stepinfluence.display import with_matplotlib
-
-    return with_matplotlib
+    with needed("notebook"):
+        return importlib.import_module(f"stepinfluence.display.with_{backend}")

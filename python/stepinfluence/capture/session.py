@@ -17,7 +17,7 @@ from stepinfluence.capture import state
 from stepinfluence.capture.batches import expected_rows, fingerprints, length_of, usable
 from stepinfluence.capture.diagnosis import check_parameters
 from stepinfluence.capture.threads import one_thread
-from stepinfluence.errors import BodyError, LossError
+from stepinfluence.errors import BodyError, ExampleLossError, LossError, LossFunctionError
 from stepinfluence.loaders import IdsOf as IdsOf
 from stepinfluence.loaders import LossFn as LossFn
 
@@ -95,24 +95,30 @@ def check_losses(losses: object, batch_size: int | None, ids: Sequence[Hashable]
         LossError: not a tensor of shape ``(B,)``, without gradient, or not finite (names the examples).
     """
     if not isinstance(losses, Tensor):
-        raise LossError(
+        raise LossFunctionError(
             f"loss_fn: returned {type(losses).__name__}; return a tensor of shape (B,), one loss per example"
         )
     if losses.is_complex():
-        raise LossError(f"loss_fn: returned {losses.dtype}; return real losses, such as squared absolute values")
+        raise LossFunctionError(
+            f"loss_fn: returned {losses.dtype}; return real losses, such as squared absolute values"
+        )
     if losses.dim() != 1 or (batch_size is not None and len(losses) != batch_size):
         want = f"({batch_size},)" if batch_size is not None else "(B,)"
-        raise LossError(
+        raise LossFunctionError(
             f"loss_fn: returned shape {tuple(losses.shape)}, expected {want}; return one loss per example, "
             "without reducing over the batch"
         )
     if ids is not None and len(ids) != len(losses):
         raise LossError(f"ids: got {len(ids)} for a batch of {len(losses)} examples; give one per example")
     if not losses.requires_grad:
-        raise LossError("loss_fn: its result does not require grad; do not detach it or run the model under no_grad")
+        raise LossFunctionError(
+            "loss_fn: its result does not require grad; do not detach it or run the model under no_grad"
+        )
     finite = torch.isfinite(losses.detach())
     if not bool(finite.all()):
-        raise LossError(f"loss_fn: loss is NaN or infinite for example(s) {_named(~finite, ids)}; remove or mend them")
+        raise ExampleLossError(
+            f"loss_fn: loss is NaN or infinite for example(s) {_named(~finite, ids)}; remove or mend them"
+        )
     return losses
 
 
@@ -125,7 +131,7 @@ def check_features(features: Tensor, ids: Sequence[Hashable] | None) -> None:
     # A sum is finite only if all that went into it is: one pass, no mask of the buffer's size.
     finite = torch.isfinite(features.sum(tuple(range(1, features.dim()))))
     if not bool(finite.all()):
-        raise LossError(
+        raise ExampleLossError(
             f"loss_fn: gradients are NaN or infinite for example(s) {_named(~finite, ids)}, though the loss is finite; "
             "look for a root or logarithm at zero in the model, or an overflow in half precision"
         )

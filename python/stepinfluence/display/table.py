@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from stepinfluence.display.style import HARMFUL, HELPFUL
 from stepinfluence.display.words import peak_step, short, signed
+from stepinfluence.extras import needed
 
 if TYPE_CHECKING:
     import pandas
@@ -97,7 +98,8 @@ class Hits(Sequence[Hit]):
         Raises:
             ModuleNotFoundError: pandas is not installed.
         """
-        import pandas
+        with needed("notebook"):
+            import pandas
 
         frame: pandas.DataFrame = pandas.DataFrame(
             {

@@ -53,7 +53,9 @@ def collate(examples: Sequence[Example]) -> Example:
     return torch.stack([e[0] for e in examples]), torch.stack([torch.as_tensor(e[1]) for e in examples])
 
 
-def make_problem(name: str, *, n_train: int = 192, n_query: int = 32, updates: int = 100, seed: int = 0) -> Problem:
+def make_problem(
+    name: str, *, n_train: int = 192, n_query: int = 32, updates: int = 100, steps: int = 4, seed: int = 0
+) -> Problem:
     """``"adder"``: the sum of four digits modulo 3. ``"majority"``: which of two symbols is more frequent among nine.
 
     One training label in sixteen is wrong.
@@ -62,6 +64,7 @@ def make_problem(name: str, *, n_train: int = 192, n_query: int = 32, updates: i
         name: of the two.
         n_train, n_query: examples.
         updates: full-batch Adam steps of a training run.
+        steps: times that the model applies its layer.
         seed: of the data.
 
     Raises:
@@ -90,7 +93,7 @@ def make_problem(name: str, *, n_train: int = 192, n_query: int = 32, updates: i
     def untrained(seed: int) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return LoopedClassifier(int(every.max()) + 1, every.shape[1], classes)
+            return LoopedClassifier(int(every.max()) + 1, every.shape[1], classes, steps=steps)
 
     def fit(rows: npt.NDArray[np.int64], seed: int) -> nn.Module:
         model = untrained(seed)

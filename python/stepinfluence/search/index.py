@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepinfluence.errors import StoreError
+from stepinfluence.extras import needed
 from stepinfluence.files import file_digest, make_folder, read_sealed, sealed, write_atomically, write_bytes
 from stepinfluence.search.question import Question
 from stepinfluence.search.sources import Rows, RowSource, as_source
@@ -32,10 +33,8 @@ SAMPLES_PER_LIST = 40
 
 
 def _faiss() -> Any:
-    try:
+    with needed("index"):
         import faiss
-    except ImportError as error:
-        raise ImportError("an index needs faiss: pip install 'sdi-kernels[index]'") from error
     return faiss
 
 

@@ -66,6 +66,11 @@ def test_doctor() -> None:
     assert all(plan["route"] in plan["why"] for plan in found["plans"])
 
 
+def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "! transformers not installed: run pip install 'sdi-kernels[hf]'\n" in invoke("doctor").stdout
+
+
 def one_line(done: Result) -> str:
     assert done.exit_code == 2, done.output
     assert done.stderr.count("\n") == 1, done.stderr

@@ -261,7 +261,7 @@ def test_config_of_something_else(content: str, tmp_path: Path) -> None:
 def test_readme_says_what_the_tests_of_its_figure_found() -> None:
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     found = json.loads((ROOT / "docs" / "images" / "demo-findings.json").read_text(encoding="utf-8"))
-    figure = readme[readme.index("![Influence of training") : readme.index("## Two commands")]
+    figure = readme[readme.index("![Influence of training") : readme.index("## Install")]
     assert f"over its {found['loop_steps']} loop steps" in figure
     assert f"0101… of {found['bits']} bits" in figure
     tested = Period(**found["periods"]["profile"])

@@ -11,14 +11,19 @@ from typing import Annotated
 import typer
 
 from stepinfluence.app.cli import demo, doctor, evaluate, explore, featurize, influence, init, outliers, query, store
-from stepinfluence.app.cli._common import CommandGroup, end_on_signals, left, show_version
+from stepinfluence.app.cli._common import CommandGroup, SubCommand, end_on_signals, left, show_version
 
 HELP = """Which training examples shaped a looped transformer's answer, and at which loop step.
 
 [bold]First steps[/bold]
-  [cyan]sdi doctor[/cyan]                  what this machine has, and what will be used
   [cyan]sdi demo --quick[/cyan]            every part on a tiny model, in seconds
-  [cyan]sdi demo --out my-demo[/cyan]      train, attribute, and write my-demo/report.html
+  [cyan]sdi doctor[/cyan]                  what this machine has, and what will be used
+
+[bold]Your own model[/bold]
+  [cyan]sdi init my_project.py[/cyan]      a file that says how to find model and data
+  [cyan]sdi featurize -p my_project.py -s train -s query -o run[/cyan]
+  [cyan]sdi query run --row 0[/cyan]       which examples shaped the first query's answer?
+  [cyan]sdi explore run[/cyan]             the same in a browser
 
 In Python: [cyan]import stepinfluence; help(stepinfluence)[/cyan]
 """
@@ -47,17 +52,24 @@ def _options(
     pass
 
 
-app.command("demo", help=demo.HELP, rich_help_panel="See it work")(demo.run)
-app.command("doctor", help=doctor.HELP, rich_help_panel="See it work")(doctor.run)
-app.command("evaluate", help=evaluate.HELP, rich_help_panel="See it work")(evaluate.run)
-app.command("explore", help=explore.EXPLORE_HELP, rich_help_panel="Look at a run")(explore.explore)
-app.command("report", help=explore.REPORT_HELP, rich_help_panel="Look at a run")(explore.report)
-app.command("init", help=init.HELP, rich_help_panel="Your own model")(init.run)
-app.command("featurize", help=featurize.HELP, epilog=featurize.EPILOG, rich_help_panel="Your own model")(featurize.run)
-app.command("query", help=query.HELP, epilog=query.EPILOG, rich_help_panel="Your own model")(query.run)
-app.command("influence", help=influence.HELP, epilog=influence.EPILOG, rich_help_panel="Your own model")(influence.run)
-app.command("outliers", help=outliers.HELP, epilog=outliers.EPILOG, rich_help_panel="Your own model")(outliers.run)
+for name, module, panel in (
+    ("demo", demo, "See it work"),
+    ("doctor", doctor, "See it work"),
+    ("evaluate", evaluate, "See it work"),
+    ("init", init, "Your own model"),
+    ("featurize", featurize, "Your own model"),
+    ("query", query, "Your own model"),
+    ("influence", influence, "Your own model"),
+    ("outliers", outliers, "Your own model"),
+):
+    epilog = getattr(module, "EPILOG", None)
+    app.command(name, cls=SubCommand, help=module.HELP, epilog=epilog, rich_help_panel=panel)(module.run)
 app.add_typer(store.app, name="store", help=store.HELP, epilog=store.EPILOG, rich_help_panel="Your own model")
+for name, text, run in (
+    ("explore", explore.EXPLORE_HELP, explore.explore),
+    ("report", explore.REPORT_HELP, explore.report),
+):
+    app.command(name, cls=SubCommand, help=text, rich_help_panel="Look at a run")(run)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
+from stepinfluence.extras import install_command
 from stepinfluence.writers import remove_own_leftovers
 
 FAILED_CHECK = 1
@@ -99,12 +100,36 @@ class _OneLineErrors:
             raise interrupted(error) from None
 
 
-class CommandGroup(_OneLineErrors, TyperGroup):
+class _PlainTypes:
+    """Help without names of Python's types: a flag takes nothing, and what an option takes is called by its metavar."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Parameters of the command, ``--help`` included."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of click's command
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+            elif param.param_type_name == "option" and param.metavar is None:
+                param.metavar = max(param.opts, key=len).removeprefix("--").replace("-", "_").upper()
+            elif param.param_type_name == "argument":
+                param.display_type_rich = lambda ctx: ""  # its name says what it is
+        return params
+
+
+class CommandGroup(_PlainTypes, _OneLineErrors, TyperGroup):
     """A command with subcommands, such as ``sdi``; errors in one line."""
 
 
-class Command(_OneLineErrors, TyperCommand):
+class Command(_PlainTypes, _OneLineErrors, TyperCommand):
     """A command of its own; errors in one line."""
+
+
+class SubGroup(_PlainTypes, TyperGroup):
+    """A group below ``sdi``, which deals with errors."""
+
+
+class SubCommand(_PlainTypes, TyperCommand):
+    """A command below ``sdi``, which deals with errors."""
 
 
 def fail(message: str, *, code: int = WRONG_USE, program: str = "sdi") -> None:
@@ -116,6 +141,16 @@ def fail(message: str, *, code: int = WRONG_USE, program: str = "sdi") -> None:
     typer.secho(f"{program}: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(" ".join(message.split()), err=True)
     raise typer.Exit(code)
+
+
+def require_run(run: Path) -> None:
+    """Before anything is imported that takes a second: that the folder is there.
+
+    Raises:
+        typer.Exit: with code 2, if it is not.
+    """
+    if not run.is_dir():
+        fail(f"{run}: no run here (no such folder); sdi featurize makes one")
 
 
 TRUST_HELP = "Run the project file that a run from elsewhere names."
@@ -174,4 +209,4 @@ def need_extra(extra: str, missing: list[str], *, program: str = "sdi") -> None:
         typer.Exit: with code 2.
     """
     if missing:
-        fail(f"{', '.join(missing)} not installed: run pip install 'sdi-kernels[{extra}]'", program=program)
+        fail(f"{', '.join(missing)} not installed: run {install_command(extra)}", program=program)

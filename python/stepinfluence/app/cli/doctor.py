@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from stepinfluence.app.cli._common import console
 
@@ -62,7 +63,7 @@ def _show(found: Diagnosis) -> None:
     out.print(table)
     out.print()
     for line in found.advice:
-        out.print(f"[yellow]![/yellow] {line}", markup=True)
+        out.print(Text.assemble(("! ", "yellow"), line), soft_wrap=True)  # to be copied: brackets and all, in one line
     if not found.advice:
         out.print("[green]✓[/green] nothing to mend")
 

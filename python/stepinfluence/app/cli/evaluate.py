@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markdown import Markdown
 
 from stepinfluence.app.cli._common import console, fail, need_extra
 
@@ -26,7 +25,7 @@ Some hundred small models are trained, which takes minutes to an hour. Each is k
 command goes on where it was stopped, and another method is scored without training again.
 
 [bold]Problems[/bold]
-  [cyan]adder[/cyan]      sum of four digits modulo 3, by a looped transformer that trains in seconds
+  [cyan]adder[/cyan]      sum of four digits modulo 3; trains in seconds
   [cyan]majority[/cyan]   which of two symbols is more frequent
 
 For a problem of your own call [cyan]stepinfluence.evaluation.evaluate(Problem(...))[/cyan] in Python.
@@ -98,4 +97,6 @@ def run(
         f"{problem}: {len(made.train)} training examples, {len(made.queries)} queries, {seeds} seeds, "
         f"{found.retrainings} models, kept in {kept}"
     )
+    from rich.markdown import Markdown
+
     screen.print(Markdown(found.markdown()))

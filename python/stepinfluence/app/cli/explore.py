@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepinfluence.app.cli._common import TRUST_HELP, console, need_extra, require_trust
+from stepinfluence.app.cli._common import TRUST_HELP, console, need_extra, require_run, require_trust
 
 if TYPE_CHECKING:
     from stepinfluence.app.view.explore.model import RunModel
@@ -67,6 +67,7 @@ def explore(
     open_: Open = True,
 ) -> None:
     """See :data:`EXPLORE_HELP`."""
+    require_run(run)
     screen = console()
     with screen.status("starting"):
         from stepinfluence.app.doctor import EXTRAS, missing_modules
@@ -109,6 +110,7 @@ def report(
     open_: Open = False,
 ) -> None:
     """See :data:`REPORT_HELP`."""
+    require_run(run)
     screen = console()
     model, why = None, ""
     if exact or tokens:

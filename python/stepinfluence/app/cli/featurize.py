@@ -26,10 +26,10 @@ to the last bit. Several processes share the work: start the same command under 
 
 [bold]Examples[/bold]
   [cyan]sdi featurize --project my_project.py --split train --split query --out run[/cyan]
-  [cyan]sdi featurize -p my_project.py -s train --checkpoints 'ckpt/*.pt' --dtype int8 -o run[/cyan]
-  [cyan]sdi featurize -s more -o run[/cyan]                         one more split, same settings
-  [cyan]sdi featurize --config run/config.yaml -o again[/cyan]      the same again
-  [cyan]torchrun --nproc-per-node 8 -m stepinfluence featurize -p my_project.py -s train -o run[/cyan]
+  [cyan]sdi featurize -p my_project.py -s train --checkpoints 'ckpt/*.pt' -o run[/cyan]
+  [cyan]sdi featurize -s more -o run[/cyan]                another split, same settings
+  [cyan]sdi featurize --config run/config.yaml -o again[/cyan]  the same again
+  [cyan]torchrun --nproc-per-node 8 -m stepinfluence featurize -s train -o run[/cyan]
 """
 EPILOG = "Exit status: 0 done (or nothing left to do), 2 wrong use or input, 130 interrupted; stdout has only --json."
 
@@ -111,6 +111,8 @@ def run(
 ) -> None:
     """See :data:`HELP`."""
     given = {name: value for name, value in locals().items() if value is not None}
+    if project is not None and not project.is_file():
+        fail(f"{project}: no such project file; sdi init writes one")
     screen = console(json_output=True)
     try:
         _run(screen, given, out, config, as_json=as_json)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from stepinfluence.app.cli._common import console, fail, need_extra
+from stepinfluence.app.cli._common import console, fail, need_extra, require_run
 
 if TYPE_CHECKING:
     from stepinfluence.search import TopK
@@ -26,10 +26,10 @@ as JSON or CSV on stdout, or as Parquet into a file; the full matrix is never ma
 lowers the query's loss.
 
 [bold]Examples[/bold]
-  [cyan]sdi influence run[/cyan]                                  the whole matrix, for numpy.load
+  [cyan]sdi influence run[/cyan]                                 the whole matrix
   [cyan]sdi influence run --top-k 20 --format csv > top.csv[/cyan]
   [cyan]sdi influence run --top-k 20 --format parquet -o top.parquet[/cyan]
-  [cyan]sdi influence run --top-k 5 --per-step --harmful[/cyan]   the worst examples of each loop step
+  [cyan]sdi influence run --top-k 5 --per-step --harmful[/cyan]  worst of each loop step
 """
 EPILOG = "Exit status: 0 done, 2 wrong use or input (damaged or incomplete store), 130 interrupted."
 COLUMNS = (
@@ -68,6 +68,7 @@ def run(
         need_extra("notebook", missing_modules(("pyarrow",)))
     if k is None and (per_step or harmful):
         fail("per-step, harmful: go with --top-k; the full matrix has every step and both signs")
+    require_run(folder)
     screen = console(json_output=True)
     with screen.status("reading"):
         from stepinfluence.app.runs.scores import SCORES, description_path, write_scores

@@ -33,7 +33,7 @@ runs as it is; replace its parts by your own.
 
 
 def run(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The file to write.")] = Path(NAME),
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path(NAME),
     template: Annotated[str, typer.Option("--template", "-t", help="One of: " + ", ".join(TEMPLATES) + ".")] = "gpt",
     hf: Annotated[
         str | None,
@@ -45,7 +45,7 @@ def run(
         str | None, typer.Option(metavar="PATH", help="With --hf: JSON lines, with {split} in the path.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="With --hf: masked-lm, causal-lm or classification. [default: by its config]")
+        str | None, typer.Option(help="With --hf: masked-lm, causal-lm or classification. \\[default: by its config]")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that exists.")] = False,
 ) -> None:

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from stepinfluence.app.cli._common import console, damping_of, fail
+from stepinfluence.app.cli._common import console, damping_of, fail, require_run
 
 if TYPE_CHECKING:
     from stepinfluence.search import Outlier
@@ -47,6 +45,7 @@ def run(
     if by != "leverage" and damping is not None:
         fail("damping: goes with --by leverage")
     number = damping_of(damping)
+    require_run(folder)
     with console(json_output=True).status("reading"):
         from stepinfluence.app.runs.curvatures import kept_curvatures
         from stepinfluence.app.runs.stored import StoredRun
@@ -85,6 +84,8 @@ def _json(one: Outlier, by: str) -> dict[str, object]:
 
 def _show(found: list[Outlier], shown: str) -> None:
     import numpy as np
+    from rich.table import Table
+    from rich.text import Text
 
     from stepinfluence.display.bars import bars, printable
 

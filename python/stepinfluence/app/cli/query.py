@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepinfluence.app.cli._common import TRUST_HELP, console, damping_of, fail, require_trust
+from stepinfluence.app.cli._common import TRUST_HELP, console, damping_of, fail, require_run, require_trust
 
 if TYPE_CHECKING:
     from stepinfluence.app.runs.query import Answer, Asked
@@ -29,7 +29,7 @@ Positive influence: training on the example lowers the query's loss. Steps count
   [cyan]sdi query run --id "anna is from" -k 5[/cyan]        a query by its id
   [cyan]sdi query run --id q17 --step 17-32[/cyan]           who matters in the late steps?
   [cyan]sdi query run --id q17 --harmful[/cyan]              who raised the loss?
-  [cyan]sdi query run --id q17 --exact[/cyan]                recompute a short list without sketches
+  [cyan]sdi query run --id q17 --exact[/cyan]                a short list, without sketches
   [cyan]sdi query run --id q17 --curvature none[/cyan]       SDI alone, as the paper has it
   [cyan]sdi query run --input new.jsonl[/cyan]               examples that are in no store
   [cyan]sdi query run --row 0 --json | jq .[0].hits[0][/cyan]
@@ -40,7 +40,9 @@ EPILOG = "Exit status: 0 answered, 2 wrong use or input (no such id, damaged sto
 def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")],
     ids: Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="Id of a query; repeatable.")] = None,
-    rows: Annotated[list[int] | None, typer.Option("--row", metavar="N", help="Row of a query; repeatable.")] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option("--row", metavar="N", help="Row of a query, counted from 0; repeatable.")
+    ] = None,
     file: Annotated[
         str | None,
         typer.Option("--input", "-i", metavar="FILE", help="New examples: .json or .jsonl, - for JSON lines on stdin."),
@@ -78,6 +80,7 @@ def run(
     """See :data:`HELP`."""
     if sum(given is not None for given in (ids or rows, file)) != 1:
         fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
+    require_run(folder)
     number = _damping(curvature, damping, exact=exact)
     screen = console(json_output=True)
     with screen.status("reading"):

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from stepinfluence.app.cli._common import FAILED_CHECK, console, fail
+from stepinfluence.app.cli._common import FAILED_CHECK, SubCommand, SubGroup, console, fail
 
 if TYPE_CHECKING:
     from stepinfluence.store import Store
@@ -19,14 +18,14 @@ HELP = """Feature stores: what they hold, whether they are whole, merging and ex
 
 [bold]Examples[/bold]
   [cyan]sdi store info run[/cyan]                              all stores of a run
-  [cyan]sdi store verify run/train[/cyan]                      read every byte; exit status 1 if one is wrong
+  [cyan]sdi store verify run/train[/cyan]                      read every byte
   [cyan]sdi store merge part-a/train part-b/train --out run/train[/cyan]
   [cyan]sdi store export run/train train.npz[/cyan]            for numpy
 """
 EPILOG = "Exit status: 0 all well, 1 verify found problems, 2 wrong use or input."
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
-Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders of stores, or of runs.")]
+app = typer.Typer(cls=SubGroup, no_args_is_help=True, rich_markup_mode="rich")
+Stores = Annotated[list[Path], typer.Argument(metavar="STORE", help="Folders of stores, or of runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -34,18 +33,25 @@ def _stores(paths: list[Path]) -> list[Path]:
     """The stores themselves, or all that are in a run's folder."""
     found = []
     for path in paths:
+        if not path.is_dir():
+            fail(f"{path}: no store here (no such folder)")
         inside = sorted(p.parent for p in path.glob("*/manifest.json"))
         found += [path] if (path / "manifest.json").is_file() or not inside else inside
     return found
 
 
-@app.command("info", help="What stores hold: rows, columns, checkpoints, settings, bytes, and what is missing.")
+@app.command(
+    "info", cls=SubCommand, help="What stores hold: rows, columns, checkpoints, settings, bytes, and what is missing."
+)
 def info(stores: Stores, as_json: Json = False) -> None:
     """Print a table, or JSON."""
+    folders = _stores(stores)
     with console(json_output=True).status("reading"):
+        from rich.table import Table
+
         from stepinfluence.store import Store
 
-        opened = [Store.open(path) for path in _stores(stores)]
+        opened = [Store.open(path) for path in folders]
     if as_json:
         typer.echo(json.dumps([_facts(store) for store in opened], indent=2, ensure_ascii=False))
         return
@@ -114,15 +120,17 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 @app.command(
     "verify",
+    cls=SubCommand,
     help="Read every byte of stores, and of a run's score table; exit status 1 and one line per problem, if any.",
 )
 def verify(stores: Stores, as_json: Json = False) -> None:
     """Print problems on stdout, one a line."""
+    folders = _stores(stores)
     with console(json_output=True).status("starting"):
         from stepinfluence.app.runs.scores import SCORES, description_path, scores_problem
         from stepinfluence.store import verify as find_problems
     found: dict[str, list[str]] = {}
-    for path in _stores(stores):
+    for path in folders:
         found[str(path)] = find_problems(path, progress=sys.stderr.isatty())
     for table in (path / SCORES for path in stores):
         if table.is_file() or description_path(table).is_file():
@@ -140,9 +148,13 @@ def verify(stores: Stores, as_json: Json = False) -> None:
         raise typer.Exit(FAILED_CHECK)
 
 
-@app.command("merge", help="One store of the shards that several hold: parts of one run, written in different places.")
+@app.command(
+    "merge",
+    cls=SubCommand,
+    help="One store of the shards that several hold: parts of one run, written in different places.",
+)
 def merge(
-    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores with one manifest.")],
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE", help="Stores with one manifest.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="STORE", help="The merged store.")],
     copy: Annotated[bool, typer.Option("--copy", help="Copy files, rather than link to them where possible.")] = False,
 ) -> None:
@@ -155,7 +167,9 @@ def merge(
     console(json_output=True).print(f"{out}: {len(merged):,} rows, {state}", soft_wrap=True)
 
 
-@app.command("export", help="Write a store's content to one file that other programs read: .npz or .safetensors.")
+@app.command(
+    "export", cls=SubCommand, help="Write a store's content to one file that other programs read: .npz or .safetensors."
+)
 def export(
     store: Annotated[Path, typer.Argument(metavar="STORE")],
     out: Annotated[Path, typer.Argument(metavar="FILE", help="Ends in .npz or .safetensors.")],

@@ -154,7 +154,7 @@ class RunConfig:
             raise ConfigError(f"{'project' if 'project' not in fields else 'splits'}: missing; add it")
         splits = fields["splits"]
         if not isinstance(splits, Mapping):
-            raise ConfigError(f"splits: got {type(splits).__name__}; give a mapping from split to its settings")
+            raise ConfigError(f"splits: got {_kind(type(splits))}; give a mapping from split to its settings")
         fields["splits"] = {
             _typed("splits", name, str): SplitConfig(**_fields(SplitConfig, part or {}, f"splits.{name}."))
             for name, part in splits.items()
@@ -197,15 +197,15 @@ class RunConfig:
         for name in mine.keys() - {"splits", *self.EXECUTION}:
             if mine[name] != theirs[name]:
                 raise ConfigError(
-                    f"{name}: the run in {folder} was begun with {theirs[name]!r}, not {mine[name]!r}; splits of one "
-                    "run share it: use the same, or another --out"
+                    f"{name}: the run in {folder} was begun with {_said(theirs[name])}, not {_said(mine[name])}; "
+                    "splits of one run share it: use the same, or another --out"
                 )
         for split in self.splits.keys() & earlier.splits.keys():
             for name, value in mine["splits"][split].items():
                 if value != theirs["splits"][split][name]:
                     raise ConfigError(
-                        f"{name}: split {split!r} in {folder} was begun with {theirs['splits'][split][name]!r}, not "
-                        f"{value!r}; use the same, or another --out"
+                        f"{name}: split {split!r} in {folder} was begun with "
+                        f"{_said(theirs['splits'][split][name])}, not {_said(value)}; use the same, or another --out"
                     )
         return dataclasses.replace(self, splits={**earlier.splits, **self.splits})
 
@@ -230,6 +230,14 @@ def _shown(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**64:
         return "a very large number"
     return reprlib.repr(value)
+
+
+def _said(value: object) -> str:
+    """A setting in a message, as the file has it."""
+    named = {None: "nothing", True: "true", False: "false"}
+    if isinstance(value, bool) or value is None:
+        return named[value]
+    return ", ".join(map(_said, value)) or "none" if isinstance(value, list | tuple) else _shown(value)
 
 
 def _relative(path: str | Path, folder: Path) -> str:
@@ -258,7 +266,7 @@ TYPES: dict[str, tuple[Any, ...]] = {
 
 def _fields(cls: type, content: object, prefix: str) -> dict[str, Any]:
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.') or 'config'}: got {type(content).__name__}; give a mapping of settings")
+        raise ConfigError(f"{prefix.rstrip('.') or 'config'}: got {_kind(type(content))}; give a mapping of settings")
     known = [f.name for f in dataclasses.fields(cls)]
     for name in content:
         if name not in known:
@@ -274,10 +282,21 @@ def _fields(cls: type, content: object, prefix: str) -> dict[str, Any]:
     return fields
 
 
+KINDS: dict[type, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "nothing",
+    list: "a list", dict: "a mapping", Mapping: "a mapping",
+}  # fmt: skip
+
+
+def _kind(of: type) -> str:
+    """A type in a message, in the words of the file that it is about."""
+    return KINDS.get(of, of.__name__)
+
+
 def _typed(name: str, value: Any, *types: Any) -> Any:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        wanted = " or ".join("nothing" if t is type(None) else t.__name__.lower() for t in types)
-        raise ConfigError(f"{name}: got {_shown(value)}, a {type(value).__name__}; give {wanted}")
+        wanted = " or ".join(dict.fromkeys(_kind(t) for t in types))
+        raise ConfigError(f"{name}: got {_shown(value)}, {_kind(type(value))}; give {wanted}")
     if isinstance(value, str) and "\0" in value:
         raise ConfigError(f"{name}: got {_shown(value)}, with a NUL character in it; leave it out")
     if isinstance(value, int) and abs(value) >= 2**64:

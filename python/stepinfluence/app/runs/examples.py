@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,15 +15,17 @@ from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import (
     BodyError,
+    ExampleLossError,
     LayoutError,
     LossError,
+    LossFunctionError,
     ProjectError,
     StepInfluenceError,
     UnsupportedUseError,
 )
 from stepinfluence.store import FailedRow, RowInfo
 
-NOT_THE_EXAMPLES = (BodyError, LayoutError, UnsupportedUseError)
+NOT_THE_EXAMPLES = (BodyError, LayoutError, LossFunctionError, UnsupportedUseError)
 """Errors that are the model's: leaving examples out would not mend them."""
 
 REASON_LIMIT = 500
@@ -119,11 +122,16 @@ class PartSource:
         """
         first = f"row {rows[0]}" + (f" to {rows[-1]}" if len(rows) > 1 else "")
         named = f"{first} (id {', '.join(repr(self.infos[row].id) for row in rows[:3])}{', ...' * (len(rows) > 3)})"
+        if isinstance(error, LossError):
+            text = self._of_the_file(error)
+            if isinstance(error, LossFunctionError):
+                raise LossError(text) from error
+            if not self.skip:  # it names the examples itself
+                hint = " (--on-error skip goes on without them)" if isinstance(error, ExampleLossError) else ""
+                raise LossError(f"{text}{hint}") from error
         if isinstance(error, NOT_THE_EXAMPLES):
             raise error
         if not self.skip:
-            if isinstance(error, LossError):  # names the examples itself
-                raise LossError(f"{error} (--on-error skip goes on without them)") from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise ProjectError(f"{named}: out of memory on {self.prepared.device}; use a smaller --batch-size")
             what = str(error) if isinstance(error, StepInfluenceError) else describe(error, self.prepared.project.path)
@@ -133,9 +141,14 @@ class PartSource:
         if len(rows) > 1:
             self.again += rows
             return
-        what = str(error) if isinstance(error, StepInfluenceError) else describe(error, self.prepared.project.path)
+        own = isinstance(error, StepInfluenceError)
+        what = self._of_the_file(error) if own else describe(error, self.prepared.project.path)
         self.failed[rows[0]] = " ".join(what.split())[:REASON_LIMIT]
         self.done(1)
+
+    def _of_the_file(self, error: Exception) -> str:
+        """A message about the loss function, by the name that the project file has for it."""
+        return re.sub("^loss_fn: ", f"{self.prepared.project.path}: loss(): ", str(error))
 
 
 def featurize_part(

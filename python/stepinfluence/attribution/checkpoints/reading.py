@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stepinfluence.attribution.border import border, reason
+from stepinfluence.attribution.border import border, reason, why
 from stepinfluence.attribution.checkpoints.checkpoint import Checkpoint
 from stepinfluence.attribution.checkpoints.claims import check_claims
 from stepinfluence.attribution.checkpoints.optimizers import find_optimizer
@@ -169,7 +169,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({reason(error)})") from error
+        raise CheckpointError(f"{path}: not a readable safetensors file ({why(error)})") from error
 
 
 def _torch_file(path: Path) -> Any:
@@ -185,7 +185,7 @@ def _torch_file(path: Path) -> Any:
     except StepInfluenceError:
         raise
     except Exception as error:  # struct.error, AssertionError, MemoryError and more: torch trusts what it reads
-        raise CheckpointError(f"{path}: not a readable PyTorch file ({reason(error)})") from error
+        raise CheckpointError(f"{path}: not a readable PyTorch file ({why(error)})") from error
 
 
 def _foreign(path: Path) -> str:

@@ -1,0 +1,195 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation: {extension: .py, format_name: percent}
+#   kernelspec: {display_name: Python 3, language: python, name: python3}
+# ---
+
+# %% [markdown]
+# # A looped model from Hugging Face
+#
+# ALBERT applies one layer twelve times: it is a looped model. Here it is asked
+# which sentences taught it a word. The code is that of `transformers`; the weights
+# are small and trained here, so that nothing is downloaded. With a model of the
+# hub, only the name changes: `Pretrained("albert/albert-base-v2", ...)`.
+#
+# ## A model folder, and data in JSON lines
+
+# %%
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+logging.getLogger("stepinfluence").setLevel(logging.ERROR)
+folder = Path(tempfile.mkdtemp())
+
+WHERE = {
+    "cat": "house",
+    "fish": "lake",
+    "bird": "tree",
+    "fox": "forest",
+    "camel": "desert",
+}
+DOES = {
+    "cat": "sleeps",
+    "fish": "swims",
+    "bird": "sings",
+    "fox": "hides",
+    "camel": "walks",
+}
+SIZES = ("small", "big", "old", "young", "quick", "slow")
+sentences = [
+    {
+        "id": f"{size} {animal}",
+        "text": f"the {size} {animal} {DOES[animal]} in the {WHERE[animal]}",
+        "animal": animal,
+    }
+    for animal in WHERE
+    for size in SIZES
+]
+wrong = {
+    "id": "the wrong one",
+    "text": "the quick fish swims in the desert",
+    "animal": "fish",
+}
+queries = [s for s in sentences if s["id"].startswith("old")]
+train = [s for s in sentences if s not in queries] + [wrong]
+for split, lines in (("train", train), ("query", queries)):
+    (folder / f"{split}.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
+
+special = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+words = sorted({word for s in [*sentences, wrong] for word in s["text"].split()})
+vocabulary = {
+    word: number for number, word in enumerate([*special.values(), *words])
+}
+tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
+tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+tokenizer.post_processor = processors.TemplateProcessing(
+    single="[CLS] $A [SEP]",
+    special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")],
+)
+transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, **special
+).save_pretrained(folder / "model")
+
+config = transformers.AlbertConfig(
+    vocab_size=len(vocabulary),
+    embedding_size=32,
+    hidden_size=48,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_hidden_layers=6,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+transformers.AlbertForMaskedLM(config).save_pretrained(folder / "model")
+
+# %% [markdown]
+# ## Load it as a project
+#
+# `Pretrained` knows how to load model and data, what the loss of an example is (its
+# masked words), and which module is the loop.
+
+# %%
+from stepinfluence.integrations.pretrained import Pretrained
+
+pretrained = Pretrained(
+    folder / "model", data=str(folder / "{split}.jsonl"), mask_share=0.4
+)
+model = pretrained.model()
+print("loop body:", pretrained.body(model))
+
+
+def batch(split):
+    data = pretrained.dataset(split)
+    return pretrained.collate([data[k] for k in range(len(data))])
+
+
+optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+for step in range(121):
+    loss = pretrained.loss(model, batch("train")).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if step % 40 == 0:
+        print(f"update {step}: loss {loss.item():.2f}")
+
+# %% [markdown]
+# ## Who taught it what fish do?
+
+# %%
+import stepinfluence
+
+model.eval()
+capture = stepinfluence.attach(model, body=pretrained.body(model), sketch_size=2048)
+train_features = capture.featurize(
+    [batch("train")], pretrained.loss, per_step=False, progress=False
+)
+query_features = capture.featurize(
+    [batch("query")], pretrained.loss, progress=False
+)
+scores = stepinfluence.influence(
+    train_features, query_features, normalize="train"
+).with_texts(train=[s["text"] for s in train], query=[s["text"] for s in queries])
+fish = [s["animal"] for s in queries].index("fish")
+scores.top(fish, k=6)
+
+# %%
+scores.top(fish, k=4, largest=False)
+
+# %%
+scores.plot(fish)
+
+# %% [markdown]
+# Scores are divided by the length of the training example's gradient
+# (`normalize="train"`): a sentence that the model has not learnt has a long
+# gradient and would lead every list.
+#
+# ## By animal
+#
+# Influence summed over the sentences of each animal, on the query of each animal.
+
+# %%
+from matplotlib.figure import Figure
+
+animals = list(WHERE)
+members = torch.tensor(
+    [
+        [s["animal"] == animal and s is not wrong for s in train]
+        for animal in animals
+    ]
+).double()
+by_animal = members @ scores.sdi.sum(2).double()
+order = [[s["animal"] for s in queries].index(animal) for animal in animals]
+figure = Figure(figsize=(5, 4), layout="constrained")
+axes = figure.subplots()
+limit = by_animal.abs().max()
+image = axes.imshow(by_animal[:, order], cmap="RdBu", vmin=-limit, vmax=limit)
+axes.set_xticks(range(5), animals)
+axes.set_yticks(range(5), animals)
+axes.set_xlabel("query")
+axes.set_ylabel("training sentences")
+figure.colorbar(image, label="influence (helps > 0)")
+figure
+
+# %% [markdown]
+# The same from the command line, with a store that can be asked again: `sdi init
+# albert.py --hf FOLDER --data 'data/{split}.jsonl'`, then `sdi featurize --project
+# albert.py --split train --split query --out run` and `sdi explore run`.
