@@ -106,7 +106,8 @@ class RowTable:
         # Numbers on a command line are text.
         key = id if id in self._by_id else int(id) if isinstance(id, str) and id.isdecimal() else id
         if key not in self._by_id:
-            near = difflib.get_close_matches(str(key), map(str, self._by_id), 3) or list(islice(self._by_id, 3))
+            near: list[RowId] = [*difflib.get_close_matches(str(key), map(str, self._by_id), 3)]
+            near = near or [*islice(self._by_id, 3)]
             among = (
                 f"there are {len(self._by_id):,}, such as {', '.join(repr(one) for one in near)}"
                 if near

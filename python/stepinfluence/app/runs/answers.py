@@ -81,7 +81,7 @@ def write_answers(prepared: Prepared, store: Store, data: MapStyle, batch_size: 
         return
     failed = store.failed
     rows = [row for row in range(min(len(store), MOST_ROWS)) if row not in failed]
-    found = {}
+    found: dict[int, Answered] = {}
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
         found.update(zip(some, answers_of(prepared, [data[row] for row in some], batch_size), strict=True))
