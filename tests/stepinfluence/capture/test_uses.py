@@ -8,7 +8,9 @@ import pytest
 import torch
 import zoo
 from stepinfluence import attach
-from torch import Tensor
+from torch import Tensor, nn
+
+from sdi_kernels import sketched_linear
 
 BATCHES = [zoo.make_batch(size, seed=size) for size in (3, 4)]
 
@@ -64,3 +66,24 @@ def test_each_run_has_a_table_of_its_own() -> None:
         capture.featurize(BATCHES, zoo.squared_error)
     assert {use.followed for use in capture.uses()} == {2}
     assert {use.verified for use in capture.uses()} == {0}  # nothing new to verify
+
+
+def test_a_layer_of_your_own_gives_the_same_columns() -> None:
+    """``sketched_linear`` with a capture's own sketch, step by step, against the capture."""
+    torch.manual_seed(3)
+    model = zoo.Looped(zoo.Core(lambda s, x: torch.tanh(s.mix(x)), mix=nn.Linear(zoo.D, zoo.D))).double()
+    capture = attach(model, body="core", sketch_size=32)
+    batch = zoo.make_batch(3, 4, seed=3, dtype=torch.float64)
+    expected = capture.featurize([batch], zoo.squared_error)
+    target, block = next((t, b) for t, b in zip(capture.targets, capture.space().blocks) if t.parameter.dim() == 2)
+    features = torch.zeros(3, model.steps, block.stop - block.start, dtype=torch.float64)
+    steps = iter(range(model.steps))
+
+    def sketched(x: Tensor) -> Tensor:
+        layer, out = model.core.mix, features[:, next(steps)]
+        return torch.tanh(sketched_linear(x, layer.weight, layer.bias, sketch=target.sketch, out=out))
+
+    model.core.forward = sketched
+    zoo.squared_error(model, batch).sum().backward()
+    assert target.parameter.grad is None
+    torch.testing.assert_close(features, expected.values[..., block.start : block.stop], rtol=1e-10, atol=1e-14)
