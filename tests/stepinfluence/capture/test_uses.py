@@ -75,7 +75,8 @@ def test_a_layer_of_your_own_gives_the_same_columns() -> None:
     capture = attach(model, body="core", sketch_size=32)
     batch = zoo.make_batch(3, 4, seed=3, dtype=torch.float64)
     expected = capture.featurize([batch], zoo.squared_error)
-    target, block = next((t, b) for t, b in zip(capture.targets, capture.space().blocks) if t.parameter.dim() == 2)
+    place = next(k for k, t in enumerate(capture.targets) if t.parameter.dim() == 2)
+    target, block = capture.targets[place], capture.space().blocks[place]
     features = torch.zeros(3, model.steps, block.stop - block.start, dtype=torch.float64)
     steps = iter(range(model.steps))
 
