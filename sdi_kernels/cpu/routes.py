@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import torch_routes
+from sdi_kernels._checks import ids_in_range
 from sdi_kernels.cpu import native
 from sdi_kernels.workspace import workspace_bytes
 
@@ -69,7 +70,7 @@ def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric:
 
 def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
     """``out[r] += TS(sum_l onehot(token_ids[r, l]) (x) grad_outputs[r, l])``."""
-    torch_routes.ids_in_range("token_ids", token_ids, len(tables[0]))
+    ids_in_range("token_ids", token_ids, len(tables[0]))
     if grad_outputs.numel() and not _by_rows(out, token_ids, grad_outputs, tables, None):
         torch_routes.embedding(out, token_ids, grad_outputs, tables, m)
 
