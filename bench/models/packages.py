@@ -68,7 +68,7 @@ def recursive(large: bool) -> Task:
     torch.manual_seed(0)
     network = trm.MLPMixer1D(dim=width, depth=1, seq_len=batch.shape[1])
     model = trm.TinyRecursiveModel(
-        dim=width, num_tokens=VOCABULARY, network=network, num_refinement_blocks=1, num_latent_refinements=3
+        dim=width, num_tokens=VOCABULARY, network=network, num_refinement_blocks=2, num_latent_refinements=3
     )
 
     def loss(given: Any, ids: Tensor) -> Tensor:
