@@ -86,7 +86,8 @@ class Encoder(nn.Module):
         from x_transformers import Encoder as Layers
 
         self.embed = nn.Embedding(VOCABULARY, width)
-        self.core = Layers(dim=width, depth=1, heads=4, attn_dim_head=width // 4, rotary_pos_emb=True)
+        heads = 4 if width > 16 else 2  # rotary embeddings want heads of more than four features
+        self.core = Layers(dim=width, depth=1, heads=heads, attn_dim_head=width // heads, rotary_pos_emb=True)
         self.head = nn.Linear(width, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
