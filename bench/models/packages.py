@@ -68,7 +68,7 @@ def recursive(large: bool) -> Task:
     torch.manual_seed(0)
     network = trm.MLPMixer1D(dim=width, depth=1, seq_len=batch.shape[1])
     model = trm.TinyRecursiveModel(
-        dim=width, num_tokens=VOCABULARY, network=network, num_refinement_blocks=1, num_latent_refinements=3
+        dim=width, num_tokens=VOCABULARY, network=network, num_refinement_blocks=2, num_latent_refinements=3
     )
 
     def loss(given: Any, ids: Tensor) -> Tensor:
@@ -86,7 +86,8 @@ class Encoder(nn.Module):
         from x_transformers import Encoder as Layers
 
         self.embed = nn.Embedding(VOCABULARY, width)
-        self.core = Layers(dim=width, depth=1, heads=4, attn_dim_head=width // 4, rotary_pos_emb=True)
+        heads = 4 if width > 16 else 2  # rotary embeddings want heads of more than four features
+        self.core = Layers(dim=width, depth=1, heads=heads, attn_dim_head=width // heads, rotary_pos_emb=True)
         self.head = nn.Linear(width, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:

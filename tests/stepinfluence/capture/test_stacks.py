@@ -1,4 +1,4 @@
-"""Matrices that lie in one parameter of more dimensions, side by side, as of experts: each used on its own."""
+"""Matrices that lie in one parameter of more dimensions, side by side: of experts, of heads, of groups of channels."""
 
 from __future__ import annotations
 
@@ -54,3 +54,27 @@ def test_a_run_of_entries_needs_no_autograd(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(dense, "pull_back", lambda *_: pytest.fail("gradients were taken back through autograd"))
     model = zoo.Looped(body(RUNS[name]), steps=2).double()
     compare(model, [zoo.make_batch(3, TOKENS, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("equation", ["bthk,hkj->bthj", "bthk,hjk->bthj", "bthk,khj->bthj", "bthk,jhk->bthj",
+                                      "bthk,jkh->bthj", "hkj,bthk->bthj"])  # fmt: skip
+@pytest.mark.parametrize("heads", [2, 3])
+def test_a_matrix_for_each_head(heads: int, equation: str, dtype: torch.dtype) -> None:
+    """In single precision and less, where the compiled kernels are at work."""
+    sizes = {"h": heads, "k": zoo.D // heads, "j": zoo.D // heads}
+    names = next(part for part in equation.partition("->")[0].split(",") if "b" not in part)
+
+    def run(s: zoo.Core, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (heads, -1))
+        return torch.einsum(equation, *((s.p, x) if equation.startswith("hkj") else (x, s.p))).flatten(2).tanh()
+
+    model = zoo.Looped(zoo.Core(run, p=zoo.normal(*(sizes[c] for c in names))), steps=2).to(dtype)
+    compare(model, [zoo.make_batch(size, TOKENS, dtype=dtype) for size in (3, TOKENS)])
+
+
+@pytest.mark.parametrize("groups", [2, 3, zoo.D])
+def test_convolution_in_groups(groups: int) -> None:
+    convolution = torch.nn.Conv1d(zoo.D, zoo.D, 3, padding=1, groups=groups)
+    core = zoo.Core(lambda s, x: s.conv(x.mT).mT.tanh(), conv=convolution)
+    compare(zoo.Looped(core, steps=2), [zoo.make_batch(size, TOKENS) for size in (3, TOKENS)])
