@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import killed
 import pytest
 import stores
 from stepinfluence import StoreError, writers
-from stepinfluence.files import canonical, read_sealed, read_within, sealed
+from stepinfluence.files import canonical, read_sealed, read_within, remove, sealed
 from stepinfluence.store import Manifest, Store, StoreWriter, verify
 
 Content = dict[str, Any]
@@ -304,3 +305,14 @@ def test_what_a_process_leaves_is_removed_on_its_way_out(tmp_path: Path) -> None
     (tmp_path / "whole").write_bytes(b"whole")
     writers.remove_own_leftovers()
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_what_cannot_be_removed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove(tmp_path / "not there")
+    (tmp_path / "there").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: killed.disk_full())
+        with pytest.raises(StoreError, match=r"there: could not be removed \(.*No space left"):
+            remove(tmp_path / "there")
+    remove(tmp_path / "there")
+    assert not list(tmp_path.iterdir())
