@@ -88,7 +88,8 @@ def well_ended(ended: Ended, planned: Disturbance, at: Path, where: str, *, firs
 
 
 def stores_are_readable(at: Path, where: str) -> Verdict | None:
-    """The verdict on stores that a killed writer left: they open, and nothing but missing shards is said of them."""
+    """The verdict on stores that a killed writer left: they open, and nothing is said of them but that shards are missing
+    and files were left aside."""
     from stepinfluence.errors import StepInfluenceError
     from stepinfluence.store import Store, verify
 
@@ -104,7 +105,6 @@ def stores_are_readable(at: Path, where: str) -> Verdict | None:
             for p in problems or ()
             if "was not written" not in p and "were not written" not in p and "left behind" not in p
         ]
-        # Values and rows of a shard come before its record: without one they do not count.
         if strange:
             return Verdict(LOST, f"{where}: {strange[0]}")
     return None

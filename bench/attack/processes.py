@@ -217,8 +217,9 @@ def preload() -> None:
     del cli, runs, curvatures, query, stored, topk, two_stage, checkpoint
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in ENDING}
+    handlers, arguments = {number: signal.getsignal(number) for number in ENDING}, sys.argv
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         sdi("--version")()
+    sys.argv = arguments
     for number, handler in handlers.items():
         signal.signal(number, handler)
