@@ -96,10 +96,10 @@ MINUTES ?= 60
 soak: $(VENV)/.stamp-test ## featurize and search in a loop for MINUTES, watching memory (soak.json, soak.png)
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
-attack: $(VENV)/.stamp-test ## kill, damage and misuse for MINUTES, every input from a seed (attack.json)
-	$(BIN)/python -m bench.attack --minutes $(MINUTES)
-
 SEED ?= 0
+attack: $(VENV)/.stamp-test ## kill, damage and misuse for MINUTES, every input from a seed (attack.json)
+	$(BIN)/python -m bench.attack --minutes $(MINUTES) --seed $(SEED)
+
 fuzz-models: $(VENV)/.stamp-test ## MINUTES of random looped models, from SEED on, against batches of one by autograd (fuzz.json)
 	$(BIN)/python -m bench.fuzz --minutes $(MINUTES) --seed $(SEED)
 

@@ -22,6 +22,9 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal
 PROGRAM = "index"
 """What is no command, but a program of somebody's: Ctrl-C is its own affair."""
 
+EXPECTED = ("was not written", "were not written", "left behind")
+"""What is said of a store whose writer was killed."""
+
 MOST_EVENTS = 150
 """Dealings with files after which the last kills come: more than any of the commands has."""
 
@@ -88,7 +91,8 @@ def well_ended(ended: Ended, planned: Disturbance, at: Path, where: str, *, firs
 
 
 def stores_are_readable(at: Path, where: str) -> Verdict | None:
-    """The verdict on stores that a killed writer left: they open, and nothing but missing shards is said of them."""
+    """The verdict on stores that a killed writer left: they open, and nothing is said of them but that shards are
+    missing and files were left aside."""
     from stepinfluence.errors import StepInfluenceError
     from stepinfluence.store import Store, verify
 
@@ -99,12 +103,7 @@ def stores_are_readable(at: Path, where: str) -> Verdict | None:
             return wrong or unread
         if unread is not None:
             return Verdict(LOST, unread.detail)
-        strange = [
-            p
-            for p in problems or ()
-            if "was not written" not in p and "were not written" not in p and "left behind" not in p
-        ]
-        # Values and rows of a shard come before its record: without one they do not count.
+        strange = [p for p in problems or () if not any(known in p for known in EXPECTED)]
         if strange:
             return Verdict(LOST, f"{where}: {strange[0]}")
     return None

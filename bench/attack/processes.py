@@ -21,6 +21,10 @@ EVENTS = ("open", "os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove", "
 """What Python tells of a process's dealings with files, before they are done."""
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a process to end."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a process ended.
@@ -102,8 +106,7 @@ class Forked:
             for number in (1, 2):
                 os.dup2(handle, number)
             sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python begins; the others are the system's
             if disturbance is not None:
                 disturbance.arm(folder)
             function()
@@ -214,5 +217,9 @@ def preload() -> None:
     del cli, runs, curvatures, query, stored, topk, two_stage, checkpoint
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
+    handlers, arguments = {number: signal.getsignal(number) for number in ENDING}, sys.argv
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         sdi("--version")()
+    sys.argv = arguments
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -132,6 +132,8 @@ def _attack(campaign: Campaign, folder: Path, pipe: Connection) -> None:
         addresses = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (addresses + MEMORY, addresses + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # what is forked from here may get one at once
+            signal.signal(number, signal.SIG_DFL)
         torch.set_num_threads(1)  # no threads of the process that was forked are here
         place = folder / PLACE
         place.mkdir()

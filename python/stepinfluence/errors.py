@@ -13,12 +13,14 @@ class StepInfluenceError(ValueError):
 
 
 def _spelled(character: str) -> str:
-    """A character that is no printable one, as it is written in Python; spaces of other widths as they are."""
-    return character if character.isspace() and character not in _BREAKS else ascii(character)[1:-1]
+    """A character that is no printable one: a space for white space that ends or moves lines, others as they are
+    written in Python."""
+    if character.isspace():
+        return " " if character in _BREAKS else character
+    return ascii(character)[1:-1]
 
 
 _BREAKS = frozenset("\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029")
-"""White space that ends or moves lines."""
 
 
 class BodyError(StepInfluenceError):

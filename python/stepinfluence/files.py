@@ -66,6 +66,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda made: made.write_bytes(content))
 
 
+def remove(path: Path) -> None:
+    """Remove a file durably, if it is there.
+
+    Raises:
+        StoreError: it could not be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"{path}: could not be removed ({error}); mend the folder, and rerun") from error
+
+
 def save_tensors(tensors: dict[str, Tensor], made: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to a file aside, within :func:`write_atomically`.
 

@@ -33,6 +33,9 @@ been written to for this long."""
 _recent: collections.deque[Path] = collections.deque(maxlen=64)
 """Names that :func:`aside` gave last; no thread is at more of them at a time."""
 
+_locks: list[_Lock] = []
+"""Locks that this process has taken, or is about to."""
+
 _OWNED = re.compile(re.escape(ASIDE) + r"(?P<host>[0-9a-f]{8})-(?P<process>\d+)-")
 
 
@@ -55,7 +58,10 @@ def aside(path: Path) -> Path:
 
 
 def remove_own_leftovers() -> None:
-    """Remove what this process has left aside: for the way out after a signal, which may have come while it tidied."""
+    """Remove what this process has left aside, and locks: for the way out after a signal, which may have come while it
+    tidied."""
+    while _locks:
+        _locks[-1].release()
     for made in _recent:
         for path in (made, folder_aside(made)):
             with contextlib.suppress(OSError):
@@ -116,44 +122,71 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         StoreError: another command is writing there (names its process and machine), or the folder cannot be written.
     """
-    made = not folder.is_dir()
+    lock = _Lock(folder)
+    _locks.append(lock)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _taken(folder / LOCK)
-    except OSError as error:
-        raise StoreError(f"{folder}: could not be written ({error.strerror or error}); give a folder that can") from (
-            error
-        )
-    try:
-        file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname(), "since": time.time()}))
-        file.flush()
+        try:
+            lock.take()
+        except OSError as error:
+            raise StoreError(
+                f"{folder}: could not be written ({error.strerror or error}); give a folder that can"
+            ) from error
         yield
     finally:
-        # While it is still locked: whoever opened it meanwhile finds it gone, and makes one anew.
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
-        file.close()
-        if made:
-            with contextlib.suppress(OSError):  # something came of it
-                folder.rmdir()
+        lock.release()
 
 
-def _taken(path: Path) -> IO[str]:
-    """The lock's file, open and locked."""
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            if not _lock(file):
+class _Lock:
+    """A folder's lock. A signal may strike anywhere, so letting go asks the system whose it is, not this object."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / LOCK
+        self._made = not folder.is_dir()
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Hold the lock, and tell who does.
+
+        Raises:
+            StoreError: another process holds it.
+            OSError: the folder cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._file = self._path.open("a+", encoding="utf-8")
+            if not _lock(self._file):
                 raise StoreError(
-                    f"{path.parent}: another command is writing here ({_owner(file)}); wait for it or end it"
+                    f"{self._folder}: another command is writing here ({_owner(self._file)}); wait for it or end it"
                 )
-            if _is_at(file, path):
-                file.truncate(0)
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # its owner has just ended, and removed it
+            if _is_at(self._file, self._path):
+                break
+            self._file.close()  # its owner has just ended, and removed it
+        self._file.truncate(0)
+        self._file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname(), "since": time.time()}))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let go, and leave nothing; done before, nothing more is done."""
+        if self not in _locks:
+            return
+        with contextlib.suppress(OSError), self._open() as file:
+            # While it is still locked: whoever opened it meanwhile finds it gone, and makes one anew.
+            if _lock(file) and _is_at(file, self._path):
+                self._path.unlink(missing_ok=True)
+        if self._made:
+            with contextlib.suppress(OSError):  # something came of it
+                self._folder.rmdir()
+        _locks.remove(self)
+
+    def _open(self) -> IO[str]:
+        """The lock's file, opened again where a signal struck as it was opened or closed.
+
+        Raises:
+            OSError: it is gone.
+        """
+        if self._file is None or self._file.closed:
+            return self._path.open("r+", encoding="utf-8")
+        return self._file
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

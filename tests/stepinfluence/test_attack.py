@@ -41,7 +41,7 @@ def test_every_campaign_with_a_few_seeds(tmp_path: Path) -> None:
     assert report["mutated inputs"] == 16
     assert report["kills"] >= 1
     assert report["bad"] == dict.fromkeys(BAD, 0)
-    assert report["provenance"]["commit"]
+    assert report["provenance"]["command"] == "python -m bench.attack --inputs 2"
 
 
 def spins(_: Random) -> Verdict:

@@ -98,3 +98,50 @@ def test_what_a_killed_save_of_tensors_leaves_names_its_writer(tmp_path: Path) -
     assert list(tmp_path.rglob(".tmpAbCdEf"))
     writers.remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+SIGNALLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from stepinfluence import writers
+
+    folder, count = Path(sys.argv[1]), int(sys.argv[2])
+
+    class Stopped(KeyboardInterrupt):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+
+    def strike(frame, event, argument):
+        global count
+        if frame.f_code.co_filename == writers.__file__ and event == "line":
+            count -= 1
+            if count == 0:
+                sys.settrace(None)
+                os.kill(os.getpid(), signal.SIGTERM)
+        return strike
+
+    sys.settrace(strike)
+    try:
+        with writers.locked(folder):
+            pass
+    except Stopped:
+        writers.remove_own_leftovers()
+        sys.exit(143)
+"""
+
+
+@pytest.mark.parametrize("first", [1, 26])
+def test_a_signal_at_any_line_leaves_no_lock(tmp_path: Path, first: int) -> None:
+    codes = []
+    for count in range(first, first + 25):
+        command = [sys.executable, "-c", textwrap.dedent(SIGNALLED), str(tmp_path / "run"), str(count)]
+        codes.append(subprocess.run(command, check=False, timeout=60).returncode)
+        assert not (tmp_path / "run").exists(), count
+        if codes[-1] == 0:
+            break
+    assert set(codes) <= {0, 143}
+    assert 143 in codes

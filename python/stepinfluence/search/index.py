@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from stepinfluence.errors import StoreError
 from stepinfluence.extras import needed
-from stepinfluence.files import file_digest, make_folder, read_sealed, sealed, write_atomically, write_bytes
+from stepinfluence.files import file_digest, make_folder, read_sealed, remove, sealed, write_atomically, write_bytes
 from stepinfluence.search.question import Question
 from stepinfluence.search.sources import Rows, RowSource, as_source
 from stepinfluence.writers import unknown_files
@@ -149,7 +149,7 @@ class Index:
             raise StoreError(f"{path}: holds other files ({strange[0]}); give a new folder for the index")
         make_folder(path)
         # The description goes first and comes last: an index without one does not count.
-        (path / DESCRIPTION).unlink(missing_ok=True)
+        remove(path / DESCRIPTION)
         write_atomically(path / FILE, lambda aside: faiss.write_index(self._index, str(aside)))
         description = {
             "format": FORMAT,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stepinfluence.attribution.features import Parameters
 from stepinfluence.errors import StoreError
-from stepinfluence.files import file_digest, read_sealed, sealed, sync_folder, write_bytes
+from stepinfluence.files import file_digest, read_sealed, remove, sealed, sync_folder, write_bytes
 from stepinfluence.search import scores
 from stepinfluence.store import Store
 from stepinfluence.writers import aside, remove_leftovers
@@ -51,9 +51,8 @@ def write_scores(
         result = scores(train, query, out=made, parameters=parameters, device=device, progress=progress)
         shape = list(result.sdi.shape)
         file = {"name": path.name, "bytes": made.stat().st_size, "sha256": file_digest(made)}
+        remove(beside)
         try:
-            beside.unlink(missing_ok=True)
-            sync_folder(path.parent)
             made.replace(path)
             sync_folder(path.parent)
         except OSError as error:
