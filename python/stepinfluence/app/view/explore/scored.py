@@ -27,6 +27,9 @@ CACHE_BYTES = 512 << 20
 MOST_KEPT = 4096
 """Answers of a kind that are kept at all, however small they are."""
 
+TOTALS_KEPT = 16
+"""Sums over steps ``(n_train,)`` that are kept."""
+
 PATTERN_LIMIT = 500
 """Characters of a pattern of parameters."""
 
@@ -68,6 +71,7 @@ class Scored:
         self._lock = threading.Lock()
         self._making: dict[Any, threading.Lock] = {}
         self._scores: OrderedDict[What, Array] = OrderedDict()
+        self._totals: OrderedDict[Any, npt.NDArray[np.float32]] = OrderedDict()
         self._small: OrderedDict[Any, Any] = OrderedDict()
         self._failed = query.failed
 
@@ -179,6 +183,14 @@ class Scored:
         # All answers have the same size, but for a batch of steps.
         each = max(1, 4 * len(self._train) * self._query.steps)
         return self._once(self._scores, what, scan, max(1, min(MOST_KEPT, CACHE_BYTES // each)))
+
+    def totals(self, what: What, steps: slice) -> npt.NDArray[np.float32]:
+        """``(n_train,)``: influence summed over some steps; NaN for rows that failed."""
+
+        def add() -> npt.NDArray[np.float32]:
+            return np.asarray(torch.from_numpy(self.scores(what))[:, steps].sum(1).numpy())
+
+        return self._once(self._totals, (what, steps.start, steps.stop), add, TOTALS_KEPT)
 
     def kept(self, kind: str, what: What, more: Any, make: Callable[[], Kept]) -> Kept:
         """A small answer, made at the first time that it is asked for."""
