@@ -56,7 +56,7 @@ class _Part:
 
     @property
     def half(self) -> int:
-        return (self.columns.stop - self.columns.start) // 2
+        return int(self.columns.stop - self.columns.start) // 2
 
 
 def why_no_errors(source: RowSource, *, corrected: bool) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from stepinfluence.app.project import MapStyle, Project, describe
+from stepinfluence.app.project import MapStyle, Project
+from stepinfluence.app.project_file import describe
 from stepinfluence.app.runs.config import OnFailure
 from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.attribution.features import Features

@@ -19,7 +19,8 @@ from stepinfluence.search.scan import score_blocks
 from stepinfluence.store import Store
 
 Array: TypeAlias = npt.NDArray[np.float32]
-Kept, Key = TypeVar("Kept"), TypeVar("Key")
+Kept = TypeVar("Kept")
+Key = TypeVar("Key")
 
 CACHE_BYTES = 512 << 20
 """Scores ``(n_train, steps)`` of recent queries that are kept."""
