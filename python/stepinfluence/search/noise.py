@@ -21,6 +21,7 @@ from stepinfluence.attribution.curvature import Curvature
 from stepinfluence.attribution.features import Block, Features, FeatureSpace
 from stepinfluence.search.question import Question
 from stepinfluence.search.ranking import NO_ROW, Ranking
+from stepinfluence.search.scan import score_blocks
 from stepinfluence.search.sources import RowSource
 from stepinfluence.search.topk import best_rows
 from stepinfluence.store.manifest import SketchSpec
@@ -119,20 +120,57 @@ def halves(
     Raises:
         ValueError: there are no halves (:func:`why_no_halves` says why).
     """
+    _require_halves(question, curvature)
+    wanted = rows[rows != NO_ROW].unique()
+    if curvature is not None:
+        scores = half_scores(question, curvature=curvature)
+        ranking = Ranking(2 * scores.shape[2], k, smallest=question.harmful, dtype=scores.dtype, device=scores.device)
+        ranking.add(torch.cat([scores[0], scores[1]], 1))
+        found, _ = ranking.result()
+        apart = (scores[0] - scores[1])[wanted].double() / 2
+    else:
+        both = _as_queries(question)
+        found, _ = best_rows(both, k, progress=progress)
+        apart = _products(question, wanted, tuple(_rolled(question, v) for v in question.vectors))
+    noise = _root_mean(apart, wanted, rows) if len(wanted) else torch.full((len(rows),), torch.nan)
+    return Halves(found.view(2, len(question.query_ids), -1), noise)
+
+
+def half_scores(question: Question, *, curvature: Sequence[Curvature] | None = None) -> Tensor:
+    """``(2, N, Q)`` float32: the scores of all rows by either half of the columns; NaN for rows that failed.
+
+    Half the difference of the two is noise of the size of the whole sketch's. Arguments and errors as for
+    :func:`halves`.
+    """
+    _require_halves(question, curvature)
+    count = len(question.query_ids)
+    if curvature is not None:
+        return _refitted(question, curvature)
+    both = _as_queries(question)
+    scores = torch.empty(len(question.train), 2 * count)
+    first = 0
+    with torch.no_grad():
+        for block in score_blocks(both, both.heads()):
+            scores[first : first + len(block)] = block.float().cpu()
+            first += len(block)
+    return scores.view(-1, 2, count).transpose(0, 1)
+
+
+def _require_halves(question: Question, curvature: Sequence[Curvature] | None) -> None:
     problem = why_no_halves(question.train, corrected=curvature is not None)
     if problem:
         raise ValueError(f"question: no halves: {problem}")
-    if curvature is not None:
-        return _refitted(question, k, rows, curvature)
-    whole, rolled = question.vectors, tuple(_rolled(question, v) for v in question.vectors)
-    both = replace(
+
+
+def _as_queries(question: Question) -> Question:
+    """The question by the one half of the columns, and by the other, as queries of their own."""
+    rolled = [_rolled(question, v) for v in question.vectors]
+    return replace(
         question,
-        vectors=tuple(torch.cat([w + r, w - r]) for w, r in zip(whole, rolled, strict=True)),
+        vectors=tuple(torch.cat([w + r, w - r]) for w, r in zip(question.vectors, rolled, strict=True)),
         query_ids=question.query_ids * 2,
         valid=torch.from_numpy(question.valid).repeat(2).numpy(),
     )
-    found, _ = best_rows(both, k, progress=progress)
-    return Halves(found.view(2, len(question.query_ids), -1), _noise(question, rows, rolled))
 
 
 def why_no_halves(source: RowSource, *, corrected: bool) -> str:
@@ -151,17 +189,14 @@ def why_no_halves(source: RowSource, *, corrected: bool) -> str:
     return ""
 
 
-def _noise(question: Question, rows: Tensor, rolled: Sequence[Tensor]) -> Tensor:
-    """Root mean square of the rows' products with the rolled queries, which only noise is left of: ``(Q,)``."""
-    wanted = rows[rows != NO_ROW].unique()
-    if not len(wanted):
-        return torch.full((len(rows),), torch.nan)
-    total = torch.zeros(len(wanted), len(rows), dtype=torch.float64)
-    for checkpoint in question.counted:
+def _products(question: Question, wanted: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+    """``(len(wanted), Q)`` float64: products of some rows with queries, summed over the ranked steps."""
+    total = torch.zeros(len(wanted), len(question.query_ids), dtype=torch.float64)
+    for checkpoint in question.counted if len(wanted) else ():
         values = question.train.take(checkpoint, wanted.tolist())[..., question.columns].double().cpu()
         values = values.sum(1) if values.dim() == 3 else values
-        total += values @ rolled[checkpoint][:, list(question.ranked)].sum(1).double().cpu().T
-    return _root_mean(total, wanted, rows)
+        total += values @ vectors[checkpoint][:, list(question.ranked)].sum(1).double().cpu().T
+    return total
 
 
 def _root_mean(noise: Tensor, wanted: Tensor, rows: Tensor) -> Tensor:
@@ -208,10 +243,10 @@ def _rolled(question: Question, vectors: Tensor) -> Tensor:
 # Under a curvature
 
 
-def _refitted(question: Question, k: int, rows: Tensor, curvature: Sequence[Curvature]) -> Halves:
+def _refitted(question: Question, curvature: Sequence[Curvature]) -> Tensor:
+    """:func:`half_scores` with the curvature of either half."""
     source, parts = question.train, list(_all(question.train))
     count = len(question.query_ids)
-    ranking = Ranking(2 * count, k, smallest=question.harmful, dtype=torch.float32, device=torch.device("cpu"))
     scores = torch.zeros(2, len(source), count)
     inside = torch.zeros(source.spaces[0].width, dtype=torch.bool)
     for block in source.spaces[0].select(question.parameters):
@@ -230,13 +265,7 @@ def _refitted(question: Question, k: int, rows: Tensor, curvature: Sequence[Curv
             )
             scores[sign] += question.etas[checkpoint] * left @ (fitted.solve(right) * columns).T
     scores[:, ~valid] = torch.nan
-    ranking.add(torch.cat([scores[0], scores[1]], 1))
-    found, _ = ranking.result()
-    wanted = rows[rows != NO_ROW].unique()
-    noise = torch.full((count,), torch.nan)
-    if len(wanted):
-        noise = _root_mean((scores[0] - scores[1])[wanted].double() / 2, wanted, rows)
-    return Halves(found.view(2, count, -1), noise)
+    return scores
 
 
 def _ranked_sum(question: Question, checkpoint: int) -> Tensor:

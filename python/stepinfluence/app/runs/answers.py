@@ -20,8 +20,8 @@ from stepinfluence.store import Store
 
 FORMAT = "sdi-answers-1"
 LIMIT = 1 << 30
-MOST_ROWS = 100_000
-"""Examples whose answers are kept: the first ones of a split."""
+MOST_ROWS, MOST_CHARACTERS = 100_000, 1 << 26
+"""Examples whose answers are kept, the first ones of a split, and about how many characters of them."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,15 @@ def write_answers(prepared: Prepared, store: Store, data: MapStyle, batch_size: 
         return
     failed = store.failed
     rows = [row for row in range(min(len(store), MOST_ROWS)) if row not in failed]
-    found: dict[int, Answered] = {}
+    answers: list[list[Any]] = []
+    characters = 0
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
-        found.update(zip(some, answers_of(prepared, [data[row] for row in some], batch_size), strict=True))
-    answers = [[row, one.answer, one.truth] for row, one in found.items()]
+        for row, one in zip(some, answers_of(prepared, [data[row] for row in some], batch_size), strict=True):
+            answers.append([row, one.answer, one.truth])
+            characters += len(one.answer or "") + len(one.truth or "")
+        if characters > MOST_CHARACTERS:
+            break
     write_bytes(path, sealed({"format": FORMAT, "manifest": store.manifest.digest, "answers": answers}))
 
 

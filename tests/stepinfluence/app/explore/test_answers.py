@@ -209,7 +209,7 @@ def test_corrected_scores_come_first_and_sdi_beside_them(corrected: Explorer, ex
         assert (allowed < 1e-2 * np.abs(exact)).any(), "cannot fail"
         for parts in (pair["matrix"], [p["sdi"] for p in pair["parameters"]], [pair["sdi"]]):
             assert (np.abs(np.sum(parts, 0) - exact) <= allowed).all()
-        signed = np.nansum(corrected.scores(3, score=score), 0)
+        signed = torch.from_numpy(corrected.scores(3, score=score)).nansum(0).numpy()
         np.testing.assert_array_equal(corrected.curve(3, score=score)["signed"], signed)
     assert corrected.compare(3, 4)["points"] != corrected.compare(3, 4, score="sdi")["points"]
     with pytest.raises(ValueError, match="score: got 'best'; use corrected or sdi"):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from stepinfluence.app.view.explore.answers import Explorer
 from stepinfluence.app.view.explore.examples import number
-from stepinfluence.app.view.explore.scored import What
-from stepinfluence.search.noise import Halves, halves, standard_errors, why_no_errors, why_no_halves
+from stepinfluence.app.view.explore.scored import What, leading
+from stepinfluence.search.noise import half_scores, standard_errors, why_no_errors, why_no_halves
 from stepinfluence.search.question import Question
 
 SIDES = ("helpful", "harmful")
@@ -53,29 +54,25 @@ def agreement(
         no_errors = why_no_errors(question.train, corrected=curvatures is not None)
         no_halves = why_no_halves(question.train, corrected=curvatures is not None)
         found: dict[str, Any] = {"noErrors": no_errors, "noHalves": no_halves, "noise": None, "sides": {}}
-        squares = []
+        squares: list[float] = []
+        both = None if no_halves else half_scores(question, curvature=curvatures)[:, :, 0].numpy()
         for side in SIDES:
             rows = shown[side]
-            asked = torch.tensor([rows], dtype=torch.int64).reshape(1, -1)
             entry: dict[str, Any] = {"rows": len(rows)}
-            if not no_errors and rows:
-                squares += [float(e) ** 2 for e in standard_errors(question, asked)[0][0]]
-            if not no_halves and rows:
-                one = _halves(explorer, question, what, side, len(rows), asked)
-                entry["halves"] = [len({*rows} & {*half[0].tolist()}) for half in one.rows]
+            if rows and not no_errors:
+                squares += [float(e) ** 2 for e in standard_errors(question, torch.tensor([rows]))[0][0]]
+            if rows and both is not None:
+                kept = [leading(half, len(rows), smallest=side == "harmful") for half in both]
+                entry["halves"] = [len({*rows} & {*some}) for some in kept]
                 if no_errors:  # the halves tell it, too
-                    squares += [float(one.noise[0]) ** 2] * len(rows)
+                    apart = ((both[0, rows] - both[1, rows]) / 2).astype(np.float64)
+                    squares += np.square(apart).tolist()
             found["sides"][side] = entry
         if squares:
             found["noise"] = number((sum(squares) / len(squares)) ** 0.5)
         return found
 
     return explorer.scored.kept("agreement", what, (k, first, last), make)
-
-
-def _halves(explorer: Explorer, question: Question, what: What, side: str, k: int, rows: torch.Tensor) -> Halves:
-    harmful = replace(question, harmful=side == "harmful")
-    return halves(harmful, k, rows, curvature=explorer.curvatures(what.score))
 
 
 def _question(explorer: Explorer, what: What, first: int, last: int | None) -> Question:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from stepinfluence.app.runs.answers import Answered, read_answers
@@ -193,9 +194,9 @@ class Explorer:
         """Energy and signed sum of some influence by step, its share in the later half, and how many rows help."""
 
         def make() -> dict[str, Any]:
-            scores = self.scored.scores(what)
-            totals = scores.sum(1)
-            energy, signed = np.nansum(np.abs(scores), 0), np.nansum(scores, 0)
+            scores = torch.from_numpy(self.scored.scores(what))
+            totals = self.scored.totals(what, slice(0, self.query.steps))
+            energy, signed = scores.abs().nansum(0).numpy(), scores.nansum(0).numpy()
             if not np.isfinite(energy).all():
                 raise ValueError("scores: some are too large for float32; look at checkpoints with smaller etas")
             total, late = float(energy.sum()), float(energy[len(energy) // 2 :].sum())
@@ -226,8 +227,7 @@ class Explorer:
     def ranked(self, what: What, *, k: int, first: int = 1, last: int | None = None) -> dict[str, Any]:
         """:meth:`top` of any influence."""
         scores = self.scored.scores(what)
-        steps = self.steps(first, last)
-        values = scores[:, steps].sum(1)
+        values = self.scored.totals(what, self.steps(first, last))
         rows = self.leading_rows(what, k=k, first=first, last=last)
         return {
             side: [{**self.sides["train"].short(r), "score": float(values[r]), "sdi": scores[r].tolist()} for r in some]
@@ -241,7 +241,7 @@ class Explorer:
         steps = self.steps(first, last)
 
         def make() -> dict[str, list[int]]:
-            values = self.scored.scores(what)[:, steps].sum(1)
+            values = self.scored.totals(what, steps)
             return {
                 "helpful": [r for r in leading(values, k) if values[r] > 0],
                 "harmful": [r for r in leading(values, k, smallest=True) if values[r] < 0],
@@ -286,7 +286,8 @@ class Explorer:
         """Two queries: what the same training examples do to each. The k examples that matter most to either."""
         if not 1 <= k <= MOST_ROWS:
             raise ValueError(f"k: got {k}; use 1 to {MOST_ROWS}")
-        a, b = (self.scores(query, "", score, checkpoint).sum(1) for query in (row, other))
+        everything = slice(0, self.query.steps)
+        a, b = (self.scored.totals(What(query, score, checkpoint), everything) for query in (row, other))
         known = np.isfinite(a) & np.isfinite(b)
         a, b = np.where(known, a, 0), np.where(known, b, 0)
         size = np.where(known, np.maximum(np.abs(a) / _scale(a), np.abs(b) / _scale(b)), np.nan)

@@ -20,6 +20,7 @@ from stepinfluence.store import Store
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Kept = TypeVar("Kept")
+Key = TypeVar("Key")
 
 CACHE_BYTES = 512 << 20
 """Scores ``(n_train, steps)`` of recent queries that are kept."""
@@ -27,10 +28,13 @@ CACHE_BYTES = 512 << 20
 MOST_KEPT = 4096
 """Answers of a kind that are kept at all, however small they are."""
 
+TOTALS_KEPT = 16
+"""Sums over steps ``(n_train,)`` that are kept."""
+
 PATTERN_LIMIT = 500
 """Characters of a pattern of parameters."""
 
-MOST_TOGETHER = 1024
+MOST_TOGETHER = 512
 """Queries that all queries together stand for, at most."""
 
 QUERIES_TOGETHER = 128
@@ -65,9 +69,11 @@ class Scored:
 
     def __init__(self, train: Store, query: Store, curvatures: Mapping[str, Choice]) -> None:
         self._train, self._query, self._curvatures = train, query, curvatures
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._making: dict[Any, threading.Lock] = {}
         self._scores: OrderedDict[What, Array] = OrderedDict()
-        self._small: OrderedDict[tuple[str, What, Any], Any] = OrderedDict()
+        self._totals: OrderedDict[Any, npt.NDArray[np.float32]] = OrderedDict()
+        self._small: OrderedDict[Any, Any] = OrderedDict()
         self._failed = query.failed
 
     @property
@@ -164,10 +170,8 @@ class Scored:
         Raises:
             ValueError: as for :meth:`question`.
         """
-        with self._lock:
-            if what in self._scores:
-                self._scores.move_to_end(what)
-                return self._scores[what]
+
+        def scan() -> Array:
             question = self.question(what)
             found = np.empty((len(self._train), question.steps), np.float32)
             first = 0
@@ -175,23 +179,45 @@ class Scored:
                 for block in score_blocks(question, tuple(v.flatten(0, 1) for v in question.vectors)):
                     found[first : first + len(block)] = block.float().cpu().numpy()
                     first += len(block)
-            self._scores[what] = found
-            # All answers have the same size, but for a batch of steps.
-            most = max(1, min(MOST_KEPT, CACHE_BYTES // max(1, found.nbytes)))
-            while len(self._scores) > most:
-                self._scores.popitem(last=False)
             return found
+
+        # All answers have the same size, but for a batch of steps.
+        each = max(1, 4 * len(self._train) * self._query.steps)
+        return self._once(self._scores, what, scan, max(1, min(MOST_KEPT, CACHE_BYTES // each)))
+
+    def totals(self, what: What, steps: slice) -> npt.NDArray[np.float32]:
+        """``(n_train,)``: influence summed over some steps; NaN for rows that failed."""
+
+        def add() -> npt.NDArray[np.float32]:
+            return np.asarray(torch.from_numpy(self.scores(what))[:, steps].sum(1).numpy())
+
+        return self._once(self._totals, (what, steps.start, steps.stop), add, TOTALS_KEPT)
 
     def kept(self, kind: str, what: What, more: Any, make: Callable[[], Kept]) -> Kept:
         """A small answer, made at the first time that it is asked for."""
+        return self._once(self._small, (kind, what, more), make, MOST_KEPT)
+
+    def _once(self, kept: OrderedDict[Key, Kept], key: Key, make: Callable[[], Kept], most: int) -> Kept:
+        """What is kept under a key. One thread makes it, those that ask for it meanwhile wait, and others do not."""
         with self._lock:
-            key = kind, what, more
-            if key not in self._small:
-                self._small[key] = make()
-                while len(self._small) > MOST_KEPT:
-                    self._small.popitem(last=False)
-            found: Kept = self._small[key]
-            return found
+            if key in kept:
+                kept.move_to_end(key)
+                return kept[key]
+            mine = self._making.setdefault(key, threading.Lock())
+        with mine:
+            with self._lock:
+                if key in kept:
+                    return kept[key]
+            try:
+                found = make()
+                with self._lock:
+                    kept[key] = found
+                    while len(kept) > most:
+                        kept.popitem(last=False)
+            finally:
+                with self._lock:
+                    self._making.pop(key, None)
+        return found
 
 
 def leading(values: npt.NDArray[Any], k: int, *, smallest: bool = False) -> list[int]:
