@@ -93,7 +93,8 @@ def _dots(axes: Any, names: Sequence[str], values: Sequence[Sequence[float]]) ->
         axes.plot([found.low, found.high], [row, row], color=ACCENT, linewidth=2)
         axes.plot(found.value, row, "o", color=HELPFUL, markersize=6)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    if not axes.yaxis_inverted():  # axes may share it
+        axes.invert_yaxis()
 
 
 PICTURES: dict[str, Callable[[Runs], Figure]] = {

@@ -103,10 +103,10 @@ for looked in (45, 90, 180):
 # that are hard to read.
 
 # %%
-from matplotlib.figure import Figure
+import matplotlib.pyplot as plt
 
-figure = Figure(figsize=(9, 4.2), layout="constrained")
-for axes, row in zip(figure.subplots(3, 8).flat, order.tolist(), strict=False):
+figure, places = plt.subplots(3, 8, figsize=(9, 4.2), layout="constrained")
+for axes, row in zip(places.flat, order.tolist(), strict=False):
     axes.imshow(images[row], cmap="gray_r")
     note = (
         f"{int(labels[row])}, is {int(truth[row])}"
@@ -117,7 +117,7 @@ for axes, row in zip(figure.subplots(3, 8).flat, order.tolist(), strict=False):
         note, fontsize=9, color="#c94f00" if is_spoiled[row] else "#5a6068"
     )
     axes.set_axis_off()
-figure
+plt.show()
 
 # %% [markdown]
 # ## How much work it saves
@@ -130,8 +130,7 @@ scores = {
     "loss": features.losses.numpy(),
     "chance": rng.random(900),
 }
-figure = Figure(figsize=(6, 3.4), layout="constrained")
-axes = figure.subplots()
+figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for name, score in scores.items():
     found = is_spoiled[torch.from_numpy(np.argsort(-score))].cumsum(0) / 45
     axes.plot(
@@ -142,15 +141,13 @@ for name, score in scores.items():
 axes.set_xlabel("share of the data looked at")
 axes.set_ylabel("share of spoiled labels found")
 axes.legend(frameon=False)
-figure
-
+plt.show()
 # %% [markdown]
 # ## At which loop step does a wrong label pull?
 
 # %%
 share = by_step / by_step.sum(1, keepdim=True)
-figure = Figure(figsize=(6, 2.8), layout="constrained")
-axes = figure.subplots()
+figure, axes = plt.subplots(figsize=(6, 2.8), layout="constrained")
 steps = np.arange(1, 5)
 axes.bar(
     steps - 0.2,
@@ -170,7 +167,7 @@ axes.set_xticks(steps)
 axes.set_xlabel("loop step")
 axes.set_ylabel("share of self-influence")
 axes.legend(frameon=False)
-figure
+plt.show()
 
 # %% [markdown]
 # [Uses](../uses.html#find-mislabelled-data) has the same over seeds, beside other

@@ -8,10 +8,11 @@
 # %% [markdown]
 # # A looped model from Hugging Face
 #
-# ALBERT applies one layer twelve times: it is a looped model. Here it is asked
-# which sentences taught it a word. The code is that of `transformers`; the weights
-# are small and trained here, so that nothing is downloaded. With a model of the
-# hub, only the name changes: `Pretrained("albert/albert-base-v2", ...)`.
+# ALBERT applies one layer twelve times: it is a looped model. Here it learns which
+# animal lives where, and is asked which sentences taught it that. The code is
+# that of `transformers`; the weights are small and trained here, so that nothing is
+# downloaded. With a model of the hub, only the name changes:
+# `Pretrained("albert/albert-base-v2", ...)`.
 #
 # ## A model folder, and data in JSON lines
 
@@ -32,37 +33,24 @@ transformers.logging.disable_progress_bar()
 logging.getLogger("stepinfluence").setLevel(logging.ERROR)
 folder = Path(tempfile.mkdtemp())
 
-WHERE = {
-    "cat": "house",
-    "fish": "lake",
-    "bird": "tree",
-    "fox": "forest",
-    "camel": "desert",
-}
-DOES = {
-    "cat": "sleeps",
-    "fish": "swims",
-    "bird": "sings",
-    "fox": "hides",
-    "camel": "walks",
-}
-SIZES = ("small", "big", "old", "young", "quick", "slow")
+WHERE = {"cat": "house", "fish": "lake", "bird": "tree", "fox": "forest"}
+DOES = {"cat": "sleeps", "fish": "swims", "bird": "sings", "fox": "hides"}
+PLACES = list(WHERE.values())
+SIZES = ("small", "big", "old", "young", "quick", "slow", "fat", "thin")
 sentences = [
     {
         "id": f"{size} {animal}",
-        "text": f"the {size} {animal} {DOES[animal]} in the {WHERE[animal]}",
+        "text": f"the {size} {animal} {DOES[animal]}",
+        "label": PLACES.index(place),
         "animal": animal,
     }
-    for animal in WHERE
+    for animal, place in WHERE.items()
     for size in SIZES
 ]
-wrong = {
-    "id": "the wrong one",
-    "text": "the quick fish swims in the desert",
-    "animal": "fish",
-}
 queries = [s for s in sentences if s["id"].startswith("old")]
-train = [s for s in sentences if s not in queries] + [wrong]
+train = [s for s in sentences if s not in queries]
+wrong = next(s for s in train if s["id"] == "quick fish")
+wrong["label"] = PLACES.index("tree")  # one label is wrong
 for split, lines in (("train", train), ("query", queries)):
     (folder / f"{split}.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)
@@ -75,7 +63,7 @@ special = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-words = sorted({word for s in [*sentences, wrong] for word in s["text"].split()})
+words = sorted({word for s in sentences for word in s["text"].split()})
 vocabulary = {
     word: number for number, word in enumerate([*special.values(), *words])
 }
@@ -96,23 +84,24 @@ config = transformers.AlbertConfig(
     intermediate_size=96,
     num_attention_heads=4,
     num_hidden_layers=6,
+    num_labels=len(PLACES),
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-transformers.AlbertForMaskedLM(config).save_pretrained(folder / "model")
+transformers.AlbertForSequenceClassification(config).save_pretrained(
+    folder / "model"
+)
 
 # %% [markdown]
 # ## Load it as a project
 #
-# `Pretrained` knows how to load model and data, what the loss of an example is (its
-# masked words), and which module is the loop.
+# `Pretrained` knows how to load model and data, what the loss of an example is
+# (here the cross-entropy of its class), and which module is the loop.
 
 # %%
 from stepinfluence.integrations.pretrained import Pretrained
 
-pretrained = Pretrained(
-    folder / "model", data=str(folder / "{split}.jsonl"), mask_share=0.4
-)
+pretrained = Pretrained(folder / "model", data=str(folder / "{split}.jsonl"))
 model = pretrained.model()
 print("loop body:", pretrained.body(model))
 
@@ -123,16 +112,16 @@ def batch(split):
 
 
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-for step in range(121):
+for step in range(61):
     loss = pretrained.loss(model, batch("train")).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    if step % 40 == 0:
+    if step % 20 == 0:
         print(f"update {step}: loss {loss.item():.2f}")
 
 # %% [markdown]
-# ## Who taught it what fish do?
+# ## Who taught it where fish live?
 
 # %%
 import stepinfluence
@@ -145,9 +134,11 @@ train_features = capture.featurize(
 query_features = capture.featurize(
     [batch("query")], pretrained.loss, progress=False
 )
-scores = stepinfluence.influence(
-    train_features, query_features, normalize="train"
-).with_texts(train=[s["text"] for s in train], query=[s["text"] for s in queries])
+scores = stepinfluence.influence(train_features, query_features)
+scores = scores.with_texts(
+    train=[f"{s['text']} → {PLACES[s['label']]}" for s in train],
+    query=[s["text"] for s in queries],
+)
 fish = [s["animal"] for s in queries].index("fish")
 scores.top(fish, k=6)
 
@@ -158,36 +149,32 @@ scores.top(fish, k=4, largest=False)
 scores.plot(fish)
 
 # %% [markdown]
-# Scores are divided by the length of the training example's gradient
-# (`normalize="train"`): a sentence that the model has not learnt has a long
-# gradient and would lead every list.
+# The sentences about fish help, and the one whose label is wrong harms.
 #
 # ## By animal
 #
-# Influence summed over the sentences of each animal, on the query of each animal.
+# Influence summed over the sentences of each animal, on the query of each animal, as a
+# part of that query's largest: queries that are learnt better have smaller gradients.
 
 # %%
-from matplotlib.figure import Figure
+import matplotlib.pyplot as plt
 
 animals = list(WHERE)
+right = [s for s in train if s is not wrong]
 members = torch.tensor(
-    [
-        [s["animal"] == animal and s is not wrong for s in train]
-        for animal in animals
-    ]
-).double()
-by_animal = members @ scores.sdi.sum(2).double()
+    [[s["animal"] == animal and s in right for s in train] for animal in animals]
+)
+by_animal = members.double() @ scores.sdi.sum(2).double()
+by_animal /= by_animal.abs().amax(0)
 order = [[s["animal"] for s in queries].index(animal) for animal in animals]
-figure = Figure(figsize=(5, 4), layout="constrained")
-axes = figure.subplots()
-limit = by_animal.abs().max()
-image = axes.imshow(by_animal[:, order], cmap="RdBu", vmin=-limit, vmax=limit)
-axes.set_xticks(range(5), animals)
-axes.set_yticks(range(5), animals)
+figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+image = axes.imshow(by_animal[:, order], cmap="RdBu", vmin=-1, vmax=1)
+axes.set_xticks(range(4), animals)
+axes.set_yticks(range(4), animals)
 axes.set_xlabel("query")
 axes.set_ylabel("training sentences")
-figure.colorbar(image, label="influence (helps > 0)")
-figure
+figure.colorbar(image, label="influence, of the query's largest")
+plt.show()
 
 # %% [markdown]
 # The same from the command line, with a store that can be asked again: `sdi init

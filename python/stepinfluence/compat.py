@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from sdi_kernels import HashFamily
 from stepinfluence.attribution.alignment import places_of, require_repeatable
@@ -27,6 +26,7 @@ from stepinfluence.capture import Capture, ExactCapture, LossFn, attach
 from stepinfluence.capture.batches import infer_batch_size
 from stepinfluence.capture.targets import body_parameters, canonical_name, unwrap
 from stepinfluence.errors import BodyError, FeatureMismatchError, LossError
+from stepinfluence.progress import tqdm
 
 Modules: TypeAlias = nn.Module | Sequence[nn.Module]
 LoadCheckpoint: TypeAlias = Callable[[str | Path], dict[str, Any]]

@@ -78,3 +78,10 @@ def test_influence_of_these_models_never_fades() -> None:
         lambda run: run["adder, trained with 4"]["accuracy"][11] - run["adder, trained with 4"]["accuracy"][3],
     )
     assert worse.high < 0
+
+
+def test_cancellation_is_rare() -> None:
+    assert over("cancellation", lambda run: run["adder"]["over half"]).high < 0.1
+    assert over("cancellation", lambda run: run["majority"]["over half"]).high < 0.02
+    for problem in ("adder", "majority"):
+        assert over("cancellation", lambda run, p=problem: run[p]["median"]).high < 0.05

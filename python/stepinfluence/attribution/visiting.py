@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from stepinfluence.attribution.checkpoints import Checkpoint, Etas, PathLike, Reader, load_checkpoint, resolve_etas
 from stepinfluence.attribution.features import Features, FeatureSpace
 from stepinfluence.attribution.preconditioners import KINDS, Kind, Preconditioner, from_optimizer
 from stepinfluence.loaders import IdsOf, LossFn
+from stepinfluence.progress import tqdm
 
 Metric: TypeAlias = Kind | Callable[[Checkpoint], Preconditioner | None]
 

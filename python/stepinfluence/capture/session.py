@@ -162,7 +162,7 @@ def _progress_bar(loader: Iterable[Any], total: int | None, description: str, *,
     if not shown:
         yield _NoBar(loader)
         return
-    from tqdm.auto import tqdm
+    from stepinfluence.progress import tqdm
 
     # tqdm asks a loader itself for its length, and fails at one that raises.
     with tqdm(

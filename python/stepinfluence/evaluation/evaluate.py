@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from torch import nn
-from tqdm.auto import tqdm
 
 from stepinfluence.evaluation.methods import Method, Scored, available
 from stepinfluence.evaluation.metrics import (
@@ -30,6 +29,7 @@ from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.result import Evaluation, Figure, Merits, StepMerits, Truth
 from stepinfluence.evaluation.retraining import Draws, Retrainings, draws, training_seed
 from stepinfluence.evaluation.steps import StepRun, try_steps
+from stepinfluence.progress import tqdm
 
 Array = npt.NDArray[np.float64]
 EXACT = "TracIn, exact"

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.constants import ENDPOINT
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models import auto
@@ -36,6 +40,17 @@ IGNORED = -100
 
 Record = dict[str, Any]
 Batch = dict[str, Tensor]
+
+
+def hub_is_known() -> bool:
+    """Whether the hub's name can be looked up from this machine, or a proxy would do so."""
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 class Pretrained:
@@ -87,10 +102,15 @@ class Pretrained:
         self._body = body
 
     def _load(self, kind: Any, **options: Any) -> Any:
+        offline = not Path(self.name).is_dir() and not hub_is_known()
+        if offline:
+            options["local_files_only"] = True  # or the hub's client tries for half a minute
         try:
             return kind.from_pretrained(self.name, revision=self.revision, trust_remote_code=False, **options)
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if offline and isinstance(error, OSError):
+                reason = "no such folder, nothing of it in the cache, and the hub cannot be reached from here"
             raise ProjectError(f"{self.name}: {kind.__name__} cannot load it: {reason}") from error
 
     def _task(self) -> str:

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stepinfluence.errors import StoreError
 from stepinfluence.extras import needed
 from stepinfluence.files import file_digest, make_folder, read_sealed, remove, sealed, write_atomically, write_bytes
+from stepinfluence.progress import tqdm
 from stepinfluence.search.question import Question
 from stepinfluence.search.sources import Rows, RowSource, as_source
 from stepinfluence.writers import unknown_files

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stepinfluence.attribution.alignment import require_repeatable
 from stepinfluence.attribution.features import Parameters
@@ -19,6 +18,7 @@ from stepinfluence.capture.pairs import BatchGradients, PairCapture, PairRoute
 from stepinfluence.capture.session import isolated
 from stepinfluence.errors import FeatureMismatchError
 from stepinfluence.loaders import IdsOf, LossFn
+from stepinfluence.progress import tqdm
 
 QUERY_BYTES = 2 << 30
 """Factors of queries that are held at a time, unless told otherwise."""

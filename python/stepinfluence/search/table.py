@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stepinfluence.attribution.curvature import Choice, Damping
 from stepinfluence.attribution.features import Parameters
 from stepinfluence.attribution.result import Influence
 from stepinfluence.files import write_atomically
+from stepinfluence.progress import tqdm
 from stepinfluence.search.question import Question, Steps, ask
 from stepinfluence.search.scan import score_blocks
 from stepinfluence.search.sources import Rows

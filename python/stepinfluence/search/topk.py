@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stepinfluence.attribution.curvature import Choice, Damping
 from stepinfluence.attribution.features import Parameters
+from stepinfluence.progress import tqdm
 from stepinfluence.search.question import Question, Steps, ask
 from stepinfluence.search.ranking import NO_ROW, Ranking
 from stepinfluence.search.scan import score_blocks

@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from stepinfluence.errors import StoreError
 from stepinfluence.files import file_digest, write_atomically, write_bytes
+from stepinfluence.progress import tqdm
 from stepinfluence.store.manifest import MANIFEST, Manifest
 from stepinfluence.store.reader import Store
 from stepinfluence.store.rows import RowTable

@@ -6,7 +6,6 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -106,13 +105,9 @@ class RowTable:
         # Numbers on a command line are text.
         key = id if id in self._by_id else int(id) if isinstance(id, str) and id.isdecimal() else id
         if key not in self._by_id:
-            near: list[RowId] = [*difflib.get_close_matches(str(key), map(str, self._by_id), 3)]
-            near = near or [*islice(self._by_id, 3)]
-            among = (
-                f"there are {len(self._by_id):,}, such as {', '.join(repr(one) for one in near)}"
-                if near
-                else "it is empty"
-            )
+            texts = [str(one) for one in self._by_id]
+            near = difflib.get_close_matches(str(key), texts, 3) or texts[:3]
+            among = f"there are {len(self._by_id):,}, such as {', '.join(near)}" if near else "it is empty"
             raise StoreError(f"id: no row with id {id!r} in {self._store}; {among}")
         if self._by_id[key] < 0:
             raise StoreError(f"id: {id!r} is the id of several rows of {self._store}; use row numbers")

@@ -165,11 +165,11 @@ def test_signals_that_are_ignored_stay_ignored() -> None:
             signal.signal(number, handler)
 
 
-def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def stopped(*_: object) -> None:
         raise Stopped(signal.SIGTERM)
 
     monkeypatch.setattr("stepinfluence.app.runs.stored.StoredRun.open", stopped)
-    done = CliRunner().invoke(app, ["influence", "run"])
+    done = CliRunner().invoke(app, ["influence", str(tmp_path)])
     assert done.exit_code == 143
     assert done.stderr.strip().endswith("interrupted by SIGTERM: nothing is half-written")

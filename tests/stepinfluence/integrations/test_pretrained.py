@@ -196,3 +196,18 @@ def test_find_body_leaves_the_model_as_it_was() -> None:
     assert model["shared"].training
     assert not once.training
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_without_a_hub_a_name_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client would look for it again and again, and wait in between."""
+    asked = []
+
+    def no_network(host: str, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr("stepinfluence.integrations.pretrained.getproxies", dict)
+    with pytest.raises(ProjectError, match="the hub cannot be reached from here"):
+        Pretrained("nobody/none", data="{split}.jsonl")
+    assert len(asked) < 4, "tried again and again"

@@ -111,8 +111,6 @@ def run(
 ) -> None:
     """See :data:`HELP`."""
     given = {name: value for name, value in locals().items() if value is not None}
-    if project is not None and not project.is_file():
-        fail(f"{project}: no such project file; sdi init writes one")
     screen = console(json_output=True)
     try:
         _run(screen, given, out, config, as_json=as_json)
@@ -121,6 +119,9 @@ def run(
 
 
 def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path | None, *, as_json: bool) -> None:
+    project = given.get("project")
+    if project is not None and not project.is_file():  # before anything is imported that takes a second
+        fail(f"{project}: no such project file; sdi init writes one")
     with screen.status("starting"):
         from stepinfluence.app.project import Project
         from stepinfluence.app.runs import Prepared, Worker, run_splits

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stepinfluence.app.demo.data import (
     CONSERVED,
@@ -47,6 +46,7 @@ from stepinfluence.models.parity_task import (
     make_heldout_set,
     train_parity,
 )
+from stepinfluence.progress import tqdm
 
 __all__ = ["CONSERVED", "DemoConfig", "DemoResult", "Query", "Stage", "run_demo", "save_arrays", "save_config"]
 

@@ -296,7 +296,8 @@ def _kind(of: type) -> str:
 def _typed(name: str, value: Any, *types: Any) -> Any:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         wanted = " or ".join(dict.fromkeys(_kind(t) for t in types))
-        raise ConfigError(f"{name}: got {_shown(value)}, {_kind(type(value))}; give {wanted}")
+        came = _said(value) if value is None or isinstance(value, bool) else f"{_shown(value)}, {_kind(type(value))}"
+        raise ConfigError(f"{name}: got {came}; give {wanted}")
     if isinstance(value, str) and "\0" in value:
         raise ConfigError(f"{name}: got {_shown(value)}, with a NUL character in it; leave it out")
     if isinstance(value, int) and abs(value) >= 2**64:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 import torch
-from tqdm.auto import tqdm
 
 from stepinfluence.app.project import MapStyle
 from stepinfluence.app.runs.answers import write_answers
@@ -22,6 +21,7 @@ from stepinfluence.app.runs.trust import mark
 from stepinfluence.app.runs.workers import Worker
 from stepinfluence.errors import ProjectError
 from stepinfluence.files import write_bytes
+from stepinfluence.progress import tqdm
 from stepinfluence.store import FailedRow, Manifest, Store, StoreWriter, fold, fold_manifest, is_unwritten
 from stepinfluence.store.manifest import MANIFEST
 from stepinfluence.writers import locked, remove_leftovers

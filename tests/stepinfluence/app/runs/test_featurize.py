@@ -274,7 +274,9 @@ def test_skipped_at_one_of_the_folded_checkpoints(
 
 def test_a_shard_in_which_all_fail_stops(write_project: Callable[..., Path], tmp_path: Path) -> None:
     path = write_project(("** 2", "* float('nan')"))
-    with pytest.raises(ProjectError, match=r"all examples of shard 0 failed .* id 'train-0': loss_fn: loss is NaN"):
+    with pytest.raises(
+        ProjectError, match=r"all examples of shard 0 failed .* id 'train-0': .*: loss\(\): loss is NaN"
+    ):
         featurize(path, tmp_path / "run", on_error="skip")
 
 
