@@ -116,9 +116,13 @@ def explore() -> str:
     texts = []
     for name, result in machines("explore"):
         size = f"{result['rows']:,} training rows of {result['columns']:,} columns in int8 and {result['queries']:,} queries"
-        texts.append(f"{source(name, False, result)} {size}, medians of {result['rounds']}.")
+        texts.append(
+            f"{source(name, False, result)} {size[0].upper()}{size[1:]}; the median of {result['rounds']} clicks, each of "
+            "something that nothing is kept of. Where the load is above the number of cores, the clock's seconds are those "
+            "of a busy machine."
+        )
         rows = [[what, f"{s['wall s']:.2f}", f"{s['processor s']:.2f}"] for what, s in result["clicks"].items()]
-        texts.append(table(["what is chosen", "seconds", "of the processor"], rows))
+        texts.append(table(["what is chosen", "seconds by the clock", "of the processor, all threads"], rows))
     return "\n\n".join(texts)
 
 

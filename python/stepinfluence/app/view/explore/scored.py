@@ -195,7 +195,8 @@ class Scored:
 
     def kept(self, kind: str, what: What, more: Any, make: Callable[[], Kept]) -> Kept:
         """A small answer, made at the first time that it is asked for."""
-        return self._once(self._small, (kind, what, more), make, MOST_KEPT)
+        found: Kept = self._once(self._small, (kind, what, more), make, MOST_KEPT)
+        return found
 
     def _once(self, kept: OrderedDict[Key, Kept], key: Key, make: Callable[[], Kept], most: int) -> Kept:
         """What is kept under a key. One thread makes it, those that ask for it meanwhile wait, and others do not."""
