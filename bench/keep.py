@@ -30,6 +30,7 @@ COMMANDS: dict[str, list[str]] = {
     "integrations": ["-m", "bench.integrations", "--keep"],
     "search": ["-m", "bench.search", "--cpu-seconds", "--scratch", "SCRATCH", "--keep"],
     "install": ["-m", "bench.install", "--keep"],
+    "startup": ["-m", "bench.startup", "--keep"],
     "soak": ["-m", "bench.soak", "--minutes", "8", "--out", str(RESULTS / "soak")],
     **{
         f"uses-{use}": ["-m", "bench.uses", use, "--keep"]
