@@ -31,6 +31,7 @@ COMMANDS: dict[str, list[str]] = {
     "explore": ["-m", "bench.explore", "--scratch", "SCRATCH", "--keep"],
     "search": ["-m", "bench.search", "--cpu-seconds", "--scratch", "SCRATCH", "--keep"],
     "install": ["-m", "bench.install", "--keep"],
+    "startup": ["-m", "bench.startup", "--keep"],
     "attack": ["-m", "bench.attack", "--minutes", "60", "--keep"],
     "soak": ["-m", "bench.soak", "--minutes", "60", "--out", str(RESULTS / "soak")],
     **{

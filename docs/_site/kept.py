@@ -26,7 +26,7 @@ Parts = dict[str, Callable[[], str]]
 
 KINDS = (
     "attack", "capture", "explore", "host-overhead", "install", "integrations", "models", "peers", "scale", "search",
-    "sketch", "sketch-sizes", "soak", "store-layouts", "uses-cancellation", "uses-curation", "uses-horizon",
+    "sketch", "sketch-sizes", "soak", "startup", "store-layouts", "uses-cancellation", "uses-curation", "uses-horizon",
     "uses-mislabelled", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""

@@ -188,7 +188,20 @@ def peers() -> str:
     return f"{source('peers.json', False, result)}\n\n{markdown(result['libraries'])}"
 
 
+def startup() -> str:
+    """docs/cli.md: processor seconds that commands take before they do anything."""
+    texts = []
+    for name, result in machines("startup"):
+        rows = [[f"`{command}`", f"{seconds:.2f}"] for command, seconds in result["cpu_seconds"].items()]
+        texts += [
+            table(["command", "processor s"], rows),
+            f"Medians of {result['rounds']}. {source(name, False, result)}",
+        ]
+    return "\n\n".join(texts)
+
+
 PARTS: Parts = {
+    "startup": startup,
     "kernels": kernels,
     "host-overhead": host_overhead,
     "scale": scale,

@@ -153,8 +153,8 @@ scores.plot(fish)
 #
 # ## By animal
 #
-# Influence summed over the sentences of each animal, on the query of each animal, as a
-# part of that query's largest: queries that are learnt better have smaller gradients.
+# Influence summed over the sentences of each animal, on the query of each animal,
+# as a part of that query's largest: what is learnt better has smaller gradients.
 
 # %%
 import matplotlib.pyplot as plt

@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -105,7 +106,7 @@ class RowTable:
         # Numbers on a command line are text.
         key = id if id in self._by_id else int(id) if isinstance(id, str) and id.isdecimal() else id
         if key not in self._by_id:
-            texts = [str(one) for one in self._by_id]
+            texts = [str(one) for one in islice(self._by_id, 10_000)]  # some are enough
             near = difflib.get_close_matches(str(key), texts, 3) or texts[:3]
             among = f"there are {len(self._by_id):,}, such as {', '.join(near)}" if near else "it is empty"
             raise StoreError(f"id: no row with id {id!r} in {self._store}; {among}")
