@@ -34,7 +34,8 @@ def attack() -> str:
     return (
         f"The runs that are kept: {now['mutated inputs']:,} mutated inputs (of requests and calls some are left whole, as controls), and {now['other inputs']:,} in which commands were "
         f"disturbed, with {now['kills']:,} kills; {bad if bad else 'none'} ended otherwise than promised. "
-        "Campaigns were run side by side and after mends; each has its command, seeds, commit and load in the file, of which the last "
+        "Campaigns were run side by side, and one that found something again after the mend, with other seeds; each has its command, "
+        "seeds, commit and load in the file, of which the last "
         f"one's are: {source('attack.json', False, now)} Commits: {', '.join(commits)}.\n\n{table(head, rows)}\n\n{words[0].upper()}{words[1:]}."
     )
 
