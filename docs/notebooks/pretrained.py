@@ -20,8 +20,10 @@
 import json
 import logging
 import tempfile
+import warnings
 from pathlib import Path
 
+warnings.filterwarnings("ignore", message="IProgress not found")
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
