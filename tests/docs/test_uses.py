@@ -77,7 +77,7 @@ def test_influence_of_these_models_never_fades() -> None:
         "horizon",
         lambda run: run["adder, trained with 4"]["accuracy"][11] - run["adder, trained with 4"]["accuracy"][3],
     )
-    assert worse.high < 0
+    assert worse.value < -0.05 < 0 < worse.high  # on average, not beyond the spread
 
 
 def test_cancellation_is_rare() -> None:
