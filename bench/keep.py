@@ -39,6 +39,8 @@ COMMANDS: dict[str, list[str]] = {
         for use in ("mislabelled", "curation", "horizon", "cancellation")
     },
     "workspace": ["-m", "bench.workspace", "--keep"],
+    "inline": ["-m", "bench.inline", "--keep"],
+    "per-example": ["-m", "bench.per_example", "--keep"],
     "models": ["-m", "bench.models", "--keep", "--anew"],
     "peers": ["-m", "bench.peers", "--keep"],
 }

@@ -1,7 +1,7 @@
 """This project against full per-example gradients: time and peak memory, for a linear layer and for looped models.
 
     python -m bench.per_example                     # everything; a quarter of an hour of one core
-    python -m bench.per_example --keep              # kept for this machine: docs/per-example.md is made from it
+    python -m bench.per_example --keep              # kept for this machine: docs/cpu.md is made from it
     python -m bench.per_example --parts layers      # one linear layer; "batch" and "steps": a looped model's sizes
 
 Contestants: this project, the published package, gradients by einsum, ``torch.func`` (vmap of grad), Opacus' grad

@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 Parts = dict[str, Callable[[], str]]
 
 KINDS = (
-    "attack", "capture", "explore", "host-overhead", "install", "integrations", "models", "peers", "scale", "search",
-    "sketch", "sketch-sizes", "soak", "startup", "store-layouts", "uses-cancellation", "uses-curation", "uses-horizon",
-    "uses-mislabelled", "variance-table", "workspace",
+    "attack", "capture", "explore", "host-overhead", "inline", "install", "integrations", "models", "peers",
+    "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup", "store-layouts",
+    "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""
 

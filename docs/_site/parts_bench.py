@@ -200,6 +200,42 @@ def startup() -> str:
     return "\n\n".join(texts)
 
 
+def per_example() -> str:
+    """docs/cpu.md: full per-example gradients beside the sketches."""
+    texts = []
+    for name, result in machines("per-example"):
+        texts.append(
+            f"{source(name, False, result)} Processor seconds, medians of {result['rounds']} rounds; a call may add "
+            f"{result['limit_gib']:g} GiB."
+        )
+        for part, unit in (("layers", ""), ("batch", "examples"), ("steps", "loop steps")):
+            sizes = result.get(part, [])
+            names = list(dict.fromkeys(row["name"] for size in sizes for row in size["rows"]))
+            rows = []
+            for who in names:
+                found = [next((r for r in size["rows"] if r["name"] == who), None) for size in sizes]
+                rows.append([who, *(_cell(row) for row in found)])
+            if rows:
+                texts.append(table(["over ours; MiB", *(_head(s["size"], part, unit) for s in sizes)], rows))
+    return "\n\n".join(texts)
+
+
+def _head(size: dict[str, Any], part: str, unit: str) -> str:
+    if part == "layers":
+        return f"{size['d_out']} × {size['d_in']}, {size['rows']} × {size['tokens']}"
+    return f"{size[part]} {unit}"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    """How many times as long as ours, and what a call adds at its peak."""
+    if row is None:
+        return "–"
+    if row["out_of_memory"]:
+        return "out of memory"
+    peak = "n/a" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+    return f"{row['over_ours']:.2f}; {peak}"
+
+
 PARTS: Parts = {
     "startup": startup,
     "kernels": kernels,
@@ -210,4 +246,5 @@ PARTS: Parts = {
     "explore": explore,
     "integrations": integrations,
     "peers": peers,
+    "per-example": per_example,
 }

@@ -32,7 +32,7 @@ The file needs no network and no server. It holds the leading examples of the fi
 
 [bold]Examples[/bold]
   [cyan]sdi report my-run --out influence.html[/cyan]
-  [cyan]sdi report my-run --queries 5 --exact --tokens[/cyan]   also what is computed from the model
+  [cyan]sdi report my-run --queries 5 --exact --tokens[/cyan]   and what the model computes
 """
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")]
