@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from stepinfluence.arguments import non_negative_int, positive_float, positive_int
 from stepinfluence.models._parity_data import ParityExample, collate, make_train_set
 from stepinfluence.models.parity import ParityConfig, ParityTransformer
+from stepinfluence.progress import tqdm
 
 CheckpointCallback = Callable[[int, ParityTransformer, torch.optim.Optimizer], None]
 """Called as ``on_checkpoint(step, model, optimizer)``; the learning rate is in ``optimizer.param_groups``."""

@@ -164,15 +164,16 @@ def test_scores_have_standard_errors_and_the_ranking_a_verdict(
 ) -> None:
     from stepinfluence.app.view.explore.agreement import agreement
     from stepinfluence.app.view.explore.questions import top_with_errors
+    from stepinfluence.app.view.explore.scored import What
 
     open_page(browser, address)
     until(browser, READ, "#trust", "lead by the one")
-    found, want = texts(browser, "#helpful td.score"), top_with_errors(told, 0)["helpful"]
+    found, want = texts(browser, "#helpful td.score"), top_with_errors(told, What(0))["helpful"]
     for shown, entry in zip(found, want, strict=True):
         score, error = shown.replace("−", "-").split(" ± ")
         assert float(score) == pytest.approx(entry["score"], rel=0.01)
         assert float(error) == pytest.approx(entry["error"], rel=0.06)
-    told_ = agreement(told, 0)
+    told_ = agreement(told, What(0))
     counts = [told_["sides"][side] for side in ("helpful", "harmful")]
     lines = [
         f"{c['halves'][0]} and {c['halves'][1]} of the {c['rows']} {s}"

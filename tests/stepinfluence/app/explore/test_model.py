@@ -18,7 +18,7 @@ from stepinfluence.app.view.explore.agreement import agreement
 from stepinfluence.app.view.explore.everything import overall, reverse
 from stepinfluence.app.view.explore.model import exact, tokens
 from stepinfluence.app.view.explore.page import saved_answers
-from stepinfluence.app.view.explore.scored import leading
+from stepinfluence.app.view.explore.scored import What, leading
 from stepinfluence.search import ask, exact_rows
 from stepinfluence.search.noise import halves
 
@@ -137,7 +137,7 @@ def test_the_reverse_is_corrected_alike(words: Path) -> None:
 
 
 def test_agreement_counts_what_leads_by_halves(told: Explorer) -> None:
-    found = agreement(told, 1, k=4, first=2)
+    found = agreement(told, What(1), k=4, first=2)
     shown = told.top(1, k=4, first=2)
     question = replace(ask(told.train, [told.query.features(k, [1]) for k in (0, 1)]), ranked=(1, 2))
     for side in ("helpful", "harmful"):
@@ -152,7 +152,7 @@ def test_a_page_without_a_server_holds_what_it_shows(told: Explorer) -> None:
     query = saved["byQuery"]["1"]
     assert query["exact"] == exact(told, 1)
     one = query["scores"]["sdi"]
-    assert one["agreement"] == agreement(told, 1)
+    assert one["agreement"] == agreement(told, What(1))
     for e in one["examples"]:
         for k in (0, 1):
             sides = [told.train.features(k, [e["row"]]).values[0].sum(0), told.query.features(k, [1]).values[0]]

@@ -15,6 +15,7 @@ from stepinfluence.app.view.explore import Explorer, scored
 from stepinfluence.app.view.explore.agreement import agreement
 from stepinfluence.app.view.explore.everything import overall, reverse
 from stepinfluence.app.view.explore.questions import top_with_errors
+from stepinfluence.app.view.explore.scored import What
 from stepinfluence.app.view.explore.server import make_app
 from stepinfluence.attribution.features import Features
 from stepinfluence.display.words import harmless
@@ -32,11 +33,11 @@ def test_page_and_answers(served: Served, explorer: Explorer) -> None:
     assert served.json("/api/queries", find="id 3") == explorer.queries(find="id 3")
     assert served.json("/api/example", side="train", row=2) == explorer.example("train", 2)
     assert served.json("/api/curve", query=3) == explorer.curve(3)
-    shown = top_with_errors(explorer, 3, k=4, first=2, last=5)
+    shown = top_with_errors(explorer, What(3), k=4, first=2, last=5)
     assert served.json("/api/top", query=3, k=4, first=2, last=5) == shown
     without = {side: [{k: v for k, v in e.items() if not k.startswith("error")} for e in shown[side]] for side in shown}
     assert without == explorer.top(3, k=4, first=2, last=5)
-    assert served.json("/api/agreement", query=3, checkpoint=1) == agreement(explorer, 3, checkpoint=1)
+    assert served.json("/api/agreement", query=3, checkpoint=1) == agreement(explorer, What(3, checkpoint=1))
     assert served.json("/api/overall", k=3, weights="size") == overall(explorer, k=3, weights="size")
     assert served.json("/api/reverse", train=5, k=3) == reverse(explorer, 5, k=3)
     assert served.json("/api/pair", query=3, train=5) == explorer.pair(3, 5)
@@ -169,7 +170,7 @@ def test_export_as_csv_and_json(served: Served, explorer: Explorer) -> None:
     assert status == 200
     assert headers["content-disposition"] == 'attachment; filename="influence-3.csv"'
     rows = list(csv.DictReader(io.StringIO(body.decode())))
-    found = top_with_errors(explorer, 3, k=40)
+    found = top_with_errors(explorer, What(3), k=40)
     assert len(rows) == len(found["helpful"]) + len(found["harmful"])
     assert float(rows[0]["score"]) == pytest.approx(found["helpful"][0]["score"])
     assert float(rows[0]["standard_error"]) == pytest.approx(found["helpful"][0]["error"])

@@ -30,27 +30,18 @@ def errors(
 
 
 def agreement(
-    explorer: Explorer,
-    row: int,
-    *,
-    k: int = 10,
-    first: int = 1,
-    last: int | None = None,
-    parameters: str = "",
-    score: str = "",
-    checkpoint: int | None = None,
+    explorer: Explorer, what: What, *, k: int = 10, first: int = 1, last: int | None = None
 ) -> dict[str, Any]:
     """One query's leading rows: the typical standard error of their scores, and how many lead by half the columns too.
 
     Raises:
         ValueError: as for :meth:`.Explorer.top`.
     """
-    what = What(row, score, checkpoint, parameters)
     shown = explorer.leading_rows(what, k=k, first=first, last=last)
 
     def make() -> dict[str, Any]:
         question = _question(explorer, what, first, last)
-        curvatures = explorer.curvatures(score)
+        curvatures = explorer.curvatures(what.score)
         no_errors = why_no_errors(question.train, corrected=curvatures is not None)
         no_halves = why_no_halves(question.train, corrected=curvatures is not None)
         found: dict[str, Any] = {"noErrors": no_errors, "noHalves": no_halves, "noise": None, "sides": {}}

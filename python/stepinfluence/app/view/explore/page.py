@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from stepinfluence.app.view.explore import everything
 from stepinfluence.app.view.explore.agreement import agreement, errors
@@ -15,6 +14,7 @@ from stepinfluence.app.view.explore.examples import MOST_ROWS
 from stepinfluence.app.view.explore.model import exact
 from stepinfluence.app.view.explore.scored import ALIKE, BY_SIZE, What
 from stepinfluence.app.view.page import render
+from stepinfluence.progress import tqdm
 from stepinfluence.search.topk import trajectories
 
 SCRIPTS = ("source", "lists", "state", "query", "example", "everything", "explore")
@@ -106,7 +106,7 @@ def _by_score(explorer: Explorer, row: int, score: str) -> dict[str, Any]:
         "curve": explorer.curve(row, score=score),
         "curves": [explorer.curve(row, score=score, checkpoint=k) for k in checkpoints],
         "examples": examples,
-        "agreement": agreement(explorer, row, k=SHOWN, score=score),
+        "agreement": agreement(explorer, What(row, score), k=SHOWN),
         "pairs": {
             str(e["row"]): explorer.pair(row, e["row"], score=score)
             for side in ("helpful", "harmful")

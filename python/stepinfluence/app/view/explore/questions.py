@@ -27,8 +27,8 @@ def questions_of(explorer: Explorer) -> dict[str, Question]:
         ),
         "example": lambda f: explorer.example(f.get("side", "train"), whole(f, "row")),
         "curve": lambda f: explorer.curve(whole(f, "query"), **_part(f)),
-        "top": lambda f: top_with_errors(explorer, whole(f, "query"), k=whole(f, "k", 10), **_steps(f), **_part(f)),
-        "agreement": lambda f: agreement(explorer, whole(f, "query"), k=whole(f, "k", 10), **_steps(f), **_part(f)),
+        "top": lambda f: top_with_errors(explorer, _what(f), k=whole(f, "k", 10), **_steps(f)),
+        "agreement": lambda f: agreement(explorer, _what(f), k=whole(f, "k", 10), **_steps(f)),
         "pair": lambda f: explorer.pair(whole(f, "query"), whole(f, "train"), **_score(f)),
         "compare": lambda f: explorer.compare(whole(f, "query"), whole(f, "other"), **_score(f)),
         "overall": lambda f: everything.overall(
@@ -48,19 +48,10 @@ def questions_of(explorer: Explorer) -> dict[str, Question]:
 
 
 def top_with_errors(
-    explorer: Explorer,
-    row: int,
-    *,
-    k: int = 10,
-    first: int = 1,
-    last: int | None = None,
-    parameters: str = "",
-    score: str = "",
-    checkpoint: int | None = None,
+    explorer: Explorer, what: What, *, k: int = 10, first: int = 1, last: int | None = None
 ) -> dict[str, Any]:
     """:meth:`.Explorer.top` with the standard errors of the scores where there are any: of each one's score
     (``error``) and by step (``errors``)."""
-    what = What(row, score, checkpoint, parameters)
     found = explorer.ranked(what, k=k, first=first, last=last)
     known = errors(explorer, what, [e["row"] for side in found.values() for e in side], first=first, last=last)
     return {
@@ -92,6 +83,10 @@ def _checkpoint(fields: Fields) -> int | None:
 
 def _score(fields: Fields) -> dict[str, Any]:
     return {"score": fields.get("score", ""), "checkpoint": _checkpoint(fields)}
+
+
+def _what(fields: Fields) -> What:
+    return What(whole(fields, "query"), **_part(fields))
 
 
 def _part(fields: Fields) -> dict[str, Any]:
