@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import D
 
-pytestmark = pytest.mark.numeric
-
 BOUND = 1e-10
 """Relative, in float64: a hundred thousand times its rounding."""
 LossFn = Callable[[Any, Any], Tensor]

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import D
 
-pytestmark = pytest.mark.numeric
-
 BATCHES = [zoo.make_batch(size, tokens, seed=size, dtype=torch.float64) for size, tokens in ((3, 4), (2, 3), (1, 4))]
 
 
