@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
@@ -198,7 +197,6 @@ def test_a_loss_function_is_neither_kept_alive_nor_mistaken_for_its_successor() 
         checked.add("followed")
         assert memory.recall(loss_fn, "state").covers("followed")
         del loss_fn
-        gc.collect()
     assert len(memory._known) == 1
 
 
