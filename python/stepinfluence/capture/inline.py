@@ -28,6 +28,7 @@ from stepinfluence.capture.sketched_run import VERIFIED_SHARE
 from stepinfluence.capture.sources import Piece, Source
 from stepinfluence.capture.taps import has_tap
 from stepinfluence.capture.targets import Target
+from stepinfluence.capture.threads import one_thread
 from stepinfluence.errors import BodyError, LayoutError, LossError, StepInfluenceError
 
 if TYPE_CHECKING:
@@ -80,15 +81,18 @@ class Inline:
 
     def __enter__(self) -> Inline:
         capture = self._capture
-        self._space = capture.space()  # reads the hooks on parameters, before there is one of ours
-        self._builder = FeatureBuilder(
-            capture.width, capture.dtype, capture.device, per_step=self._per_step, expected=self._size or 0
-        )
-        capture.tapped.steps.reset()
-        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
-        self._stack.enter_context(self._interceptor)
-        self._watching = self._stack.enter_context(ExitStack())
-        self._watching.enter_context(capture.tapped.steps.watching())
+        with ExitStack() as opened:
+            opened.enter_context(one_thread(capture.model))
+            self._space = capture.space()  # reads the hooks on parameters, before there is one of ours
+            self._builder = FeatureBuilder(
+                capture.width, capture.dtype, capture.device, per_step=self._per_step, expected=self._size or 0
+            )
+            capture.tapped.steps.reset()
+            opened.enter_context(torch.compiler.set_stance("force_eager"))
+            opened.enter_context(self._interceptor)
+            self._watching = opened.enter_context(ExitStack())
+            self._watching.enter_context(capture.tapped.steps.watching())
+            self._stack = opened.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

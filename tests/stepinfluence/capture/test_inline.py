@@ -5,6 +5,7 @@ That a run of its own is right is what the other files of this folder test.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -302,3 +303,24 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
     error = (inline.features.values - expected.values).norm() / expected.values.norm()
     assert float(error) <= BOUND
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_one_thread_at_a_time() -> None:
+    model = dense()
+    capture, found = attach(model, body="core", sketch_size=16), []
+
+    def other() -> None:
+        try:
+            with capture.inline(batch_of()):
+                pass
+        except BodyError as error:
+            found.append(str(error))
+
+    with capture.inline(batch_of()) as inline:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        inline.losses(zoo.squared_error(model, batch_of())).sum().backward()
+    assert len(found) == 1
+    assert "another thread" in found[0]
+    assert len(inline.features) == 3
