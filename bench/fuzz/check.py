@@ -42,9 +42,10 @@ class Outcome:
 
 
 def judge(spec: Spec, *, exact: bool = True, verify: bool = True) -> dict[str, Outcome]:
-    """Outcomes by capture: ``sketched`` (:func:`stepinfluence.attach`) and, if asked for, ``exact``.
+    """Outcomes by capture: ``sketched`` (:func:`stepinfluence.attach`), ``inline`` (its training steps) and, if asked
+    for, ``exact``.
 
-    The second is left out where examples are mixed, which it does not claim to notice.
+    The last is left out where examples are mixed, which it does not claim to notice.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -60,7 +61,7 @@ def judge(spec: Spec, *, exact: bool = True, verify: bool = True) -> dict[str, O
         unfit = reason_to_discard(spec, truth)
         if unfit:
             return {"sketched": Outcome("discarded", unfit)}
-        found = {"sketched": sketched(spec, model, body, batches, truth, verify)}
+        found = {"sketched": sketched(spec, model, body, batches, truth, verify), "inline": inline(spec, truth)}
         if exact and not spec.mixes:
             found["exact"] = exactly(spec, model, body, batches, truth)
         return found
@@ -91,6 +92,27 @@ def sketched(
     if spec.mixes:
         return Outcome("accepted")
     return compared(spec, features.values, truth.gradients @ sketching(capture, truth), batches)
+
+
+def inline(spec: Spec, truth: Truth) -> Outcome:
+    """A training step on each batch, of a model as it was made: nothing puts its buffers back."""
+    rows: list[Tensor] = []
+    try:
+        for k in range(len(spec.batches)):
+            model, body, batches = build(spec)
+            model.recompute = True
+            model.train(spec.training)
+            capture = attach(model, body=body, sketch_size=SKETCH_SIZE)
+            with capture.inline(batches[k], per_step=True) as step:
+                step.losses(loss_fn(model, batches[k])).mean().backward()
+            rows.append(step.features.values)
+    except Exception as error:
+        return refusal(spec, error)
+    if spec.mixes:
+        return Outcome("accepted")
+    steps = max(r.shape[1] for r in rows)
+    found = torch.cat([nn.functional.pad(r, (0, 0, 0, steps - r.shape[1])) for r in rows])
+    return compared(spec, found.sum(1) if spec.summed else found, truth.gradients @ sketching(capture, truth), batches)
 
 
 def exactly(spec: Spec, model: nn.Module, body: list[nn.Module], batches: list[Tensor], truth: Truth) -> Outcome:

@@ -29,7 +29,7 @@ from stepinfluence.capture.sources import Piece, Source
 from stepinfluence.capture.taps import has_tap
 from stepinfluence.capture.targets import Target
 from stepinfluence.capture.threads import one_thread
-from stepinfluence.errors import BodyError, LayoutError, LossError, StepInfluenceError
+from stepinfluence.errors import BodyError, LayoutError, LossError, StepInfluenceError, UnsupportedUseError
 
 if TYPE_CHECKING:
     from stepinfluence.capture.sketched import Capture
@@ -40,8 +40,8 @@ ONE_LOSS = "; return one loss per example (B,), pass it through inline.losses(..
 class _Recorder(SketchRecorder):
     """A recorder in a backward pass that also gives parameters their gradients, through the hooks on them."""
 
-    def __init__(self, capture: Capture, buffer: Tensor, *, wait: bool) -> None:
-        super().__init__(capture.sketching, buffer, wait=wait)
+    def __init__(self, capture: Capture, buffer: Tensor) -> None:
+        super().__init__(capture.sketching, buffer)
         self._hooks = Hooks([(t.name, t.parameter) for t in capture.targets])
 
     def dense(self, source: Source, use: Use, grads: Tensor, first: int) -> None:
@@ -112,6 +112,7 @@ class Inline:
         Raises:
             LossError: another shape, no gradient, or not finite (names the examples).
             BodyError: the forward pass did not enter the loop.
+            UnsupportedUseError: the model has hooks that see gradients (those on parameters aside).
             LayoutError: whose the rows are cannot be followed through the forward pass; :meth:`Capture.featurize` can
                 find it out, by further passes.
         """
@@ -121,6 +122,12 @@ class Inline:
         if tapped.steps.count == 0:
             raise BodyError(
                 "body: the loop was never entered between the beginning of inline(...) and inline.losses(...)"
+            )
+        modules = self._capture.model.modules()
+        if interceptor.hooked or any(m._backward_hooks or m._backward_pre_hooks for m in modules):
+            raise UnsupportedUseError(
+                "inline: a hook of the model's sees gradients on their way back; whether it mixes examples, clips or "
+                "rounds cannot be checked within a training step; take it off, or use capture.featurize, which checks"
             )
         interceptor.shared.size = len(losses)
         if len(losses) > 1 and not followed_to(interceptor, losses):
@@ -157,14 +164,12 @@ class Inline:
         self._check_roots(args[0] if args else kwargs["tensors"], losses)
         if self._features is not None or self._problem is not None:
             raise LossError("inline: a second backward pass; open a context of its own for each")
-        model = self._capture.model
-        hooked = interceptor.hooked or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
         buffer = self._builder.reserve(len(losses), steps.count)
         handles = [losses.register_hook(self._weighted)]
         if self._verified and not interceptor.usage.outside:
             handles += [self._keep_gradient(t) for t in self._capture.targets]
         try:
-            with interceptor.receiving(losses, _Recorder(self._capture, buffer, wait=not hooked)), interceptor:
+            with interceptor.receiving(losses, _Recorder(self._capture, buffer)), interceptor:
                 result = func(*args, **kwargs)
         finally:
             for handle in handles:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from stepinfluence import BodyError, Capture, LayoutError, LossError, attach
+from stepinfluence import BodyError, Capture, LayoutError, LossError, UnsupportedUseError, attach
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import D
@@ -246,6 +246,23 @@ def test_what_is_forgotten_is_said() -> None:
     with pytest.raises(LayoutError, match="no size in common"):
         capture.inline({"x": torch.zeros(2, 3), "y": torch.zeros(5)})
     check(model, capture)  # and none of it stays
+
+
+@pytest.mark.parametrize("where", ["module", "activation"])
+def test_hooks_that_see_gradients_are_refused(where: str) -> None:
+    """They may do to them what no forward pass shows."""
+
+    def forward(core: Any, x: Tensor) -> Tensor:
+        y = core.mix(x)
+        if where == "activation":
+            y.register_hook(lambda gradient: gradient - gradient.mean(0))
+        return y.tanh()
+
+    model = looped(zoo.Core(forward, mix=nn.Linear(D, D)))
+    if where == "module":
+        model.core.mix.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedUseError, match="a hook of the model's sees gradients"):
+        step(model, attach(model, body="core", sketch_size=16), lambda losses: losses.sum())
 
 
 def test_examples_that_mix_are_refused() -> None:
