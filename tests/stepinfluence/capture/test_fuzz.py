@@ -58,7 +58,9 @@ def test_a_hook_that_takes_gradients_of_a_checkpointed_step_is_right(how: str, a
         "unpad": {"op": "unpad", "how": "rows", "back": "unbind", "inner": [hooked]},
     }
     found = check.judge(replace(a_spec(LINEAR, wrapped[around]), loop="checkpointed"))
-    assert {outcome.verdict for outcome in found.values()} == {"right"}, found
+    assert {name: outcome.verdict for name, outcome in found.items()} == {
+        "sketched": "right", "inline": "refused", "exact": "right"
+    }, found  # fmt: skip
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -93,7 +95,9 @@ def test_every_kind_was_found() -> None:
 
 def test_plain_models_are_right() -> None:
     found = check.judge(a_spec(LINEAR, {"op": "attention", "how": "sdpa"}))
-    assert {capture: outcome.verdict for capture, outcome in found.items()} == {"sketched": "right", "exact": "right"}
+    assert {name: outcome.verdict for name, outcome in found.items()} == dict.fromkeys(
+        ("sketched", "inline", "exact"), "right"
+    )
 
 
 @pytest.mark.parametrize("summed", [False, True])
