@@ -35,4 +35,16 @@ def inline() -> str:
     )
 
 
-PARTS: Parts = {"models": models, "workspace": workspace, "inline": inline}
+def fuzz() -> str:
+    """docs/capture.md: what random looped models show."""
+    result = load("fuzz.json")
+    counts = result["verdicts"]["sketched"]
+    wrong = counts.get("wrong", 0) + counts.get("accepted", 0)
+    return (
+        f"Of {result['models']:,} random looped models {counts['right']:,} were right, {wrong} wrong, {counts['refused']} "
+        f"refused ({result['refused share']['sketched']:.1%} of those that autograd on single examples handles), and "
+        f"{counts['rejected']} that mix examples were rejected, as they must be. {source('fuzz.json', False, result)}"
+    )
+
+
+PARTS: Parts = {"models": models, "workspace": workspace, "inline": inline, "fuzz": fuzz}
