@@ -41,8 +41,8 @@ def fuzz() -> str:
     counts = result["verdicts"]["sketched"]
     wrong = counts.get("wrong", 0) + counts.get("accepted", 0)
     return (
-        f"Of {result['models']:,} random looped models {counts['right']:,} were right, {wrong} wrong, {counts['refused']} "
-        f"refused ({result['refused share']['sketched']:.1%} of those that autograd on single examples handles), and "
+        f"Of {result['models']:,} random looped models {counts['right']:,} were right, {wrong} wrong, "
+        f"{counts['refused']} refused ({result['refused share']['sketched']:.1%} of those that autograd on single examples handles), and "
         f"{counts['rejected']} that mix examples were rejected, as they must be. {source('fuzz.json', False, result)}"
     )
 
