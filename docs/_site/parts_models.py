@@ -42,8 +42,9 @@ def fuzz() -> str:
     wrong = counts.get("wrong", 0) + counts.get("accepted", 0)
     return (
         f"Of {result['models']:,} random looped models {counts['right']:,} were right, {wrong} wrong, "
-        f"{counts['refused']} refused ({result['refused share']['sketched']:.1%} of those that autograd on single examples handles), and "
-        f"{counts['rejected']} that mix examples were rejected, as they must be. {source('fuzz.json', False, result)}"
+        f"{counts['refused']} refused ({result['refused share']['sketched']:.1%} of those that autograd on single "
+        f"examples handles), and {counts['rejected']} that mix examples were rejected, as they must be. "
+        f"{source('fuzz.json', False, result)}"
     )
 
 
