@@ -14,7 +14,7 @@ from random import Random
 from typing import Any, TypeAlias
 
 from bench.attack.campaign import Attack, Campaign
-from bench.attack.made import write_store
+from bench.attack.made import halves, write_store
 from bench.attack.mutate import content_of
 from bench.attack.verdicts import LOST, SAME, Verdict, judged
 
@@ -70,16 +70,10 @@ def operations(folder: Path) -> dict[str, Operation]:
     from bench.attack.configs import module
 
     faiss.omp_set_num_threads(1)
-    parts = []
     write_store(folder / "train", per_step=True, dtype="int8", n_rows=8)
     write_store(folder / "summed", n_rows=60)
     write_store(folder / "query", per_step=True, n_rows=5)
-    for k in range(2):
-        part = folder / f"part-{k}"
-        shutil.copytree(folder / "train", part)
-        for record in sorted(part.glob("c*/*.json"))[k::2]:
-            record.unlink()
-        parts.append(part)
+    parts = halves(folder / "train", folder)
     found: dict[str, Operation] = {
         "write": lambda at: write_store(at / "store", per_step=True, dtype="int8", n_rows=8),
         "merge": lambda at: merge(parts, at / "store"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from bench.attack.campaign import Attack, Campaign
-from bench.attack.made import featurize, write_project
+from bench.attack.made import featurize, halves, write_project
 from bench.attack.mutate import content_of
 from bench.attack.processes import Disturbance, Ended, forked, must, must_work, preload, sdi
 from bench.attack.verdicts import HANG, LOST, SAME, UNCAUGHT, Verdict, judged
@@ -49,13 +49,7 @@ def commands(folder: Path) -> dict[str, Callable[[Path], Callable[[], None]]]:
     project = write_project(folder)
     run = folder / "run"
     must(sdi(*featurize(project, run)), folder)
-    parts = []
-    for k in range(2):
-        part = folder / f"part-{k}"
-        shutil.copytree(run / "train", part)
-        for record in sorted(part.glob("c*/*.json"))[k::2]:
-            record.unlink()
-        parts.append(part)
+    parts = halves(run / "train", folder)
     return {
         "featurize": lambda at: sdi(*featurize(project, at / "run")),
         "influence": lambda at: sdi("influence", run, "--out", at / "influence.npy", "--device", "cpu"),

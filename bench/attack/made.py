@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,15 @@ def write_store(path: Path, *, seed: int = 0, n_rows: int = 8, **fields: Any) ->
             infos = [RowInfo(f"example {row}", f"line\n{row} \u2028 é", {"label": row}) for row in rows]
             writer.write_shard(k, shard, features, infos, failed)
     writer.finish()
+
+
+def halves(store: Path, folder: Path) -> list[Path]:
+    """Two copies of a store below a folder, each with every other shard."""
+    parts = []
+    for k in range(2):
+        part = folder / f"part-{k}"
+        shutil.copytree(store, part)
+        for record in sorted(part.glob("c*/*.json"))[k::2]:
+            record.unlink()
+        parts.append(part)
+    return parts
