@@ -2,13 +2,16 @@
 
     python -m bench.fuzz --minutes 10                     # models of seeds 0, 1, 2, ...
     python -m bench.fuzz --minutes 10 --seed 100000       # others
+    python -m bench.fuzz --models 10000 --minutes 600 --resume   # goes on where it was stopped
     python -m bench.fuzz --without recurrent "hook clamp" # leave operations out
     python -m bench.fuzz --replay 4711                    # the model of a seed again
     python -m bench.fuzz --replay '{"seed":1,"d":2,...}'  # the model of a spec again (or a file that holds one)
 
 Every model is right, refused, or wrong: wrong is a feature that differs from the sketch (or the entry) of the oracle's
 gradient by more than 1e-9 of the largest gradient of its batch, and a model that mixes examples and is not refused.
-Writes the counts, reasons of refusals and wrong models (shrunk) to ``--out``; exit status 1 if any model was wrong.
+Writes the counts, reasons of refusals and wrong models (shrunk) to ``--out``, once a minute and at the end; exit status 1
+if any model was wrong. With ``--resume`` it goes on from what ``--out`` holds; a run of several parts says the commit and
+the machine of each.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
+from stepinfluence.files import write_atomically
 from tqdm import tqdm
 
 from bench.fuzz.check import judge
@@ -32,6 +37,10 @@ from bench.fuzz.shrink import shrink
 from bench.fuzz.spec import Spec, load
 from bench.fuzz.tally import Tally, Wrong, from_json
 from bench.provenance import Provenance
+
+
+EVERY = 60
+"""Seconds between two writings of the report."""
 
 
 def seeds(first: int, models: int | None, seconds: float) -> Iterator[int]:
@@ -47,9 +56,31 @@ def seeds(first: int, models: int | None, seconds: float) -> Iterator[int]:
             yield seed
 
 
-def run(first: int, models: int | None, seconds: float, *, without: list[str], exact: bool) -> Tally:
-    tally = Tally()
-    for seed in seeds(first, models, seconds):
+class Report:
+    """The file of a run: what it has found so far, and where every part of it was made."""
+
+    def __init__(self, path: Path, first: int, *, resume: bool) -> None:
+        self.path, self.first, self.tally = path, first, Tally()
+        self.parts: list[dict[str, Any]] = []
+        self.provenance = Provenance()
+        if resume and path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["first seed"] != first:
+                raise SystemExit(f"--seed: got {first}; {path} holds a run from seed {kept['first seed']}; give that")
+            self.tally, self.parts = Tally.of_json(kept), kept["parts"]
+        self.before = self.tally.models
+
+    def write(self) -> None:
+        here = {"models": self.tally.models - self.before, "provenance": self.provenance.finish()}
+        parts = [*self.parts, here] if here["models"] or not self.parts else self.parts
+        report = {"first seed": self.first, **self.tally.as_json(), "parts": parts, "provenance": here["provenance"]}
+        write_atomically(self.path, lambda aside: aside.write_text(json.dumps(report, indent=1) + "\n", "utf-8"))
+
+
+def run(report: Report, models: int | None, seconds: float, *, without: list[str], exact: bool) -> None:
+    tally, written = report.tally, time.monotonic()
+    left = None if models is None else models - tally.models
+    for seed in seeds(report.first + tally.models, left, seconds):
         spec = draw(Random(seed), without=without)
         try:
             found = judge(spec, exact=exact)
@@ -59,7 +90,9 @@ def run(first: int, models: int | None, seconds: float, *, without: list[str], e
         tally.add(seed, spec, found)
         if any(outcome.bad for outcome in found.values()):
             tqdm.write(f"wrong: seed {seed}, {', '.join(spec.kinds()) or 'no known kind'}")
-    return tally
+        if time.monotonic() - written > EVERY:
+            report.write()
+            written = time.monotonic()
 
 
 def shrink_some(found: list[Wrong], per_kind: int, seconds: float) -> None:
@@ -117,7 +150,8 @@ def replay(what: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--models", type=int, help="stop after so many")
+    parser.add_argument("--models", type=int, help="stop after so many, those of earlier parts among them")
+    parser.add_argument("--resume", action="store_true", help="go on from what --out holds")
     parser.add_argument("--seed", type=int, default=0, help="of the first model")
     parser.add_argument("--without", nargs="*", default=[], help="operations or kinds that are not to be drawn")
     parser.add_argument("--sketches-only", action="store_true", help="leave ExactCapture out")
@@ -133,13 +167,12 @@ def main() -> int:
     if options.shrink_again is not None:
         shrink_again(options.shrink_again, options.shrink_per_kind, options.shrink)
         return 0
-    provenance = Provenance()
-    tally = run(
-        options.seed, options.models, 60 * options.minutes, without=options.without, exact=not options.sketches_only
-    )
+    report = Report(options.out, options.seed, resume=options.resume)
+    exact = not options.sketches_only
+    run(report, options.models, 60 * options.minutes, without=options.without, exact=exact)
+    tally = report.tally
     shrink_some(tally.wrong, options.shrink_per_kind, options.shrink)
-    report = {"first seed": options.seed, **tally.as_json(), "provenance": provenance.finish()}
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report.write()
     print("\n".join(tally.lines()))
     return int(bool(tally.wrong))
 

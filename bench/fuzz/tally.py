@@ -9,6 +9,9 @@ from typing import Any
 from bench.fuzz.check import Outcome
 from bench.fuzz.spec import KINDS, Spec, load
 
+SHOWN = 3
+"""Seeds kept of a reason."""
+
 
 @dataclass
 class Wrong:
@@ -49,11 +52,24 @@ def from_json(data: dict[str, Any]) -> Wrong:
 
 
 @dataclass
+class Reason:
+    """How often a capture gave it, and the seeds of a few models that show it."""
+
+    count: int = 0
+    seeds: list[int] = field(default_factory=list)
+
+    def add(self, seed: int) -> None:
+        self.count += 1
+        if len(self.seeds) < SHOWN:
+            self.seeds.append(seed)
+
+
+@dataclass
 class Tally:
     """Counts by capture, verdict and reason; the wrong models; an example of every reason."""
 
     verdicts: dict[str, Counter[str]] = field(default_factory=dict)
-    reasons: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
+    reasons: dict[tuple[str, str, str], Reason] = field(default_factory=dict)
     wrong: list[Wrong] = field(default_factory=list)
     models: int = 0
     kinds: dict[str, Counter[str]] = field(default_factory=lambda: {k: Counter() for k in (*KINDS, "none of these")})
@@ -65,7 +81,7 @@ class Tally:
         for capture, outcome in found.items():
             self.verdicts.setdefault(capture, Counter())[outcome.verdict] += 1
             if outcome.reason:
-                self.reasons.setdefault((capture, outcome.verdict, outcome.reason), []).append(seed)
+                self.reasons.setdefault((capture, outcome.verdict, outcome.reason), Reason()).add(seed)
             if outcome.bad:
                 self.wrong.append(Wrong(seed, capture, outcome, spec))
 
@@ -76,20 +92,33 @@ class Tally:
         return (counts["refused"] + counts["crashed"]) / max(1, handled)
 
     def as_json(self) -> dict[str, Any]:
-        """The report; of every reason the count and the seeds of a few models that show it."""
-        ordered = sorted(self.reasons.items(), key=lambda item: -len(item[1]))
+        """The report, from which :meth:`of_json` makes this again."""
         return {
             "models": self.models,
             "verdicts": {capture: dict(counts) for capture, counts in self.verdicts.items()},
             "refused share": {capture: round(self.refused(capture), 4) for capture in self.verdicts},
             "verdicts of sketches by kind": {kind: dict(counts) for kind, counts in self.kinds.items()},
             "reasons": [
-                {"capture": capture, "verdict": verdict, "reason": reason, "count": len(seeds), "seeds": seeds[:3]}
-                for (capture, verdict, reason), seeds in ordered
+                {"capture": capture, "verdict": verdict, "reason": reason, "count": found.count, "seeds": found.seeds}
+                for (capture, verdict, reason), found in self.ordered()
             ],
             "minimal": self.minimal(),
             "wrong": [wrong.as_json() for wrong in self.wrong],
         }
+
+    @classmethod
+    def of_json(cls, report: dict[str, Any]) -> Tally:
+        """What a report says, so that a run can go on; wrong models are known by their kept specs."""
+        kinds = {kind: Counter(counts) for kind, counts in report["verdicts of sketches by kind"].items()}
+        verdicts = {capture: Counter(counts) for capture, counts in report["verdicts"].items()}
+        reasons = {
+            (r["capture"], r["verdict"], r["reason"]): Reason(r["count"], list(r["seeds"])) for r in report["reasons"]
+        }
+        return cls(verdicts, reasons, [from_json(data) for data in report["wrong"]], report["models"], kinds)
+
+    def ordered(self) -> list[tuple[tuple[str, str, str], Reason]]:
+        """Reasons, the most frequent first."""
+        return sorted(self.reasons.items(), key=lambda item: -item[1].count)
 
     def minimal(self) -> dict[str, list[dict[str, Any]]]:
         """Shrunk wrong models by kind; of those with several kinds, nothing tells which one it is."""
@@ -105,8 +134,8 @@ class Tally:
         for capture, counts in self.verdicts.items():
             parts = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
             shown.append(f"{capture}: {parts}; refused {100 * self.refused(capture):.1f} %")
-        for (capture, verdict, reason), seeds in sorted(self.reasons.items(), key=lambda item: -len(item[1])):
-            shown.append(f"{len(seeds):>6}  {capture} {verdict} (seed {seeds[0]}): {reason}")
+        for (capture, verdict, reason), found in self.ordered():
+            shown.append(f"{found.count:>6}  {capture} {verdict} (seed {found.seeds[0]}): {reason}")
         for wrong in self.wrong:
             kept, outcome = wrong.minimal or wrong.spec, wrong.minimal_outcome or wrong.outcome
             name = ", ".join(kept.kinds()) or "no known kind"

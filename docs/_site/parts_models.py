@@ -40,11 +40,13 @@ def fuzz() -> str:
     result = load("fuzz.json")
     counts = result["verdicts"]["sketched"]
     wrong = counts.get("wrong", 0) + counts.get("accepted", 0)
+    parts = result.get("parts", [])  # a run that was stopped and went on
+    stopped = f" The run has {len(parts)} parts, each with its commit in the file." if len(parts) > 1 else ""
     return (
         f"Of {result['models']:,} random looped models {counts['right']:,} were right, {wrong} wrong, "
         f"{counts['refused']} refused ({result['refused share']['sketched']:.1%} of those that autograd on single "
         f"examples handles), and {counts['rejected']} that mix examples were rejected, as they must be. "
-        f"{source('fuzz.json', False, result)}"
+        f"{source('fuzz.json', False, result)}{stopped}"
     )
 
 
