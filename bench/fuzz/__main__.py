@@ -9,9 +9,9 @@
 
 Every model is right, refused, or wrong: wrong is a feature that differs from the sketch (or the entry) of the oracle's
 gradient by more than 1e-9 of the largest gradient of its batch, and a model that mixes examples and is not refused.
-Writes the counts, reasons of refusals and wrong models (shrunk) to ``--out``, once a minute and at the end; exit status 1
-if any model was wrong. With ``--resume`` it goes on from what ``--out`` holds; a run of several parts says the commit and
-the machine of each.
+Writes the counts, reasons of refusals and wrong models (shrunk) to ``--out``, once a minute and at the end; exit status
+1 if any model was wrong. With ``--resume`` it goes on from what ``--out`` holds; a run of several parts says the commit
+and the machine of each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from bench.fuzz.shrink import shrink
 from bench.fuzz.spec import Spec, load
 from bench.fuzz.tally import Tally, Wrong, from_json
 from bench.provenance import Provenance
-
 
 EVERY = 60
 """Seconds between two writings of the report."""
