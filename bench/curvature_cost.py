@@ -1,6 +1,6 @@
 """Time and memory of fitting a Fisher to a large store, and of asking with it.
 
-    python -m bench.curvature_cost --scratch DIR                  # 1e5 rows of 48 parameters x 2048 columns: 10 GB, int8
+    python -m bench.curvature_cost --scratch DIR                  # 1e5 rows of 48 x 2048 columns: 10 GB in int8
     python -m bench.curvature_cost --scratch DIR --rows 20000
     python -m bench.curvature_cost --scratch DIR --keep           # kept: docs/curvature.md states its figures
 
