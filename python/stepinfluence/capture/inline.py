@@ -97,7 +97,11 @@ class Inline:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
-        if kind is None and self._losses is None:
+        missing = self._losses is None
+        # The graph's taps hold the interceptor: as long as it, or this, held the losses, the graph of every step would
+        # stay, since the way from a tensor to its graph is one that Python's collector does not see.
+        self._interceptor.backward_call, self._losses, self._gradients = None, None, []
+        if kind is None and missing:
             raise LossError("inline: no losses were given to inline.losses(...)" + ONE_LOSS)
 
     def losses(self, losses: Tensor) -> Tensor:

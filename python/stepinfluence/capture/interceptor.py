@@ -149,6 +149,7 @@ class Interceptor(TorchFunctionMode):
             sink.finish()
         finally:
             handle.remove()
+            shared.arranged = None  # a saved tensor, it may be, whose graph leads back here by the taps
             shared.graph_task = -1
             self._sink, self._in_own_pass = None, False
 
@@ -374,8 +375,9 @@ class Interceptor(TorchFunctionMode):
             expanded = self._tapping.expand(self, func, args, kwargs)
             if expanded is not NotImplemented:
                 return expanded
-        # These graphs are walked once per example: they are kept out of activation checkpointing.
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        # These graphs are walked once per example: they are kept out of activation checkpointing. What is saved must
+        # not hold the graph that it is saved in (a result, such as exp's), or no collector would find the circle.
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):
             result = func(*args, **kwargs)
         self.usage.saw(func, sources, result)
         if changes_in_place(func, kwargs):

@@ -75,7 +75,8 @@ class Pass:
         found: whether owners were found by gradients.
         graph_task: autograd's number of the capture's own backward pass, while one runs.
         placements: of rows, by the identity of their owners.
-        placed, arranged: the last of these with its owners, and the last tensor that was brought in such an order.
+        placed, arranged: the last of these with its owners, and the last tensor that was brought in such an order,
+            while a backward pass runs.
     """
 
     size: int = 0
