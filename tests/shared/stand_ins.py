@@ -1,4 +1,4 @@
-"""Small stand-ins for published looped models whose code is on no package index: their loops, names of parts and losses.
+"""Small stand-ins for published looped models whose code is on no package index: their loops and names of parts.
 
 Written for the tests from the papers; nothing here is the authors' code, and no published weights fit. Module names are
 those of the published models, so that ``body=`` is what one would write for them.

@@ -222,6 +222,6 @@ def test_random_depth_by_batch() -> None:
 def test_steps_that_all_lack_gradients_are_refused() -> None:
     """The published model's eval mode: every step under ``no_grad``."""
     model = widened(Huginn(VOCABULARY, D, 2, mean_recurrence=4, backprop_depth=2))
-    with pytest.raises(BodyError, match="never used in the loop with gradients on.*training=True") as caught:
+    with pytest.raises(BodyError, match=r"never used in the loop with gradients on.*training=True") as caught:
         attach(model, body=HUGINN).featurize(batches(), plain_loss)
     assert "\n" not in str(caught.value)
