@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 from stepinfluence import Influence, align_steps, attach, influence, influence_over_checkpoints, self_influence
+from stepinfluence.app.cli.influence import _hits
+from stepinfluence.search import outliers, top_k
+from stepinfluence.search import scores as scores_of
+from stepinfluence.store import Manifest, RowInfo, Store, StoredCheckpoint, StoreWriter
 from torch import Tensor, nn
 
 NAN = torch.nan
@@ -146,6 +150,30 @@ def test_profiles_average_the_queries_that_have_the_step(scores: Influence, back
     places, found = bars(align="share")
     np.testing.assert_allclose(places, [25, 75])
     np.testing.assert_allclose(found.sum(), sums[:2].sum(1).mean(), rtol=1e-5)
+
+
+def test_searches_and_stores_keep_the_lengths(model: Halting, tmp_path: Path) -> None:
+    features = attach(model, body="core", sketch_size=16).featurize([inputs(5, 1), inputs(3, 0)], loss, progress=False)
+    space = features.space
+    writer = StoreWriter.create(
+        tmp_path / "store", Manifest((StoredCheckpoint("a", 1.0, space),), 4, 2, per_step=True, steps=5, dtype="int8")
+    )
+    for shard in writer.pending(0):
+        part = features.select(list(writer.manifest.rows_of(shard)))
+        writer.write_shard(0, shard, part, [RowInfo(str(i)) for i in part.ids])
+    writer.finish()
+    store = Store.open(tmp_path / "store")
+    taken = [5, 1, 3, 0]
+    assert store.features().select([2, 1]).lengths.tolist() == [3, 1]  # type: ignore[union-attr]
+    for train, query in ((features, features), (store, store)):
+        assert scores_of(train, query, progress=False).query_lengths.tolist() == taken  # type: ignore[union-attr]
+        assert scores_of(train, query, steps=slice(1, 3), progress=False).query_lengths is None
+        found = top_k(train, query, 2, progress=False)
+        assert [len(found.trajectory(q, 0)) for q in range(4)] == [5, 1, 3, 1]
+        torch.testing.assert_close(found.trajectory(2, 0).sum(), found.scores[2, 0])
+        hits = {q: hits for q, _, hits in _hits(found, store)}
+        assert [len(hits[q][0]["trajectory"]) for q in range(4)] == [5, 1, 3, 1]
+        assert all(len(one.steps) == max(1, taken[one.row]) for one in outliers(train, 4))
 
 
 def test_depth_may_differ_between_checkpoints(model: Halting, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def _show(found: list[Outlier], shown: str) -> None:
     if not found:
         screen.print("no training example")
         return
-    steps = len(found[0].steps)
+    steps = max(len(one.steps) for one in found)
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("", justify="right", style="dim")
     table.add_column("id", no_wrap=True, overflow="ellipsis", max_width=24)
@@ -103,7 +103,7 @@ def _show(found: list[Outlier], shown: str) -> None:
     each = -(-steps // 24)
     if steps > 1:
         table.add_column(f"steps 1–{steps}" + (f", {each} per bar" if each > 1 else ""), no_wrap=True)
-    most = float(np.nanmax(np.abs([one.steps for one in found])))
+    most = float(np.nanmax(np.abs(np.concatenate([one.steps for one in found]))))
     for place, one in enumerate(found, 1):
         cells: list[Text | str] = [str(place), printable(one.id), printable(one.text or "")]
         cells += [f"{one.loss:.3g}", f"{one.score:.3g}"]

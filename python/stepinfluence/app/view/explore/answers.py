@@ -194,7 +194,7 @@ class Explorer:
         """Energy and signed sum of some influence by step, its share in the later half, and how many rows help."""
 
         def make() -> dict[str, Any]:
-            scores = torch.from_numpy(self.scored.scores(what))
+            scores = torch.from_numpy(self.scored.scores(what))[:, self.taken(what.query)]
             totals = self.scored.totals(what, slice(0, self.query.steps))
             energy, signed = scores.abs().nansum(0).numpy(), scores.nansum(0).numpy()
             if not np.isfinite(energy).all():
@@ -227,11 +227,11 @@ class Explorer:
     def ranked(self, what: What, *, k: int, first: int = 1, last: int | None = None) -> dict[str, Any]:
         """:meth:`top` of any influence."""
         scores = self.scored.scores(what)
-        values = self.scored.totals(what, self.steps(first, last))
-        rows = self.leading_rows(what, k=k, first=first, last=last)
+        values, taken = self.scored.totals(what, self.steps(first, last)), self.taken(what.query)
+        rows, side = self.leading_rows(what, k=k, first=first, last=last), self.sides["train"]
         return {
-            side: [{**self.sides["train"].short(r), "score": float(values[r]), "sdi": scores[r].tolist()} for r in some]
-            for side, some in rows.items()
+            name: [{**side.short(r), "score": float(values[r]), "sdi": scores[r][taken].tolist()} for r in some]
+            for name, some in rows.items()
         }
 
     def leading_rows(self, what: What, *, k: int, first: int = 1, last: int | None = None) -> dict[str, list[int]]:
@@ -255,17 +255,18 @@ class Explorer:
         self.sides["train"].require(train)
         by_block: dict[str, npt.NDArray[np.float64]] = {}
         matrix: Tensor | None = None
+        taken = self.taken(row)
         asked, etas = self._asked(row, score), self.scored.etas(checkpoint)
         parts = []
         for k, one in enumerate(self.train.checkpoints):
             left = self.train.features(k, [train]).values[0]
             summed = left.sum(0) if left.dim() == 2 else left
-            parts.append((asked[k].values[0] @ summed * one.eta).tolist())
+            parts.append((asked[k].values[0, taken] @ summed * one.eta).tolist())
             if checkpoint is not None and k != checkpoint:
                 continue
-            right = asked[k].values[0] * etas[k]
+            right = asked[k].values[0, taken] * etas[k]
             if left.dim() == 2:
-                term = left @ right.T
+                term = left[taken_by(self.train, train)] @ right.T
                 matrix = term if matrix is None else matrix + term
             if one.space.layout == "concat":
                 for block in one.space.blocks:
@@ -274,7 +275,7 @@ class Explorer:
                     by_block[block.name] = by_block.get(block.name, 0) + value
         return {
             "train": self.example("train", train),
-            "sdi": self.scores(row, "", score, checkpoint)[train].tolist(),
+            "sdi": self.scores(row, "", score, checkpoint)[train][taken].tolist(),
             "byCheckpoint": parts,
             "parameters": [{"name": visible(name), "sdi": value.tolist()} for name, value in by_block.items()],
             "matrix": matrix.tolist() if matrix is not None else None,
@@ -298,6 +299,10 @@ class Explorer:
         }
 
     # ------------------------------------------------------------------------------------------------------------
+
+    def taken(self, row: int | None) -> slice:
+        """Places of the steps that a query took; all steps for queries together (None)."""
+        return slice(0, self.query.steps) if row is None else taken_by(self.query, row)
 
     def scores(self, row: int, parameters: str = "", score: str = "", checkpoint: int | None = None) -> Array:
         """``(n_train, steps)`` float32: influence of every training row on one query; NaN for rows that failed.
@@ -354,6 +359,15 @@ class Explorer:
         if not 1 <= first <= last <= count:
             raise ValueError(f"steps: got {first} to {last}; use steps from 1 to {count}")
         return slice(first - 1, last)
+
+
+def taken_by(store: Store, row: int) -> slice:
+    """Places of the steps that an example took at any checkpoint, which are what there is to show of a trajectory: at
+    least one, of zero where its loss depends on none. All where features are summed over steps."""
+    if not store.per_step:
+        return slice(None)
+    known = [store.features(k, [row], numbered=True).lengths for k in range(len(store.checkpoints))]
+    return slice(0, max(1, *(int(lengths[0]) for lengths in known if lengths is not None)))
 
 
 def _scale(values: Array) -> float:
