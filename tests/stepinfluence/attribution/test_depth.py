@@ -10,7 +10,7 @@ import pytest
 import torch
 from stepinfluence import Influence, align_steps, attach, influence, influence_over_checkpoints, self_influence
 from stepinfluence.app.cli.influence import _hits
-from stepinfluence.search import outliers, top_k
+from stepinfluence.search import outliers, rerank, top_k
 from stepinfluence.search import scores as scores_of
 from stepinfluence.store import Manifest, RowInfo, Store, StoredCheckpoint, StoreWriter
 from torch import Tensor, nn
@@ -174,6 +174,13 @@ def test_searches_and_stores_keep_the_lengths(model: Halting, tmp_path: Path) ->
         hits = {q: hits for q, _, hits in _hits(found, store)}
         assert [len(hits[q][0]["trajectory"]) for q in range(4)] == [5, 1, 3, 1]
         assert all(len(one.steps) == max(1, taken[one.row]) for one in outliers(train, 4))
+
+
+def test_exact_influence_tells_the_lengths(model: Halting) -> None:
+    capture = attach(model, body="core", sketch_size=16)
+    found = rerank(capture, loss, [inputs(5, 1)], [inputs(3, 0), inputs(1, 4, 2)], progress=False)
+    assert found.query_lengths is not None
+    assert found.query_lengths.tolist() == [3, 0, 1, 4, 2]
 
 
 def test_depth_may_differ_between_checkpoints(model: Halting, tmp_path: Path) -> None:

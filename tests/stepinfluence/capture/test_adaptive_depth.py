@@ -225,3 +225,23 @@ def test_steps_that_all_lack_gradients_are_refused() -> None:
     with pytest.raises(BodyError, match=r"never used in the loop with gradients on.*training=True") as caught:
         attach(model, body=HUGINN).featurize(batches(), plain_loss)
     assert "\n" not in str(caught.value)
+
+
+INLINE = {
+    "halting by token": (lambda: UniversalTransformer(VOCABULARY, D, 2, max_steps=4), act_loss, "transition"),
+    "exit gates": (lambda: Ouro(VOCABULARY, D, 2, layers=1, total_ut_steps=3), expected_loss, "model.layers"),
+    "examples leave": (lambda: LeavingTheBatch("put back"), plain_loss, "core"),
+    "tokens leave": (lambda: MixtureOfRecursions(VOCABULARY, D, 2, kept=(1.0, 0.4)), plain_loss, "block"),
+}
+
+
+@pytest.mark.parametrize("name", INLINE)
+def test_inline_features_are_those_of_a_featurize_call(name: str) -> None:
+    make, loss_fn, body = INLINE[name]
+    model, (batch,) = widened(make()).eval(), batches(4)
+    capture = attach(model, body=body, sketch_size=16)
+    expected = capture.featurize([batch], loss_fn)
+    with capture.inline(batch, per_step=True) as inline:
+        inline.losses(loss_fn(model, batch)).mean().backward()
+    torch.testing.assert_close(inline.features.values, expected.values)
+    assert torch.equal(inline.features.lengths, expected.lengths)
