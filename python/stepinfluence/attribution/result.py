@@ -74,7 +74,8 @@ class Influence:
         return self.sdi.flatten(2).sum(2)
 
     def energy(self) -> Tensor:
-        """SDI energy ``(Q, steps)``: sum over training examples of the absolute step influence (paper, D.3)."""
+        """SDI energy ``(Q, steps)``: sum over training examples of the absolute step influence (paper, D.3); zero at
+        steps that were not taken."""
         self._one_step_axis("energy")
         return self.sdi.abs().sum(0)
 
