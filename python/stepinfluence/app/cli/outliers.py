@@ -67,7 +67,7 @@ def run(
     if as_json:
         typer.echo(json.dumps([_json(one, by) for one in found], ensure_ascii=False, indent=2))
         return
-    _show(found, shown)
+    _show(found, shown, per_step=store.per_step)
 
 
 def _json(one: Outlier, by: str) -> dict[str, object]:
@@ -82,7 +82,7 @@ def _json(one: Outlier, by: str) -> dict[str, object]:
     }
 
 
-def _show(found: list[Outlier], shown: str) -> None:
+def _show(found: list[Outlier], shown: str, *, per_step: bool) -> None:
     import numpy as np
     from rich.table import Table
     from rich.text import Text
@@ -110,5 +110,5 @@ def _show(found: list[Outlier], shown: str) -> None:
         cells += [bars(one.steps.astype(np.float32), most, each=each)] if steps > 1 else []
         table.add_row(*cells)
     screen.print(table)
-    note = "" if steps > 1 else " The rows are summed over steps: featurize with --per-step for scores by step."
+    note = "" if per_step else " The rows are summed over steps: featurize with --per-step for scores by step."
     screen.print(Text(f"Score: {shown}.{note}", style="dim"))
