@@ -266,7 +266,7 @@ class Explorer:
                 continue
             right = asked[k].values[0, taken] * etas[k]
             if left.dim() == 2:
-                term = left[taken_by(self.train, train)] @ right.T
+                term = left[self.sides["train"].taken(train)] @ right.T
                 matrix = term if matrix is None else matrix + term
             if one.space.layout == "concat":
                 for block in one.space.blocks:
@@ -302,7 +302,7 @@ class Explorer:
 
     def taken(self, row: int | None) -> slice:
         """Places of the steps that a query took; all steps for queries together (None)."""
-        return slice(0, self.query.steps) if row is None else taken_by(self.query, row)
+        return slice(0, self.query.steps) if row is None else self.sides["query"].taken(row)
 
     def scores(self, row: int, parameters: str = "", score: str = "", checkpoint: int | None = None) -> Array:
         """``(n_train, steps)`` float32: influence of every training row on one query; NaN for rows that failed.
@@ -359,15 +359,6 @@ class Explorer:
         if not 1 <= first <= last <= count:
             raise ValueError(f"steps: got {first} to {last}; use steps from 1 to {count}")
         return slice(first - 1, last)
-
-
-def taken_by(store: Store, row: int) -> slice:
-    """Places of the steps that an example took at any checkpoint, which are what there is to show of a trajectory: at
-    least one, of zero where its loss depends on none. All where features are summed over steps."""
-    if not store.per_step:
-        return slice(None)
-    known = [store.features(k, [row], numbered=True).lengths for k in range(len(store.checkpoints))]
-    return slice(0, max(1, *(int(lengths[0]) for lengths in known if lengths is not None)))
 
 
 def _scale(values: Array) -> float:
