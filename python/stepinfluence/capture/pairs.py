@@ -248,7 +248,7 @@ class PairCapture:
 
         Args:
             train: kept with ``per_step=False``.
-            query: kept with ``per_step=True``.
+            query: kept with ``per_step=True``; without, all its steps together stand under the first.
             wanted: ``(train.size, query.size)`` bool: pairs that are needed; others may be zero.
         """
         device = self._capture.device

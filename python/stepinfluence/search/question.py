@@ -37,7 +37,7 @@ class Question:
         per_step: whether each of them is ranked for itself, rather than their sum.
         summed: whether the queries' features are summed over steps.
         harmful: whether the lowest rows come first, rather than the highest.
-        corrected: whether the queries were corrected for curvature.
+        curvature: of each checkpoint, that the queries were corrected with; None for SDI.
         valid: ``(Q,)``: False for queries that have no features.
         query_ids, etas: as in results.
         device: where to compute.
@@ -52,7 +52,7 @@ class Question:
     per_step: bool
     summed: bool
     harmful: bool
-    corrected: bool
+    curvature: tuple[Curvature, ...] | None
     valid: npt.NDArray[np.bool_]
     query_ids: tuple[Hashable, ...]
     etas: tuple[float, ...]
@@ -71,6 +71,11 @@ class Question:
     def counted(self) -> tuple[int, ...]:
         """The checkpoints that count: those with a weight; one of them where none has."""
         return tuple(k for k, eta in enumerate(self.etas) if eta) or (0,)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the queries were corrected for curvature."""
+        return self.curvature is not None
 
     def heads(self) -> tuple[Tensor, ...]:
         """By checkpoint ``(C, columns)``, one vector for each ranking: ``Q``, or ``Q * len(ranked)`` of them."""
@@ -205,7 +210,7 @@ def ask(
         per_step=per_step,
         summed=not asked.per_step,
         harmful=harmful,
-        corrected=found is not None,
+        curvature=None if found is None else tuple(found),
         valid=asked.valid,
         query_ids=asked.ids(),
         etas=weights,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,14 +14,15 @@ from torch.utils.data import default_collate
 from stepinfluence.attribution.checkpoints import PathLike, Reader
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.sameness import features_differ, losses_differ, precision
-from stepinfluence.attribution.visiting import Metric, path_list
+from stepinfluence.attribution.visiting import Metric, path_list, visit_checkpoints
 from stepinfluence.capture import Capture
 from stepinfluence.capture.pairs import PairRoute
 from stepinfluence.errors import FeatureMismatchError
 from stepinfluence.loaders import LossFn
+from stepinfluence.search.question import Question
 from stepinfluence.search.rerank import QUERY_BYTES
 from stepinfluence.search.sources import Folded, RowSource
-from stepinfluence.store import fold
+from stepinfluence.store import checkpoint_of, fold
 
 
 class Dataset(Protocol):
@@ -131,4 +133,52 @@ class RowCheck:
             f"{self._side}: row {row} (id {self._source.id_of(row)!r}) is not the example that its features were "
             f"computed from: its {what} at checkpoint {checkpoint} is another one{numbers}; put the data and the loss "
             "back, or featurize again"
+        )
+
+
+def visited(
+    question: Question, rows: Tensor, queries: Tensor, exact: Recompute
+) -> Generator[tuple[int, float], None, None]:
+    """Put each checkpoint that counts into the capture in turn, check some rows and queries at it, and give its number
+    and its eta; the model's own weights are put back when the generator is closed.
+
+    Raises:
+        FeatureMismatchError: the model's weights or an example are not those of the features (says which).
+    """
+    train = question.train
+    weights = question.etas if train.folded is None else tuple(part.eta for part in train.folded.parts)
+    checks = [
+        RowCheck("train", train, rows, exact, folded=train.folded),
+        RowCheck("query", question.query, queries, exact, folded=train.folded),
+    ]
+    visits = visit_checkpoints(exact.capture, exact.checkpoints, weights, exact.metric, reader=exact.reader)
+    with closing(visits) as every:
+        for checkpoint, eta in enumerate(every):
+            if train.folded is None and not eta:
+                continue
+            _require_weights(question, exact, checkpoint)
+            for check in checks:
+                check.visit(checkpoint)
+            yield checkpoint, eta
+
+
+def _require_weights(question: Question, exact: Recompute, checkpoint: int) -> None:
+    """Raise unless the model has the weights, and the metric, that the features were computed with."""
+    train, present = question.train, checkpoint_of(exact.capture, "present", 1.0).space
+    space = train.spaces[checkpoint if train.folded is None else 0]
+    wanted = space if train.folded is None else train.folded.parts[checkpoint]
+    # Features in memory do not tell the weights outside of the body.
+    if wanted.weights != present.weights or wanted.model_weights not in ("", present.model_weights):
+        if exact.checkpoints is None:
+            raise FeatureMismatchError(
+                f"capture: its model does not have the weights of checkpoint {checkpoint} of the features; "
+                "load that checkpoint, or pass checkpoints="
+            )
+        raise FeatureMismatchError(
+            f"checkpoints: {exact.checkpoints[checkpoint]} does not hold the weights of checkpoint {checkpoint} of the "
+            "features; give the same files in the same order, or featurize again"
+        )
+    if train.folded is None and space.metric != present.metric:
+        raise FeatureMismatchError(
+            "capture: another optimizer metric than the features'; attach with the same preconditioner"
         )

@@ -53,6 +53,7 @@ def exact_blocks(
     query: Iterable[Any],
     *,
     wanted: Wanted | None = None,
+    per_step: bool = True,
     parameters: Parameters = None,
     route: PairRoute = "auto",
     query_bytes: int = QUERY_BYTES,
@@ -63,6 +64,7 @@ def exact_blocks(
 
     Args:
         wanted: which pairs are needed; all if not given.
+        per_step: False: queries summed over their steps, all of it under the first.
     """
     if not isinstance(capture, Capture):
         raise TypeError(f"capture: got {type(capture).__name__}; pass what stepinfluence.attach returns")
@@ -74,7 +76,7 @@ def exact_blocks(
     pairs = PairCapture(capture, route=route, parameters=names)
     with isolated(capture.model, training=capture.training):
         seen: list[tuple[list[Hashable], list[int]]] = []
-        for number, group in enumerate(_groups(pairs, loss_fn, query, query_bytes, ids)):
+        for number, group in enumerate(_groups(pairs, loss_fn, query, query_bytes, ids, per_step=per_step)):
             if number:
                 require_repeatable(train, "train", has_ids=ids is not None)
             total = length_of(train)
@@ -122,13 +124,13 @@ def _ids(ids: IdsOf | None, batch: Any) -> list[Hashable] | None:
 
 
 def _groups(
-    pairs: PairCapture, loss_fn: LossFn, query: Iterable[Any], limit: int, ids: IdsOf | None
+    pairs: PairCapture, loss_fn: LossFn, query: Iterable[Any], limit: int, ids: IdsOf | None, *, per_step: bool
 ) -> Iterator[list[tuple[int, BatchGradients]]]:
     """Batches of queries with the position of their first, in groups of about ``limit`` bytes of factors."""
     group: list[tuple[int, BatchGradients]] = []
     held = first = 0
     for index, batch in enumerate(query):
-        kept = pairs.record(batch, loss_fn, _ids(ids, batch), index, per_step=True, first=first)
+        kept = pairs.record(batch, loss_fn, _ids(ids, batch), index, per_step=per_step, first=first)
         if group and held + kept.bytes > limit:
             yield group
             group, held = [], 0

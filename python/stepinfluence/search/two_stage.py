@@ -10,15 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepinfluence.attribution.visiting import visit_checkpoints
 from stepinfluence.errors import FeatureMismatchError
+from stepinfluence.search.exact_corrected import corrected_scores, require_correctable
 from stepinfluence.search.index import Index
 from stepinfluence.search.question import Question
 from stepinfluence.search.ranking import NO_ROW, Ranking
-from stepinfluence.search.recompute import Batches, Recompute, RowCheck
+from stepinfluence.search.recompute import Batches, Recompute, visited
 from stepinfluence.search.rerank import exact_blocks
 from stepinfluence.search.topk import TopK, best_rows, trajectories
-from stepinfluence.store import checkpoint_of
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,11 @@ def two_stage(
     """The k best rows of each query by exact influence, among candidates found on sketches.
 
     Args:
-        question: from :func:`ask`.
+        question: from :func:`ask`. With a curvature, exact scores are corrected for the exact gradients' own Fisher
+            at the damping of the sketches' (:func:`.exact_corrected.corrected_scores`).
         k: rows per query.
         exact: what their exact influence is recomputed from.
-        candidates: how many rows each ranking hands to the exact stage.
+        candidates: how many rows each ranking hands to the exact stage; all of them with a curvature.
         index: where candidates come from; an exact scan of all rows if not given.
         progress: show progress bars on work of over two seconds.
 
@@ -71,15 +71,9 @@ def two_stage(
         raise ValueError(f"candidates: got {candidates!r} for k = {k}; give at least k")
     _require_same(question, exact)
     began = time.perf_counter()
-    if index is None:
-        found, _ = best_rows(question, candidates, progress=progress)
-    else:
-        if index.source.spaces != question.train.spaces or len(index.source) != len(question.train):
-            raise FeatureMismatchError("index: of other rows than train's; open or build it with the same store")
-        found = index.candidates(question, candidates)
-    lists = _per_query(found, question)
+    lists = _candidates(question, candidates, index, progress=progress)
     middle = time.perf_counter()
-    top = _ranked(question, lists, _exact_sdi(question, lists, exact, progress=progress), k)
+    top = _ranked(question, lists, _exact(question, lists, exact, progress=progress), k)
     estimates = _scores(trajectories(question, top.rows), question.ranked, per_step=question.per_step)
     return TwoStage(top, estimates, lists, {"candidates": middle - began, "exact": time.perf_counter() - middle})
 
@@ -88,7 +82,7 @@ def exact_rows(question: Question, rows: Tensor, *, exact: Recompute, progress: 
     """Exact influence of given rows on each query, recomputed from the model.
 
     Args:
-        question: from :func:`ask`; its steps and ``k`` play no part.
+        question: from :func:`ask`; its steps and ``k`` play no part. With a curvature all rows are recomputed.
         rows: ``(Q, n)`` int64, ascending within a query and each once, padded with -1 at the end.
         exact, progress: as for :func:`two_stage`.
 
@@ -99,13 +93,13 @@ def exact_rows(question: Question, rows: Tensor, *, exact: Recompute, progress: 
         FeatureMismatchError, ValueError: as for :func:`two_stage`.
     """
     _require_same(question, exact)
-    return _exact_sdi(question, rows, exact, progress=progress)
+    return _exact(question, rows, exact, progress=progress)
 
 
 def _require_same(question: Question, exact: Recompute) -> None:
     """Raise unless exact influence can answer a question, and its examples are as many as the features are of."""
     if question.corrected:
-        raise ValueError("question: exact influence is recomputed without curvature; ask with curvature='none'")
+        require_correctable(question)
     for name, data, want in (
         ("train", exact.train, len(question.train)),
         ("query", exact.query, len(question.query_ids)),
@@ -116,6 +110,21 @@ def _require_same(question: Question, exact: Recompute) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------
 # Candidates
+
+
+def _candidates(question: Question, count: int, index: Index | None, *, progress: bool) -> Tensor:
+    """Rows by query, ``(Q, n)`` as for :func:`exact_rows`."""
+    if question.corrected:  # what corrects a score is of all rows, so all of them are recomputed
+        rows = torch.from_numpy(question.train.valid.nonzero()[0])
+        lists = rows.repeat(len(question.query_ids), 1)
+        return lists.masked_fill(~torch.from_numpy(question.valid).unsqueeze(1), NO_ROW)
+    if index is None:
+        found, _ = best_rows(question, count, progress=progress)
+    else:
+        if index.source.spaces != question.train.spaces or len(index.source) != len(question.train):
+            raise FeatureMismatchError("index: of other rows than train's; open or build it with the same store")
+        found = index.candidates(question, count)
+    return _per_query(found, question)
 
 
 def _per_query(found: Tensor, question: Question) -> Tensor:
@@ -160,23 +169,22 @@ class _Pairs:
 # Their exact influence
 
 
+def _exact(question: Question, lists: Tensor, exact: Recompute, *, progress: bool) -> Tensor:
+    """``(*lists.shape, steps)``: exact scores, with the question's curvature."""
+    if not question.corrected:
+        return _exact_sdi(question, lists, exact, progress=progress)
+    scores = corrected_scores(question, exact, progress=progress)
+    return scores[torch.arange(len(lists)).unsqueeze(1), lists.clamp(min=0)].masked_fill(
+        (lists == NO_ROW)[..., None], 0
+    )
+
+
 def _exact_sdi(question: Question, lists: Tensor, exact: Recompute, *, progress: bool) -> Tensor:
     """``(*lists.shape, steps)``: each query's exact influence of its candidates, summed over checkpoints."""
-    train, pairs = question.train, _Pairs(lists, question)
-    weights = question.etas if train.folded is None else tuple(part.eta for part in train.folded.parts)
+    pairs = _Pairs(lists, question)
     sdi = torch.zeros(*lists.shape, question.steps)
-    checks = [
-        RowCheck("train", train, pairs.rows, exact, folded=train.folded),
-        RowCheck("query", question.query, pairs.queries, exact, folded=train.folded),
-    ]
-    visits = visit_checkpoints(exact.capture, exact.checkpoints, weights, exact.metric, reader=exact.reader)
-    with closing(visits) as visited:
-        for checkpoint, eta in enumerate(visited):
-            if train.folded is None and not eta:
-                continue
-            _require_weights(question, exact, checkpoint)
-            for check in checks:
-                check.visit(checkpoint)
+    with closing(visited(question, pairs.rows, pairs.queries, exact)) as checkpoints:
+        for _, eta in checkpoints:
             blocks = exact_blocks(
                 exact.capture,
                 exact.loss_fn,
@@ -196,28 +204,6 @@ def _exact_sdi(question: Question, lists: Tensor, exact: Recompute, *, progress:
                     values = block.sdi.float().cpu() * eta
                     sdi[pairs.queries[block.queries.start + query], slot, : values.shape[2]] += values[row, query]
     return sdi
-
-
-def _require_weights(question: Question, exact: Recompute, checkpoint: int) -> None:
-    """Raise unless the model has the weights, and the metric, that the features were computed with."""
-    train, present = question.train, checkpoint_of(exact.capture, "present", 1.0).space
-    space = train.spaces[checkpoint if train.folded is None else 0]
-    wanted = space if train.folded is None else train.folded.parts[checkpoint]
-    # Features in memory do not tell the weights outside of the body.
-    if wanted.weights != present.weights or wanted.model_weights not in ("", present.model_weights):
-        if exact.checkpoints is None:
-            raise FeatureMismatchError(
-                f"capture: its model does not have the weights of checkpoint {checkpoint} of the features; "
-                "load that checkpoint, or pass checkpoints="
-            )
-        raise FeatureMismatchError(
-            f"checkpoints: {exact.checkpoints[checkpoint]} does not hold the weights of checkpoint {checkpoint} of the "
-            "features; give the same files in the same order, or featurize again"
-        )
-    if train.folded is None and space.metric != present.metric:
-        raise FeatureMismatchError(
-            "capture: another optimizer metric than the features'; attach with the same preconditioner"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------

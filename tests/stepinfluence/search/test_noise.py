@@ -170,8 +170,6 @@ def test_exact_rows_are_those_of_two_stages() -> None:
             torch.testing.assert_close(found[q, slot].double(), want, rtol=1e-5, atol=1e-6)
     top = two_stage(question, 2, exact=recompute, candidates=N, progress=False).top
     assert top.rows.tolist() == exact.sum(2).T.topk(2).indices.tolist()
-    with pytest.raises(ValueError, match="without curvature"):
-        exact_rows(ask(*sides, curvature="fisher"), rows, exact=recompute)
 
 
 def test_a_store_tells_how_it_was_sketched(tmp_path: Path) -> None:

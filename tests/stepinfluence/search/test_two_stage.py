@@ -14,55 +14,14 @@ import zoo
 from accuracy import inner_products, multilinear
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepinfluence import Capture, ExactCapture, FeatureMismatchError, Features, StoreError, attach, influence, writers
+from looped_examples import N, Q, featurized, search, setting
+from stepinfluence import FeatureMismatchError, StoreError, attach, influence, writers
 from stepinfluence.files import read_sealed, sealed
 from stepinfluence.search import Index, Recompute, TwoStage, ask, top_k, two_stage
 from stepinfluence.store import fold_store
 from torch import Tensor
 
 faiss = pytest.importorskip("faiss")
-N, Q = 40, 3
-
-
-class Examples:
-    """Examples of ``zoo.make_batch`` one by one."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.batch = zoo.make_batch(size, seed=seed, dtype=torch.float64)
-
-    def __len__(self) -> int:
-        return len(self.batch["x"])
-
-    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
-        return {name: t[index] for name, t in self.batch.items()}
-
-
-def setting(seed: int = 0, sketch_size: int = 8) -> tuple[Capture, Examples, Examples, Tensor]:
-    """A capture with sketches that are far too small, and the exact influence, in float64."""
-    torch.manual_seed(seed)
-    model = zoo.Looped(zoo.LAYERS["mlp"]()).double().eval()
-    train, query = Examples(N, 1), Examples(Q, 2)
-    exact = ExactCapture(model, body="core")
-    full = influence(
-        exact.featurize([train.batch], zoo.squared_error, per_step=False),
-        exact.featurize([query.batch], zoo.squared_error),
-    ).sdi
-    return attach(model, body="core", sketch_size=sketch_size), train, query, full
-
-
-def featurized(capture: Capture, data: Examples, *, per_step: bool) -> Features:
-    return capture.featurize([data.batch], zoo.squared_error, per_step=per_step)
-
-
-QUESTION = ("per_step", "harmful", "steps", "curvature", "damping")
-
-
-def search(capture: Capture, train: Examples, query: Examples, k: int, **options: Any) -> TwoStage:
-    rows = options.pop("features", None) or featurized(capture, train, per_step=False)
-    question = {name: options.pop(name) for name in QUESTION if name in options}
-    stages = {name: options.pop(name) for name in ("candidates", "index") if name in options}
-    asked = ask(rows, featurized(capture, query, per_step=options.pop("query_steps", True)), **question)
-    return two_stage(asked, k, exact=Recompute(capture, zoo.squared_error, train, query, **options), **stages)
 
 
 @pytest.mark.parametrize("per_step", [False, True])
@@ -150,14 +109,6 @@ def test_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoints: got None"):
         two_stage(asked, 5, exact=replace(exact, checkpoints=None), candidates=N)
     assert all(torch.equal(v, own[k]) for k, v in capture.model.state_dict().items())
-
-
-@pytest.mark.parametrize("curvature", ["fisher", "block"])
-def test_a_question_corrected_for_curvature_is_refused(curvature: str) -> None:
-    """Its estimates and the exact influence beside them would be two different scores."""
-    capture, train, query, _ = setting()
-    with pytest.raises(ValueError, match=r"^question: exact influence is recomputed without curvature"):
-        search(capture, train, query, 4, candidates=10, curvature=curvature, damping=0.1)
 
 
 def test_what_is_refused() -> None:

@@ -30,6 +30,7 @@ Positive influence: training on the example lowers the query's loss. Steps count
   [cyan]sdi query run --id q17 --step 17-32[/cyan]           who matters in the late steps?
   [cyan]sdi query run --id q17 --harmful[/cyan]              who raised the loss?
   [cyan]sdi query run --id q17 --exact[/cyan]                a short list, without sketches
+  [cyan]sdi query run --id q17 --exact --curvature fisher[/cyan]   all rows, at most 4,096
   [cyan]sdi query run --id q17 --curvature none[/cyan]       SDI alone, as the paper has it
   [cyan]sdi query run --input new.jsonl[/cyan]               examples that are in no store
   [cyan]sdi query run --row 0 --json | jq .[0].hits[0][/cyan]
@@ -52,7 +53,7 @@ def run(
         str | None, typer.Option(metavar="N[-M]", help="Rank by the influence at these steps of the query.")
     ] = None,
     harmful: Annotated[bool, typer.Option("--harmful", help="Those that raise the loss most.")] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Recompute a short list from the model.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Recompute a short list's SDI from the model.")] = False,
     candidates: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Length of that short list. \\[default: 4 k]")
     ] = None,
@@ -81,7 +82,7 @@ def run(
     if sum(given is not None for given in (ids or rows, file)) != 1:
         fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
     require_run(folder)
-    number = _damping(curvature, damping, exact=exact)
+    number = _damping(curvature, damping)
     screen = console(json_output=True)
     with screen.status("reading"):
         from stepinfluence.app.runs.curvatures import scores_to_show
@@ -99,7 +100,7 @@ def run(
             source = opened.store(query or opened.other(train))
             asked = ask_rows(opened, source, [*(source.find(i) for i in ids or ()), *(rows or ())])
         ranked = _steps(step, asked.features[0])
-        scores, why = scores_to_show(opened.path, store, "none" if exact else curvature, number)
+        scores, why = scores_to_show(opened.path, store, curvature or ("none" if exact else None), number)
     how: dict[str, Any] = {
         "steps": ranked,
         "harmful": harmful,
@@ -119,11 +120,9 @@ def run(
     show(console(), together, harmful=harmful, step=step, exact=exact, why=why)
 
 
-def _damping(curvature: str | None, damping: str | None, *, exact: bool) -> Damping:
+def _damping(curvature: str | None, damping: str | None) -> Damping:
     if curvature in (None, "none") and damping is not None:
         fail("damping: goes with --curvature fisher or block")
-    if curvature not in (None, "none") and exact:
-        fail("exact: recomputes scores without curvature; leave out --exact or --curvature")
     found: Damping = damping_of(damping)
     return found
 

@@ -152,7 +152,8 @@ def answer(
         exact: recompute the influence of a short list without sketches, and rank by that.
         candidates: length of the short list; 4 k if not given.
         parameters: restrict influence to body parameters, ``*`` and ``?`` allowed.
-        curvature: of each checkpoint's training rows, to correct influence with; not with ``exact``.
+        curvature: of each checkpoint's training rows, to correct influence with. With ``exact`` all training rows are
+            recomputed, and corrected for the Fisher of their exact gradients.
 
     Raises:
         StepInfluenceError, ValueError: as for :func:`stepinfluence.search.top_k` and

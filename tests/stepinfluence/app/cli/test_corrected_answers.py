@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from stepinfluence import BlockFisher, Fisher, self_influence
+from stepinfluence import BlockFisher, ExactCapture, Fisher, influence, self_influence
 from stepinfluence.app.cli import app
+from stepinfluence.app.project import Project
+from stepinfluence.app.runs.curvatures import kept_curvatures
 from stepinfluence.search import top_k
 from stepinfluence.store import Store
 from typer.testing import CliRunner, Result
@@ -101,6 +103,30 @@ def test_where_no_curvature_can_be_fitted_sdi_is_shown_with_the_reason(run: Path
     assert "these are all the same" in " ".join(said.split())
 
 
+def test_exact_corrected_scores(run: Path) -> None:
+    """By exact gradients of all training rows, at the damping that the sketches chose."""
+    command = ("query", run, "--row", "3", "-k", "4", "--curvature", "fisher")
+    project = Project.load(run.parent / "my_project.py")
+    train, asked = (project.dataset(split) for split in ("train", "query"))
+    model = project.model().eval()
+    exact = ExactCapture(model, body=model.core)
+    rows = exact.featurize([project.collate([train[r] for r in range(len(train))])], project.loss, per_step=False)
+    one = exact.featurize([project.collate([asked[3]])], project.loss)
+    store = Store.open(run / "train")
+    (fitted,) = kept_curvatures(run, store, "fisher") or ()
+    scores = influence(rows, one, curvature="fisher", damping=fitted.damping).sdi[:, 0]
+    wanted = store.checkpoints[0].eta * scores
+    found = json.loads(invoke(*command, "--exact", "--json").stdout)[0]
+    assert found["also"] == []
+    best = wanted.sum(1).topk(4)
+    assert [hit["row"] for hit in found["hits"]] == best.indices.tolist()
+    # Inner products are taken in float32, and divided by the damping: 1e-3 of the largest is far from a mistake.
+    scale = float(wanted.abs().max())
+    for hit in found["hits"]:
+        assert hit["trajectory"] == pytest.approx(wanted[hit["row"]].tolist(), abs=1e-3 * scale)
+    assert "exact, recomputed from the model" in invoke(*command, "--exact").stdout
+
+
 def test_outliers(run: Path) -> None:
     train = Store.open(run / "train")
     plain = train.checkpoints[0].eta * self_influence(train.features())
@@ -128,7 +154,7 @@ def test_outliers(run: Path) -> None:
         (("query", "--row", "3", "--curvature", "hessian"), "curvature: got 'hessian'"),
         (("query", "--row", "3", "--damping", "0.1"), "damping: goes with --curvature"),
         (("query", "--row", "3", "--curvature", "fisher", "--damping", "much"), "damping: got 'much'"),
-        (("query", "--row", "3", "--curvature", "fisher", "--exact"), "exact: recomputes scores without curvature"),
+        (("query", "--row", "3", "--curvature", "block", "--exact"), "for curvature='fisher' only"),
         (("outliers", "--by", "size"), "by: got 'size'"),
         (("outliers", "--damping", "0.1"), "damping: goes with --by leverage"),
         (("outliers", "--by", "leverage", "--curvature", "none"), "leverage needs fisher or block"),
