@@ -62,8 +62,8 @@ ALONG = {**TOKENWISE, "attention": 3, "convolution": 2, "positions": 2, "recurre
 PLAINEST = {"linear": 5, "norm": 1, "vector": 2, "lookup": 0.5}
 AROUND = {"fold": 3, "unpad": 2, "reorder": 2, "parts": 1.5, "streams": 1, "depth": 1, "subset": 1}
 LOOPS = {
-    "plain": 12, "halting": 2, "truncated": 1, "without gradient": 1, "checkpointed": 2, "implicit": 1.5,
-    "implicit anew": 0.7, "two levels": 2,
+    "plain": 12, "halting": 2, "halting by token": 1, "leaving": 1, "exits": 1, "depth of batch": 1, "truncated": 1,
+    "without gradient": 1, "checkpointed": 2, "implicit": 1.5, "implicit anew": 0.7, "two levels": 2,
 }  # fmt: skip
 
 

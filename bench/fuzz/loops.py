@@ -25,6 +25,53 @@ def halting(model: Any, x: Tensor, ids: Tensor) -> Tensor:
     return h
 
 
+def halting_by_token(model: Any, x: Tensor, ids: Tensor) -> Tensor:
+    """Adaptive computation time: every token adds up halting probabilities, and its states weighted by them; the batch
+    runs until its last token has halted."""
+    h, left, out = x, x.new_ones(ids.shape), torch.zeros_like(x)
+    for t in range(model.steps):
+        running = left > 0
+        if not bool(running.any()):
+            break
+        h = torch.where(running[..., None], model.step(h, x, ids), h)
+        p = torch.sigmoid(h.sum(-1))
+        weight = torch.where((left - p < 0.1) | (t == model.steps - 1), left, p) * running
+        out, left = out + weight[..., None] * h, torch.where(weight == left, 0.0, left - weight)
+    return out
+
+
+def leaving(model: Any, x: Tensor, ids: Tensor) -> Tensor:
+    """Every example leaves the batch after a number of steps of its own."""
+    there, h, out = torch.arange(len(x)), x, torch.zeros_like(x)
+    for t in range(model.steps):
+        h = model.step(h, x[there], ids[there])
+        stays = t < ids[there, 0] % model.steps
+        out = out.index_add(0, there[~stays], h[~stays])
+        there, h = there[stays], h[stays]
+        if not len(there):
+            break
+    return out
+
+
+def exits(model: Any, x: Tensor, ids: Tensor) -> Tensor:
+    """Exit gates: the states of all steps, by the probability with which an example leaves there."""
+    h, stays, out = x, x.new_ones(len(x)), torch.zeros_like(x)
+    for t in range(model.steps):
+        h = model.step(h, x, ids)
+        leaves = torch.sigmoid(h.sum((1, 2))) if t < model.steps - 1 else torch.ones_like(stays)
+        out, stays = out + (stays * leaves)[:, None, None] * h, stays * (1 - leaves)
+    return out
+
+
+def depth_of_batch(model: Any, x: Tensor, ids: Tensor) -> Tensor:
+    """A depth for each batch, gradients through its last two steps."""
+    h, depth = x, 1 + ids.shape[1] % (model.steps + 1)
+    for t in range(depth):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and t >= depth - 2):
+            h = model.step(h, x, ids)
+    return h
+
+
 def truncated(model: Any, x: Tensor, ids: Tensor) -> Tensor:
     """Truncated backpropagation: gradients of the last step only."""
     h = x
@@ -97,6 +144,10 @@ def two_levels(model: Any, x: Tensor, ids: Tensor) -> Tensor:
 LOOPS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "plain": plain,
     "halting": halting,
+    "halting by token": halting_by_token,
+    "leaving": leaving,
+    "exits": exits,
+    "depth of batch": depth_of_batch,
     "truncated": truncated,
     "without gradient": without_gradient,
     "checkpointed": checkpointed,

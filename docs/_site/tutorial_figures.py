@@ -1,4 +1,4 @@
-"""Draw the figures that docs/tutorial.md shows: run its code, and keep every ``figure`` that it makes.
+"""Draw the figures that docs/tutorial.md and docs/depth.md show: run their code, and keep every ``figure`` it makes.
 
 python docs/_site/tutorial_figures.py
 """
@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1]
+PAGES = ("tutorial", "depth")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-DRAWN = re.compile(r"^figure = .*?$", re.MULTILINE)
-PICTURE = re.compile(r"\(images/(tutorial-[\w-]+\.png)\)")
 
 
-def main() -> None:
-    text = (DOCS / "tutorial.md").read_text(encoding="utf-8")
-    names = iter(PICTURE.findall(text))
+def draw(page: str) -> None:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    names = iter(re.findall(rf"\(images/({page}-[\w-]+\.png)\)", text))
     known: dict[str, Any] = {}
     for block in BLOCK.findall(text):
-        for line in DRAWN.findall(block):
-            path = str(DOCS / "images" / next(names))
-            block = block.replace(line, f"{line}\nfigure.savefig({path!r}, dpi=100, bbox_inches='tight')")
         exec(block, known)  # noqa: S102  # the page's own code
-    assert next(names, None) is None, "the page shows a figure that its code does not draw"
+        if re.search(r"^figure = ", block, re.MULTILINE):
+            known["figure"].savefig(DOCS / "images" / next(names), dpi=100, bbox_inches="tight")
+    assert next(names, None) is None, f"{page}: shows a figure that its code does not draw"
 
 
 if __name__ == "__main__":
-    main()
+    for page in PAGES:
+        draw(page)

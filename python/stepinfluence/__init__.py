@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stepinfluence.attribution.allocation import allocate_sizes, gradient_energies
     from stepinfluence.attribution.checkpoints import Checkpoint, load_checkpoint
     from stepinfluence.attribution.curvature import BlockFisher, Fisher
+    from stepinfluence.attribution.depth import align_steps
     from stepinfluence.attribution.features import Features, FeatureSpace
     from stepinfluence.attribution.result import Influence
     from stepinfluence.attribution.scoring import influence, influence_over_checkpoints, self_influence
@@ -44,6 +45,7 @@ _HOMES = {
     "stepinfluence.capture": ("Capture", "ExactCapture", "attach"),
     "stepinfluence.attribution.curvature": ("BlockFisher", "Fisher"),
     "stepinfluence.attribution.checkpoints": ("Checkpoint", "load_checkpoint"),
+    "stepinfluence.attribution.depth": ("align_steps",),
     "stepinfluence.errors": (
         "BodyError",
         "CheckpointError",
@@ -85,6 +87,7 @@ __all__ = [
     "StoreError",
     "UnsupportedUseError",
     "__version__",
+    "align_steps",
     "allocate_sizes",
     "attach",
     "curvature",

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from stepinfluence.arguments import non_negative_int, one_of, positive_int
-from stepinfluence.display.table import Hit, Hits, step_columns
+from stepinfluence.attribution.depth import AXES, Align, align_steps, axis_places
+from stepinfluence.display.table import Hit, Hits, padded, step_columns
 from stepinfluence.display.words import one_type, short, top_rows
 from stepinfluence.extras import needed
 
@@ -35,13 +37,16 @@ class Influence:
 
     Attributes:
         sdi: ``(N, Q, steps)``: by query step (eq. 7) or by training step (eq. 8), as ``decompose`` says;
-            ``(N, Q, train steps, query steps)`` for ``decompose="both"`` (eq. 9).
+            ``(N, Q, train steps, query steps)`` for ``decompose="both"`` (eq. 9). Zero at steps that an example did not
+            take; tables and figures leave these out.
         decompose: which side's loop steps the trailing axes are.
         train_ids, query_ids: ids of the rows and columns.
         etas: learning-rate weight of each checkpoint.
         energies: ``(K, Q)``: absolute influence by checkpoint, summed over examples and steps; None where several
             checkpoints were added up by one call of :func:`influence`.
         train_texts, query_texts: one for each row and column; empty unless given by :meth:`with_texts`.
+        train_lengths, query_lengths: ``(N,)``, ``(Q,)`` int64: the last loop step (1-based) that an example's loss
+            depends on, at any checkpoint; None where a side is not decomposed by step, or it is not known.
     """
 
     sdi: Tensor
@@ -52,6 +57,8 @@ class Influence:
     energies: Tensor | None = None
     train_texts: tuple[str | None, ...] = ()
     query_texts: tuple[str | None, ...] = ()
+    train_lengths: Tensor | None = None
+    query_lengths: Tensor | None = None
 
     @property
     def shares(self) -> Tensor | None:
@@ -67,9 +74,39 @@ class Influence:
         return self.sdi.flatten(2).sum(2)
 
     def energy(self) -> Tensor:
-        """SDI energy ``(Q, steps)``: sum over training examples of the absolute step influence (paper, D.3)."""
+        """SDI energy ``(Q, steps)``: sum over training examples of the absolute step influence (paper, D.3); zero at
+        steps that were not taken."""
         self._one_step_axis("energy")
         return self.sdi.abs().sum(0)
+
+    def aligned(self, align: Align = "start", *, bins: int | None = None) -> Tensor:
+        """Influence by step on an axis that examples of different depth share, NaN where one has no such step.
+
+        Args:
+            align, bins: as for :func:`~stepinfluence.align_steps`: steps counted from the start, from the end, or by
+                share of an example's steps.
+
+        Returns:
+            ``(N, Q, steps)``, for ``"share"`` ``(N, Q, bins)``.
+
+        Raises:
+            ValueError: a result with two step axes, or as for :func:`~stepinfluence.align_steps`.
+        """
+        self._one_step_axis("aligned")
+        return self._aligned(slice(None), align, bins)
+
+    def _aligned(self, columns: slice, align: Align, bins: int | None) -> Tensor:
+        sdi = self.sdi[:, columns]
+        if self.decompose == "query":
+            known = None if self.query_lengths is None else self.query_lengths[columns]
+        else:
+            known = None if self.train_lengths is None else self.train_lengths.unsqueeze(1)
+        return align_steps(sdi, torch.full((1,), sdi.shape[2]) if known is None else known, align, bins=bins)
+
+    def _length(self, row: int, column: int) -> int:
+        """Steps that a pair has to show: at least one, of zero where its loss depends on none."""
+        known, place = (self.query_lengths, column) if self.decompose == "query" else (self.train_lengths, row)
+        return self.sdi.shape[2] if known is None else max(1, int(known[place]))
 
     def with_texts(self, train: Texts | None = None, query: Texts | None = None) -> Influence:
         """The same scores, with texts of examples for tables and figures.
@@ -110,7 +147,7 @@ class Influence:
         what = "Most helpful for" if largest else "Most harmful for"
         where = "" if step is None else f", by loop step {step + 1}"
         return Hits(
-            [self._hit(int(row), by_step[row], float(scores[row])) for row in order],
+            [self._hit(int(row), by_step[row, : self._length(int(row), column)], float(scores[row])) for row in order],
             f"{what} {self._query_name(column)}{where}",
         )
 
@@ -130,23 +167,38 @@ class Influence:
         column, k = self._column(query), positive_int("k", k)
         by_step = _numpy(self.sdi[:, column])
         totals = by_step.sum(1)
-        hits = [[self._hit(row, by_step[row], float(totals[row])) for row in rows] for rows in top_rows(totals, k)]
+        hits = [
+            [self._hit(row, by_step[row, : self._length(row, column)], float(totals[row])) for row in rows]
+            for rows in top_rows(totals, k)
+        ]
         return _figures(backend).trajectories(*hits, f"Influence on {self._query_name(column)}")
 
-    def plot_steps(self, query: int | None = None, *, backend: Backend = "matplotlib") -> Any:
+    def plot_steps(
+        self,
+        query: int | None = None,
+        *,
+        align: Align = "start",
+        bins: int | None = None,
+        backend: Backend = "matplotlib",
+    ) -> Any:
         """The profile over loop steps: influence summed over all training examples, and regardless of sign (paper, D.2
-        and D.3); of one query, or the mean over all.
+        and D.3); of one query, or the mean over all that have the step.
 
-        Args, Raises: as for :meth:`plot`.
+        Args:
+            align, bins: how steps of examples of different depth are put side by side, see :meth:`aligned`.
+
+        Other Args, Raises: as for :meth:`plot` and :meth:`aligned`.
         """
         self._one_step_axis("plot_steps")
-        if query is None:
-            chosen, name = self.sdi, f"the mean of {len(self.query_ids):,} queries"
-        else:
-            column = self._column(query)
-            chosen, name = self.sdi[:, column : column + 1], self._query_name(column)
-        total, energy = _numpy(chosen.sum(0).mean(0)), _numpy(chosen.abs().sum(0).mean(0))
-        return _figures(backend).profile(total, energy, f"Influence of all training examples on {name}")
+        column = None if query is None else self._column(query)
+        name = f"the mean of {len(self.query_ids):,} queries" if column is None else self._query_name(column)
+        chosen = self._aligned(slice(None) if column is None else slice(column, column + 1), align, bins)
+        there = (~chosen.isnan().flatten(0, 1).all(0)).nonzero().flatten().tolist() or [0]
+        chosen = chosen[..., there[0] : there[-1] + 1]
+        total, energy = _mean_of_sums(chosen), _mean_of_sums(chosen.abs())
+        places = axis_places(align, len(total))
+        title = f"Influence of all training examples on {name}"
+        return _figures(backend).profile(total, energy, title, places=places, axis=AXES[align])
 
     def heatmap(self, query: int = 0, k: int = 20, *, row: int | None = None, backend: Backend = "matplotlib") -> Any:
         """Influence on a query as colours: the k examples with the largest absolute sums, by loop steps. With
@@ -161,6 +213,10 @@ class Influence:
                 raise ValueError(f"row: got {row}; there are training rows 0 to {len(self.sdi) - 1}")
             matrix = self.sdi[:, column].sum(0) if row is None else self.sdi[row, column]
             of = "all training examples" if row is None else self._train_name(row)
+            if self.query_lengths is not None:
+                matrix = matrix[:, : max(1, int(self.query_lengths[column]))]
+            if self.train_lengths is not None:
+                matrix = matrix[: max(1, int(self.train_lengths.max() if row is None else self.train_lengths[row]))]
             labels = [str(step + 1) for step in range(len(matrix))]
             return figures.heatmap(
                 _numpy(matrix), labels, f"Influence of {of} on {name}", "loop step of the query", "of the training side"
@@ -170,11 +226,12 @@ class Influence:
         by_step = _numpy(self.sdi[:, column])
         rows = [int(r) for r in np.argsort(-np.abs(by_step.sum(1)), kind="stable")[: positive_int("k", k)]]
         labels = [self._train_name(r) for r in rows]
-        return figures.heatmap(by_step[rows], labels, f"Influence on {name}", "loop step", "training example")
+        shown = padded([by_step[r, : self._length(r, column)] for r in rows])
+        return figures.heatmap(shown, labels, f"Influence on {name}", "loop step", "training example")
 
     def to_pandas(self) -> pandas.DataFrame:
         """One line for each pair of training example and query: ids, texts if there are any, ``score`` (the sum over
-        steps) and ``step_1`` ... : N * Q lines.
+        steps) and ``step_1`` ... : N * Q lines. Steps that an example did not take are missing (NaN).
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -213,7 +270,7 @@ class Influence:
         if self.query_texts:
             columns["query_text"] = list(self.query_texts) * n
         by_step = _numpy(self.sdi.reshape(n * q, -1))
-        return columns | {"score": by_step.sum(1)} | step_columns(by_step)
+        return columns | {"score": by_step.sum(1)} | step_columns(_numpy(self.aligned().reshape(n * q, -1)))
 
     def _hit(self, row: int, trajectory: NDArray[Any], score: float) -> Hit:
         return Hit(row, self.train_ids[row], self.train_texts[row] if self.train_texts else None, score, trajectory)
@@ -265,6 +322,12 @@ def _texts(side: str, given: Texts, ids: tuple[Hashable, ...]) -> tuple[str | No
         got = "a string" if isinstance(given, str) else f"{len(given)} texts"
         raise ValueError(f"{side}: got {got} for {len(ids)} examples; pass one for each, or a mapping from ids")
     return tuple(given)
+
+
+def _mean_of_sums(values: Tensor) -> NDArray[Any]:
+    """``(steps,)`` from ``(N, Q, steps)``: the sum over N, its mean over those of Q that have the step."""
+    there = ~values.isnan().all(0)
+    return _numpy(values.nansum(0).where(there, torch.nan).nanmean(0).nan_to_num(0.0))
 
 
 def _numpy(values: Tensor) -> NDArray[Any]:

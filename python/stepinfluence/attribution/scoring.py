@@ -18,6 +18,7 @@ from stepinfluence.attribution.alignment import aligned_to, require_repeatable
 from stepinfluence.attribution.checkpoints import Etas, PathLike, Reader
 from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected, one_each
 from stepinfluence.attribution.curvature.damping import Damping
+from stepinfluence.attribution.depth import added, lengths_of
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.result import Decompose, Influence
 from stepinfluence.attribution.visiting import Featurizer, Metric, path_list, visit_checkpoints
@@ -129,6 +130,8 @@ def influence(
         query_ids=first_query.ids,
         etas=tuple(eta for _, _, eta in pairs),
         energies=_energy(result) if len(pairs) == 1 else None,
+        train_lengths=lengths_of([t for t, _, _ in pairs]) if decompose != "query" else None,
+        query_lengths=lengths_of([x for _, x, _ in pairs]) if decompose != "train" else None,
     )
 
 
@@ -173,11 +176,9 @@ def self_influence(
             term = eta * torch.einsum("nsd,nd->ns", features.values, grad)
         else:
             term = eta * (summed.values * grad).sum(1)
-        if total is not None and total.shape != term.shape:
-            raise ValueError(
-                "train: the checkpoints' features have different numbers of loop steps; featurize them alike"
-            )
-        total = term if total is None else total + term
+        if total is not None and total.dim() != term.dim():
+            raise ValueError("train: features of some checkpoints are summed over steps, of others not")
+        total = term if total is None else added(total, term, term.dim() - 1)
     assert total is not None
     return total
 
@@ -263,9 +264,18 @@ def influence_over_checkpoints(
 def _add(total: Influence | None, one: Influence) -> Influence:
     if total is None:
         return one
-    if one.sdi.shape != total.sdi.shape:
-        raise ValueError("query: the checkpoints' features have different numbers of loop steps; featurize them alike")
     assert total.energies is not None
     assert one.energies is not None
     energies = torch.cat([total.energies, one.energies])
-    return replace(total, sdi=total.sdi + one.sdi, etas=total.etas + one.etas, energies=energies)
+    return replace(
+        total,
+        sdi=added(total.sdi, one.sdi, 2),
+        etas=total.etas + one.etas,
+        energies=energies,
+        train_lengths=_longer(total.train_lengths, one.train_lengths),
+        query_lengths=_longer(total.query_lengths, one.query_lengths),
+    )
+
+
+def _longer(some: Tensor | None, others: Tensor | None) -> Tensor | None:
+    return None if some is None or others is None else torch.maximum(some, others)

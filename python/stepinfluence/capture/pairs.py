@@ -64,6 +64,12 @@ class ParameterGradient:
         if self.dense is not None:
             yield self.dense
 
+    def active(self) -> Tensor:
+        """``(B,)`` bool: which examples have a gradient that is not zero."""
+        found = [(r != 0).any(2) & (c != 0).any(2) for r, c in zip(self.rows, self.columns, strict=True)]
+        found += [] if self.dense is None else [(self.dense != 0).flatten(1)]
+        return torch.cat(found, 1).any(1)
+
     def matrices(self, some: slice, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The gradients of some examples, ``(n, R, C)``."""
         count = next(len(t[some]) for t in self.tensors())
@@ -85,6 +91,7 @@ class BatchGradients:
         per_step: whether gradients are kept by step, or for all steps together (under step 0).
         parts: by (parameter, step).
         ids: of the examples.
+        lengths: ``(size,)`` int64: the last step (1-based) that each example's loss depends on; None unless by step.
     """
 
     size: int
@@ -92,6 +99,7 @@ class BatchGradients:
     per_step: bool
     ids: tuple[Hashable, ...]
     parts: dict[tuple[Target, int], ParameterGradient] = field(default_factory=dict)
+    lengths: Tensor | None = None
 
     @property
     def bytes(self) -> int:
@@ -223,6 +231,10 @@ class PairCapture:
             # Whether examples are told apart is seen on sketches, as when featurizing.
             builder = FeatureBuilder(capture.width, capture.dtype, capture.device, per_step=True, expected=size)
             run.featurize_batch(builder, batch, ids, index)
+        if per_step:
+            kept.lengths = torch.zeros(size, dtype=torch.int64)
+            for (_, step), part in kept.parts.items():
+                kept.lengths = torch.maximum(kept.lengths, part.active().cpu() * (step + 1))
         wanted = {id(t) for t in self._targets}
         kept.parts = {key: part for key, part in kept.parts.items() if id(key[0]) in wanted}
         for part in kept.parts.values():

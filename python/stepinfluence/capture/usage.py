@@ -105,7 +105,8 @@ class Usage:
         if kind is self.seen:
             return BodyError(
                 f"{_shown(alike)}: never used in the loop with gradients on: what the forward pass does with it is "
-                "detached, under no_grad, or does not meet the data; set requires_grad=False on it"
+                "detached, under no_grad, or does not meet the data; set requires_grad=False on it, or run steps with "
+                "gradients (training=True, where a model does so in training mode only)"
             )
         return BodyError(
             f"{_shown(alike)}: never used: no torch call of the forward pass takes it; set requires_grad=False on "

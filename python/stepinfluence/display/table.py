@@ -28,7 +28,7 @@ class Hit:
     Attributes:
         row, id, text: of the training example; no text where none is known.
         score: what it is ranked by: the sum over the ranked steps.
-        trajectory: ``(steps,)`` influence by loop steps.
+        trajectory: ``(steps,)`` influence by loop steps: those that were taken, so not as many in every hit.
         estimate: the score from the sketches, where ``score`` is exact.
     """
 
@@ -93,7 +93,7 @@ class Hits(Sequence[Hit]):
         return [hit.id for hit in self]
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One line for each: row, id, text, score, peak_step, and ``step_1`` ... by loop steps.
+        """One line for each: row, id, text, score, peak_step, and ``step_1`` ... by loop steps (NaN: not taken).
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -109,7 +109,7 @@ class Hits(Sequence[Hit]):
                 "score": [hit.score for hit in self],
                 "peak_step": [hit.peak_step for hit in self],
             }
-            | step_columns(np.array([hit.trajectory for hit in self]).reshape(len(self), -1))
+            | step_columns(padded([hit.trajectory for hit in self]))
         )
         return frame
 
@@ -117,13 +117,18 @@ class Hits(Sequence[Hit]):
     def _most(self) -> float:
         return max((float(np.abs(hit.trajectory).max(initial=0.0)) for hit in self), default=0.0)
 
+    @property
+    def _steps(self) -> int:
+        return max((len(hit.trajectory) for hit in self), default=1)
+
     def __repr__(self) -> str:
         from stepinfluence.display.bars import bars  # needs rich, which not every GPU machine has
 
         head = ("", "row", "id", "score", "peak", "steps", "text")
         lines: list[tuple[str, ...]] = [head]
+        each = -(-self._steps // BARS)
         for place, hit in enumerate(self, 1):
-            drawn = bars(hit.trajectory, self._most, each=-(-len(hit.trajectory) // BARS)).plain
+            drawn = bars(hit.trajectory, self._most, each=each).plain
             text = "" if hit.text is None else short(hit.text, TEXT_CHARACTERS)
             cells = (str(place), str(hit.row), short(str(hit.id), 24), signed(hit.score), f"step {hit.peak_step}")
             lines.append((*cells, drawn, text))
@@ -148,7 +153,7 @@ class Hits(Sequence[Hit]):
                 html.escape(short(str(hit.id), 24)),
                 signed(hit.score),
                 f"step {hit.peak_step}",
-                sparkline(hit.trajectory, self._most),
+                sparkline(hit.trajectory, self._most, steps=self._steps),
             ]
             if with_text:
                 text = "" if hit.text is None else short(hit.text, TEXT_CHARACTERS)
@@ -158,14 +163,17 @@ class Hits(Sequence[Hit]):
         return f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def sparkline(trajectory: NDArray[Any], most: float, *, width: int = 160, height: int = 28) -> str:
+def sparkline(
+    trajectory: NDArray[Any], most: float, *, steps: int | None = None, width: int = 160, height: int = 28
+) -> str:
     """A trajectory as bars in an inline SVG: up and blue where it helps, down and orange where it harms.
 
     Args:
         trajectory: ``(steps,)``.
         most: the magnitude of a full bar.
+        steps: that there is room for, so that trajectories of several lengths have one scale; its own if not given.
     """
-    count, middle = max(1, len(trajectory)), height / 2
+    count, middle = max(1, len(trajectory) if steps is None else steps), height / 2
     step = width / count
     parts = [f'<line x1="0" x2="{width}" y1="{middle:g}" y2="{middle:g}" stroke="#9a9a9a" stroke-width="0.5"/>']
     for k, value in enumerate(np.asarray(trajectory, dtype=np.float64)):
@@ -177,6 +185,15 @@ def sparkline(trajectory: NDArray[Any], most: float, *, width: int = 160, height
             f'fill="{HELPFUL if value >= 0 else HARMFUL}"><title>step {k + 1}: {signed(float(value))}</title></rect>'
         )
     return f'<svg width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'
+
+
+def padded(trajectories: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Trajectories of several lengths as one array ``(rows, steps)``, NaN beyond the end of each."""
+    steps = max((len(one) for one in trajectories), default=0)
+    out = np.full((len(trajectories), steps), np.nan, dtype=np.result_type(np.float32, *trajectories))
+    for row, one in zip(out, trajectories, strict=True):
+        row[: len(one)] = one
+    return out
 
 
 def step_columns(trajectories: NDArray[Any]) -> dict[str, NDArray[Any]]:

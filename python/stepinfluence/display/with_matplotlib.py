@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from stepinfluence.display.style import FAINT, HARMFUL, HELPFUL, INK, SOFT, STYLE
@@ -47,12 +48,16 @@ def trajectories(helpful: Sequence[Hit], harmful: Sequence[Hit], title: str) -> 
     return figure
 
 
-def profile(total: NDArray[Any], energy: NDArray[Any], title: str) -> Figure:
+def profile(total: NDArray[Any], energy: NDArray[Any], title: str, *, places: NDArray[Any], axis: str) -> Figure:
     with mpl.rc_context(STYLE):
         figure = new_figure(3.6)
         axes = figure.add_subplot()
-        draw_profile(axes, total, energy)
-        step_axis(axes, len(total))
+        draw_profile(axes, total, energy, places)
+        if places[0] == 1:
+            step_axis(axes, len(total), label=axis)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlabel(axis)
         axes.set_ylabel("influence at this step")
         axes.set_title(title, **TITLE)
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -63,7 +68,7 @@ def heatmap(values: NDArray[Any], labels: Sequence[str], title: str, across: str
     with mpl.rc_context(STYLE):
         figure = new_figure(1.6 + 0.24 * len(values))
         axes = figure.add_subplot()
-        most = float(np.abs(values).max(initial=0.0)) or 1.0
+        most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
         edges = np.arange(values.shape[1] + 1) + 0.5, np.arange(len(values) + 1) - 0.5
         mesh = axes.pcolormesh(*edges, values, cmap="RdBu", vmin=-most, vmax=most, rasterized=True)
         axes.invert_yaxis()
@@ -101,11 +106,12 @@ def draw_trajectories(axes: Axes, helpful: Sequence[Hit], harmful: Sequence[Hit]
     legend.get_title().set_color(SOFT)
 
 
-def draw_profile(axes: Axes, total: NDArray[Any], energy: NDArray[Any]) -> None:
-    """The sum over examples as bars, and regardless of sign as a line."""
-    steps = np.arange(1, len(total) + 1)
+def draw_profile(axes: Axes, total: NDArray[Any], energy: NDArray[Any], places: NDArray[Any] | None = None) -> None:
+    """The sum over examples as bars, and regardless of sign as a line; at steps 1, 2, ... unless places are given."""
+    steps = np.arange(1, len(total) + 1) if places is None else places
+    apart = float(steps[1] - steps[0]) if len(steps) > 1 else 1.0
     colors = [HELPFUL if v >= 0 else HARMFUL for v in total]
-    axes.bar(steps, total, width=0.7, color=colors, label="sum over examples")
+    axes.bar(steps, total, width=0.7 * apart, color=colors, label="sum over examples")
     axes.step(steps, energy, where="mid", color=INK, lw=1.2, label="regardless of sign")
     axes.yaxis.set_major_formatter("{x:,.6g}")
 

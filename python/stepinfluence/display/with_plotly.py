@@ -30,12 +30,11 @@ def trajectories(helpful: Sequence[Hit], harmful: Sequence[Hit], title: str) -> 
     return figure
 
 
-def profile(total: NDArray[Any], energy: NDArray[Any], title: str) -> go.Figure:
-    steps = np.arange(1, len(total) + 1)
-    figure = go.Figure(layout=_layout(title, "loop step", "influence at this step"))
+def profile(total: NDArray[Any], energy: NDArray[Any], title: str, *, places: NDArray[Any], axis: str) -> go.Figure:
+    figure = go.Figure(layout=_layout(title, axis, "influence at this step"))
     colors = [HELPFUL if v >= 0 else HARMFUL for v in total]
-    figure.add_bar(x=steps, y=np.asarray(total), marker={"color": colors}, name="sum over examples")
-    figure.add_scatter(x=steps, y=np.asarray(energy), line={"color": INK, "shape": "hvh"}, name="regardless of sign")
+    figure.add_bar(x=places, y=np.asarray(total), marker={"color": colors}, name="sum over examples")
+    figure.add_scatter(x=places, y=np.asarray(energy), line={"color": INK, "shape": "hvh"}, name="regardless of sign")
     return figure
 
 

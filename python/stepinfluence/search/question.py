@@ -15,7 +15,7 @@ from stepinfluence.attribution.curvature import Choice, Curvature, Damping
 from stepinfluence.attribution.curvature.choice import fitted
 from stepinfluence.attribution.features import Features, Parameters
 from stepinfluence.errors import FeatureMismatchError
-from stepinfluence.search.sources import FeatureSource, Rows, RowSource, StoreSource, as_source
+from stepinfluence.search.sources import FeatureSource, Rows, RowSource, StoreSource, as_source, lengths_of
 from stepinfluence.store import Store
 
 Steps: TypeAlias = int | slice | range | None
@@ -61,6 +61,11 @@ class Question:
     @property
     def steps(self) -> int:
         return self.vectors[0].shape[1]
+
+    def lengths(self) -> Tensor | None:
+        """``(Q,)`` int64: the last step that each query's loss depends on, at any checkpoint that counts; None where
+        the queries do not tell."""
+        return lengths_of(self.query, self.counted)
 
     @property
     def counted(self) -> tuple[int, ...]:

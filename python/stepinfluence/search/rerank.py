@@ -35,6 +35,7 @@ class ExactBlock:
         rows, queries: positions in the two loaders.
         sdi: ``(len(rows), len(queries), steps)`` of the loop steps that these queries ran.
         train_ids, query_ids: their ids.
+        query_lengths: ``(len(queries),)`` int64, see :attr:`stepinfluence.Features.lengths`.
     """
 
     rows: range
@@ -42,6 +43,7 @@ class ExactBlock:
     sdi: Tensor
     train_ids: tuple[Hashable, ...]
     query_ids: tuple[Hashable, ...]
+    query_lengths: Tensor
 
 
 def exact_blocks(
@@ -89,7 +91,9 @@ def exact_blocks(
                 for start, queries in group:
                     columns = range(start, start + queries.size)
                     mask = None if wanted is None else wanted(rows, columns)
-                    yield ExactBlock(rows, columns, pairs.influence(kept, queries, mask), kept.ids, queries.ids)
+                    found = pairs.influence(kept, queries, mask)
+                    assert queries.lengths is not None
+                    yield ExactBlock(rows, columns, found, kept.ids, queries.ids, queries.lengths)
                 first += kept.size
             if number and index + 1 < len(seen):
                 raise FeatureMismatchError(
@@ -195,10 +199,17 @@ def rerank(
     sdi = torch.zeros(rows, queries, steps, dtype=capture.dtype, device=capture.device)
     train_ids: dict[int, Hashable] = {}
     query_ids: dict[int, Hashable] = {}
+    lengths = torch.zeros(queries, dtype=torch.int64)
     for b in blocks:
         sdi[b.rows.start : b.rows.stop, b.queries.start : b.queries.stop, : b.sdi.shape[2]] = b.sdi
         train_ids.update(zip(b.rows, b.train_ids, strict=True))
         query_ids.update(zip(b.queries, b.query_ids, strict=True))
+        lengths[b.queries.start : b.queries.stop] = b.query_lengths
     return Influence(
-        sdi, "query", tuple(train_ids[k] for k in range(rows)), tuple(query_ids[k] for k in range(queries)), (1.0,)
+        sdi,
+        "query",
+        tuple(train_ids[k] for k in range(rows)),
+        tuple(query_ids[k] for k in range(queries)),
+        (1.0,),
+        query_lengths=lengths,
     )

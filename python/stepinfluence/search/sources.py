@@ -112,6 +112,9 @@ class RowSource(Protocol):
     def losses(self, checkpoint: int) -> npt.NDArray[np.floating[Any]]:
         """``(N,)``; NaN for rows that failed."""
 
+    def lengths(self, checkpoint: int) -> npt.NDArray[np.int64] | None:
+        """``(N,)``: the last loop step (1-based) that each row's loss depends on; None if the rows do not tell."""
+
     def blocks(self, checkpoint: int) -> Iterator[RawBlock]:
         """All rows in order; the same cuts at every checkpoint."""
 
@@ -161,6 +164,10 @@ class FeatureSource:
 
     def losses(self, checkpoint: int) -> npt.NDArray[np.floating[Any]]:
         return np.asarray(self._features[checkpoint].losses.detach().cpu().numpy())
+
+    def lengths(self, checkpoint: int) -> npt.NDArray[np.int64] | None:
+        lengths = self._features[checkpoint].lengths
+        return None if lengths is None else np.asarray(lengths.cpu().numpy())
 
     def blocks(self, checkpoint: int) -> Iterator[RawBlock]:
         yield RawBlock(0, self._features[checkpoint].values.detach(), None)
@@ -219,6 +226,9 @@ class StoreSource:
     def losses(self, checkpoint: int) -> npt.NDArray[np.floating[Any]]:
         return self._store.losses(checkpoint)
 
+    def lengths(self, checkpoint: int) -> npt.NDArray[np.int64] | None:
+        return self._store.lengths(checkpoint)
+
     def blocks(self, checkpoint: int) -> Iterator[RawBlock]:
         kept = _KEPT_MAPS.setdefault(self._store, {})
         if checkpoint in kept:
@@ -253,6 +263,13 @@ class StoreSource:
             for shard in range(manifest.n_shards):
                 digest.update(file_digest(record_path(path, checkpoint, shard)).encode())
         return digest.hexdigest()
+
+
+def lengths_of(source: RowSource, checkpoints: Sequence[int]) -> Tensor | None:
+    """``(N,)`` int64: the last loop step (1-based) that a row's loss depends on at any of some checkpoints; None where
+    the rows do not tell."""
+    known = [found for found in (source.lengths(k) for k in checkpoints) if found is not None]
+    return torch.from_numpy(np.stack(known).max(0)) if len(known) == len(checkpoints) else None
 
 
 def as_source(name: str, given: Rows) -> FeatureSource | StoreSource:

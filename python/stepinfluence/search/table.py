@@ -79,7 +79,14 @@ def scores(
 
         write_atomically(path, fill)
         sdi = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return Influence(sdi, "query", question.train.ids(), question.query_ids, question.etas)
+    return Influence(
+        sdi,
+        "query",
+        question.train.ids(),
+        question.query_ids,
+        question.etas,
+        query_lengths=question.lengths() if question.ranked == tuple(range(question.steps)) else None,
+    )
 
 
 def _blocks(question: Question, *, progress: bool) -> Iterator[Tensor]:

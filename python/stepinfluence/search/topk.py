@@ -38,6 +38,8 @@ class TopK:
         per_step: whether each of these was ranked for itself.
         harmful: whether the most harmful rows were asked for (smallest scores first).
         etas: weight of each checkpoint.
+        lengths: ``(Q,)`` int64: the last step (1-based) that each query's loss depends on; ``sdi`` is zero beyond it.
+            None where the queries do not tell.
     """
 
     rows: Tensor
@@ -49,9 +51,15 @@ class TopK:
     per_step: bool
     harmful: bool
     etas: tuple[float, ...]
+    lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def trajectory(self, query: int, *place: int) -> Tensor:
+        """``(steps,)``: influence of one of a query's rows by the steps that the query took, at least one."""
+        steps = None if self.lengths is None else max(1, int(self.lengths[query]))
+        return self.sdi[(query, *place)][:steps]
 
     @property
     def k(self) -> int:
@@ -77,6 +85,7 @@ class TopK:
             per_step=question.per_step,
             harmful=question.harmful,
             etas=question.etas,
+            lengths=question.lengths(),
         )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from stepinfluence.attribution.curvature import Choice, Damping
 from stepinfluence.search.question import corrections, resolved_etas
-from stepinfluence.search.sources import Rows, as_source
+from stepinfluence.search.sources import Rows, as_source, lengths_of
 
 By: TypeAlias = Literal["self-influence", "leverage"]
 BLOCK_ROWS = 256
@@ -26,7 +26,7 @@ class Outlier:
         row, id: of the example.
         text: what a store holds of it, or None.
         score: self-influence or leverage, summed over steps and checkpoints.
-        steps: ``(steps,)``: by the example's own loop steps; one entry where features are summed over steps.
+        steps: ``(steps,)``: by the loop steps that the example took; one entry where features are summed over steps.
         loss: at the last checkpoint.
     """
 
@@ -88,10 +88,17 @@ def outliers(
     by_step = torch.cat(steps)
     by_step[torch.from_numpy(~source.valid)] = torch.nan
     scores, losses = by_step.sum(1).nan_to_num(-torch.inf), source.losses(len(weights) - 1)
+    lengths = lengths_of(source, range(len(weights)))
+    taken = torch.full((len(source),), by_step.shape[1]) if lengths is None else lengths.clamp(min=1)
     order = [int(row) for row in scores.argsort(descending=True, stable=True)[:k] if scores[row] > -torch.inf]
     return [
         Outlier(
-            row, source.id_of(row), source.text_of(row), float(scores[row]), by_step[row].numpy(), float(losses[row])
+            row,
+            source.id_of(row),
+            source.text_of(row),
+            float(scores[row]),
+            by_step[row, : int(taken[row])].numpy(),
+            float(losses[row]),
         )
         for row in order
     ]

@@ -223,6 +223,10 @@ class Store(StoredFeatures):
         """``(n,)`` float32; NaN for failed rows."""
         return self._gather(checkpoint, "losses", np.float32)
 
+    def lengths(self, checkpoint: int = 0) -> npt.NDArray[np.int64] | None:
+        """``(n,)`` int64: the last loop step that each row's loss depends on; None for features summed over steps."""
+        return self._gather(checkpoint, "lengths", np.int64) if self.per_step else None
+
     def _gather(self, checkpoint: int, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         parts = [self._arrays(checkpoint, shard)[name] for shard in range(self.manifest.n_shards)]
         return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)

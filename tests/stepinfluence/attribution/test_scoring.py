@@ -89,8 +89,22 @@ def test_self_influence_is_the_diagonal() -> None:
     torch.testing.assert_close(steps, full.sdi.diagonal().T)
     torch.testing.assert_close(steps.sum(1), full.tracin.diagonal())
     torch.testing.assert_close(self_influence([t.summed() for t in trains], etas=[0.2, 0.3]), steps.sum(1))
-    with pytest.raises(ValueError, match="different numbers of loop steps"):
-        self_influence([features(5, 3, 1), features(5, 2, 1)])
+    with pytest.raises(ValueError, match="some checkpoints are summed over steps"):
+        self_influence([features(5, 3, 1), features(5, 2, 1).summed()])
+
+
+def test_checkpoints_at_which_depth_differs() -> None:
+    """Adaptive computation time takes other numbers of steps at other weights."""
+    trains, queries = [features(5, 3, 1), features(5, 2, 2)], [features(4, 2, 3), features(4, 4, 4)]
+    parts = [influence(t, q) for t, q in zip(trains, queries, strict=True)]
+    whole = influence(trains, queries)
+    assert whole.sdi.shape == (5, 4, 4)
+    torch.testing.assert_close(whole.sdi[..., :2], parts[0].sdi + parts[1].sdi[..., :2])
+    torch.testing.assert_close(whole.sdi[..., 2:], parts[1].sdi[..., 2:])
+    alone = [self_influence(t) for t in trains]
+    together = self_influence(trains)
+    torch.testing.assert_close(together[:, :2], alone[0][:, :2] + alone[1])
+    torch.testing.assert_close(together[:, 2:], alone[0][:, 2:])
 
 
 def test_ranking() -> None:

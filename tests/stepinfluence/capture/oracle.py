@@ -132,7 +132,8 @@ def step_gradients(
             leaves, losses = leaves_of(one_example(batch, index, batch_dim))
             assert losses.shape == (1,)
             examples.append(leaves.grads(losses[0]))
-    return {name: torch.stack([example[name] for example in examples]) for name in names}
+    steps = max(len(grads) for example in examples for grads in example.values())  # alone, one may stop earlier
+    return {name: torch.cat([pad_steps(example[name][None], steps) for example in examples]) for name in names}
 
 
 def pad_steps(values: Tensor, steps: int) -> Tensor:

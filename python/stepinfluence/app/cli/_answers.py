@@ -70,7 +70,7 @@ def _show(screen: Console, together: Sequence[Answer], *, harmful: bool, step: s
     if first.hits and len(first.hits[0].trajectory) > 1:
         note += f"Bars: [{HELPFUL}]helps[/], [{HARMFUL}]harms[/]."
     else:
-        note += "The query is summed over steps: no trajectory."
+        note += "No trajectory: the query took one step, or is summed over steps."
     screen.print(f"[dim]{note}[/dim]")
 
 

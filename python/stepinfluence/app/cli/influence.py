@@ -124,7 +124,7 @@ def _hits(found: TopK, train: Store) -> Iterator[tuple[int, int | None, list[dic
                 row = int(found.rows[(*at, rank)])
                 if row < 0:
                     continue
-                trajectory = found.sdi[(*at, rank)]
+                trajectory = found.trajectory(*at, rank)
                 hits.append(
                     {
                         "rank": rank + 1,

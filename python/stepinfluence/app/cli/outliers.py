@@ -67,7 +67,7 @@ def run(
     if as_json:
         typer.echo(json.dumps([_json(one, by) for one in found], ensure_ascii=False, indent=2))
         return
-    _show(found, shown)
+    _show(found, shown, per_step=store.per_step)
 
 
 def _json(one: Outlier, by: str) -> dict[str, object]:
@@ -82,7 +82,7 @@ def _json(one: Outlier, by: str) -> dict[str, object]:
     }
 
 
-def _show(found: list[Outlier], shown: str) -> None:
+def _show(found: list[Outlier], shown: str, *, per_step: bool) -> None:
     import numpy as np
     from rich.table import Table
     from rich.text import Text
@@ -93,7 +93,7 @@ def _show(found: list[Outlier], shown: str) -> None:
     if not found:
         screen.print("no training example")
         return
-    steps = len(found[0].steps)
+    steps = max(len(one.steps) for one in found)
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("", justify="right", style="dim")
     table.add_column("id", no_wrap=True, overflow="ellipsis", max_width=24)
@@ -103,12 +103,12 @@ def _show(found: list[Outlier], shown: str) -> None:
     each = -(-steps // 24)
     if steps > 1:
         table.add_column(f"steps 1–{steps}" + (f", {each} per bar" if each > 1 else ""), no_wrap=True)
-    most = float(np.nanmax(np.abs([one.steps for one in found])))
+    most = float(np.nanmax(np.abs(np.concatenate([one.steps for one in found]))))
     for place, one in enumerate(found, 1):
         cells: list[Text | str] = [str(place), printable(one.id), printable(one.text or "")]
         cells += [f"{one.loss:.3g}", f"{one.score:.3g}"]
         cells += [bars(one.steps.astype(np.float32), most, each=each)] if steps > 1 else []
         table.add_row(*cells)
     screen.print(table)
-    note = "" if steps > 1 else " The rows are summed over steps: featurize with --per-step for scores by step."
+    note = "" if per_step else " The rows are summed over steps: featurize with --per-step for scores by step."
     screen.print(Text(f"Score: {shown}.{note}", style="dim"))

@@ -238,7 +238,7 @@ def _hits(train: Store, found: TopK, q: int, estimates: Tensor | None) -> tuple[
             continue
         info = train.row(row)
         estimate = None if estimates is None else float(estimates[q, place])
-        score, trajectory = float(found.scores[q, place]), found.sdi[q, place].numpy()
+        score, trajectory = float(found.scores[q, place]), found.trajectory(q, place).numpy()
         hits.append(Hit(row, info.id, info.text, score, trajectory, estimate))
     return tuple(hits)
 

@@ -39,7 +39,9 @@ def write_split(
     etas: tuple[float, ...] = (0.1, 0.2),
     texts: Sequence[str] = HOSTILE,
     shard_rows: int = 16,
+    depths: bool = False,
 ) -> None:
+    """``depths``: row r takes ``1 + r % STEPS`` steps, instead of all."""
     stored = tuple(StoredCheckpoint(f"step-{k}.pt", etas[k], space(k)) for k in range(checkpoints))
     manifest = Manifest(stored, n, shard_rows, per_step=per_step, steps=STEPS if per_step else None, sketch=SKETCH)
     writer = StoreWriter.create(path, manifest)
@@ -49,11 +51,15 @@ def write_split(
             kept = [r for r in rows if r != failed]
             generator = torch.Generator().manual_seed(1000 * seed + 100 * k + shard)
             shape = (len(kept), STEPS, 12) if per_step else (len(kept), 12)
+            taken = torch.tensor([1 + r % STEPS if depths else STEPS for r in kept])
+            values = torch.randn(shape, generator=generator)
+            if per_step:
+                values[torch.arange(STEPS) >= taken[:, None]] = 0
             features = Features(
-                values=torch.randn(shape, generator=generator),
+                values=values,
                 losses=torch.rand(len(kept), generator=generator),
                 steps=torch.full((len(kept),), STEPS),
-                lengths=torch.full((len(kept),), STEPS) if per_step else None,
+                lengths=taken if per_step else None,
                 ids=tuple(kept),
                 space=space(k),
                 step_labels=("core",) * STEPS,

@@ -11,6 +11,7 @@ from accuracy import Expected, inner_products, multilinear
 from explored import FAILED, HOSTILE, STEPS, write_split
 from stepinfluence import Fisher
 from stepinfluence.app.view.explore import Explorer
+from stepinfluence.app.view.explore.everything import reverse
 from stepinfluence.app.view.explore.page import saved_answers
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.search import scores
@@ -84,6 +85,25 @@ def test_pair_has_the_step_matrix_and_parameters(explorer: Explorer) -> None:
     by_parameter = np.sum([p["sdi"] for p in pair["parameters"]], 0)
     for found in (pair["sdi"], np.sum(pair["matrix"], 0), by_parameter):
         by_step.check(torch.as_tensor(found))
+
+
+def test_steps_that_an_example_did_not_take_are_not_shown(tmp_path: Path) -> None:
+    write_split(tmp_path / "train", 12, per_step=True, seed=1, depths=True)
+    write_split(tmp_path / "test", 6, per_step=True, seed=2, depths=True)
+    explorer = Explorer.open(tmp_path)
+    for row in range(3):
+        taken = 1 + row % STEPS
+        curve, top = explorer.curve(row), explorer.top(row, k=12)
+        assert len(curve["energy"]) == len(curve["signed"]) == taken
+        assert {len(e["sdi"]) for some in top.values() for e in some} == {taken}
+        pair = explorer.pair(row, 1)
+        assert np.shape(pair["matrix"]) == (2, taken)
+        assert len(pair["sdi"]) == len(pair["byCheckpoint"][0]) == len(pair["parameters"][0]["sdi"]) == taken
+        everywhere = reverse(explorer, 0, k=6)
+        assert all(len(e["sdi"]) == 1 + e["row"] % STEPS for e in everywhere["helpful"] + everywhere["harmful"])
+    page = saved_answers(explorer, queries=1, progress=False)["byQuery"]["0"]["scores"]
+    assert {len(e["sdi"]) for some in page.values() for e in some["examples"]} == {1}
+    assert {len(part) for some in page.values() for e in some["examples"] for part in e["parts"]} == {1}
 
 
 def test_compare_correlates_all_rows(explorer: Explorer) -> None:

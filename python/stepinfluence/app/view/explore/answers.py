@@ -194,7 +194,7 @@ class Explorer:
         """Energy and signed sum of some influence by step, its share in the later half, and how many rows help."""
 
         def make() -> dict[str, Any]:
-            scores = torch.from_numpy(self.scored.scores(what))
+            scores = torch.from_numpy(self.scored.scores(what))[:, self.taken(what.query)]
             totals = self.scored.totals(what, slice(0, self.query.steps))
             energy, signed = scores.abs().nansum(0).numpy(), scores.nansum(0).numpy()
             if not np.isfinite(energy).all():
@@ -227,11 +227,11 @@ class Explorer:
     def ranked(self, what: What, *, k: int, first: int = 1, last: int | None = None) -> dict[str, Any]:
         """:meth:`top` of any influence."""
         scores = self.scored.scores(what)
-        values = self.scored.totals(what, self.steps(first, last))
-        rows = self.leading_rows(what, k=k, first=first, last=last)
+        values, taken = self.scored.totals(what, self.steps(first, last)), self.taken(what.query)
+        rows, side = self.leading_rows(what, k=k, first=first, last=last), self.sides["train"]
         return {
-            side: [{**self.sides["train"].short(r), "score": float(values[r]), "sdi": scores[r].tolist()} for r in some]
-            for side, some in rows.items()
+            name: [{**side.short(r), "score": float(values[r]), "sdi": scores[r][taken].tolist()} for r in some]
+            for name, some in rows.items()
         }
 
     def leading_rows(self, what: What, *, k: int, first: int = 1, last: int | None = None) -> dict[str, list[int]]:
@@ -255,17 +255,18 @@ class Explorer:
         self.sides["train"].require(train)
         by_block: dict[str, npt.NDArray[np.float64]] = {}
         matrix: Tensor | None = None
+        taken = self.taken(row)
         asked, etas = self._asked(row, score), self.scored.etas(checkpoint)
         parts = []
         for k, one in enumerate(self.train.checkpoints):
             left = self.train.features(k, [train]).values[0]
             summed = left.sum(0) if left.dim() == 2 else left
-            parts.append((asked[k].values[0] @ summed * one.eta).tolist())
+            parts.append((asked[k].values[0, taken] @ summed * one.eta).tolist())
             if checkpoint is not None and k != checkpoint:
                 continue
-            right = asked[k].values[0] * etas[k]
+            right = asked[k].values[0, taken] * etas[k]
             if left.dim() == 2:
-                term = left @ right.T
+                term = left[self.sides["train"].taken(train)] @ right.T
                 matrix = term if matrix is None else matrix + term
             if one.space.layout == "concat":
                 for block in one.space.blocks:
@@ -274,7 +275,7 @@ class Explorer:
                     by_block[block.name] = by_block.get(block.name, 0) + value
         return {
             "train": self.example("train", train),
-            "sdi": self.scores(row, "", score, checkpoint)[train].tolist(),
+            "sdi": self.scores(row, "", score, checkpoint)[train][taken].tolist(),
             "byCheckpoint": parts,
             "parameters": [{"name": visible(name), "sdi": value.tolist()} for name, value in by_block.items()],
             "matrix": matrix.tolist() if matrix is not None else None,
@@ -298,6 +299,10 @@ class Explorer:
         }
 
     # ------------------------------------------------------------------------------------------------------------
+
+    def taken(self, row: int | None) -> slice:
+        """Places of the steps that a query took; all steps for queries together (None)."""
+        return slice(0, self.query.steps) if row is None else self.sides["query"].taken(row)
 
     def scores(self, row: int, parameters: str = "", score: str = "", checkpoint: int | None = None) -> Array:
         """``(n_train, steps)`` float32: influence of every training row on one query; NaN for rows that failed.

@@ -60,7 +60,10 @@ def reverse(
     queries = explorer.sides["query"]
     return {
         **{
-            name: [{**queries.short(r), "score": float(values[r]), "sdi": scores[r].tolist()} for r in rows]
+            name: [
+                {**queries.short(r), "score": float(values[r]), "sdi": scores[r][explorer.taken(r)].tolist()}
+                for r in rows
+            ]
             for name, rows in sides.items()
         },
         "helps": int((values > 0).sum()),

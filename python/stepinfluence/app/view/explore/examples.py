@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stepinfluence.app.runs.answers import Answered
 from stepinfluence.display.words import visible
@@ -49,6 +50,16 @@ class Side:
     def losses(self) -> list[Any]:
         """Losses of all rows, by checkpoint."""
         return [self.store.losses(k) for k in range(len(self.store.checkpoints))]
+
+    @functools.cached_property
+    def _lengths(self) -> NDArray[np.int64] | None:
+        known = [found for k in range(len(self.store.checkpoints)) if (found := self.store.lengths(k)) is not None]
+        return np.stack(known).max(0) if known else None
+
+    def taken(self, row: int) -> slice:
+        """Places of the steps that an example took at any checkpoint, which are what there is to show of a trajectory:
+        at least one, of zero where its loss depends on none. All where features are summed over steps."""
+        return slice(None) if self._lengths is None else slice(0, max(1, int(self._lengths[row])))
 
     def require(self, row: int) -> None:
         """Raise ValueError unless there is such a row."""

@@ -44,7 +44,8 @@ class RunModel:
             query = self._run.examples(explorer.query, [what.query])
             recompute = self._run.recompute(explorer.train, query)
             found = exact_rows(question, torch.tensor([sorted(rows)]), exact=recompute, progress=False)
-        return {row: found[0, k].tolist() for k, row in enumerate(sorted(rows))}
+        shown = found[0, :, explorer.taken(what.query)]
+        return {row: shown[k].tolist() for k, row in enumerate(sorted(rows))}
 
     def by_token(self, explorer: Explorer, what: What, rows: list[int]) -> dict[int, dict[str, Any]]:
         """Tokens of some training examples, and their influence ``(tokens, steps)`` on one query, by row.
@@ -70,7 +71,7 @@ class RunModel:
                 )
                 found[row] = {
                     "tokens": [visible(token) for token in one.tokens[:TOKENS_SHOWN]],
-                    "sdi": sdi[0][:TOKENS_SHOWN].tolist(),
+                    "sdi": sdi[0][:TOKENS_SHOWN, explorer.taken(what.query)].tolist(),
                     "more": max(0, len(one.tokens) - TOKENS_SHOWN),
                 }
             while len(self._tokens) > 1 and sum(map(_bytes, self._tokens.values())) > TOKEN_BYTES:
@@ -108,7 +109,7 @@ def exact(
 
     def make() -> dict[str, Any]:
         sdi = model.exact(explorer, what, sorted(rows)) if rows else {}
-        score = {r: sum(path[steps]) for r, path in sdi.items()}
+        score = {r: float(sum(path[steps])) for r, path in sdi.items()}
         remain = {}
         for side, some in shown.items():
             order = sorted(score, key=lambda r: (-score[r], r) if side == "helpful" else (score[r], r))

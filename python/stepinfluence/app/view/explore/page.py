@@ -98,7 +98,7 @@ def _by_score(explorer: Explorer, row: int, score: str) -> dict[str, Any]:
     for side, example in [(name, e) for more in extra for name, some in more.items() for e in some]:
         if example["row"] not in known:
             known.add(example["row"])
-            sdi = whole[example["row"]].tolist()
+            sdi = whole[example["row"]][explorer.taken(row)].tolist()
             found[side].append({**example, "sdi": sdi, "score": sum(sdi)})
     examples = sorted(found["helpful"] + found["harmful"], key=lambda e: -e["score"])
     _add_parts(explorer, What(row, score), examples, checkpoints)
@@ -125,7 +125,8 @@ def _add_parts(explorer: Explorer, what: What, examples: list[dict[str, Any]], c
         e["parts"] = []
     for k in checkpoints if rows else ():
         question = explorer.scored.question(What(what.query, what.score, k))
-        for e, path in zip(examples, trajectories(question, torch.tensor([rows]))[0].tolist(), strict=True):
+        paths = trajectories(question, torch.tensor([rows]))[0, :, explorer.taken(what.query)]
+        for e, path in zip(examples, paths.tolist(), strict=True):
             e["parts"].append(path)
 
 

@@ -57,7 +57,7 @@ function drawMatrix(matrix, asked) {
   $("matrix").hidden = !matrix;
   $("matrix-sub").textContent = matrix ? "Row: the step at which the training example's gradient arises. Column: the step of the query."
     : overview.trainSteps ? "" : "Not stored: featurize the training split with --per-step to see it.";
-  if (matrix) plot("matrix", [heatmap(matrix, steps, matrix.map((_, t) => t + 1), { hovertemplate: "training step %{y}, query step %{x}: <b>%{z:.3g}</b><extra></extra>", colorbar: scale() })],
+  if (matrix) plot("matrix", [heatmap(matrix, steps.slice(0, matrix[0].length), matrix.map((_, t) => t + 1), { hovertemplate: "training step %{y}, query step %{x}: <b>%{z:.3g}</b><extra></extra>", colorbar: scale() })],
     { height: 420, margin: heatMargin(), xaxis: { ...stepAxis, title: { text: "step of the query" } }, yaxis: { ...stepAxis, autorange: "reversed", title: { text: "step of the example" } } });
 }
 
@@ -88,7 +88,7 @@ function drawTokens(found) {
     "The tokens add up to the example." + (found.more ? ` The first ${found.tokens.length} tokens.` : "");
   $("token-boxes").replaceChildren(...found.tokens.map((token, t) => { const box = bdi(token); tint(box, totals[t], most); return box; }));
   const order = found.tokens.map((_, t) => t).sort((a, b) => Math.abs(totals[b]) - Math.abs(totals[a])).slice(0, TOKEN_ROWS).sort((a, b) => a - b), z = order.map((t) => found.sdi[t]);
-  plot("token-heat", [heatmap(z, steps, order.map((_, r) => r), { text: order.map((t) => steps.map(() => esc(short(found.tokens[t], 40)))), hovertemplate: "%{text}, step %{x}: <b>%{z:.3g}</b><extra></extra>",
+  plot("token-heat", [heatmap(z, steps.slice(0, z[0].length), order.map((_, r) => r), { text: order.map((t) => steps.map(() => esc(short(found.tokens[t], 40)))), hovertemplate: "%{text}, step %{x}: <b>%{z:.3g}</b><extra></extra>",
     colorbar: scale() })],
   { height: Math.max(220, (narrow() ? 120 : 70) + 20 * z.length), margin: heatMargin(), xaxis: stepAxis,
     yaxis: { autorange: "reversed", showgrid: false, tickvals: order.map((_, r) => r), ticktext: order.map((t) => esc(short(found.tokens[t], 16))), tickfont: { size: 11 }, automargin: true } });

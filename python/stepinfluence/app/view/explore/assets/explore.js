@@ -25,7 +25,8 @@ function save(kind) {
   if (!answers) { window.location.assign(`/api/export?${new URLSearchParams({ query: state.query, format: kind, ...wanted })}`); return; }
   const found = rankSaved(saved(state.query, wanted.score).examples, wanted);
   const guard = (t) => (/^[\t\r]|^\s*[=+\-@＝＋－＠]/.test(t) ? `'${t}` : t), cell = (v) => `"${String(v).replace(/"/g, '""')}"`;
-  const lines = [["side", "rank", "row", "id", "score", "standard_error", ...steps.map((t) => `step_${t}`), "text"].join(",")];
+  const taken = steps.slice(0, Math.max(0, ...[...found.helpful, ...found.harmful].map((e) => e.sdi.length)));
+  const lines = [["side", "rank", "row", "id", "score", "standard_error", ...taken.map((t) => `step_${t}`), "text"].join(",")];
   for (const side of ["helpful", "harmful"]) found[side].forEach((e, i) => lines.push([side, i + 1, e.row, cell(guard(e.id)), e.score, e.error ?? "", ...e.sdi, cell(guard(e.text))].join(",")));
   const url = URL.createObjectURL(new Blob([kind === "json" ? JSON.stringify(found, null, 1) : lines.join("\n")]));
   const link = element("a", { href: url, download: `influence-${state.query}.${kind}` });

@@ -26,7 +26,7 @@ function spark(values) {
   const svg = document.createElementNS(ns, "svg");
   svg.setAttribute("width", w); svg.setAttribute("height", h); svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", `largest at step ${peak(values)}`);
-  const each = w / values.length;
+  const each = w / Math.max(steps.length, values.length); // one scale for examples that took different numbers of steps
   values.forEach((v, t) => {
     const bar = document.createElementNS(ns, "rect"), size = Math.max(0.5, (Math.abs(v) / most) * (h / 2 - 1));
     bar.setAttribute("x", t * each); bar.setAttribute("width", Math.max(1, each - 1)); bar.setAttribute("height", size);

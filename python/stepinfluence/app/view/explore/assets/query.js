@@ -116,7 +116,7 @@ const HEAT_ROWS = 20; // on either side: more could not be told apart
 function drawHeat({ helpful, harmful }) {
   const shown = [...helpful.slice(0, HEAT_ROWS), ...harmful.slice(0, HEAT_ROWS)], z = shown.map((e) => e.sdi);
   $("heat-sub").textContent = `Each row is one of the examples above${shown.length < state.rows.length ? ` (the first ${HEAT_ROWS} on either side)` : ""}; blue helps, orange harms.`;
-  plot("heat", z.length ? [heatmap(z, steps, z.map((_, r) => r), { text: shown.map((e) => steps.map(() => esc(short(label(e), 60)))), hovertemplate: "step %{x}: <b>%{z:.3g}</b><br>%{text}<extra></extra>",
+  plot("heat", z.length ? [heatmap(z, steps.slice(0, z[0].length), z.map((_, r) => r), { text: shown.map((e) => steps.map(() => esc(short(label(e), 60)))), hovertemplate: "step %{x}: <b>%{z:.3g}</b><br>%{text}<extra></extra>",
     colorbar: scale() })] : [], {
     xaxis: stepAxis, height: Math.max(260, (narrow() ? 120 : 70) + 22 * z.length), margin: heatMargin(),
     yaxis: { autorange: "reversed", showgrid: false, ...names(shown) } });
