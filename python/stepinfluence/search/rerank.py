@@ -35,7 +35,7 @@ class ExactBlock:
         rows, queries: positions in the two loaders.
         sdi: ``(len(rows), len(queries), steps)`` of the loop steps that these queries ran.
         train_ids, query_ids: their ids.
-        query_lengths: ``(len(queries),)`` int64, see :attr:`stepinfluence.Features.lengths`.
+        query_lengths: ``(len(queries),)`` int64, see :attr:`stepinfluence.Features.lengths`; None for summed queries.
     """
 
     rows: range
@@ -43,7 +43,7 @@ class ExactBlock:
     sdi: Tensor
     train_ids: tuple[Hashable, ...]
     query_ids: tuple[Hashable, ...]
-    query_lengths: Tensor
+    query_lengths: Tensor | None
 
 
 def exact_blocks(
@@ -92,7 +92,6 @@ def exact_blocks(
                     columns = range(start, start + queries.size)
                     mask = None if wanted is None else wanted(rows, columns)
                     found = pairs.influence(kept, queries, mask)
-                    assert queries.lengths is not None
                     yield ExactBlock(rows, columns, found, kept.ids, queries.ids, queries.lengths)
                 first += kept.size
             if number and index + 1 < len(seen):
@@ -204,6 +203,7 @@ def rerank(
         sdi[b.rows.start : b.rows.stop, b.queries.start : b.queries.stop, : b.sdi.shape[2]] = b.sdi
         train_ids.update(zip(b.rows, b.train_ids, strict=True))
         query_ids.update(zip(b.queries, b.query_ids, strict=True))
+        assert b.query_lengths is not None  # by step
         lengths[b.queries.start : b.queries.stop] = b.query_lengths
     return Influence(
         sdi,
