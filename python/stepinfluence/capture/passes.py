@@ -170,7 +170,7 @@ class TappedModel:
         interceptor = Interceptor(self._tapping, size, inputs, doubt=self._doubt)
         session.begin_pass(self.model, self.seed, index)
         began = diagnosis.now()
-        with self.steps.watching(), interceptor, session.watched(self.model):
+        with self.steps.watching(), interceptor, session.watched(self.model, interceptor):
             losses = loss_fn(self.model, batch)
         if self.steps.count == 0:
             raise diagnosis.never_entered(

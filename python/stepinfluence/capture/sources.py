@@ -10,7 +10,7 @@ product, ``exp(log_a)``).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,17 +141,28 @@ class Source:
         return ", ".join(t.name for t in self.targets)
 
 
+class _Member(weakref.ref[Tensor]):
+    """A tensor of a set, with its identity."""
+
+    __slots__ = ("key",)
+
+    key: int
+
+
 class TensorSet:
     """Tensors by identity, held weakly: an entry goes with its tensor."""
 
     def __init__(self) -> None:
-        self._refs: dict[int, weakref.ref[Tensor]] = {}
+        self._refs: dict[int, _Member] = {}
+        pop = self._refs.pop
+        self._gone: Callable[[Any], object] = lambda member: pop(member.key, None)
         # Looked up on every torch call of the model: a bound method, no indirection.
         self.has_id = self._refs.__contains__
 
     def add(self, tensor: Tensor) -> None:
-        key, store = id(tensor), self._refs
-        store[key] = weakref.ref(tensor, lambda _: store.pop(key, None))
+        member = _Member(tensor, self._gone)
+        member.key = key = id(tensor)
+        self._refs[key] = member
 
     def discard_sharing(self, tensor: Tensor) -> None:
         """Forget ``tensor`` and every tensor that is a view of the same one."""
