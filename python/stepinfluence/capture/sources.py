@@ -80,11 +80,15 @@ def find_piece(tensor: Tensor, target: Target) -> Piece | None:
         return Piece(target, range(shape[0]), range(shape[1]), False, tensor.dim())
     if not base.is_contiguous() or tensor.numel() == 0:
         return None
-    if base.dim() > 2 and tensor.dim() > 1:
-        return _block(tensor, target)
-    if tensor.dim() not in (1, 2):
-        return None
-    row, column = divmod(int(tensor.storage_offset() - base.storage_offset()), n_columns)
+    if tensor.dim() in (1, 2) and (piece := _strided(tensor, target)) is not None:
+        return piece
+    return _block(tensor, target) if base.dim() > 2 and tensor.dim() > 1 else None
+
+
+def _strided(tensor: Tensor, target: Target) -> Piece | None:
+    """A vector, or a matrix whose rows and columns are some of the target's."""
+    n_columns = target.matrix_shape[1]
+    row, column = divmod(int(tensor.storage_offset() - target.parameter.storage_offset()), n_columns)
     sizes, strides = list(tensor.shape), list(tensor.stride())
     if tensor.dim() == 1:
         sizes, strides = [1, *sizes], [n_columns, *strides]
