@@ -26,6 +26,7 @@ GRADIENT_TAKERS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward
 GROUPED = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f is not None]
 """Products of groups of rows with a matrix each, where this torch has them."""
 
+
 def _attributes(*names: str) -> list[Any]:
     return [getattr(Tensor, name).__get__ for name in names]
 

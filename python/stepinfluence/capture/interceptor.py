@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,50 +34,17 @@ from stepinfluence.capture.calls import (
     undispatched,
 )
 from stepinfluence.capture.operands import Operands
-from stepinfluence.capture.owners import Memories, Owners
+from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.ownership import Ownership
 from stepinfluence.capture.recall import Recall
 from stepinfluence.capture.rows import Pass, Use, gains_examples
 from stepinfluence.capture.sinks import GradientSink
-from stepinfluence.capture.sources import ModelTensors, Provenance, Source
-from stepinfluence.capture.steps import StepTracker, in_backward
+from stepinfluence.capture.sources import Provenance, Source
+from stepinfluence.capture.steps import in_backward
+from stepinfluence.capture.tapping import Tapping, nested
 from stepinfluence.capture.taps import Receive, has_tap, tap_expanded, tap_output
 from stepinfluence.capture.usage import LOOKS, Usage
 from stepinfluence.errors import BodyError, UnsupportedUseError
-
-
-@dataclass(frozen=True)
-class Tapping:
-    """What all forward passes of a capture have in common.
-
-    Attributes:
-        tensors: of the model.
-        steps: counts the loop steps.
-        rules: how uses are tapped, by torch function.
-        expand: for calls that give a batch-free tensor a row for each example.
-        otherwise: for operations without a rule.
-        anchor: a leaf that taps alone depend on.
-        outside: ``"error"`` or ``"ignore"``: what becomes of uses outside the loop.
-        batch_dim: the dimension that holds the examples.
-        memories: of what torch calls do to owners.
-    """
-
-    tensors: ModelTensors
-    steps: StepTracker
-    rules: dict[Any, Callable[..., Any]]
-    expand: Callable[..., Any]
-    otherwise: Callable[..., Any]
-    anchor: Tensor
-    outside: str
-    batch_dim: int
-    memories: Memories = field(default_factory=Memories)
-
-
-def nested(where: str) -> UnsupportedUseError:
-    """The error for tensors whose examples have lengths of their own."""
-    return UnsupportedUseError(
-        f"model: a nested (jagged) tensor, {where}, cannot be followed; pass padded tensors with a mask"
-    )
 
 
 def _ignored(_grad: Tensor, _saved: tuple[Tensor, ...]) -> None:

@@ -1,8 +1,8 @@
 """What a torch call does to owners is worked out once, and recalled wherever all that decides it is the same again.
 
-For most calls that is their function, its arguments that are no tensors, and of each tensor its shape, dtype and owners,
-whether gradients flow through it, and what else is known of it. All of it is looked at before each call; whatever is
-new, or decided by the values of a tensor (an index, a mask), goes the long way through the rules.
+For most calls that is their function, its arguments that are no tensors, and of each tensor its shape, dtype and
+owners, whether gradients flow through it, and what else is known of it. All of it is looked at before each call;
+whatever is new, or decided by the values of a tensor (an index, a mask), goes the long way through the rules.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ class Recall:
         parts: list[Any] = [func, torch.is_grad_enabled()]
         found = self._sign(args, parts)
         if found is not None and kwargs:
-            for name in kwargs:
-                parts.append(name)
+            parts.extend(kwargs)
             more = self._sign(kwargs.values(), parts)
             found = None if more is None else (found[0] + more[0], found[1] + more[1])
         if found is None or (found[1] > 1 and func in ALONE):
@@ -165,8 +164,8 @@ class Recall:
             if self._provenance.source_of(id(value)) is not None or (passed_on and one.kind & _DOUBTFUL):
                 return  # not what this call made of it
             found.append(one)
-        single = len(found) == 1 and found[0] is not None and isinstance(result, Tensor)
-        self._outcomes[key] = found[0] if single else tuple(found)
+        single = found[0] if isinstance(result, Tensor) else None
+        self._outcomes[key] = tuple(found) if single is None else single
 
     def _known_of(self, value: Tensor) -> _OneResult:
         place, provenance, follower = id(value), self._provenance, self._follower

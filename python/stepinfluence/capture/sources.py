@@ -74,7 +74,6 @@ def find_piece(tensor: Tensor, target: Target) -> Piece | None:
         return None
     if tensor.is_neg() or tensor.is_conj():  # a view of the same numbers that stands for others
         return None
-    n_columns = target.matrix_shape[1]
     if tensor is base:
         shape = target.matrix_shape
         return Piece(target, range(shape[0]), range(shape[1]), False, tensor.dim())

@@ -35,14 +35,17 @@ class Target:
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """(rows, columns) of the matrix that a parameter is sketched as: its leading dimensions against its last ones,
-    split where the two sides add up to least. So a convolution's weight ``(O, C, k)`` is O rows, a stack of matrices
-    ``(E, o, i)``, as of experts, E o rows, and what a weight is used as is a strided piece of it.
+    """(rows, columns) of the matrix that a parameter is sketched as: its leading dimensions against its last ones.
+
+    A stack of matrices ``(E, o, i)``, as of experts, has E o rows, so that each of them is a piece of the matrix. What
+    tells it from a convolution's weight ``(O, C, k)``, which has O rows, is that it takes less than half of the numbers
+    to hash: where no other split does, the first dimension is the rows.
     """
     if len(shape) < 2:
         return 1, math.prod(shape)
     splits = [(math.prod(shape[:k]), math.prod(shape[k:])) for k in range(1, len(shape))]
-    return min(splits, key=sum)  # of several, the first
+    best = min(splits, key=sum)
+    return best if 2 * sum(best) < sum(splits[0]) else splits[0]
 
 
 def _module_list(model: nn.Module, body: Body) -> list[nn.Module]:

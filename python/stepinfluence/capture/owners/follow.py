@@ -36,7 +36,7 @@ class Part:
 
 
 class Known(weakref.ref[Tensor]):
-    """What is known of a tensor, as long as that is there; one object, as there is one for every result of a torch call.
+    """What is known of a tensor, as long as that is there; one small object for every result of a torch call.
 
     Attributes:
         key: the tensor's identity.

@@ -14,9 +14,10 @@ import torch
 from stepinfluence.capture.owners.intervals import Owners
 
 MOST_ENTRIES = 1 << 15
-"""Of one memory: a few hundred shapes of a large model. A fuller one makes way for an empty one before the next pass."""
+"""Of one memory: a few hundred shapes of a large model. A fuller one makes way for an empty one in the next pass."""
+
 MOST_SIZES = 8
-"""Batch sizes that a capture has a memory for at a time."""
+"""Memories that a capture has at a time."""
 
 
 class Memory:
