@@ -6,7 +6,8 @@
 Operations on so little data take next to no time, so that what is left is Python and dispatch: on a GPU the host's
 part of a featurize call. Counted are the torch calls of one forward pass and loss; the plain step (forward and
 backward) and a featurize call, as a user makes it, take turns. Processor time of one thread, the shortest of the
-rounds. ``--before`` puts figures beside that this command gave (``--json``) with an earlier commit.
+rounds. ``--before`` puts figures beside that this command gave (``--json``) with an earlier commit; a kept file has
+them already.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ def main() -> None:
     torch.set_num_threads(1)
     provenance, rows = Provenance(), {}
     before = json.loads(options.before.read_text(encoding="utf-8")) if options.before is not None else None
+    if before is None and options.json is not None and options.json.is_file():
+        before = json.loads(options.json.read_text(encoding="utf-8"))["before"]
     for name, make in tasks().items():
         rows[name] = measure(make(), options.rounds)
         print(name, " ".join(f"{key} {value:.4g}" for key, value in rows[name].items()), flush=True)

@@ -13,10 +13,10 @@ import torch
 
 from stepinfluence.capture.owners.intervals import Owners
 
-MOST_ENTRIES = 1 << 15
+MOST_ENTRIES = 1 << 14
 """Of one memory: a few hundred shapes of a large model. A fuller one makes way for an empty one in the next pass."""
 
-MOST_SIZES = 8
+MOST_SIZES = 4
 """Memories that a capture has at a time."""
 
 
