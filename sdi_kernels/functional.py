@@ -123,7 +123,7 @@ def sketch_linear_grads(
         m,
         (a, g),
         lambda: ops.linear_sketch(a3, g3, tables, m, chosen, entries),
-        lambda buffer: ops.linear_sketch_(buffer, a3.detach(), g3.detach(), tables, m, chosen, entries),
+        lambda buffer: ops.add_to(buffer, ops.linear_sketch_, a3.detach(), g3.detach(), tables, m, chosen, entries),
     )
 
 
@@ -167,7 +167,7 @@ def sketch_matrix_grads(
         m,
         (g,),
         lambda: ops.matrix_sketch(g3, tables, m, entries),
-        lambda buffer: ops.matrix_sketch_(buffer, g3.detach(), tables, m, entries),
+        lambda buffer: ops.add_to(buffer, ops.matrix_sketch_, g3.detach(), tables, m, entries),
     )
 
 
@@ -211,7 +211,7 @@ def sketch_embedding_grads(
         m,
         (g,),
         lambda: ops.embedding_sketch(ids, g3, tables, m),
-        lambda buffer: ops.embedding_sketch_(buffer, ids, g3.detach(), tables, m),
+        lambda buffer: ops.add_to(buffer, ops.embedding_sketch_, ids, g3.detach(), tables, m),
     )
 
 
@@ -241,7 +241,7 @@ def sketch_vector_grads(grads: Tensor, sketch: CountSketch, *, out: Tensor | Non
         m,
         (g,),
         lambda: ops.vector_sketch(g3, tables, m),
-        lambda buffer: ops.vector_sketch_(buffer, g3.detach(), tables, m),
+        lambda buffer: ops.add_to(buffer, ops.vector_sketch_, g3.detach(), tables, m),
     )
 
 
@@ -300,5 +300,5 @@ def sketch_scaled_vector_grads(
         g.shape[:-2],
         m,
         (g, x),
-        lambda buffer: ops.scaled_vector_sketch_(buffer, g3, x3, shift, gain, tables, m),
+        lambda buffer: ops.add_to(buffer, ops.scaled_vector_sketch_, g3, x3, shift, gain, tables, m),
     )

@@ -92,6 +92,20 @@ def scaled_vector_sketch_(
     torch_routes.scaled_vector(out, grads, factors, center, scale, tables, m)
 
 
+def add_to(out: Tensor, operator: Callable[..., None], *arguments: Any) -> None:
+    """Call one of the operators above with tensors that need no gradient.
+
+    Torch's dispatcher takes its time for each of autograd's two keys (most of all with lists of a hundred tensors). For
+    such tensors those have nothing to do but to count that ``out`` was written to.
+    """
+    if torch.compiler.is_compiling() or out.is_inference():
+        operator(out, *arguments)
+        return
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        operator(out, *arguments)
+    torch.autograd.graph.increment_version(out)
+
+
 # On the CPU: compiled kernels where they are built and apply, the same torch routes elsewhere.
 linear_sketch_.register_kernel("cpu")(borders.guarded(borders.linear, cpu_routes.linear))
 linear_steps_sketch_.register_kernel("cpu")(borders.guarded(borders.linear_steps, cpu_routes.linear_steps))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdi_kernels import _checks, borders, ops
@@ -76,19 +74,5 @@ def sketch_steps(
         made: Tensor = ops.linear_steps_sketch(acts, grads, tables, m, chosen, columns, first_rows, size, entries)
         return made
     acts, grads = ([x.detach() if x.requires_grad else x for x in values] for values in (acts, grads))
-    _add(buffer, acts, grads, tables, m, chosen, columns, first_rows, entries)
+    ops.add_to(buffer, ops.linear_steps_sketch_, acts, grads, tables, m, chosen, columns, first_rows, entries)
     return buffer
-
-
-def _add(out: Tensor, *arguments: Any) -> None:
-    """The operator that adds to ``out``.
-
-    Lists of a hundred tensors pass torch's dispatcher slowly, a third of that for each of autograd's two keys. For
-    tensors that need no gradient, those have nothing to do but to count that ``out`` was written to.
-    """
-    if torch.compiler.is_compiling() or out.is_inference():
-        ops.linear_steps_sketch_(out, *arguments)
-        return
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        ops.linear_steps_sketch_(out, *arguments)
-    torch.autograd.graph.increment_version(out)

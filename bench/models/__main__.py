@@ -7,8 +7,8 @@
 For each model: the largest relative error of an example's exact gradients against autograd on a batch of one; that of
 the captured features against the sketches, by their definition, of exact gradients (both of a small model, which is
 float64 wherever its operations are); the relative error that sketching itself makes in the influence of all pairs by
-step (m = 2048); and the time of a featurize call, as a user makes it, on one batch of a larger model in float32, over
-that of a plain forward and backward pass (medians; the two take turns).
+step (m = 2048); and the processor time, of one thread, of a featurize call, as a user makes it, on one batch of a
+larger model in float32, over that of a plain forward and backward pass (medians; the two take turns).
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def cost(case: Case, rounds: int) -> dict[str, float]:
         capture.featurize([task.batch], task.loss, per_step=per_step, progress=False)
 
     def seconds(call: Any) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     calls = {"plain": plain, "steps": lambda: featurize(True), "summed": lambda: featurize(False)}
     for call in calls.values():
@@ -150,6 +150,7 @@ def main() -> int:
     parser.add_argument("--anew", action="store_true", help="measure rows again that the file has")
     add_output(parser, "models")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     path: Path | None = options.json
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path is not None and path.is_file() else []
     rows = {row["name"]: row for row in kept}

@@ -1,5 +1,6 @@
 """The tables in docs/capture.md."""
 
+# ruff: noqa: E501  # sentences of the pages
 from __future__ import annotations
 
 from kept import Parts, load, source, table
@@ -35,6 +36,33 @@ def inline() -> str:
     )
 
 
+def torch_calls() -> str:
+    """docs/capture.md: what the capture does on the host for each torch call."""
+    result = load("calls.json")
+    before = result["before"]
+    rows = []
+    for name, row in result["rows"].items():
+        earlier = before["rows"][name]
+        rows.append([
+            name, f"{row['calls']}", f"{row['plain_ms']:.1f}",
+            *(f"{r['featurize_ms']:.1f} ({r['featurize_ms'] / r['plain_ms']:.1f})" for r in (earlier, row)),
+            *(f"{r['more_us_a_call']:.0f}" for r in (earlier, row)),
+        ])  # fmt: skip
+    head = [
+        "model, one example",
+        "torch calls",
+        "plain step, ms",
+        "featurize call before, ms",
+        "now, ms",
+        "µs more a torch call, before",
+        "now",
+    ]
+    return (
+        f"{source('calls.json', False, result)} *Before* is commit {before['provenance']['commit'][:12]}; in parentheses, over the "
+        f"plain step.\n\n" + table(head, rows)
+    )
+
+
 def fuzz() -> str:
     """docs/capture.md: what random looped models show."""
     result = load("fuzz.json")
@@ -50,4 +78,4 @@ def fuzz() -> str:
     )
 
 
-PARTS: Parts = {"models": models, "workspace": workspace, "inline": inline, "fuzz": fuzz}
+PARTS: Parts = {"models": models, "workspace": workspace, "inline": inline, "torch-calls": torch_calls, "fuzz": fuzz}

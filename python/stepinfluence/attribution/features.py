@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -145,40 +146,51 @@ DIGEST_ROW = 64
 """Entries of up to 32 bits whose weighted sums are exact in float64: 2**31 * (2 * 64)**2 * 64 = 2**51."""
 
 
+@functools.cache
+def _digest_powers() -> Tensor:
+    """``p**e`` of the places in a row: ``(DIGEST_ROW, 3)``."""
+    with torch.inference_mode(False):
+        within = torch.arange(1, 2 * DIGEST_ROW, 2, dtype=torch.float64, device="cpu")
+        return torch.stack([torch.ones_like(within), within, within * within], 1)
+
+
 def _weighted_sums(data: Tensor, start: int) -> Tensor:
     """``sum_k data[k] * p_k**e`` mod 2**64 for ``e`` = 0, 1, 2, with ``p_k = 2 * (start + k) + 1``: int64 ``(3,)``."""
     whole = len(data) - len(data) % DIGEST_ROW if data.device.type == "cpu" and data.element_size() <= 4 else 0
-    sums = torch.zeros(3, dtype=torch.int64, device=data.device)
+    sums: Tensor | None = None
     if whole:
         # Rows by a product of matrices, which is exact; then their places are moved to where the rows are.
-        within = torch.arange(1, 2 * DIGEST_ROW, 2, dtype=torch.float64)
-        powers = torch.stack([torch.ones_like(within), within, within * within], 1)
-        s0, s1, s2 = (data[:whole].view(-1, DIGEST_ROW).double() @ powers).long().unbind(1)
+        s0, s1, s2 = (data[:whole].view(-1, DIGEST_ROW).double() @ _digest_powers()).long().unbind(1)
         offset = torch.arange(2 * start, 2 * (start + whole), 2 * DIGEST_ROW)
         moved = s0 * offset
-        sums += torch.stack([s0.sum(), (s1 + moved).sum(), (s2 + (2 * s1 + moved) * offset).sum()])
+        sums = torch.stack([s0.sum(), (s1 + moved).sum(), (s2 + (2 * s1 + moved) * offset).sum()])
     if whole < len(data):
         rest = data[whole:].long()
         place = torch.arange(2 * (start + whole) + 1, 2 * (start + len(data)), 2, device=data.device)
         weighted = rest * place
-        sums += torch.stack([rest.sum(), weighted.sum(), (weighted * place).sum()])
-    return sums
+        last = torch.stack([rest.sum(), weighted.sum(), (weighted * place).sum()])
+        sums = last if sums is None else sums + last
+    return torch.zeros(3, dtype=torch.int64, device=data.device) if sums is None else sums
 
 
 def weights_digest(parameters: Sequence[Tensor]) -> str:
     """Digest of tensors' exact bits: the same on every device (integer arithmetic modulo 2**64 only)."""
-    digest = hashlib.blake2b(digest_size=16)
+    sums: dict[torch.device, list[Tensor]] = {}
     for parameter in parameters:
         data = parameter.detach()
         if data.layout != torch.strided:
             data = data.to_dense()
         data = (torch.view_as_real(data.resolve_conj()) if data.is_complex() else data).reshape(-1)
         data = data.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
-        mixed = torch.zeros(3, dtype=torch.int64, device=data.device)
         size = DIGEST_ENTRIES if data.device.type == "cpu" else DIGEST_ENTRIES << 8
-        for start in range(0, len(data), size):
-            mixed += _weighted_sums(data[start : start + size], start)
-        digest.update(repr((tuple(parameter.shape), mixed.tolist())).encode())
+        parts = [_weighted_sums(data[k : k + size], k) for k in range(0, len(data), size)]
+        empty = torch.zeros(3, dtype=torch.int64, device=data.device)
+        sums.setdefault(parameter.device, []).append(parts[0] if len(parts) == 1 else sum(parts, empty))
+    # A device is waited for once, not for each tensor.
+    numbers = {device: iter(torch.stack(some).tolist()) for device, some in sums.items()}
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter in parameters:
+        digest.update(repr((tuple(parameter.shape), next(numbers[parameter.device]))).encode())
     return digest.hexdigest()
 
 

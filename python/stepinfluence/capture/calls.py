@@ -26,6 +26,22 @@ GRADIENT_TAKERS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward
 GROUPED = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f is not None]
 """Products of groups of rows with a matrix each, where this torch has them."""
 
+
+def _attributes(*names: str) -> list[Any]:
+    return [getattr(Tensor, name).__get__ for name in names]
+
+
+FACTS = {
+    *_attributes(
+        "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta",
+        "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes", "_version", "_backward_hooks", "output_nr",
+    ),
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_floating_point,
+    Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size, Tensor.storage_offset, Tensor.data_ptr,
+    Tensor.__len__, Tensor.get_device, Tensor.is_inference, torch.numel, torch.is_floating_point, torch.is_complex,
+}  # fmt: skip
+"""What gives no tensor, and says nothing of the numbers in one."""
+
 IN_PLACE_OPERATORS = {"__setitem__", "__set__"} | {
     f"__i{name}__" for name in (
         "add", "and", "div", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor",

@@ -86,7 +86,8 @@ def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         or any(parameter.shape[of_parameter.index(c)] == 1 for c in both)
     ):
         return NotImplemented
-    if not both and lead and of_parameter in ([*inner[:1], *outer], [*outer[:1], *inner]) and inner and outer:
+    as_one = parameter.is_contiguous() and of_parameter in ([*inner, *outer], [*outer, *inner])
+    if as_one and not both and lead and inner and outer:
         return _as_matrix(it, parameter, data, (of_parameter[0], of_data, of_result), (lead, inner, outer))
     source = it.source(parameter)
     assert source is not None
@@ -116,14 +117,15 @@ def _as_matrix(
     names: tuple[str, Sequence[str], Sequence[str]],
     groups: tuple[Sequence[str], Sequence[str], Sequence[str]],
 ) -> Tensor:
-    """An einsum that is one linear map: the parameter's first dimension is its one side, all others are the other."""
+    """An einsum that is one linear map: the parameter's first dimensions are its one side, the others are the other."""
     (first, of_data, of_result), (lead, inner, outer) = names, groups
     order = (*lead, *outer)
     with it:
         x = data.permute([of_data.index(c) for c in (*lead, *inner)])
         first_in = first in inner
-        sizes = parameter.shape[1:] if first_in else parameter.shape[:1]
-        x, matrix = x.flatten(len(lead)), parameter.flatten(1)
+        split = len(inner if first_in else outer)
+        sizes = parameter.shape[split:] if first_in else parameter.shape[:split]
+        x, matrix = x.flatten(len(lead)), parameter.flatten(split).flatten(0, split - 1)
         out = x @ matrix if first_in else F.linear(x, matrix)
         result: Tensor = out.unflatten(-1, sizes).permute([order.index(c) for c in of_result])
         return result

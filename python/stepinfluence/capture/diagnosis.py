@@ -38,6 +38,10 @@ def check_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -
             )
 
 
+_LEAF: Any = type(torch.zeros((), requires_grad=True).exp().grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+"""The graph node of a leaf."""
+
+
 def now() -> int:
     """The place in autograd's order of what is computed from now on."""
     with torch.enable_grad():
@@ -56,11 +60,10 @@ def reaching(losses: Tensor, parameters: Mapping[int, str]) -> Iterator[tuple[st
             continue
         seen.add(node)
         for following, _ in node.next_functions:
-            name = parameters.get(id(getattr(following, "variable", None)))
-            if name is not None:
-                yield name, node
-            else:
+            if type(following) is not _LEAF:
                 stack.append(following)
+            elif (name := parameters.get(id(following.variable))) is not None:
+                yield name, node
 
 
 def refuse_earlier(name: str, user: Any, since: int) -> None:

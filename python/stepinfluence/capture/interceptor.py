@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from stepinfluence.capture.calls import (
     EXPANSIONS,
+    FACTS,
     GRADIENT_TAKERS,
     LOOKED_INTO,
     OUTSIDE,
@@ -36,45 +36,15 @@ from stepinfluence.capture.calls import (
 from stepinfluence.capture.operands import Operands
 from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.ownership import Ownership
+from stepinfluence.capture.recall import Recall
 from stepinfluence.capture.rows import Pass, Use, gains_examples
 from stepinfluence.capture.sinks import GradientSink
-from stepinfluence.capture.sources import ModelTensors, Provenance, Source
-from stepinfluence.capture.steps import StepTracker, in_backward
+from stepinfluence.capture.sources import Provenance, Source
+from stepinfluence.capture.steps import in_backward
+from stepinfluence.capture.tapping import Tapping, nested
 from stepinfluence.capture.taps import Receive, has_tap, tap_expanded, tap_output
 from stepinfluence.capture.usage import LOOKS, Usage
 from stepinfluence.errors import BodyError, UnsupportedUseError
-
-
-@dataclass(frozen=True)
-class Tapping:
-    """What all forward passes of a capture have in common.
-
-    Attributes:
-        tensors: of the model.
-        steps: counts the loop steps.
-        rules: how uses are tapped, by torch function.
-        expand: for calls that give a batch-free tensor a row for each example.
-        otherwise: for operations without a rule.
-        anchor: a leaf that taps alone depend on.
-        outside: ``"error"`` or ``"ignore"``: what becomes of uses outside the loop.
-        batch_dim: the dimension that holds the examples.
-    """
-
-    tensors: ModelTensors
-    steps: StepTracker
-    rules: dict[Any, Callable[..., Any]]
-    expand: Callable[..., Any]
-    otherwise: Callable[..., Any]
-    anchor: Tensor
-    outside: str
-    batch_dim: int
-
-
-def nested(where: str) -> UnsupportedUseError:
-    """The error for tensors whose examples have lengths of their own."""
-    return UnsupportedUseError(
-        f"model: a nested (jagged) tensor, {where}, cannot be followed; pass padded tensors with a mask"
-    )
 
 
 def _ignored(_grad: Tensor, _saved: tuple[Tensor, ...]) -> None:
@@ -95,6 +65,7 @@ class Interceptor(TorchFunctionMode):
 
     Attributes:
         backward_call: what a backward pass that the user calls is given to, see :class:`stepinfluence.capture.inline`.
+        look: called before each call, see :class:`stepinfluence.capture.state.Watcher`.
         owners: whose the operands' rows are.
         usage: which targets this forward pass used, and how.
         uses: all uses of this forward pass.
@@ -114,10 +85,13 @@ class Interceptor(TorchFunctionMode):
         self._tapping = tapping
         self._doubt, self._trains, self._in_own_pass = doubt, trains, False
         self.backward_call: Callable[[Callable[..., Any], Any, Any], Any] | None = None
+        self.look: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
         self._provenance = Provenance(tapping.tensors)
         self._without_rows = False
         self._sink: GradientSink | None = None
-        self.owners = Ownership(self._provenance, batch_size, tapping.batch_dim, inputs)
+        memory = tapping.memories.of(batch_size, doubt)
+        self.owners = Ownership(self._provenance, batch_size, tapping.batch_dim, inputs, memory)
+        self._recall = Recall(self._provenance, self.owners.follower)
         self.usage, self.hooked = Usage(), False
         self.uses: list[Use] = []
         self.shared = Pass()
@@ -253,6 +227,16 @@ class Interceptor(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in FACTS:
+            return func(*args, **kwargs)
+        if self.look is not None:
+            self.look(func, args, kwargs)
+        key = self._recall.key(func, args, kwargs)
+        if key is not None and not key[0] and (outcome := self._recall.outcome(key)) is not None:
+            result = func(*args, **kwargs)
+            if not self._recall.apply(outcome, result):
+                self._note(func, args, kwargs, result, Operands(self._provenance, args, kwargs))
+            return result
         found = Operands(self._provenance, args, kwargs)
         self.usage.looked |= func in LOOKS and bool(found.data)
         self.hooked |= func is Tensor.register_hook
@@ -272,7 +256,10 @@ class Interceptor(TorchFunctionMode):
                     "inside a custom autograd function; checkpointing must have use_reentrant=False, and a solver of "
                     "differential equations must be differentiated through, without the adjoint method",
                 )
-            return self._without_sources(func, args, kwargs, found)
+            result = self._without_sources(func, args, kwargs, found)
+            if key is not None and not found.sources:
+                self._recall.learn(key, args, result)
+            return result
         if not found.data:
             return self.batch_free(func, args, kwargs, found.sources)
         if not in_backward():
@@ -285,12 +272,15 @@ class Interceptor(TorchFunctionMode):
         finally:
             self._without_rows = outer
         if self.owners.following:
-            self._follow_use(func, args, kwargs, result, found)
+            known = None if key is None else self._recall.outcome(key)
+            if known is None or not self._recall.apply(known, result):
+                self._follow_use(func, args, kwargs, result, found)
+                if key is not None and func in self._tapping.rules:
+                    self._recall.learn(key, args, result)
         return result
 
     def _without_sources(self, func: Any, args: Any, kwargs: Any, found: Operands) -> Any:
-        following = self.owners.following and bool(found.data)
-        if following:
+        if self.owners.following and found.data:
             for operand in found.data:
                 self.owners.follower.meets(operand)
             if not self.owners.follower.has_rule(func) and getattr(func, "__module__", None) in LOOKED_INTO:
@@ -302,14 +292,18 @@ class Interceptor(TorchFunctionMode):
             raise nested(f"the result of {resolve_name(func) or func.__name__}")
         if found.sources:
             self.usage.saw(func, found.sources, result)
-        if found.data:
-            self._note_data(func, args, kwargs, result, found)
-            if following:
-                in_place = changes_in_place(func, kwargs)
-                self.owners.follower.follow(func, args, kwargs, result, found.data, in_place=in_place)
-        else:
-            self._note_constants(func, args, result, bool(found.sources) or found.has_constant)
+        self._note(func, args, kwargs, result, found)
         return result
+
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, found: Operands) -> None:
+        """What is known of the results of a call in which no source takes part in autograd."""
+        if not found.data:
+            self._note_constants(func, args, result, bool(found.sources) or found.has_constant)
+            return
+        self._note_data(func, args, kwargs, result, found)
+        if self.owners.following:
+            in_place = changes_in_place(func, kwargs)
+            self.owners.follower.follow(func, args, kwargs, result, found.data, in_place=in_place)
 
     def _tapped(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of a call in which sources meet data."""

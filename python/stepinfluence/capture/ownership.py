@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepinfluence.capture.owners import RULES, Follower, Owners, meet
+from stepinfluence.capture.owners import RULES, Follower, Memory, Owners, meet
 from stepinfluence.capture.sources import Provenance
 from stepinfluence.capture.steps import in_backward
 
@@ -24,6 +24,7 @@ class Ownership:
         batch_size: examples of the batch; None: not known.
         batch_dim: the dimension that holds them.
         inputs: the batch's tensors.
+        memory: of passes over as many examples.
 
     Attributes:
         follower: follows owners from call to call.
@@ -33,10 +34,15 @@ class Ownership:
     """
 
     def __init__(
-        self, provenance: Provenance, batch_size: int | None, batch_dim: int, inputs: Sequence[Tensor]
+        self,
+        provenance: Provenance,
+        batch_size: int | None,
+        batch_dim: int,
+        inputs: Sequence[Tensor],
+        memory: Memory,
     ) -> None:
         self.batch_size, self.batch_dim = batch_size, batch_dim
-        self.follower = Follower(RULES, batch_size)
+        self.follower = Follower(RULES, batch_size, memory)
         self.doubted = self.labelled = False
         self._provenance = provenance
         self._row_dims: dict[Any, list[int | None]] = {}
@@ -44,7 +50,7 @@ class Ownership:
         for tensor in inputs if batch_size is not None else ():
             lies = tensor.dim() > batch_dim and tensor.shape[batch_dim] == batch_size
             if lies and not provenance.has(tensor):
-                self.follower.note(tensor, Owners.along_dim(tensor.shape, batch_dim, tensor.device), tapped=False)
+                self.follower.note(tensor, memory.along_dim(tensor.shape, batch_dim, tensor.device), tapped=False)
                 self.labelled = True
 
     @property
@@ -167,9 +173,14 @@ class Ownership:
         dims = [k for k in range(max(1, tensor.dim() - 1)) if k < tensor.dim() and shape[k] == size]
         if dims:
             dim = self.batch_dim if self.batch_dim in dims else dims[0]
-            return Owners.along_dim(shape, dim, tensor.device)
+            return self.follower.memory.along_dim(shape, dim, tensor.device)
         if tensor.dim() > 1 and shape[0] and shape[0] % size == 0:
-            numbers = torch.arange(shape[0], device=tensor.device).reshape(-1, *(1,) * (tensor.dim() - 1))
-            ends = numbers // (shape[0] // size) if self.batch_dim == 0 else numbers % size
-            return Owners(shape, ends, ends)
+            key = ("suggested", tuple(shape), size, self.batch_dim, tensor.device)
+            return self.follower.memory.plain(key, lambda: self._blocks(tensor, size))
         return None
+
+    def _blocks(self, tensor: Tensor, size: int) -> Owners:
+        """Owners by the first dimension, in which the examples lie one after the other, or take turns."""
+        numbers = torch.arange(len(tensor), device=tensor.device).reshape(-1, *(1,) * (tensor.dim() - 1))
+        ends = numbers // (len(tensor) // size) if self.batch_dim == 0 else numbers % size
+        return Owners(tensor.shape, ends, ends)

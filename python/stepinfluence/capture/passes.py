@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.batches import infer_batch_size, leaves
 from stepinfluence.capture.found import find, how_told
-from stepinfluence.capture.interceptor import Interceptor, Tapping, nested
+from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.row_by_row import per_row
 from stepinfluence.capture.rows import Use
 from stepinfluence.capture.sinks import GradientSink
 from stepinfluence.capture.sources import ModelTensors
 from stepinfluence.capture.steps import StepTracker
+from stepinfluence.capture.tapping import Tapping, nested
 from stepinfluence.capture.targets import Target
 from stepinfluence.capture.usage import Usage
 from stepinfluence.capture.uses import RULES, expand_to_batch
@@ -170,7 +171,7 @@ class TappedModel:
         interceptor = Interceptor(self._tapping, size, inputs, doubt=self._doubt)
         session.begin_pass(self.model, self.seed, index)
         began = diagnosis.now()
-        with self.steps.watching(), interceptor, session.watched(self.model):
+        with self.steps.watching(), interceptor, session.watched(self.model, interceptor):
             losses = loss_fn(self.model, batch)
         if self.steps.count == 0:
             raise diagnosis.never_entered(

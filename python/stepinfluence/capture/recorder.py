@@ -121,18 +121,19 @@ class SketchRecorder(DenseSink):
         return sketch if isinstance(sketch, CountSketch) else None
 
     def embedding(self, source: Source, use: Use, ids: Tensor, grad: Tensor, padding: int | None) -> None:
-        piece = source.piece
-        as_table = piece is not None and (
-            piece.dim == 2 or piece.whole
-        )  # a block of more dimensions is a run of entries
-        sketch = self._sketching.sketch_of(piece) if as_table else None
-        if piece is None or not isinstance(sketch, TensorSketch):
+        piece, table = source.piece, source.tensor
+        sketch = self._sketching.sketch_of(piece)
+        if piece is None or not isinstance(sketch, TensorSketch) or not _is_table(piece, table):
             super().embedding(source, use, ids, grad, padding)
             return
         g, first = use.rows(self._cast(grad))
         index, _ = use.rows(ids, trailing=0)
         if padding is not None:
             g = g * (index != padding).unsqueeze(-1)
+        several = sketch.d_out // len(table)
+        if several > 1:  # an entry of the table, as the matrix of an expert, is so many rows
+            index = (index.unsqueeze(-1) * several + torch.arange(several, device=index.device)).flatten(1)
+            g = g.unflatten(-1, (several, sketch.d_in)).flatten(1, 2)
         if (root := self._sketching.root_of(piece)) is not None:
             g = g * root.at_rows(index)
         sketch_embedding_grads(index, g, sketch, out=self._out(piece.target, use.step, first, len(g)))
@@ -149,3 +150,10 @@ class SketchRecorder(DenseSink):
             assert isinstance(sketch, CountSketch)
             matrices = matrices if metric is None else matrices * metric
             sketch_vector_grads(matrices.flatten(1).unsqueeze(1), sketch, out=out)
+
+
+def _is_table(piece: Piece, tensor: Tensor) -> bool:
+    """Whether the entries of a tensor along its first dimension are one row of a piece each, or as many each."""
+    if piece.dim == 2:
+        return True
+    return tensor.is_contiguous() and not piece.transposed and len(piece.rows) % len(tensor) == 0

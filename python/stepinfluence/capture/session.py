@@ -64,10 +64,10 @@ def begin_pass(model: nn.Module, seed: int, index: int) -> None:
     seed_batch(seed, index)
 
 
-def watched(model: nn.Module) -> AbstractContextManager[object]:
+def watched(model: nn.Module, watcher: state.Watcher | None = None) -> AbstractContextManager[object]:
     """Around every forward pass, see :meth:`stepinfluence.capture.state.ModelState.watched`."""
     kept = state.running(model)
-    return nullcontext() if kept is None else kept.watched()
+    return nullcontext() if kept is None else kept.watched(watcher)
 
 
 def one_batch(model: nn.Module) -> AbstractContextManager[object]:

@@ -32,6 +32,14 @@ def make_blocks(targets: Sequence[Target], layout: Layout) -> list[Block]:
     return blocks
 
 
+def _in_rows_and_columns(root: Root, target: Target) -> Root:
+    """A root for the matrix that a target is sketched as."""
+    shape = target.matrix_shape
+    if target.parameter.dim() < 3 or shape[0] == target.parameter.shape[0]:
+        return root
+    return Elementwise(root.as_matrix().reshape(shape))
+
+
 class Sketching:
     """How a capture sketches, the same for all batches until the metric is changed.
 
@@ -41,12 +49,13 @@ class Sketching:
         layout: ``"concat"`` or ``"sum"``.
         workspace: bytes that uses of linear layers may keep alive while they wait to be sketched together.
         share: what each weight has of it.
-        roots: what gradients are multiplied by, by name of the target.
+        roots: what gradients are multiplied by, by name of the target, in its rows and columns.
         probe: a few columns of each block that mostly hold something, ascending: a cheap first look at whether the
             gradient of a step is zero.
     """
 
     def __init__(self, targets: Sequence[Target], route: Route, layout: Layout, workspace: int | None) -> None:
+        self._targets = targets
         device = targets[0].parameter.device
         if workspace is None:
             workspace = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
@@ -76,6 +85,7 @@ class Sketching:
         Raises:
             ValueError: an elementwise root of a matrix under ``route="fft"``, which never has single entries.
         """
+        roots = {t.name: _in_rows_and_columns(roots[t.name], t) for t in self._targets if t.name in roots}
         elementwise = [b.name for b in self.blocks if len(b.shape) > 1 and isinstance(roots.get(b.name), Elementwise)]
         if elementwise and self.route == "fft":
             raise ValueError(

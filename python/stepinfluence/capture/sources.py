@@ -10,7 +10,7 @@ product, ``exp(log_a)``).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,17 +74,20 @@ def find_piece(tensor: Tensor, target: Target) -> Piece | None:
         return None
     if tensor.is_neg() or tensor.is_conj():  # a view of the same numbers that stands for others
         return None
-    n_columns = target.matrix_shape[1]
     if tensor is base:
         shape = target.matrix_shape
         return Piece(target, range(shape[0]), range(shape[1]), False, tensor.dim())
     if not base.is_contiguous() or tensor.numel() == 0:
         return None
-    if base.dim() > 2 and tensor.dim() > 1:
-        return _block(tensor, target)
-    if tensor.dim() not in (1, 2):
-        return None
-    row, column = divmod(int(tensor.storage_offset() - base.storage_offset()), n_columns)
+    if tensor.dim() in (1, 2) and (piece := _strided(tensor, target)) is not None:
+        return piece
+    return _block(tensor, target) if base.dim() > 2 and tensor.dim() > 1 else None
+
+
+def _strided(tensor: Tensor, target: Target) -> Piece | None:
+    """A vector, or a matrix whose rows and columns are some of the target's."""
+    n_columns = target.matrix_shape[1]
+    row, column = divmod(int(tensor.storage_offset() - target.parameter.storage_offset()), n_columns)
     sizes, strides = list(tensor.shape), list(tensor.stride())
     if tensor.dim() == 1:
         sizes, strides = [1, *sizes], [n_columns, *strides]
@@ -141,17 +144,28 @@ class Source:
         return ", ".join(t.name for t in self.targets)
 
 
+class _Member(weakref.ref[Tensor]):
+    """A tensor of a set, with its identity."""
+
+    __slots__ = ("key",)
+
+    key: int
+
+
 class TensorSet:
     """Tensors by identity, held weakly: an entry goes with its tensor."""
 
     def __init__(self) -> None:
-        self._refs: dict[int, weakref.ref[Tensor]] = {}
+        self._refs: dict[int, _Member] = {}
+        pop = self._refs.pop
+        self._gone: Callable[[Any], object] = lambda member: pop(member.key, None)
         # Looked up on every torch call of the model: a bound method, no indirection.
         self.has_id = self._refs.__contains__
 
     def add(self, tensor: Tensor) -> None:
-        key, store = id(tensor), self._refs
-        store[key] = weakref.ref(tensor, lambda _: store.pop(key, None))
+        member = _Member(tensor, self._gone)
+        member.key = key = id(tensor)
+        self._refs[key] = member
 
     def discard_sharing(self, tensor: Tensor) -> None:
         """Forget ``tensor`` and every tensor that is a view of the same one."""

@@ -7,11 +7,12 @@ states carried over), and weights that the pass itself rewrites (``nn.Embedding(
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -213,11 +214,14 @@ class ModelState:
         self.hooks.forget_new()
         self._note_weights()
 
-    def watched(self) -> AbstractContextManager[object]:
+    def watched(self, watcher: Watcher | None = None) -> AbstractContextManager[object]:
         """Around the model's forward pass, within any other function mode.
 
         In the first pass of a run, weights that it is about to rewrite are copied first. Afterwards a weight that was
         rewritten without a copy is an error.
+
+        Args:
+            watcher: a function mode that is on, and can look at calls on the way.
 
         Raises:
             BodyError: as said (names the parameter).
@@ -225,7 +229,10 @@ class ModelState:
         """
         self._passes += 1
         self._dirty = True
-        return self._checked(_Guard(self._parameters, self._saved) if self._passes == 1 else nullcontext())
+        if self._passes > 1:
+            return self._checked(nullcontext())
+        guard = _Guard(self._parameters, self._saved)
+        return self._checked(guard if watcher is None else _lent(watcher, guard.look))
 
     @contextmanager
     def _checked(self, guard: AbstractContextManager[object]) -> Iterator[None]:
@@ -241,6 +248,32 @@ class ModelState:
                 )
 
 
+class Watcher(Protocol):
+    """A function mode that calls ``look``, where there is one, before each call that it sees."""
+
+    look: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None
+
+
+@contextmanager
+def _lent(watcher: Watcher, look: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+    watcher.look = look
+    try:
+        yield
+    finally:
+        watcher.look = None
+
+
+@functools.cache
+def _writing(func: Any) -> Literal["lookup", "name", "operator"] | None:
+    """In what way a torch function may write to a tensor, as far as the function tells."""
+    if func in _LOOKUPS:
+        return "lookup"
+    name = getattr(func, "__name__", "")
+    if func in _DATA or name.rstrip("_") + "_" == name:
+        return "name"
+    return "operator" if name.startswith(("__i", "__set")) else None
+
+
 class _Guard(TorchFunctionMode):
     """Copies a parameter just before a call that may write to it."""
 
@@ -252,20 +285,24 @@ class _Guard(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        written = None
-        if func in _LOOKUPS:
+        self.look(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a call."""
+        written, kind = None, _writing(func)
+        if kind == "lookup":
             given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
             renormed = kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None
             written = given.get("weight") if renormed else None
             if func is F.embedding_bag and isinstance(written, Tensor) and not written.is_floating_point():
                 written = given.get("input")  # the older order of arguments
-        elif func in _DATA or (getattr(func, "__name__", "").rstrip("_") + "_" == getattr(func, "__name__", "")):
+        elif kind == "name":
             written = args[0] if args else None
-        elif kwargs.get("out") is not None or getattr(func, "__name__", "").startswith(("__i", "__set")):
+        elif "out" in kwargs or kind == "operator":
             written = kwargs.get("out", args[0] if args else None)
         if isinstance(written, Tensor):
             self._keep(written)
-        return func(*args, **kwargs)
 
     def _keep(self, tensor: Tensor) -> None:
         base = tensor if tensor._base is None else tensor._base

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -20,17 +22,30 @@ Layout: TypeAlias = Literal["concat", "sum"]
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One body parameter. Scalars and vectors are CountSketched, all else is TensorSketched as a matrix of shape
-    ``(shape[0], prod(shape[1:]))``."""
+    """One body parameter. Scalars and vectors are CountSketched, all else is TensorSketched as a matrix, see
+    :func:`as_matrix`."""
 
     name: str
     parameter: nn.Parameter
     sketch: CountSketch | TensorSketch
 
-    @property
+    @functools.cached_property
     def matrix_shape(self) -> tuple[int, int]:
-        shape = self.parameter.shape
-        return (shape[0], self.parameter.numel() // max(1, shape[0])) if len(shape) > 1 else (1, shape.numel())
+        return as_matrix(self.parameter.shape)
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of the matrix that a parameter is sketched as: its leading dimensions against its last ones.
+
+    A stack of matrices ``(E, o, i)``, as of experts, has E o rows, so that each of them is a piece of the matrix. What
+    tells it from a convolution's weight ``(O, C, k)``, which has O rows, is that it takes less than half of the numbers
+    to hash: where no other split does, the first dimension is the rows.
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    splits = [(math.prod(shape[:k]), math.prod(shape[k:])) for k in range(1, len(shape))]
+    best = min(splits, key=sum)
+    return best if 2 * sum(best) < sum(splits[0]) else splits[0]
 
 
 def _module_list(model: nn.Module, body: Body) -> list[nn.Module]:
@@ -145,8 +160,7 @@ def make_targets(
         if parameter.dim() <= 1:
             sketch = CountSketch(parameter.numel(), m, seed=seed, name=name, hashing=hashing)
         else:
-            rows = parameter.shape[0]
-            sketch = TensorSketch(rows, parameter.numel() // rows, m, seed=seed, name=name, hashing=hashing)
+            sketch = TensorSketch(*as_matrix(parameter.shape), m, seed=seed, name=name, hashing=hashing)
         targets.append(Target(name, parameter, sketch))
     return targets
 

@@ -241,6 +241,9 @@ POINTWISE = [
     "arctan2", "arctan", "arcsin", "arccos", "arcsinh", "arccosh", "arctanh",
 ]  # fmt: skip
 
+BY_VALUE = {*functions_named("topk", "sort", "msort")}
+"""Functions whose rule looks at the values of their result."""
+
 ARITHMETIC: dict[Any, Rule] = {
     **dict.fromkeys(functions_named(*POINTWISE), pointwise),
     **{

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from stepinfluence.capture.owners.intervals import NOBODY, UNKNOWN, Owners, filled, meet
+from stepinfluence.capture.owners.memory import Memory
 from stepinfluence.capture.sources import TensorSet, base_of
 from stepinfluence.capture.taps import TAPS
 
@@ -32,6 +33,22 @@ class Part:
 
     owners: Owners
     strong: bool
+
+
+class Known(weakref.ref[Tensor]):
+    """What is known of a tensor, as long as that is there; one small object for every result of a torch call.
+
+    Attributes:
+        key: the tensor's identity.
+        owners: of its elements.
+        tapped: whether it comes after a tapped use.
+    """
+
+    __slots__ = ("key", "owners", "tapped")
+
+    key: int
+    owners: Owners
+    tapped: bool
 
 
 Found: TypeAlias = "Owners | Sequence[Owners | None] | None"
@@ -57,65 +74,78 @@ def _static(value: Any) -> Hashable:
 class Follower:
     """Owners of the tensors of one forward pass, by identity.
 
+    Args:
+        memory: what is known from earlier passes over as many examples.
+
     Attributes:
         batch_size: examples of the batch; None: not known, and nothing is followed.
         in_use: whether the call being followed is one in which parameters met data.
         calls: names of functions without a rule that tapped data went through.
+        known: owners of tensors, by their identity.
+        nobodys: results that require grad and that nobody has a part in.
     """
 
-    def __init__(self, rules: dict[Any, Rule], batch_size: int | None) -> None:
+    def __init__(self, rules: dict[Any, Rule], batch_size: int | None, memory: Memory) -> None:
         self._rules = rules
         self.batch_size = batch_size
+        self.memory = memory
         self.in_use = False
         self.calls: set[str] = set()
-        self._known: dict[int, tuple[weakref.ref[Tensor], Owners, bool]] = {}
-        self._nobodys = TensorSet()  # results that require grad and that nobody has a part in
+        self.known: dict[int, Known] = {}
+        self.nobodys = TensorSet()
         self._memo: dict[Hashable, tuple[Any, Any]] = {}
-        self._along: dict[tuple[tuple[int, ...], int], Owners] = {}
+        pop = self.known.pop
+        self._gone: Callable[[Any], object] = lambda known: pop(known.key, None)
 
     # ------------------------------------------------------------------------------------------------------------
 
     def note(self, tensor: Tensor, owners: Owners, *, tapped: bool) -> None:
         if owners.along is not None:  # one object for all that say the same, so that what is remembered of it is found
-            owners = self._along.setdefault((owners.shape, owners.along), owners)
-        key, known = id(tensor), self._known
-        known[key] = (weakref.ref(tensor, lambda _: known.pop(key, None)), owners, tapped)
+            owners = self.memory.one_of(owners)
+        self.note_lasting(tensor, owners, tapped)
+
+    def note_lasting(self, tensor: Tensor, owners: Owners, tapped: bool) -> None:
+        """Note owners that the memory gave."""
+        known = Known(tensor, self._gone)
+        known.key = key = id(tensor)
+        known.owners, known.tapped = owners, tapped
+        self.known[key] = known
 
     def forget(self, tensor: Tensor) -> None:
-        self._known.pop(id(tensor), None)
+        self.known.pop(id(tensor), None)
 
     def knows(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._known
+        return id(tensor) in self.known
 
     def meets(self, operand: Tensor) -> None:
         """Data that takes part in a call: where it carries gradients and was made out of sight, nothing is known."""
         node = operand.grad_fn
         if node is None:
             return
-        known = self.knows(operand) or self._nobodys.has_id(id(operand))
+        known = self.knows(operand) or self.nobodys.has_id(id(operand))
         # What a custom function does on its way back is not what its forward shows.
         if not known or (isinstance(node, BackwardCFunction) and not isinstance(node, TAPS)):
             self.unknown(operand)
 
     def owners(self, tensor: Tensor) -> Owners | None:
-        found = self._known.get(id(tensor))
-        return None if found is None else found[1]
+        found = self.known.get(id(tensor))
+        return None if found is None else found.owners
 
     def part(self, value: object) -> Part | None:
         """Owners of an operand; None where nobody has a part in it."""
-        if not isinstance(value, Tensor) or (found := self._known.get(id(value))) is None:
+        if not isinstance(value, Tensor) or (found := self.known.get(id(value))) is None:
             return None
-        return Part(found[1], found[2] and value.requires_grad)
+        return Part(found.owners, found.tapped and value.requires_grad)
 
     def unknown(self, tensor: Tensor) -> None:
         """From now on nothing is known of a tensor."""
         self.note(tensor, self.not_known(tensor), tapped=True)
 
     def not_known(self, tensor: Tensor) -> Owners:
-        return Owners.same(tensor.shape, UNKNOWN, tensor.device)
+        return self.memory.same(tensor.shape, UNKNOWN, tensor.device)
 
     def nobody(self, tensor: Tensor) -> Owners:
-        return Owners.same(tensor.shape, NOBODY, tensor.device)
+        return self.memory.same(tensor.shape, NOBODY, tensor.device)
 
     def combine(self, parts: Sequence[Part | None], shape: Sequence[int]) -> Owners | None:
         """What operands give that meet in a tensor of ``shape``; strong ones first."""
@@ -125,7 +155,9 @@ class Follower:
         if len(given) == 1:
             return given[0].owners.broadcast(shape)
         key = ("meet", tuple((id(p.owners), p.strong) for p in given), tuple(shape))
-        if (held := self._memo.get(key)) is not None:
+        lasting = all(self.memory.lasts(id(p.owners)) for p in given)
+        memo = self.memory.made if lasting else self._memo
+        if (held := memo.get(key)) is not None:
             return held[1]  # type: ignore[no-any-return]
         strong = [p.owners for p in given if p.strong]
         weak = [p.owners for p in given if not p.strong]
@@ -133,7 +165,9 @@ class Follower:
             result = meet(strong or weak, shape)
         else:
             result = filled(meet(strong, shape), meet(weak, shape))
-        self._memo[key] = (given, result)
+        if lasting:
+            self.memory.keep(result)
+        memo[key] = (given, result)
         return result
 
     def remembered(self, func: Any, owners: Owners, arguments: Any, make: Callable[[], Any]) -> Any:
@@ -142,8 +176,12 @@ class Follower:
             key = (func, id(owners), _static(arguments))
         except _NotStaticError:
             return make()
-        if (held := self._memo.get(key)) is None:
-            held = self._memo[key] = (owners, make())
+        lasting = self.memory.lasts(id(owners))
+        memo = self.memory.made if lasting else self._memo
+        if (held := memo.get(key)) is None:
+            held = memo[key] = (owners, make())
+            if lasting:
+                self.memory.keep(held[1])
         return held[1]
 
     # ------------------------------------------------------------------------------------------------------------
@@ -180,7 +218,7 @@ class Follower:
         if not parts:
             for value in results:
                 if isinstance(value, Tensor) and value.requires_grad:
-                    self._nobodys.add(value)
+                    self.nobodys.add(value)
             return
         tapped = use or any(p.strong for p in parts)
         if not self.has_rule(func) and tapped and any(isinstance(r, Tensor) and r.requires_grad for r in results):
@@ -213,15 +251,15 @@ class Follower:
         before = self.owners(tensor)
         if owners is None:
             self.forget(tensor)
-            self._nobodys.add(tensor)
+            self.nobodys.add(tensor)
         else:
             self.note(tensor, owners, tapped=tapped)
         same = before is not None and owners is not None and _alike(before, owners)
         if same and not tapped:
             return
         base = base_of(tensor)
-        sharing = [other for ref, _, _ in list(self._known.values()) if (other := ref()) is not None]
-        for other in (*sharing, *self._nobodys.held(), base):
+        sharing = [other for ref in list(self.known.values()) if (other := ref()) is not None]
+        for other in (*sharing, *self.nobodys.held(), base):
             if other is not tensor and base_of(other) is base:
                 owners = self.owners(other) if same else None
                 self.note(other, self.not_known(other) if owners is None else owners, tapped=True)

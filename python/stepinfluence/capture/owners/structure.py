@@ -244,3 +244,6 @@ STRUCTURE: dict[Any, Rule] = {
     **dict.fromkeys(functions("flip"), flip),
     torch._C._nn.pad: pad, F.pad: pad,
 }  # fmt: skip
+
+MANY = (same, reshape, expand, cat, stack)
+"""Rules of functions that may take several tensors, of which they use the shapes."""
