@@ -15,6 +15,7 @@ from stepinfluence.attribution.features import Features, FeatureSpace, weights_d
 from stepinfluence.attribution.preconditioners import Preconditioner, prepare
 from stepinfluence.capture import session
 from stepinfluence.capture.discovery import PendingCapture
+from stepinfluence.capture.gathered import Gathered
 from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.inline import Inline
 from stepinfluence.capture.passes import TappedModel, Told
@@ -34,6 +35,7 @@ from stepinfluence.capture.targets import (
 from stepinfluence.capture.threads import one_thread
 from stepinfluence.capture.told import Ledger, Uses
 from stepinfluence.capture.verified import Memory
+from stepinfluence.shards import data_pointer
 
 
 class Capture(session.LoaderCapture):
@@ -63,14 +65,16 @@ class Capture(session.LoaderCapture):
         training: bool,
         verify: bool,
         preconditioner: Preconditioner | None,
+        gathered: Gathered,
     ) -> None:
         self.model, self.body, self.targets = model, steps.body, list(targets)
+        self.gathered = gathered
         self.device = single_device(self._body_parameters())
         self.sketching = sketching
         self.hashing: HashFamily = hashing
         self.layout: Layout = sketching.layout
         self.seed, self.batch_dim, self.training, self.verify = seed, batch_dim, training, verify
-        self.tapped = TappedModel(model, targets, steps, outside=outside, batch_dim=batch_dim, seed=seed)
+        self.tapped = TappedModel(model, targets, steps, outside=outside, batch_dim=batch_dim, seed=seed, gathered=gathered)
         double = any(t.parameter.dtype == torch.float64 for t in targets)
         self.dtype = torch.float64 if double else torch.float32
         self.reduced_loss = False
@@ -107,11 +111,11 @@ class Capture(session.LoaderCapture):
         roots = with_factors(self._roots, factors, self.dtype, self.device)
         self.sketching.precondition(roots)
         metric = weights_digest([t for root in roots.values() for t in root.tensors]) if factors else self._metric
-        weights = weights_digest([t.parameter for t in self.targets])
+        weights = weights_digest([t.held for t in self.targets])
         return FeatureSpace("sketch", tuple(self.sketching.blocks), self._tables, weights, metric)
 
     def _body_parameters(self) -> dict[str, nn.Parameter]:
-        return {t.name: t.parameter for t in self.targets}
+        return {t.name: t.held for t in self.targets}
 
     @property
     def preconditioner(self) -> Preconditioner | None:
@@ -264,8 +268,8 @@ class Capture(session.LoaderCapture):
         """
         # Another loss, or other weights, may mix examples where the last did not; the weights outside the body are
         # known by where they lie and how often they were written.
-        owned = {id(t.parameter) for t in self.targets}
-        others = tuple((p.data_ptr(), p._version) for p in self.model.parameters() if id(p) not in owned)
+        owned = {id(t.held) for t in self.targets}
+        others = tuple((data_pointer(p), p._version) for p in self.model.parameters() if id(p) not in owned)
         state = (space, others, self.training, self.batch_dim)
         self._last = SketchedRun(
             self.tapped,
@@ -275,6 +279,7 @@ class Capture(session.LoaderCapture):
             checked=self._memory.recall(loss_fn, state, anew=verify is True),
             verifying=self.verify if verify is None else verify,
             reduced=self.reduced_loss,
+            company=self.gathered.company,
         )
         return self._last
 
@@ -339,8 +344,11 @@ def attach(
 
     def of(body: Body) -> Capture:
         modules = find_body(model, body)
-        parameters = body_parameters(model, modules)
-        targets = make_targets(parameters, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout)
+        gathered = Gathered(model)
+        parameters = body_parameters(model, modules, gathered)
+        targets = make_targets(
+            parameters, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout, gathered=gathered
+        )
         return Capture(
             model,
             targets,
@@ -353,6 +361,7 @@ def attach(
             training=training,
             verify=verify,
             preconditioner=preconditioner,
+            gathered=gathered,
         )
 
     if body is not None:

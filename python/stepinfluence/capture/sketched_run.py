@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepinfluence.attribution.features import FeatureBuilder, FeatureSpace
 from stepinfluence.capture import session
+from stepinfluence.capture.company import Company
 from stepinfluence.capture.discovery import warn_if_the_loop_is_elsewhere
 from stepinfluence.capture.passes import TappedModel, Told
 from stepinfluence.capture.recorder import SketchRecorder
@@ -36,6 +37,7 @@ class SketchedRun:
         checked: the ways of telling examples apart that were verified.
         verifying: whether others are verified.
         reduced: whether a loss may be one number for the batch, repeated.
+        company: the processes that run the same passes at the same time.
         usage: which parameters were used.
         ledger: counts uses.
         told: how the owners of the last batch's rows were known.
@@ -48,6 +50,7 @@ class SketchedRun:
     checked: Checked
     verifying: bool
     reduced: bool
+    company: Company = field(default_factory=Company)
     usage: Usage = field(default_factory=Usage)
     ledger: Ledger = field(default_factory=Ledger)
     told: Told = "followed"
@@ -76,13 +79,14 @@ class SketchedRun:
         one.backward(SketchRecorder(self.sketching, buffer, wait=not one.hooked))
         del one  # and with it what the forward pass computed from parameters
         session.check_features(buffer, ids)
-        if first and steps == 1 and self.verifying:
+        if first and steps == 1 and self.verifying and self.company.alone:
             self._look_for_a_loop(labels[0], batch, index)
-        if size > 1 and self.wants_verification(index):
+        if self.company.any(size > 1 and self.wants_verification(index)):
             again = Verification(self.tapped, self.sketching, batch, self.loss_fn, index, self.reduced)
             again.check(buffer, given, losses)
             self.checked.add(self.told)
             self.ledger.add_verified(seen)
+        self.company.compare()
         values = losses.to("cpu", torch.float32)
         builder.commit(given, values, labels, self.sketching.lengths(buffer) if buffer.dim() == 3 else None)
         return values

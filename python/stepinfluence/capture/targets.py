@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from sdi_kernels import CountSketch, HashFamily, TensorSketch
+from stepinfluence.capture.gathered import Gathered
 from stepinfluence.errors import BodyError
+from stepinfluence.shards import is_sharded, refuse_other_ways
 from stepinfluence.wrappers import canonical_name as canonical_name
 from stepinfluence.wrappers import unwrap as unwrap
 
@@ -21,11 +23,17 @@ Layout: TypeAlias = Literal["concat", "sum"]
 @dataclass(frozen=True, eq=False)
 class Target:
     """One body parameter. Scalars and vectors are CountSketched, all else is TensorSketched as a matrix of shape
-    ``(shape[0], prod(shape[1:]))``."""
+    ``(shape[0], prod(shape[1:]))``.
+
+    Attributes:
+        parameter: what the model computes with.
+        held: what the model holds between passes: the same, or this process's part of it.
+    """
 
     name: str
     parameter: nn.Parameter
     sketch: CountSketch | TensorSketch
+    held: nn.Parameter
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -76,12 +84,18 @@ def find_body(model: nn.Module, body: Body) -> list[nn.Module]:
     return modules
 
 
-def body_parameters(model: nn.Module, body: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+def body_parameters(
+    model: nn.Module, body: Sequence[nn.Module], gathered: Gathered | None = None
+) -> dict[str, nn.Parameter]:
     """Trainable parameters of the body by canonical name, in the model's order.
 
+    Args:
+        gathered: what is sharded of the model, where that is allowed.
+
     Raises:
-        BodyError: there is none, or one is complex or sharded over processes.
+        BodyError: there is none, or one is complex, or sharded over processes in a way that is not known.
     """
+    refuse_other_ways(model)
     wanted = {id(p) for module in body for p in module.parameters() if p.requires_grad}
     found = {canonical_name(name): p for name, p in model.named_parameters() if id(p) in wanted}
     if not found:
@@ -90,11 +104,11 @@ def body_parameters(model: nn.Module, body: Sequence[nn.Module]) -> dict[str, nn
             "and set requires_grad=True on them"
         )
     for name, parameter in found.items():
-        if hasattr(parameter, "device_mesh"):  # a DTensor
+        if is_sharded(parameter) and (gathered is None or is_sharded(gathered.whole(parameter))):
             raise BodyError(
-                f"{name}: is sharded over processes (fully_shard, a DTensor): what the loop then uses are other "
-                "tensors, gathered anew for every use; give every process the whole model, in bf16 if need be "
-                "(docs/scale.md)"
+                f"{name}: is sharded over processes as a DTensor ({', '.join(map(str, parameter.placements))}), which "
+                "cannot be captured here; use attach on a model sharded by fully_shard (docs/scale.md), or give every "
+                "process the whole model"
             )
         if parameter.is_complex():
             raise BodyError(
@@ -127,6 +141,7 @@ def make_targets(
     hashing: HashFamily,
     seed: int,
     layout: Layout = "concat",
+    gathered: Gathered | None = None,
 ) -> list[Target]:
     """A target with its own independent sketch for each parameter (paper, section 3: one CS/TS map per tensor).
 
@@ -147,7 +162,8 @@ def make_targets(
         else:
             rows = parameter.shape[0]
             sketch = TensorSketch(rows, parameter.numel() // rows, m, seed=seed, name=name, hashing=hashing)
-        targets.append(Target(name, parameter, sketch))
+        used = parameter if gathered is None else gathered.whole(parameter)
+        targets.append(Target(name, used, sketch, parameter))
     return targets
 
 

@@ -84,6 +84,14 @@ class Follower:
     def forget(self, tensor: Tensor) -> None:
         self._known.pop(id(tensor), None)
 
+    def stand_in(self, before: Tensor, after: Tensor) -> None:
+        """Take the owners of a tensor for those of another one with the same values."""
+        self.meets(before)
+        if (found := self._known.get(id(before))) is not None:
+            self.note(after, found[1], tapped=found[2])
+        elif self._nobodys.has_id(id(before)):
+            self._nobodys.add(after)
+
     def knows(self, tensor: Tensor) -> bool:
         return id(tensor) in self._known
 
