@@ -21,6 +21,16 @@ def local(tensor: Any) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
+def share_of(value: Any, own: Any) -> Any:
+    """A value as it is put into a tensor of a model: of a sharded one, the part that is this process's."""
+    if not is_sharded(own) or is_sharded(value) or not isinstance(value, Tensor):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    given = value.to(own.device, own.dtype)
+    return distribute_tensor(given, own.device_mesh, own.placements, src_data_rank=None)
+
+
 def portion(tensor: Any) -> tuple[Tensor, int, bool]:
     """What this process has of a tensor's values, detached: (values, place of the first among all entries, whether
     other processes have the rest). Collective: where the part is no run of entries, the tensor is gathered."""

@@ -22,6 +22,7 @@ from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.batches import infer_batch_size
 from stepinfluence.capture.calls import OUTSIDE
 from stepinfluence.capture.carried import Carried
+from stepinfluence.capture.gathered import Gathered
 from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.steps import Loop, StepTracker
 from stepinfluence.capture.targets import Body, body_parameters, find_body, single_device, unwrap
@@ -65,6 +66,8 @@ class ExactCapture(session.LoaderCapture):
         training: bool = False,
         preconditioner: Preconditioner | None = None,
     ) -> None:
+        self.gathered = Gathered(model)
+        self.gathered.refuse("ExactCapture")
         if loop == "manual":
             raise ValueError("loop: got 'manual'; ExactCapture tells steps apart at module entries, use 'entries'")
         self.model = unwrap(model)

@@ -74,6 +74,21 @@ class Gathered:
         """The tensor that modules compute with, for a parameter as ``named_parameters`` has it."""
         return self.wholes.get(id(parameter), parameter)
 
+    def refuse(self, what: str) -> None:
+        """Refuse a model that is sharded.
+
+        Args:
+            what: for which it cannot be, in words.
+
+        Raises:
+            BodyError: it is.
+        """
+        if self.any:
+            raise BodyError(
+                f"model: is sharded over processes by fully_shard, which {what} cannot handle; give this process the "
+                "whole model (features of the two can be compared: names and digests are the same)"
+            )
+
     def reshard(self) -> None:
         """Give up what is gathered: ``named_parameters`` has the sharded ones afterwards."""
         for module in self._modules:

@@ -49,8 +49,9 @@ def isolated(model: nn.Module, *, training: bool, gathered: Gathered | None = No
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context((gathered or Gathered(model)).running())
-        stack.enter_context(state.keeping(model))
+        gathered = Gathered(model) if gathered is None else gathered
+        stack.enter_context(gathered.running())
+        stack.enter_context(state.keeping(model, gathered.wholes.values()))
         model.train(training)
         try:
             yield

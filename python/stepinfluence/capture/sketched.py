@@ -253,7 +253,9 @@ class Capture(session.LoaderCapture):
 
         Raises:
             LayoutError: the batch does not tell how many examples it has.
+            BodyError: the model is sharded over processes.
         """
+        self.gathered.refuse("capture.inline")
         check = self.verify if verify is None else verify
         self._inlined += 1
         return Inline(self, batch, ids, self._inlined - 1, per_step=per_step, verify=check)

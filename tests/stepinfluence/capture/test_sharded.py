@@ -1,38 +1,221 @@
-"""A body that FSDP2 has sharded over processes is refused by name, not featurized wrongly."""
+"""Models that FSDP2 has sharded over processes: the same features as of the whole model, from every process's own
+batches, and one line for what cannot be done."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from stepinfluence import BodyError, attach
-from torch import nn
+from processes import together
+from stepinfluence import BodyError, Capture, ExactCapture, Features, UnsupportedUseError, attach
+from stepinfluence.capture.pairs import PairCapture
+from stepinfluence.models import LoopedGPT, LoopedGPTConfig, gpt_loss
+from torch import Tensor, nn
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+
+TOLERANCE = 1e-6
+CONFIG = LoopedGPTConfig(
+    vocab_size=31, d_model=16, n_heads=2, sequence_len=8, n_prelude=1, n_core=2, n_coda=1, steps=3, norm="layernorm"
+)
 
 
-def sharded(rank: int, rendezvous: str) -> None:
+def make() -> LoopedGPT:
+    torch.manual_seed(0)
+    return LoopedGPT(CONFIG).eval()
+
+
+def batches(rank: int, count: int = 2) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(rank)
+    tokens = [torch.randint(CONFIG.vocab_size, (3, 9), generator=generator) for _ in range(count)]
+    return [{"tokens": t[:, :-1], "targets": t[:, 1:]} for t in tokens]
+
+
+def featurize(model: nn.Module, data: list[Any], loss: Any = gpt_loss, **options: Any) -> tuple[Capture, Features]:
+    capture = attach(model, body="core", sketch_size=32, **options)
+    return capture, capture.featurize(data, loss)
+
+
+def sharded(mesh: Any, *, units: str = "blocks", checkpointed: bool = False, **options: Any) -> LoopedGPT:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
     from torch.distributed.fsdp import fully_shard
 
-    os.environ["OMP_NUM_THREADS"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        mesh = dist.init_device_mesh("cpu", (2,))
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        fully_shard(model[1], mesh=mesh)
-        with pytest.raises(BodyError, match=r"1\.weight: is sharded over processes \(fully_shard"):
-            attach(model, body=model[1])
-        assert attach(model, body=model[0], sketch_size=16).width  # what is whole can be captured beside it
-    finally:
-        dist.destroy_process_group()
+    model = make()
+    if checkpointed:
+        for k, block in enumerate(model.core.blocks):
+            model.core.blocks[k] = checkpoint_wrapper(block)
+    for block in (*model.prelude, *model.core.blocks, *model.coda) if units == "blocks" else [model.core]:
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def check(found: Features, expected: Features) -> None:
+    """Equal but for torch's rounding; columns, names and digests of weights are those of the whole model."""
+    assert found.space == expected.space
+    assert torch.allclose(found.losses, expected.losses, rtol=TOLERANCE, atol=0)
+    error = (found.values - expected.values).flatten(1).norm(dim=1)
+    assert bool((error <= TOLERANCE * expected.values.flatten(1).norm(dim=1)).all()), float(error.max())
+    assert found.ids == expected.ids
+    assert torch.equal(found.steps, expected.steps)
+    assert float(expected.values.norm()) > 0
+
+
+def checks(rank: int, mesh: Any, halves: Any) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    _, expected = featurize(make(), batches(rank))
+    for options in (
+        {"reshard_after_forward": True},
+        {"mesh": halves, "reshard_after_forward": False},
+        {"units": "core", "checkpointed": True},
+        {"mesh": halves, "checkpointed": True},
+    ):
+        model = sharded(**{"mesh": mesh, **options})
+        hooks = {m: list(m._forward_pre_hooks.values()) for m in model.modules()}
+        capture, found = featurize(model, batches(rank))
+        check(found, expected)
+        assert (capture.owners, capture._ledger.verified) == ("followed", 1)
+        assert all(hasattr(p, "device_mesh") and p.grad is None for p in model.parameters())
+        assert hooks == {m: list(m._forward_pre_hooks.values()) for m in model.modules()}
+        check(capture.featurize(batches(rank), gpt_loss), expected)
+
+    # The model trains on as if nothing had been.
+    gpt_loss(model, batches(rank)[0]).mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+    model = sharded(mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    _, found = featurize(model, batches(rank))
+    _, half = featurize(make().bfloat16(), batches(rank))
+    assert found.space.weights == expected.space.weights != half.space.weights
+    assert torch.equal(found.values, half.values)
+
+
+def uneven(rank: int, mesh: Any) -> None:
+    """Processes with few batches wait for those with more; the last batch of one may be a single example."""
+    data = batches(rank, 1 + rank)
+    if rank == 1:
+        data[-1] = {name: value[:1] for name, value in data[-1].items()}
+    _, expected = featurize(make(), data)
+    _, found = featurize(sharded(mesh), data)
+    check(found, expected)
+
+
+class TwoWays(nn.Module):
+    """Enters its two parts in an order that the data says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, swapped: bool) -> Tensor:
+        parts = (self.other, self.one) if swapped else (self.one, self.other)
+        return parts[1](parts[0](x).tanh())
+
+
+class Writes(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return super().forward(x)
+
+
+class Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+class Custom(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubling.apply(super().forward(x))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Around(nn.Module):
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        return self.core(self.core(x, *more), *more).sum(1)  # type: ignore[no-any-return]
+
+
+def refusals(rank: int, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    x = torch.randn(3, 4)
+    model = Around(TwoWays())
+    for part in (model.core.one, model.core.other):
+        fully_shard(part, mesh=mesh)  # type: ignore[arg-type]
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch, rank % 2 == 0)  # type: ignore[no-any-return]
+
+    with pytest.raises(BodyError, match="its processes entered different modules"):
+        featurize(model, [x], loss)
+    _, found = featurize(model, [x], lambda model, batch: model(batch, False))  # and can be used again
+    assert float(found.values.norm()) > 0
+
+    capture = attach(sharded(mesh), body="core", sketch_size=32)
+    for what, call in (
+        ("ExactCapture", lambda: ExactCapture(capture.model, body="core")),
+        ("capture.inline", lambda: capture.inline(batches(0)[0])),
+        ("exact influence of pairs", lambda: PairCapture(capture)),
+    ):
+        with pytest.raises(BodyError, match=f"sharded over processes by fully_shard, which {what} cannot handle"):
+            call()  # type: ignore[no-untyped-call]
+
+    for kind, error, message in (
+        (Writes, BodyError, "its forward pass changes weights that are sharded"),
+        (Custom, UnsupportedUseError, "cannot be followed through"),
+    ):
+        torch.manual_seed(0)
+        changed = Around(kind(4, 4))
+        fully_shard(changed.core, mesh=mesh)
+        with pytest.raises(error, match=message):
+            featurize(changed, [x], lambda model, batch: model(batch))
+
+    placed = Around(nn.Linear(4, 4))
+    placed.core.weight = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)]))
+    with pytest.raises(BodyError, match=r"core\.weight: is sharded over processes as a DTensor \(S\(0\)\)"):
+        attach(placed, body="core")
+
+
+def in_four_processes(rank: int) -> None:
+    mesh = dist.init_device_mesh("cpu", (4,))
+    halves = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("which", "half"))["half"]
+    checks(rank, mesh, halves)
+    uneven(rank, halves)
+    refusals(rank, halves)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
-def test_two_processes(tmp_path: Path) -> None:
-    mp.start_processes(sharded, args=(str(tmp_path / "rendezvous"),), nprocs=2, start_method="spawn")
-    assert torch.distributed.is_initialized() is False
+@needs_gloo
+def test_sharded_by_fsdp2(tmp_path: Path) -> None:
+    together(in_four_processes, 4, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "what"),
+    [
+        ("FullyShardedDataParallel", "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"),
+        ("DeepSpeedEngine", "deepspeed.runtime.engine", "DeepSpeed"),
+        ("PipelineStage", "torch.distributed.pipelining.stage", "pipeline parallelism"),
+    ],
+)
+def test_other_ways_are_refused(name: str, module: str, what: str) -> None:
+    model = Around(nn.Linear(4, 4))
+    kind = type(name, (Around,), {"__module__": module})
+    with pytest.raises(BodyError, match=f"model: is spread over processes by {what}"):
+        attach(kind(model), body=model.core)
+    model.core.weight.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(BodyError, match="DeepSpeed ZeRO-3"):
+        attach(model, body=model.core)
