@@ -48,6 +48,18 @@ class Company:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
         return tuple(found.tolist())
 
+    def reach(self, number: float) -> tuple[float, float]:
+        """The largest and the smallest that the processes give; all call this."""
+        if self.alone:
+            return number, number
+        import torch.distributed as dist
+
+        found = torch.tensor([number, -number], dtype=torch.float64, device=self._device)
+        for group in self._groups:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+        highest, lowest = found.tolist()
+        return highest, -lowest
+
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
         return bool(self.most(int(flag))[0])

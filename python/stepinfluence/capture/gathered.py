@@ -31,7 +31,8 @@ class Gathered:
             module.
 
     Attributes:
-        company: the processes that gather together.
+        company: is told what is gathered.
+        groups: the process groups that gather together.
         wholes: the tensors that modules compute with, by the identity of the sharded parameters.
 
     Raises:
@@ -40,20 +41,19 @@ class Gathered:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [m for m in model.modules() if hasattr(m, "_get_fsdp_state")]
-        self.company, self.wholes = Company(), dict[int, nn.Parameter]()
+        self.company, self.wholes, self.groups = Company(), dict[int, nn.Parameter](), list[Any]()
         if not self._modules:
             return
         try:
             self._states = list(dict.fromkeys(m._get_fsdp_state() for m in self._modules))
             self._groups = [group for state in self._states for group in state._fsdp_param_groups]
             self._gather_once()
-            groups = [g.mesh_info.shard_process_group for g in self._groups]
+            self.groups = [g.mesh_info.shard_process_group for g in self._groups]
         except AttributeError as error:
             raise BodyError(
                 f"model: is sharded by a fully_shard that is not known (torch {torch.__version__}: {error}); use the "
                 "torch that the pins name, or do not shard it"
             ) from error
-        self.company = Company(groups, self._groups[0].device if self._groups else None)
 
     def _gather_once(self) -> None:
         for module in self._modules:
@@ -73,21 +73,6 @@ class Gathered:
     def whole(self, parameter: nn.Parameter) -> nn.Parameter:
         """The tensor that modules compute with, for a parameter as ``named_parameters`` has it."""
         return self.wholes.get(id(parameter), parameter)
-
-    def refuse(self, what: str) -> None:
-        """Refuse a model that is sharded.
-
-        Args:
-            what: for which it cannot be, in words.
-
-        Raises:
-            BodyError: it is.
-        """
-        if self.any:
-            raise BodyError(
-                f"model: is sharded over processes by fully_shard, which {what} cannot handle; give this process the "
-                "whole model (features of the two can be compared: names and digests are the same)"
-            )
 
     def reshard(self) -> None:
         """Give up what is gathered: ``named_parameters`` has the sharded ones afterwards."""

@@ -43,6 +43,7 @@ from stepinfluence.capture.steps import StepTracker, in_backward
 from stepinfluence.capture.taps import Receive, has_tap, tap_expanded, tap_output
 from stepinfluence.capture.usage import LOOKS, Usage
 from stepinfluence.errors import BodyError, UnsupportedUseError
+from stepinfluence.shards import is_sharded
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,12 @@ class Interceptor(TorchFunctionMode):
         if in_backward():
             return
         for before, after in zip(pytree.tree_leaves(given), pytree.tree_leaves(result), strict=False):
-            if isinstance(after, Tensor) and isinstance(before, Tensor) and after.shape == before.shape and after is not before:
+            if (
+                isinstance(after, Tensor)
+                and isinstance(before, Tensor)
+                and after.shape == before.shape
+                and after is not before
+            ):
                 self._provenance.stand_in(before, after)
                 self.owners.follower.stand_in(before, after)
 
@@ -289,7 +295,7 @@ class Interceptor(TorchFunctionMode):
             self.owners.give(found.data)
         outer, self._without_rows = self._without_rows, all(t.numel() == 0 for t in found.data)
         try:
-            result = self._tapped(func, args, kwargs)
+            result = self._tapped(func, args, kwargs, found.sources)
         finally:
             self._without_rows = outer
         if self.owners.following:
@@ -319,9 +325,11 @@ class Interceptor(TorchFunctionMode):
             self._note_constants(func, args, result, bool(found.sources) or found.has_constant)
         return result
 
-    def _tapped(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _tapped(self, func: Any, args: Any, kwargs: Any, sources: list[Source]) -> Any:
         """The result of a call in which sources meet data."""
         rule = self._tapping.rules.get(func)
+        if any(is_sharded(source.tensor) for source in sources):
+            raise self.unsupported(sources, func, "as a DTensor, outside of a linear layer")
         result = NotImplemented if rule is None else rule(self, func, args, kwargs)
         if result is NotImplemented:
             result = self.look_inside(func, args, kwargs)

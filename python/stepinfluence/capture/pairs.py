@@ -169,7 +169,7 @@ class PairCapture:
     def __init__(self, capture: Capture, *, route: PairRoute = "auto", parameters: Sequence[str] | None = None) -> None:
         if route not in ROUTES:
             raise ValueError(f"route: got {route!r}; use one of {', '.join(map(repr, ROUTES))}")
-        capture.gathered.refuse("exact influence of pairs")
+        capture.sharding.refuse("exact influence of pairs")
         self._capture = capture
         self._route = route
         self._targets = [t for t in capture.targets if parameters is None or t.name in parameters]

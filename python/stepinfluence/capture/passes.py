@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.batches import infer_batch_size, leaves
 from stepinfluence.capture.found import find, how_told
-from stepinfluence.capture.gathered import Gathered
 from stepinfluence.capture.interceptor import Interceptor, Tapping, nested
 from stepinfluence.capture.row_by_row import per_row
 from stepinfluence.capture.rows import Use
+from stepinfluence.capture.sharding import Sharding
 from stepinfluence.capture.sinks import GradientSink
 from stepinfluence.capture.sources import ModelTensors
 from stepinfluence.capture.steps import StepTracker
@@ -86,7 +86,7 @@ class TappedModel:
     Args:
         model, targets, steps: the model, its body's parameters, and what counts loop steps.
         outside, batch_dim, seed: as for :func:`~stepinfluence.attach`.
-        gathered: what is sharded of the model.
+        sharding: how the model is spread over processes.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class TappedModel:
         outside: str,
         batch_dim: int,
         seed: int,
-        gathered: Gathered | None = None,
+        sharding: Sharding,
     ) -> None:
-        self._together = gathered is not None and not gathered.company.alone
+        self.sharding, self.batch_dim = sharding, batch_dim
         self.model, self.targets, self.steps, self.seed = model, list(targets), steps, seed
         # One anchor for all passes: a tensor that was kept from an earlier one is told by reaching it.
         anchor = torch.zeros((), device=self.targets[0].parameter.device, requires_grad=True)
@@ -143,7 +143,7 @@ class TappedModel:
         losses, interceptor = self._run(batch, loss_fn, ids, index, size)
         try:
             told = how_told(interceptor, losses, reduced=reduced)
-            if told == "found" and self._together:
+            if told == "found" and not self.sharding.company.alone:
                 raise self._cannot_be_found(interceptor)
             if told == "found" and interceptor.owners.doubted:
                 find(interceptor, losses)
@@ -160,8 +160,8 @@ class TappedModel:
     def _cannot_be_found(self, interceptor: Interceptor) -> UnsupportedUseError:
         calls = ", ".join(sorted(interceptor.owners.follower.calls)) or "an operation that is not known"
         return UnsupportedUseError(
-            f"model: the examples of a batch cannot be followed through {calls}, and finding them takes backward passes "
-            "of their own, which processes that hold a model together do not run at the same time; rewrite it with "
+            f"model: the examples of a batch cannot be followed through {calls}, and finding them takes backward "
+            "passes of their own, which processes that hold a model together do not run at the same time; rewrite it with "
             "torch functions, or do not shard the model"
         )
 

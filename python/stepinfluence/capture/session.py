@@ -16,7 +16,7 @@ from stepinfluence.attribution.features import FeatureBuilder, Features, Feature
 from stepinfluence.capture import state
 from stepinfluence.capture.batches import expected_rows, fingerprints, length_of, usable
 from stepinfluence.capture.diagnosis import check_parameters
-from stepinfluence.capture.gathered import Gathered
+from stepinfluence.capture.sharding import Sharding
 from stepinfluence.capture.threads import one_thread
 from stepinfluence.errors import BodyError, ExampleLossError, LossError, LossFunctionError
 from stepinfluence.loaders import IdsOf as IdsOf
@@ -28,14 +28,14 @@ FeaturizeBatch: TypeAlias = Callable[[FeatureBuilder, Any, "Sequence[Hashable] |
 
 
 @contextmanager
-def isolated(model: nn.Module, *, training: bool, gathered: Gathered | None = None) -> Iterator[None]:
+def isolated(model: nn.Module, *, training: bool, sharding: Sharding | None = None) -> Iterator[None]:
     """Run the model without leaving a trace in it: modes, buffers, attributes, weights, gradients, hooks and random
     state come back as they were (:mod:`stepinfluence.capture.state`).
 
     ``torch.compile``d parts run eagerly within: their parameters' uses could not be seen otherwise.
 
     Args:
-        gathered: what is sharded of the model, where a capture knows it.
+        sharding: how the model is spread over processes, where a capture knows it.
 
     Raises:
         BodyError: another thread is at it.
@@ -49,9 +49,9 @@ def isolated(model: nn.Module, *, training: bool, gathered: Gathered | None = No
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        gathered = Gathered(model) if gathered is None else gathered
-        stack.enter_context(gathered.running())
-        stack.enter_context(state.keeping(model, gathered.wholes.values()))
+        sharding = Sharding(model) if sharding is None else sharding
+        stack.enter_context(sharding.running())
+        stack.enter_context(state.keeping(model, sharding.gathered.wholes.values()))
         model.train(training)
         try:
             yield
@@ -185,7 +185,7 @@ class LoaderCapture(ABC):
     training: bool
     batch_dim: int
     dtype: torch.dtype
-    gathered: Gathered
+    sharding: Sharding
 
     @property
     @abstractmethod
@@ -230,11 +230,11 @@ class LoaderCapture(ABC):
             )
         total = length_of(loader)
         with (
-            isolated(self.model, training=self.training, gathered=self.gathered),
+            isolated(self.model, training=self.training, sharding=self.sharding),
             _progress_bar(loader, total, description, shown=progress) as bar,
         ):
             index = first_batch - 1
-            for whatever, kept in self.gathered.company.batches(bar):
+            for whatever, kept in self.sharding.company.batches(bar):
                 if not kept:  # another process has batches left, and needs this one's weights
                     with one_batch(self.model):
                         featurize_batch(self._spare_builder(per_step), usable(whatever), None, index)

@@ -15,10 +15,10 @@ from stepinfluence.attribution.features import Features, FeatureSpace, weights_d
 from stepinfluence.attribution.preconditioners import Preconditioner, prepare
 from stepinfluence.capture import session
 from stepinfluence.capture.discovery import PendingCapture
-from stepinfluence.capture.gathered import Gathered
 from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.inline import Inline
 from stepinfluence.capture.passes import TappedModel, Told
+from stepinfluence.capture.sharding import Sharding
 from stepinfluence.capture.sketched_run import SketchedRun
 from stepinfluence.capture.sketching import Sketching
 from stepinfluence.capture.steps import Loop, StepTracker
@@ -65,16 +65,18 @@ class Capture(session.LoaderCapture):
         training: bool,
         verify: bool,
         preconditioner: Preconditioner | None,
-        gathered: Gathered,
+        sharding: Sharding,
     ) -> None:
         self.model, self.body, self.targets = model, steps.body, list(targets)
-        self.gathered = gathered
+        self.sharding = sharding
         self.device = single_device(self._body_parameters())
         self.sketching = sketching
         self.hashing: HashFamily = hashing
         self.layout: Layout = sketching.layout
         self.seed, self.batch_dim, self.training, self.verify = seed, batch_dim, training, verify
-        self.tapped = TappedModel(model, targets, steps, outside=outside, batch_dim=batch_dim, seed=seed, gathered=gathered)
+        self.tapped = TappedModel(
+            model, targets, steps, outside=outside, batch_dim=batch_dim, seed=seed, sharding=sharding
+        )
         double = any(t.parameter.dtype == torch.float64 for t in targets)
         self.dtype = torch.float64 if double else torch.float32
         self.reduced_loss = False
@@ -255,7 +257,7 @@ class Capture(session.LoaderCapture):
             LayoutError: the batch does not tell how many examples it has.
             BodyError: the model is sharded over processes.
         """
-        self.gathered.refuse("capture.inline")
+        self.sharding.refuse("capture.inline")
         check = self.verify if verify is None else verify
         self._inlined += 1
         return Inline(self, batch, ids, self._inlined - 1, per_step=per_step, verify=check)
@@ -281,7 +283,6 @@ class Capture(session.LoaderCapture):
             checked=self._memory.recall(loss_fn, state, anew=verify is True),
             verifying=self.verify if verify is None else verify,
             reduced=self.reduced_loss,
-            company=self.gathered.company,
         )
         return self._last
 
@@ -346,11 +347,12 @@ def attach(
 
     def of(body: Body) -> Capture:
         modules = find_body(model, body)
-        gathered = Gathered(model)
-        parameters = body_parameters(model, modules, gathered)
+        sharding = Sharding(model)
+        parameters = body_parameters(model, modules, sharding.used)
         targets = make_targets(
-            parameters, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout, gathered=gathered
+            parameters, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout, used=sharding.used
         )
+        sharding.watch(targets, layout)
         return Capture(
             model,
             targets,
@@ -363,7 +365,7 @@ def attach(
             training=training,
             verify=verify,
             preconditioner=preconditioner,
-            gathered=gathered,
+            sharding=sharding,
         )
 
     if body is not None:

@@ -239,8 +239,8 @@ class ModelState:
         self.hooks.refuse_new()
         if any(whole._version != version for whole, version in self._gathered):
             raise BodyError(
-                "model: its forward pass changes weights that are sharded over processes, in the gathered copy, which is "
-                "thrown away; change them outside of forward()"
+                "model: its forward pass changes weights that are sharded over processes, in the gathered copy, which "
+                "is thrown away; change them outside of forward()"
             )
         for key, known in self._versions.items():
             name, parameter = self._parameters[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from sdi_kernels import CountSketch, HashFamily, TensorSketch
-from stepinfluence.capture.gathered import Gathered
 from stepinfluence.errors import BodyError
 from stepinfluence.shards import is_sharded, refuse_other_ways
 from stepinfluence.wrappers import canonical_name as canonical_name
@@ -85,12 +84,12 @@ def find_body(model: nn.Module, body: Body) -> list[nn.Module]:
 
 
 def body_parameters(
-    model: nn.Module, body: Sequence[nn.Module], gathered: Gathered | None = None
+    model: nn.Module, body: Sequence[nn.Module], used: Callable[[nn.Parameter], nn.Parameter | None] | None = None
 ) -> dict[str, nn.Parameter]:
     """Trainable parameters of the body by canonical name, in the model's order.
 
     Args:
-        gathered: what is sharded of the model, where that is allowed.
+        used: what modules compute with for a parameter that is sharded over processes; None where that is not known.
 
     Raises:
         BodyError: there is none, or one is complex, or sharded over processes in a way that is not known.
@@ -104,11 +103,11 @@ def body_parameters(
             "and set requires_grad=True on them"
         )
     for name, parameter in found.items():
-        if is_sharded(parameter) and (gathered is None or is_sharded(gathered.whole(parameter))):
+        if is_sharded(parameter) and (used is None or used(parameter) is None):
             raise BodyError(
                 f"{name}: is sharded over processes as a DTensor ({', '.join(map(str, parameter.placements))}), which "
-                "cannot be captured here; use attach on a model sharded by fully_shard (docs/scale.md), or give every "
-                "process the whole model"
+                "cannot be captured; use fully_shard on plain parameters, or ColwiseParallel and RowwiseParallel for "
+                "linear layers, or give every process the whole model (docs/scale.md)"
             )
         if parameter.is_complex():
             raise BodyError(
@@ -141,7 +140,7 @@ def make_targets(
     hashing: HashFamily,
     seed: int,
     layout: Layout = "concat",
-    gathered: Gathered | None = None,
+    used: Callable[[nn.Parameter], nn.Parameter | None] = lambda parameter: parameter,
 ) -> list[Target]:
     """A target with its own independent sketch for each parameter (paper, section 3: one CS/TS map per tensor).
 
@@ -162,8 +161,8 @@ def make_targets(
         else:
             rows = parameter.shape[0]
             sketch = TensorSketch(rows, parameter.numel() // rows, m, seed=seed, name=name, hashing=hashing)
-        used = parameter if gathered is None else gathered.whole(parameter)
-        targets.append(Target(name, used, sketch, parameter))
+        whole = used(parameter)
+        targets.append(Target(name, parameter if whole is None else whole, sketch, parameter))
     return targets
 
 

@@ -87,4 +87,6 @@ class Verification:
     def _sketched(self, run: TappedPass, weights: Tensor, like: Tensor) -> tuple[Tensor, bool]:
         """Features of the losses weighted by ``(B,)``, and whether some gradients were of reduced precision."""
         scaled = torch.zeros_like(like)
-        return scaled, run.backward(SketchRecorder(self.sketching, scaled, wait=not run.hooked), weights)
+        coarse = run.backward(SketchRecorder(self.sketching, scaled, wait=not run.hooked), weights)
+        self.tapped.sharding.add_up(scaled, self.sketching.blocks)
+        return scaled, coarse

@@ -3,6 +3,7 @@ batches, and one line for what cannot be done."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ def make() -> LoopedGPT:
     return LoopedGPT(CONFIG).eval()
 
 
+def checkpoint_blocks(model: LoopedGPT) -> LoopedGPT:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for k, block in enumerate(model.core.blocks):
+        model.core.blocks[k] = checkpoint_wrapper(block)
+    return model
+
+
 def batches(rank: int, count: int = 2) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(rank)
     tokens = [torch.randint(CONFIG.vocab_size, (3, 9), generator=generator) for _ in range(count)]
@@ -40,13 +49,9 @@ def featurize(model: nn.Module, data: list[Any], loss: Any = gpt_loss, **options
 
 
 def sharded(mesh: Any, *, units: str = "blocks", checkpointed: bool = False, **options: Any) -> LoopedGPT:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
     from torch.distributed.fsdp import fully_shard
 
-    model = make()
-    if checkpointed:
-        for k, block in enumerate(model.core.blocks):
-            model.core.blocks[k] = checkpoint_wrapper(block)
+    model = checkpoint_blocks(make()) if checkpointed else make()
     for block in (*model.prelude, *model.core.blocks, *model.coda) if units == "blocks" else [model.core]:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
@@ -170,7 +175,7 @@ def refusals(rank: int, mesh: Any) -> None:
         ("capture.inline", lambda: capture.inline(batches(0)[0])),
         ("exact influence of pairs", lambda: PairCapture(capture)),
     ):
-        with pytest.raises(BodyError, match=f"sharded over processes by fully_shard, which {what} cannot handle"):
+        with pytest.raises(BodyError, match=f"sharded over processes, which {what} cannot handle"):
             call()  # type: ignore[no-untyped-call]
 
     for kind, error, message in (
@@ -189,17 +194,111 @@ def refusals(rank: int, mesh: Any) -> None:
         attach(placed, body="core")
 
 
+def parallel(mesh: Any) -> LoopedGPT:
+    """The model with attention and perceptrons of its blocks spread over processes, heads and all; sums are taken in
+    another order, which float32 would show."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = make()
+    for block in (*model.prelude, *model.core.blocks, *model.coda):
+        attention = block.attention
+        attention.config = replace(attention.config, n_heads=attention.config.n_heads // mesh.size())
+        plan = {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
+        plan |= {"attention.proj": RowwiseParallel(), "mlp.fc": ColwiseParallel(), "mlp.proj": RowwiseParallel()}
+        parallelize_module(block, mesh, plan)
+    return model
+
+
+class Biased(nn.Module):
+    """Two linear layers with biases, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.proj = nn.Linear(4, 8), nn.LayerNorm(4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj(self.fc(self.norm(x)).tanh())  # type: ignore[no-any-return]
+
+
+def biased() -> Around:
+    torch.manual_seed(0)
+    return Around(Biased()).double()
+
+
+def tensor_parallel(rank: int, mesh: Any, fours: Any) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    data = batches(7)
+    _, expected = featurize(make().double(), data)
+    for model in (parallel(mesh), checkpoint_blocks(parallel(mesh))):
+        capture, found = featurize(model.double(), data)
+        check(found, expected)
+        assert (capture.owners, capture._ledger.verified) == ("followed", 1)
+        assert all(p.grad is None and p.requires_grad for p in capture.model.parameters())
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square()  # type: ignore[no-any-return]
+
+    x = [torch.randn(3, 4, generator=torch.Generator().manual_seed(n)).double() for n in range(2)]
+    styles: tuple[dict[str, Any], ...] = (
+        {"core.fc": ColwiseParallel(), "core.proj": RowwiseParallel()},
+        {
+            "core.fc": ColwiseParallel(output_layouts=Replicate()),
+            "core.proj": RowwiseParallel(input_layouts=Replicate()),
+        },
+    )
+    _, expected = featurize(biased(), x, loss)
+    for plan in styles:
+        _, found = featurize(parallelize_module(biased(), fours, plan), x, loss)
+        check(found, expected)
+
+    plan = styles[0]
+    with pytest.raises(BodyError, match="have different batches"):
+        featurize(parallelize_module(biased(), fours, plan), [x[0] + rank], loss)
+    with pytest.raises(ValueError, match="got 'sum', which a tensor-parallel model cannot have"):
+        attach(parallelize_module(biased(), fours, plan), body="core", layout="sum")
+    with pytest.raises(BodyError, match=r"core\.norm\.weight: is sharded over processes as a DTensor \(R\)"):
+        attach(parallelize_module(biased(), fours, {"core.norm": SequenceParallel()}), body="core")
+    for style in (ColwiseParallel(use_local_output=False), ColwiseParallel(input_layouts=Shard(0))):
+        with pytest.raises(UnsupportedUseError, match=r"core\.fc: is spread over processes in a way"):
+            featurize(parallelize_module(biased(), fours, {"core.fc": style}), x, loss)
+
+    # A gain that every process applies to its own features: what it has of the gradient is a part.
+    partly = biased()
+    partly.core.fc = nn.Linear(4, 8).double()  # type: ignore[assignment]
+    partly.core.proj = nn.Sequential(Scaled(), nn.Linear(8, 4)).double()  # type: ignore[assignment]
+    plan = {"core.fc": ColwiseParallel(), "core.proj.1": RowwiseParallel()}
+    with pytest.raises(BodyError, match=r"core\.proj\.0\.gain: its gradient differs between the processes"):
+        featurize(parallelize_module(partly, fours, plan), x, loss)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
 def in_four_processes(rank: int) -> None:
     mesh = dist.init_device_mesh("cpu", (4,))
     halves = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("which", "half"))["half"]
     checks(rank, mesh, halves)
     uneven(rank, halves)
     refusals(rank, halves)
+    tensor_parallel(rank, halves, mesh)
 
 
 @pytest.mark.slow
 @needs_gloo
-def test_sharded_by_fsdp2(tmp_path: Path) -> None:
+def test_in_several_processes(tmp_path: Path) -> None:
     together(in_four_processes, 4, tmp_path)
 
 

@@ -78,7 +78,7 @@ def write_answers(prepared: Prepared, store: Store, data: MapStyle, batch_size: 
     """
     path = answers_path(store.path)
     # Processes that hold the model together answer together, or not at all.
-    if not has_answers(prepared) or not prepared.capture.gathered.company.any(_read(path, store) is None):
+    if not has_answers(prepared) or not prepared.capture.sharding.company.any(_read(path, store) is None):
         return
     failed = store.failed
     rows = [row for row in range(min(len(store), MOST_ROWS)) if row not in failed]

@@ -228,7 +228,7 @@ def featurize_split(
     began = time.monotonic()
     worker = worker or Worker()
     settings = prepared.config.splits[split]
-    company = prepared.capture.gathered.company
+    company = prepared.capture.sharding.company
     if not company.alone and (worker.world_size == 1 or prepared.config.on_error == "skip"):
         raise ConfigError(
             "project: model() is sharded over processes: start them with torchrun or srun, and without --on-error skip "
@@ -285,7 +285,7 @@ def _write(
         own = writer.pending(column, rank=worker.rank, world_size=worker.world_size)
         work += [(column, checkpoints, shard, True) for shard in own]
         # Whose weights others need makes a shard for nothing.
-        idle = prepared.capture.gathered.company.most(len(own))[0] - len(own)
+        idle = prepared.capture.sharding.company.most(len(own))[0] - len(own)
         work += [(column, checkpoints, manifest.n_shards - 1, False)] * idle
     total = sum(len(manifest.rows_of(shard)) * len(checkpoints) for _, checkpoints, shard, _ in work)
     per_shard = -(-manifest.shard_rows // settings.batch_size)

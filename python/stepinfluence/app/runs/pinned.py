@@ -204,7 +204,7 @@ def checked_pins(
     there = [shard for shard in range(store.manifest.n_shards) if missing[shard] < len(store.checkpoints)]
     changes = [] if kept is None else list(kept.changes(now))
     # Processes that hold the model together look at the same shards, at the same time.
-    alone = prepared.capture.gathered.company.alone
+    alone = prepared.capture.sharding.company.alone
     mine = [
         s
         for s in there
