@@ -20,6 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from stepinfluence.capture.company import Company
+from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.errors import BodyError
 
 
@@ -184,8 +185,9 @@ def _standing_in(hook: Callable[..., Any], *, before: bool) -> Callable[..., Any
             result = pytree.tree_map_only(Tensor, lambda t: t.view_as(t) if before and t.requires_grad else t, result)
         given = (args, more) if before else more
         for mode in _get_current_function_mode_stack():
-            if (told := getattr(mode, "stand_in", None)) is not None:
-                told(given, result)
+            if isinstance(mode, Interceptor):
+                with torch._C.DisableTorchFunction():
+                    mode.owners.stand_in(given, result)
         return result
 
     return unseen

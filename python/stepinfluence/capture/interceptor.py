@@ -238,20 +238,6 @@ class Interceptor(TorchFunctionMode):
         with self:
             return body(*args, **kwargs)
 
-    def stand_in(self, given: Any, result: Any) -> None:
-        """Tensors that were put in place of others out of sight, with the same values: the same is known of them."""
-        if in_backward():
-            return
-        for before, after in zip(pytree.tree_leaves(given), pytree.tree_leaves(result), strict=False):
-            if (
-                isinstance(after, Tensor)
-                and isinstance(before, Tensor)
-                and after.shape == before.shape
-                and after is not before
-            ):
-                self._provenance.stand_in(before, after)
-                self.owners.follower.stand_in(before, after)
-
     def unsupported(self, sources: list[Source], func: Callable[..., Any], why: str) -> UnsupportedUseError:
         names = ", ".join(dict.fromkeys(s.name for s in sources))
         return UnsupportedUseError(

@@ -69,6 +69,7 @@ class Capture(session.LoaderCapture):
     ) -> None:
         self.model, self.body, self.targets = model, steps.body, list(targets)
         self.sharding = sharding
+        sharding.watch(targets, sketching.layout)
         self.device = single_device(self._body_parameters())
         self.sketching = sketching
         self.hashing: HashFamily = hashing
@@ -307,7 +308,7 @@ def attach(
     """Make a capture for the loop body of a model.
 
     Args:
-        model: any PyTorch module; DDP and ``torch.compile`` wrappers are looked through.
+        model: any PyTorch module, perhaps wrapped (DDP, ``torch.compile``) or sharded over processes (docs/cluster.md).
         body: the module(s) that the loop applies at every step, or their names. Their trainable parameters are what
             influence is measured on; a step is one entry into a body module, however often a layer is used in it. If
             not given, the first batch that is featurized shows it: the outermost modules that its forward pass enters
@@ -346,13 +347,10 @@ def attach(
     model = unwrap(model)
 
     def of(body: Body) -> Capture:
-        modules = find_body(model, body)
-        sharding = Sharding(model)
-        parameters = body_parameters(model, modules, sharding.used)
-        targets = make_targets(
-            parameters, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout, used=sharding.used
-        )
-        sharding.watch(targets, layout)
+        modules, sharding = find_body(model, body), Sharding(model)
+        used = sharding.used
+        parameters = body_parameters(model, modules, used)
+        targets = make_targets(parameters, used, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout)
         return Capture(
             model,
             targets,
@@ -368,6 +366,5 @@ def attach(
             sharding=sharding,
         )
 
-    if body is not None:
-        return of(body)
-    return cast(Capture, PendingCapture(model, of, training=training))  # it is one in all that is asked of it
+    # What stands in for a capture until its body is known is one in all that is asked of it.
+    return of(body) if body is not None else cast(Capture, PendingCapture(model, of, training=training))

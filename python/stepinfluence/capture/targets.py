@@ -135,14 +135,18 @@ def _size_of(
 
 def make_targets(
     parameters: Mapping[str, nn.Parameter],
+    used: Callable[[nn.Parameter], nn.Parameter | None] = lambda parameter: parameter,
     *,
     sketch_size: int | Mapping[str, int],
     hashing: HashFamily,
     seed: int,
     layout: Layout = "concat",
-    used: Callable[[nn.Parameter], nn.Parameter | None] = lambda parameter: parameter,
 ) -> list[Target]:
     """A target with its own independent sketch for each parameter (paper, section 3: one CS/TS map per tensor).
+
+    Args:
+        parameters: as :func:`body_parameters` gives them.
+        used: as there.
 
     Raises:
         ValueError, TypeError: ``sketch_size`` is not positive, misses a parameter, or is a mapping in the ``sum``

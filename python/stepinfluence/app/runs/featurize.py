@@ -234,6 +234,11 @@ def featurize_split(
             "project: model() is sharded over processes: start them with torchrun or srun, and without --on-error skip "
             "(an example that fails would stop all of them)"
         )
+    if prepared.capture.sharding.parallel.any and not company.alone:
+        raise ConfigError(
+            "project: model() is tensor-parallel, and sdi featurize gives every process examples of its own; use "
+            "fully_shard, or attach() with the same batches in every process (docs/cluster.md)"
+        )
     with _threads(settings.threads, prepared.device):
         company.any(False)  # nobody has written anything since: all find the same
         manifest = manifest_of(prepared, split, settings, len(data))
