@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 Parts = dict[str, Callable[[], str]]
 
 KINDS = (
-    "attack", "capture", "explore", "host-overhead", "inline", "install", "integrations", "models", "peers",
+    "attack", "capture", "explore", "host-overhead", "inline", "install", "integrations", "large", "models", "peers",
     "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup", "store-layouts",
     "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",
 )  # fmt: skip

@@ -41,7 +41,7 @@ class Gathered:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [m for m in model.modules() if hasattr(m, "_get_fsdp_state")]
+        self._modules: list[Any] = [m for m in model.modules() if hasattr(m, "_get_fsdp_state")]
         self.company, self.wholes, self.groups = Company(), dict[int, nn.Parameter](), list[Any]()
         if not self._modules:
             return

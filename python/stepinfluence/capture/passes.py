@@ -161,7 +161,7 @@ class TappedModel:
         calls = ", ".join(sorted(interceptor.owners.follower.calls)) or "an operation that is not known"
         return UnsupportedUseError(
             f"model: the examples of a batch cannot be followed through {calls}, and finding them takes backward "
-            "passes of their own, which processes that hold a model together do not run at the same time; rewrite it with "
+            "passes of their own, which the processes of a sharded model do not run at the same time; rewrite it with "
             "torch functions, or do not shard the model"
         )
 

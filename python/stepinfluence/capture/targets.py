@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -104,8 +104,9 @@ def body_parameters(
         )
     for name, parameter in found.items():
         if is_sharded(parameter) and (used is None or used(parameter) is None):
+            placements: Any = getattr(parameter, "placements")  # noqa: B009  # of a DTensor
             raise BodyError(
-                f"{name}: is sharded over processes as a DTensor ({', '.join(map(str, parameter.placements))}), which "
+                f"{name}: is sharded over processes as a DTensor ({', '.join(map(str, placements))}), which "
                 "cannot be captured; use fully_shard on plain parameters, or ColwiseParallel and RowwiseParallel for "
                 "linear layers, or give every process the whole model (docs/scale.md)"
             )
