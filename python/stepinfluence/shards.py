@@ -57,9 +57,10 @@ def add_portions(tensors: Sequence[Any], sums: Tensor) -> None:
     for place, tensor in enumerate(tensors):
         groups.setdefault(tensor.device_mesh.get_group(), []).append(place)
     for group, places in groups.items():
-        found = sums[places]
+        # The mesh's device, where parameters are kept elsewhere (offloaded).
+        found = sums[places].to(tensors[places[0]].device_mesh.device_type)
         dist.all_reduce(found, group=group)
-        sums[places] = found
+        sums[places] = found.to(sums.device)
 
 
 def refuse_other_ways(model: nn.Module) -> None:

@@ -47,7 +47,7 @@ class Gathered:
             return
         try:
             self._states = list(dict.fromkeys(m._get_fsdp_state() for m in self._modules))
-            self._groups = [group for state in self._states for group in state._fsdp_param_groups]
+            self._groups = [group for state in self._states for group in _groups_of(state)]
             self._gather_once()
             self.groups = [g.mesh_info.shard_process_group for g in self._groups]
         except AttributeError as error:
@@ -58,13 +58,18 @@ class Gathered:
 
     def _gather_once(self) -> None:
         for module in self._modules:
-            groups = module._get_fsdp_state()._fsdp_param_groups
+            groups = _groups_of(module._get_fsdp_state())
             if any(not hasattr(p, "_unsharded_param") for group in groups for p in group.fsdp_params):
                 module.unshard()
             module.reshard()
         for group in self._groups:
             for parameter in group.fsdp_params:
                 self.wholes[id(parameter.sharded_param)] = parameter._unsharded_param
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where parameters are gathered; None if there are none."""
+        return self._groups[0].device if self._modules and self._groups else None
 
     @property
     def any(self) -> bool:
@@ -149,10 +154,17 @@ def _unseen(owner: Any, name: str, before: Callable[[], None] = lambda: None) ->
         yield
 
 
+def _groups_of(state: Any) -> list[Any]:
+    """The groups of parameters that a module gathers; older versions of torch have at most one."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
 def _of_fsdp(hook: Any) -> bool:
     """Whether a module's hook is one of FSDP2's, perhaps wrapped."""
     while hook is not None:
-        if hasattr(getattr(hook, "__self__", None), "_fsdp_param_groups"):
+        if any(kind.__name__ == "FSDPState" for kind in type(getattr(hook, "__self__", None)).__mro__):
             return True
         hook = getattr(hook, "__wrapped__", None)
     return False

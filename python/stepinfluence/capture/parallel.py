@@ -69,9 +69,10 @@ class ShardedLinear:
 
     @property
     def mesh(self) -> Any:
-        return self.module.weight.device_mesh
+        weight: Any = self.module.weight
+        return weight.device_mesh
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         return [p for p in (self.module.weight, self.module.bias) if p is not None]
 
     def _here(self, values: Tensor, size: int) -> Tensor:
@@ -108,7 +109,7 @@ class ShardedLinear:
         if not in_backward():
             it.owners.give([x])
         with torch._C.DisableTorchFunction(), _frozen(self.parameters() if found else []):
-            y = call(x)
+            y: Tensor = call(x)
             if is_sharded(y) or y.shape[:-1] != x.shape[:-1]:
                 raise self._refused("its output is a DTensor, or has other rows than its input")
             y = y.clone()  # it may be on its way still, and its custom functions pass gradients on as they are
@@ -134,7 +135,7 @@ class ShardedLinear:
 
 
 @contextmanager
-def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Parameters take no part in autograd within this context."""
     trained = [p for p in parameters if p.requires_grad]
     for parameter in trained:
@@ -173,7 +174,7 @@ class Parallel:
         """The process groups that layers are spread over."""
         return list(dict.fromkeys(layer.mesh.get_group() for layer in self._layers))
 
-    def has(self, parameter: nn.Parameter) -> bool:
+    def has(self, parameter: Tensor) -> bool:
         """Whether a parameter is one of theirs."""
         return id(parameter) in self._known
 
@@ -201,7 +202,7 @@ class Parallel:
 
     @contextmanager
     def _looked_at(self, layer: ShardedLinear) -> Iterator[None]:
-        call = layer.module._call_impl
+        call: Any = layer.module._call_impl
 
         def seen(*args: Any, **kwargs: Any) -> Any:
             modes = [m for m in _get_current_function_mode_stack() if isinstance(m, Interceptor)]

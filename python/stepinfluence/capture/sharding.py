@@ -33,7 +33,7 @@ class Sharding:
     def __init__(self, model: nn.Module) -> None:
         self.gathered = Gathered(model)
         self.parallel = Parallel(model, but=self.gathered.wholes)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = self.gathered.device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self.company = self.gathered.company = Company([*self.gathered.groups, *self.parallel.groups], device)
 
     @property

@@ -70,7 +70,7 @@ class Capture(session.LoaderCapture):
         self.model, self.body, self.targets = model, steps.body, list(targets)
         self.sharding = sharding
         sharding.watch(targets, sketching.layout)
-        self.device = single_device(self._body_parameters())
+        self.device = single_device({t.name: t.parameter for t in self.targets})
         self.sketching = sketching
         self.hashing: HashFamily = hashing
         self.layout: Layout = sketching.layout

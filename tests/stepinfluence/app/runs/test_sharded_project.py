@@ -32,6 +32,11 @@ def answer(model, batch):
     return [f"{value:.3f}" for value in model(batch["x"], 3).tolist()]
 """
 
+PARALLEL = """
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+        parallelize_module(built.core, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+"""
+
 
 def featurize(project: Path, out: Path, *options: str) -> None:
     given = ["--project", str(project), "--checkpoints", str(project.with_name("*.pt")), *OPTIONS]
@@ -50,6 +55,13 @@ def in_one_of_several(rank: int, project: Path, out: Path, dying: str) -> None:
 def refused(rank: int, project: Path, out: Path) -> None:
     with pytest.raises(AssertionError, match="sharded over processes: start them with torchrun"):
         featurize(project, out, "--on-error", "skip")
+    parallel = project.with_name(f"parallel-{rank}.py")
+    shards = "        fully_shard(built.core, mesh=mesh)\n        fully_shard(built, mesh=mesh)\n"
+    text = project.read_text()
+    assert shards in text
+    parallel.write_text(text.replace(shards, PARALLEL))
+    with pytest.raises(AssertionError, match="is tensor-parallel, and sdi featurize gives every process examples"):
+        featurize(parallel, out)
 
 
 def both(rank: int, project: Path, out: Path) -> None:
