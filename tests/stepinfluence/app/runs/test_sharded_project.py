@@ -17,6 +17,7 @@ from stepinfluence.store import Store
 from torch.multiprocessing.spawn import ProcessException
 from typer.testing import CliRunner
 
+EXAMPLE = Path(__file__).parents[4] / "examples" / "sharded_gpt.py"
 OPTIONS = ("--sketch-size", "16", "--batch-size", "2", "--shard-rows", "4", "--threads", "1")
 SHARDED = """
 def model():
@@ -46,6 +47,14 @@ def featurize(project: Path, out: Path, *options: str) -> None:
     assert done.exit_code == 0, (done.stderr, done.exception)
 
 
+def featurize_example(out: Path) -> None:
+    """The project file that docs/cluster.md starts from."""
+    os.environ["LOOPED_GPT"] = "tiny"
+    given = ["--project", str(EXAMPLE), "--split", "query", "--out", str(out), *OPTIONS, "--shard-rows", "2"]
+    done = CliRunner().invoke(app, ["featurize", *given])
+    assert done.exit_code == 0, (done.stderr, done.exception)
+
+
 def in_one_of_several(rank: int, project: Path, out: Path, dying: str) -> None:
     if dying:
         os.environ["DIE_AT"] = dying
@@ -66,6 +75,7 @@ def refused(rank: int, project: Path, out: Path) -> None:
 
 def both(rank: int, project: Path, out: Path) -> None:
     in_one_of_several(rank, project, out, "")
+    featurize_example(out.with_name("example"))
     refused(rank, project, out.with_name("refused"))
 
 
@@ -86,11 +96,14 @@ def project(write_project: Callable[..., Path]) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
-def test_the_same_bytes_and_one_that_is_killed(project: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_and_one_that_is_killed(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOPED_GPT", "")  # put back afterwards
+    featurize_example(tmp_path / "example-alone")
     featurize(project, tmp_path / "alone")
     expected = content(tmp_path / "alone")
     together(both, 2, tmp_path, project, tmp_path / "two")
     assert content(tmp_path / "two") == expected
+    assert content(tmp_path / "example") == content(tmp_path / "example-alone")
     killed = tmp_path / "killed"
     with pytest.raises(ProcessException):
         together(in_one_of_several, 2, tmp_path, project, killed, "15")  # row 15 is in shard 3, and so process 1's
