@@ -8,6 +8,7 @@ processes whose loops ran differently have taken each other's weights for their 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ class Company:
     """The processes that gather weights with this one; by default, nobody.
 
     Args:
-        groups: process groups, one for each dimension of the mesh.
+        groups: process groups, one for each dimension of the mesh; given twice, they count once.
         device: of what is exchanged.
     """
 
@@ -36,6 +37,11 @@ class Company:
     def alone(self) -> bool:
         """Whether there is no other process."""
         return all(group.size() == 1 for group in self._groups)
+
+    @property
+    def size(self) -> int:
+        """How many processes there are, this one among them."""
+        return math.prod(group.size() for group in self._groups)
 
     def most(self, *numbers: int) -> tuple[int, ...]:
         """The largest that any process gives, for each of some numbers; all processes call this, or none."""

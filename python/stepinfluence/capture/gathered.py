@@ -49,7 +49,11 @@ class Gathered:
             self._states = list(dict.fromkeys(m._get_fsdp_state() for m in self._modules))
             self._groups = [group for state in self._states for group in _groups_of(state)]
             self._gather_once()
-            self.groups = [g.mesh_info.shard_process_group for g in self._groups]
+            meshes = [group.mesh_info for group in self._groups]
+            self.groups = [mesh.shard_process_group for mesh in meshes]
+            # Under HSDP all that hold a copy go along, so that they find the same shards of a store.
+            copies = (getattr(mesh, "replicate_process_group", None) for mesh in meshes)
+            self.groups += [group for group in copies if group is not None]
         except AttributeError as error:
             raise BodyError(
                 f"model: is sharded by a fully_shard that is not known (torch {torch.__version__}: {error}); use the "
@@ -91,6 +95,7 @@ class Gathered:
         if not self._modules:
             yield
             return
+        self._check()
         with ExitStack() as stack:
             self.reshard()
             stack.callback(self.reshard)
@@ -110,6 +115,16 @@ class Gathered:
                     if module._get_fsdp_state()._is_root and hasattr(module, "reset_iter_state"):
                         module.reset_iter_state()
                 raise
+
+    def _check(self) -> None:
+        """Raises BodyError where modules compute with other tensors than when this was made."""
+        for group in self._groups:
+            for parameter in group.fsdp_params:
+                if self.wholes.get(id(parameter.sharded_param)) is not parameter._unsharded_param:
+                    raise BodyError(
+                        f"model: its sharded parameters were made anew after the capture was made (such as "
+                        f"{parameter._module_info.param_name}); attach again"
+                    )
 
     def _noting(self, state: Any) -> Callable[[Tensor], Tensor]:
         number, before = self._states.index(state), state._pre_backward

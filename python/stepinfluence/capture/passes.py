@@ -202,7 +202,8 @@ class TappedModel:
 
     def _check_uses(self, losses: Tensor, began: int) -> None:
         anchor = self._tapping.anchor
-        names = {id(t.parameter): t.name for t in self.targets} | {id(anchor): "model"}
+        leaves_of = {id(leaf): t.name for t in self.targets for leaf in (t.parameter, t.held)}
+        names = leaves_of | {id(anchor): "model"}
         for name, user in diagnosis.reaching(losses, names):
             diagnosis.refuse_earlier(name, user, began)
             if name == "model":  # a tap of this pass, as they all should be

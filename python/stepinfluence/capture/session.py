@@ -253,6 +253,8 @@ class LoaderCapture(ABC):
                     if on_error is None:
                         raise
                     on_error(error)
+                    if not self.sharding.company.alone:  # the others are in the middle of the same batch
+                        raise
                     builder.discard()
                     continue
                 bar.set_postfix(examples=builder.count, loss=f"{float(losses.mean()):.3g}", refresh=False)

@@ -197,7 +197,7 @@ class Capture(session.LoaderCapture):
                 function is the same object and weights, metric and mode are the same. What a loss function closes over
                 is not looked at.
             on_error: called with the error of a batch that failed; unless it raises, the batch is left out. If not
-                given, the error is raised.
+                given, or if the model is sharded over processes, the error is raised.
 
         Returns:
             :class:`Features` on the body's device, float32 (float64 for a float64 body).

@@ -110,6 +110,39 @@ def uneven(rank: int, mesh: Any) -> None:
     check(found, expected)
 
 
+class Forms(nn.Module):
+    """Uses parts of parameters, a product of two, and a function of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.gain = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4))
+        self.a, self.b = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.fused.chunk(2)
+        x = (x @ first.t() + nn.functional.linear(x, second)).tanh()
+        return (x + x @ (self.a @ self.b)) * self.gain.exp()
+
+
+def forms(rank: int, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square()  # type: ignore[no-any-return]
+
+    def built() -> Around:
+        torch.manual_seed(0)
+        return Around(Forms())
+
+    x = [torch.randn(3, 4, generator=torch.Generator().manual_seed(rank))]
+    _, expected = featurize(built(), x, loss)
+    model = built()
+    fully_shard(model.core, mesh=mesh)
+    capture, found = featurize(fully_shard(model, mesh=mesh), x, loss)
+    check(found, expected)
+    assert all(t.parameter._base is None for t in capture.targets)  # so that a view of it is known as its part
+
+
 class TwoWays(nn.Module):
     """Enters its two parts in an order that the data says."""
 
@@ -153,6 +186,10 @@ class Around(nn.Module):
         return self.core(self.core(x, *more), *more).sum(1)  # type: ignore[no-any-return]
 
 
+def no_loss(model: nn.Module, batch: Any) -> Tensor:
+    raise ValueError("no loss today")
+
+
 def refusals(rank: int, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -188,6 +225,28 @@ def refusals(rank: int, mesh: Any) -> None:
         fully_shard(changed.core, mesh=mesh)
         with pytest.raises(error, match=message):
             featurize(changed, [x], lambda model, batch: model(batch))
+
+    # A parameter that is reached for from outside of its module is another tensor there.
+    outside = Around(nn.Linear(4, 4))
+    fully_shard(outside.core, mesh=mesh)
+
+    def reaching(model: Any, batch: Tensor) -> Tensor:
+        factor = model.core.bias.full_tensor().sum()
+        return model(batch) * factor  # type: ignore[no-any-return]
+
+    with pytest.raises(UnsupportedUseError, match=r"core\.bias: reaches the loss through"):
+        featurize(outside, [x], reaching)
+    capture = attach(outside, body="core", sketch_size=32)
+    (group,) = outside.core._get_fsdp_state()._fsdp_param_groups
+    group.fsdp_params[0]._unsharded_param = nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(BodyError, match="its sharded parameters were made anew"):
+        capture.featurize([x], lambda model, batch: model(batch))
+
+    seen: list[Exception] = []
+    failing = attach(sharded(mesh), body="core", sketch_size=32)
+    with pytest.raises(ValueError, match="no loss today"):
+        failing.featurize(batches(0), no_loss, on_error=seen.append)
+    assert len(seen) == 1
 
     placed = Around(nn.Linear(4, 4))
     placed.core.weight = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)]))
@@ -294,6 +353,7 @@ def in_four_processes(rank: int) -> None:
     halves = grid["half"]
     checks(rank, mesh, grid)
     uneven(rank, halves)
+    forms(rank, halves)
     refusals(rank, halves)
     tensor_parallel(rank, halves, mesh)
 

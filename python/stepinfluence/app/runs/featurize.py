@@ -229,10 +229,15 @@ def featurize_split(
     worker = worker or Worker()
     settings = prepared.config.splits[split]
     company = prepared.capture.sharding.company
-    if not company.alone and (worker.world_size == 1 or prepared.config.on_error == "skip"):
+    if not company.alone and company.size != worker.world_size:
         raise ConfigError(
-            "project: model() is sharded over processes: start them with torchrun or srun, and without --on-error skip "
-            "(an example that fails would stop all of them)"
+            f"project: model() is sharded over {company.size} processes, and {worker.world_size} were started; shard "
+            "it over all of them, and start them with torchrun or srun"
+        )
+    if not company.alone and prepared.config.on_error == "skip":
+        raise ConfigError(
+            "on_error: got skip, but model() is sharded over processes, which cannot go on without one of them; use "
+            "stop"
         )
     if prepared.capture.sharding.parallel.any and not company.alone:
         raise ConfigError(

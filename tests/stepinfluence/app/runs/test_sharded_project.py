@@ -61,9 +61,20 @@ def in_one_of_several(rank: int, project: Path, out: Path, dying: str) -> None:
     featurize(project, out)
 
 
+def halves_of(project: Path, rank: int) -> Path:
+    """The project with a mesh of two processes, however many there are."""
+    path = project.with_name(f"halves-{rank}.py")
+    path.write_text(project.read_text().replace('(int(os.environ["WORLD_SIZE"]),)', "(2,)"))
+    return path
+
+
 def refused(rank: int, project: Path, out: Path) -> None:
-    with pytest.raises(AssertionError, match="sharded over processes: start them with torchrun"):
+    with pytest.raises(AssertionError, match=r"got skip, but model\(\) is sharded over processes"):
         featurize(project, out, "--on-error", "skip")
+    os.environ["WORLD_SIZE"] = "4"
+    with pytest.raises(AssertionError, match=r"model\(\) is sharded over 2 processes, and 4 were started"):
+        featurize(halves_of(project, rank), out)
+    os.environ["WORLD_SIZE"] = "2"
     parallel = project.with_name(f"parallel-{rank}.py")
     shards = "        fully_shard(built.core, mesh=mesh)\n        fully_shard(built, mesh=mesh)\n"
     text = project.read_text()
