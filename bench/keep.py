@@ -5,8 +5,9 @@
     python -m bench.keep --list
 
 Needs the extras ``bench``, ``hf`` and ``index``. Each command runs in a process of its own; one that fails is named at
-the end and does not take the others along. Some are run only if asked for: ``attack`` and ``soak``, an hour each, and
-``peers``, which needs an environment of its own (``make bench-peers``) and ``--python .venv-peers/bin/python``.
+the end and does not take the others along. Some are run only if asked for: ``attack`` and ``soak``, an hour each;
+``large``, which needs 13 GiB of memory; and ``peers``, which needs an environment of its own (``make bench-peers``) and
+``--python .venv-peers/bin/python``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ COMMANDS: dict[str, list[str]] = {
     "sketch": ["-m", "bench.bench_sketch", "--keep"],
     "host-overhead": ["-m", "bench.host_overhead", "--keep"],
     "scale": ["-m", "bench.scale", "--keep"],
+    "large": ["-m", "bench.large", "--keep"],
     "sketch-sizes": ["-m", "bench.sketch_sizes", "--keep"],
     "store-layouts": ["-m", "bench.store_layouts", "--keep"],
     "variance-table": ["-m", "bench.variance_table", "--keep"],
@@ -45,7 +47,7 @@ COMMANDS: dict[str, list[str]] = {
     "models": ["-m", "bench.models", "--keep", "--anew"],
     "peers": ["-m", "bench.peers", "--keep"],
 }
-IF_ASKED = ("attack", "soak", "peers")
+IF_ASKED = ("attack", "soak", "large", "peers")
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import stepinfluence
@@ -27,6 +27,7 @@ from bench.provenance import Provenance, add_output, machine_line, machine_slug,
 
 MODELS = {
     "paper": LoopedGPTConfig.paper(),
+    "large": replace(LoopedGPTConfig.large(), sequence_len=64),  # as bench.large runs it
     "gpt512": LoopedGPTConfig(vocab_size=1024, d_model=512, n_heads=8, n_prelude=0, n_core=2, n_coda=0, steps=8),
 }
 SKETCH_SIZE = 2048
@@ -117,7 +118,8 @@ def _store_rates(capture: stepinfluence.Capture, rows: int = 2048) -> tuple[floa
 
 def operations(config: LoopedGPTConfig) -> dict[str, float]:
     """Floating-point operations per token: matrix products only, an add and a multiply each counted."""
-    model = LoopedGPT(LoopedGPTConfig(**{**asdict(config), "vocab_size": 2}))
+    with torch.device("meta"):
+        model = LoopedGPT(LoopedGPTConfig(**{**asdict(config), "vocab_size": 2}))
     of = {
         name: float(sum(p.numel() for p in part.parameters() if p.dim() > 1)) for name, part in model.named_children()
     }
@@ -133,7 +135,8 @@ def operations(config: LoopedGPTConfig) -> dict[str, float]:
 
 def width_of(config: LoopedGPTConfig) -> int:
     """Columns of a feature row (no long vectors in these models: every parameter has m of its own)."""
-    model = LoopedGPT(LoopedGPTConfig(**{**asdict(config), "vocab_size": 2}))
+    with torch.device("meta"):
+        model = LoopedGPT(LoopedGPTConfig(**{**asdict(config), "vocab_size": 2}))
     return SKETCH_SIZE * sum(1 for _ in model.core.parameters())
 
 

@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 Parts = dict[str, Callable[[], str]]
 
 KINDS = (
-    "attack", "calls", "capture", "explore", "host-overhead", "inline", "install", "integrations", "models", "peers",
-    "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup", "store-layouts",
+    "attack", "calls", "capture", "explore", "host-overhead", "inline", "install", "integrations", "large", "models",
+    "peers", "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup", "store-layouts",
     "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""

@@ -94,6 +94,40 @@ def scale() -> str:
     )
 
 
+def large() -> str:
+    """docs/scale.md: the model of 1.3 billion parameters."""
+    from bench.scale import Rates, data, tables
+
+    result = load("large.json")
+    seconds, sizes, errors = result["seconds (clock, processor)"], result["bytes"], result["errors"]
+    tokens = result["examples"] * result["tokens"]
+    (clock, processor), (_, first), (_, exact) = (
+        seconds[name] for name in ("featurize", "featurize, first call", "exact influence of 4 pairs")
+    )
+    whole, features = sizes["gradients of an example by step, all parameters, fp32"], sizes["features of an example"]
+    _, kept = machines("scale")[0]
+    rates = Rates("large", tokens, processor / tokens, kept["rates"]["write"], kept["rates"]["scan"])
+    speed, rows = tables(rates).split("\n\n", 1)
+    rate = speed.partition("measured: ")[2].partition(", store")[0]
+    return (
+        f"{result['parameters']:,} parameters, {result['in the loop']:,} of them in the loop, τ = {result['steps']}; "
+        f"{result['examples']} examples of {result['tokens']} tokens; fp32, one thread. A featurize call took "
+        f"{processor:.0f} processor seconds ({clock:.0f} by the clock, on a busy machine), the first one, which verifies "
+        f"itself, {first:.0f}: {rate}, what checkpointing computes again not counted. Peak memory "
+        f"{data(sizes['peak of featurizing'])}, {data(sizes['peak with the model made'])} of it with the model made. "
+        f"{source('large.json', False, result)}\n\n"
+        f"Features by step are {data(features)} an example. Its gradients by step would be "
+        f"{data(sizes['gradients of an example by step, fp32'])} ({result['in the loop']:,} × {result['steps']} × 4 bytes), "
+        f"{data(whole)} with the parameters outside the loop: {whole / features:,.0f} times as much. Exact influence of all "
+        f"four pairs took another {exact:.0f} processor seconds and {data(sizes['factors of the exact influence'])} of "
+        f"factors; against it the sketches' relative error, over {result['steps']} steps, is "
+        f"{errors['relative error, an example with itself']:.3f} for an example with itself and "
+        f"{errors['relative error, different examples']:.2f} between the two, whose gradients are nearly orthogonal (cosine "
+        f"{errors['cosine of different examples']:.3f}). No error exceeds {errors['largest error over norms']:.3f} of the "
+        f"product of the norms; five standard deviations are {errors['bound']:.3f} at most.\n\n{rows}"
+    )
+
+
 def variance() -> str:
     """docs/design.md: variance of the families."""
     result = load("variance-table.json")
@@ -241,6 +275,7 @@ PARTS: Parts = {
     "kernels": kernels,
     "host-overhead": host_overhead,
     "scale": scale,
+    "large": large,
     "variance": variance,
     "search": search,
     "explore": explore,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stepinfluence.errors import FeatureMismatchError
+from stepinfluence.shards import add_portions, portion
 
 Parameters: TypeAlias = str | Sequence[str] | None
 """Names of body parameters, ``*`` and ``?`` allowed; None for all."""
@@ -174,23 +175,38 @@ def _weighted_sums(data: Tensor, start: int) -> Tensor:
 
 
 def weights_digest(parameters: Sequence[Tensor]) -> str:
-    """Digest of tensors' exact bits: the same on every device (integer arithmetic modulo 2**64 only)."""
-    sums: dict[torch.device, list[Tensor]] = {}
+    """Digest of tensors' exact bits: the same on every device (integer arithmetic modulo 2**64 only), and however they
+    are spread over processes, which must all call this."""
+    spread: list[int] = []
+    sums: list[Tensor] = []
     for parameter in parameters:
-        data = parameter.detach()
+        data, start, shared = portion(parameter)
+        if shared:
+            spread.append(len(sums))
         if data.layout != torch.strided:
             data = data.to_dense()
-        data = (torch.view_as_real(data.resolve_conj()) if data.is_complex() else data).reshape(-1)
+        data = torch.view_as_real(data.resolve_conj()) if data.is_complex() else data
+        # The two numbers of a complex one count each for itself.
+        start *= 2 if parameter.is_complex() else 1
+        data = data.reshape(-1)
         data = data.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
         size = DIGEST_ENTRIES if data.device.type == "cpu" else DIGEST_ENTRIES << 8
-        parts = [_weighted_sums(data[k : k + size], k) for k in range(0, len(data), size)]
+        parts = [_weighted_sums(data[k : k + size], start + k) for k in range(0, len(data), size)]
         empty = torch.zeros(3, dtype=torch.int64, device=data.device)
-        sums.setdefault(parameter.device, []).append(parts[0] if len(parts) == 1 else sum(parts, empty))
+        sums.append(parts[0] if len(parts) == 1 else sum(parts, empty))
+    if spread:
+        together = torch.stack([sums[place] for place in spread])
+        add_portions([parameters[place] for place in spread], together)
+        for place, mixed in zip(spread, together, strict=True):
+            sums[place] = mixed
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for mixed in sums:
+        by_device.setdefault(mixed.device, []).append(mixed)
     # A device is waited for once, not for each tensor.
-    numbers = {device: iter(torch.stack(some).tolist()) for device, some in sums.items()}
+    numbers = {device: iter(torch.stack(some).tolist()) for device, some in by_device.items()}
     digest = hashlib.blake2b(digest_size=16)
-    for parameter in parameters:
-        digest.update(repr((tuple(parameter.shape), next(numbers[parameter.device]))).encode())
+    for parameter, mixed in zip(parameters, sums, strict=True):
+        digest.update(repr((tuple(parameter.shape), next(numbers[mixed.device]))).encode())
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ from stepinfluence.capture.batches import infer_batch_size
 from stepinfluence.capture.calls import OUTSIDE
 from stepinfluence.capture.carried import Carried
 from stepinfluence.capture.hooks import read_factors, with_factors
+from stepinfluence.capture.sharding import Sharding
 from stepinfluence.capture.steps import Loop, StepTracker
 from stepinfluence.capture.targets import Body, body_parameters, find_body, single_device, unwrap
 from stepinfluence.errors import BodyError, UnsupportedUseError
@@ -65,6 +66,8 @@ class ExactCapture(session.LoaderCapture):
         training: bool = False,
         preconditioner: Preconditioner | None = None,
     ) -> None:
+        self.sharding = Sharding(unwrap(model))
+        self.sharding.refuse("ExactCapture")
         if loop == "manual":
             raise ValueError("loop: got 'manual'; ExactCapture tells steps apart at module entries, use 'entries'")
         self.model = unwrap(model)

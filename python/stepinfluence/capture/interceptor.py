@@ -45,6 +45,7 @@ from stepinfluence.capture.tapping import Tapping, nested
 from stepinfluence.capture.taps import Receive, has_tap, tap_expanded, tap_output
 from stepinfluence.capture.usage import LOOKS, Usage
 from stepinfluence.errors import BodyError, UnsupportedUseError
+from stepinfluence.shards import is_sharded
 
 
 def _ignored(_grad: Tensor, _saved: tuple[Tensor, ...]) -> None:
@@ -268,7 +269,7 @@ class Interceptor(TorchFunctionMode):
             self.owners.give(found.data)
         outer, self._without_rows = self._without_rows, all(t.numel() == 0 for t in found.data)
         try:
-            result = self._tapped(func, args, kwargs)
+            result = self._tapped(func, args, kwargs, found.sources)
         finally:
             self._without_rows = outer
         if self.owners.following:
@@ -305,9 +306,11 @@ class Interceptor(TorchFunctionMode):
             in_place = changes_in_place(func, kwargs)
             self.owners.follower.follow(func, args, kwargs, result, found.data, in_place=in_place)
 
-    def _tapped(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _tapped(self, func: Any, args: Any, kwargs: Any, sources: list[Source]) -> Any:
         """The result of a call in which sources meet data."""
         rule = self._tapping.rules.get(func)
+        if any(is_sharded(source.tensor) for source in sources):
+            raise self.unsupported(sources, func, "as a DTensor, outside of a linear layer")
         result = NotImplemented if rule is None else rule(self, func, args, kwargs)
         if result is NotImplemented:
             result = self.look_inside(func, args, kwargs)

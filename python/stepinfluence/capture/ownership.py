@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from stepinfluence.capture.owners import RULES, Follower, Memory, Owners, meet
 from stepinfluence.capture.sources import Provenance
@@ -112,6 +113,17 @@ class Ownership:
         if not self.following:
             return None
         return self._sure(self.follower.combine([self.follower.part(v) for v in operands], shape))
+
+    def stand_in(self, given: Any, result: Any) -> None:
+        """Tensors that were put in place of others out of sight, with the same values: the same is known of them."""
+        if in_backward():
+            return
+        for before, after in zip(pytree.tree_leaves(given), pytree.tree_leaves(result), strict=False):
+            if not isinstance(before, Tensor) or not isinstance(after, Tensor) or after is before:
+                continue
+            if before.shape == after.shape:
+                self._provenance.stand_in(before, after)
+                self.follower.stand_in(before, after)
 
     def _sure(self, owners: Owners | None) -> Owners | None:
         """Owners of rows that a parameter meets: what is nobody's may from now on be anybody's."""

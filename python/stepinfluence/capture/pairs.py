@@ -171,11 +171,13 @@ class PairCapture:
     Raises:
         ValueError: an unknown route.
         UnsupportedUseError: as for ``Capture.space``.
+        BodyError: the model is sharded over processes.
     """
 
     def __init__(self, capture: Capture, *, route: PairRoute = "auto", parameters: Sequence[str] | None = None) -> None:
         if route not in ROUTES:
             raise ValueError(f"route: got {route!r}; use one of {', '.join(map(repr, ROUTES))}")
+        capture.sharding.refuse("exact influence of pairs")
         self._capture = capture
         self._route = route
         self._targets = [t for t in capture.targets if parameters is None or t.name in parameters]

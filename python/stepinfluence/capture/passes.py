@@ -15,6 +15,7 @@ from stepinfluence.capture.found import find, how_told
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.row_by_row import per_row
 from stepinfluence.capture.rows import Use
+from stepinfluence.capture.sharding import Sharding
 from stepinfluence.capture.sinks import GradientSink
 from stepinfluence.capture.sources import ModelTensors
 from stepinfluence.capture.steps import StepTracker
@@ -86,6 +87,7 @@ class TappedModel:
     Args:
         model, targets, steps: the model, its body's parameters, and what counts loop steps.
         outside, batch_dim, seed: as for :func:`~stepinfluence.attach`.
+        sharding: how the model is spread over processes.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class TappedModel:
         outside: str,
         batch_dim: int,
         seed: int,
+        sharding: Sharding,
     ) -> None:
+        self.sharding, self.batch_dim = sharding, batch_dim
         self.model, self.targets, self.steps, self.seed = model, list(targets), steps, seed
         # One anchor for all passes: a tensor that was kept from an earlier one is told by reaching it.
         anchor = torch.zeros((), device=self.targets[0].parameter.device, requires_grad=True)
@@ -140,6 +144,8 @@ class TappedModel:
         losses, interceptor = self._run(batch, loss_fn, ids, index, size)
         try:
             told = how_told(interceptor, losses, reduced=reduced)
+            if told == "found" and not self.sharding.company.alone:
+                raise self._cannot_be_found(interceptor)
             if told == "found" and interceptor.owners.doubted:
                 find(interceptor, losses)
         except LayoutError:
@@ -151,6 +157,14 @@ class TappedModel:
             told = how_told(interceptor, losses, reduced=reduced)
         hooked = interceptor.hooked or any(m._backward_hooks or m._backward_pre_hooks for m in self.model.modules())
         return TappedPass(losses, told, self.steps.count, list(self.steps.labels), hooked, interceptor)
+
+    def _cannot_be_found(self, interceptor: Interceptor) -> UnsupportedUseError:
+        calls = ", ".join(sorted(interceptor.owners.follower.calls)) or "an operation that is not known"
+        return UnsupportedUseError(
+            f"model: the examples of a batch cannot be followed through {calls}, and finding them takes backward "
+            "passes of their own, which the processes of a sharded model do not run at the same time; rewrite it with "
+            "torch functions, or do not shard the model"
+        )
 
     def training_pass(self, size: int, inputs: Sequence[Tensor]) -> Interceptor:
         """The function mode of a training step on ``size`` examples: its forward pass is tapped, and parameters take
@@ -189,7 +203,8 @@ class TappedModel:
 
     def _check_uses(self, losses: Tensor, began: int) -> None:
         anchor = self._tapping.anchor
-        names = {id(t.parameter): t.name for t in self.targets} | {id(anchor): "model"}
+        leaves_of = {id(leaf): t.name for t in self.targets for leaf in (t.parameter, t.held)}
+        names = leaves_of | {id(anchor): "model"}
         for name, user in diagnosis.reaching(losses, names):
             diagnosis.refuse_earlier(name, user, began)
             if name == "model":  # a tap of this pass, as they all should be

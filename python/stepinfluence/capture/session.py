@@ -16,6 +16,7 @@ from stepinfluence.attribution.features import FeatureBuilder, Features, Feature
 from stepinfluence.capture import state
 from stepinfluence.capture.batches import expected_rows, fingerprints, length_of, usable
 from stepinfluence.capture.diagnosis import check_parameters
+from stepinfluence.capture.sharding import Sharding
 from stepinfluence.capture.threads import one_thread
 from stepinfluence.errors import BodyError, ExampleLossError, LossError, LossFunctionError
 from stepinfluence.loaders import IdsOf as IdsOf
@@ -27,11 +28,14 @@ FeaturizeBatch: TypeAlias = Callable[[FeatureBuilder, Any, "Sequence[Hashable] |
 
 
 @contextmanager
-def isolated(model: nn.Module, *, training: bool) -> Iterator[None]:
+def isolated(model: nn.Module, *, training: bool, sharding: Sharding | None = None) -> Iterator[None]:
     """Run the model without leaving a trace in it: modes, buffers, attributes, weights, gradients, hooks and random
     state come back as they were (:mod:`stepinfluence.capture.state`).
 
     ``torch.compile``d parts run eagerly within: their parameters' uses could not be seen otherwise.
+
+    Args:
+        sharding: how the model is spread over processes, where a capture knows it.
 
     Raises:
         BodyError: another thread is at it.
@@ -45,7 +49,9 @@ def isolated(model: nn.Module, *, training: bool) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(state.keeping(model))
+        sharding = Sharding(model) if sharding is None else sharding
+        stack.enter_context(sharding.running())
+        stack.enter_context(state.keeping(model, sharding.gathered.wholes.values()))
         model.train(training)
         try:
             yield
@@ -179,6 +185,7 @@ class LoaderCapture(ABC):
     training: bool
     batch_dim: int
     dtype: torch.dtype
+    sharding: Sharding
 
     @property
     @abstractmethod
@@ -196,6 +203,9 @@ class LoaderCapture(ABC):
     def _check_parameters(self) -> None:
         """See :func:`~stepinfluence.capture.diagnosis.check_parameters`."""
         check_parameters(self.model, self._body_parameters())
+
+    def _spare_builder(self, per_step: bool) -> FeatureBuilder:
+        return FeatureBuilder(self.width, self.dtype, self.device, per_step=per_step, expected=0)
 
     def _featurize_loader(
         self,
@@ -220,11 +230,16 @@ class LoaderCapture(ABC):
             )
         total = length_of(loader)
         with (
-            isolated(self.model, training=self.training),
+            isolated(self.model, training=self.training, sharding=self.sharding),
             _progress_bar(loader, total, description, shown=progress) as bar,
         ):
-            index = -1
-            for index, whatever in enumerate(bar, first_batch):
+            index = first_batch - 1
+            for whatever, kept in self.sharding.company.batches(bar):
+                if not kept:  # another process has batches left, and needs this one's weights
+                    with one_batch(self.model):
+                        featurize_batch(self._spare_builder(per_step), usable(whatever), None, index)
+                    continue
+                index += 1
                 batch = usable(whatever)
                 given = ids(batch) if ids is not None else None
                 # A tensor's elements would be tensors, which are hashed by identity.
@@ -238,10 +253,12 @@ class LoaderCapture(ABC):
                     if on_error is None:
                         raise
                     on_error(error)
+                    if not self.sharding.company.alone:  # the others are in the middle of the same batch
+                        raise
                     builder.discard()
                     continue
                 bar.set_postfix(examples=builder.count, loss=f"{float(losses.mean()):.3g}", refresh=False)
-        if index < 0:
+        if index < first_batch:
             raise ValueError(
                 "loader: gave no batch; pass a loader with examples (one that gives its batches once is empty now)"
             )

@@ -18,6 +18,7 @@ from stepinfluence.capture.discovery import PendingCapture
 from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.inline import Inline
 from stepinfluence.capture.passes import TappedModel, Told
+from stepinfluence.capture.sharding import Sharding
 from stepinfluence.capture.sketched_run import SketchedRun
 from stepinfluence.capture.sketching import Sketching
 from stepinfluence.capture.steps import Loop, StepTracker
@@ -34,6 +35,7 @@ from stepinfluence.capture.targets import (
 from stepinfluence.capture.threads import one_thread
 from stepinfluence.capture.told import Ledger, Uses
 from stepinfluence.capture.verified import Memory
+from stepinfluence.shards import data_pointer
 
 
 class Capture(session.LoaderCapture):
@@ -63,14 +65,19 @@ class Capture(session.LoaderCapture):
         training: bool,
         verify: bool,
         preconditioner: Preconditioner | None,
+        sharding: Sharding,
     ) -> None:
         self.model, self.body, self.targets = model, steps.body, list(targets)
-        self.device = single_device(self._body_parameters())
+        self.sharding = sharding
+        sharding.watch(targets, sketching.layout)
+        self.device = single_device({t.name: t.parameter for t in self.targets})
         self.sketching = sketching
         self.hashing: HashFamily = hashing
         self.layout: Layout = sketching.layout
         self.seed, self.batch_dim, self.training, self.verify = seed, batch_dim, training, verify
-        self.tapped = TappedModel(model, targets, steps, outside=outside, batch_dim=batch_dim, seed=seed)
+        self.tapped = TappedModel(
+            model, targets, steps, outside=outside, batch_dim=batch_dim, seed=seed, sharding=sharding
+        )
         double = any(t.parameter.dtype == torch.float64 for t in targets)
         self.dtype = torch.float64 if double else torch.float32
         self.reduced_loss = False
@@ -107,11 +114,11 @@ class Capture(session.LoaderCapture):
         roots = with_factors(self._roots, factors, self.dtype, self.device)
         self.sketching.precondition(roots)
         metric = weights_digest([t for root in roots.values() for t in root.tensors]) if factors else self._metric
-        weights = weights_digest([t.parameter for t in self.targets])
+        weights = weights_digest([t.held for t in self.targets])
         return FeatureSpace("sketch", tuple(self.sketching.blocks), self._tables, weights, metric)
 
     def _body_parameters(self) -> dict[str, nn.Parameter]:
-        return {t.name: t.parameter for t in self.targets}
+        return {t.name: t.held for t in self.targets}
 
     @property
     def preconditioner(self) -> Preconditioner | None:
@@ -190,7 +197,7 @@ class Capture(session.LoaderCapture):
                 function is the same object and weights, metric and mode are the same. What a loss function closes over
                 is not looked at.
             on_error: called with the error of a batch that failed; unless it raises, the batch is left out. If not
-                given, the error is raised.
+                given, or if the model is sharded over processes, the error is raised.
 
         Returns:
             :class:`Features` on the body's device, float32 (float64 for a float64 body).
@@ -249,7 +256,9 @@ class Capture(session.LoaderCapture):
 
         Raises:
             LayoutError: the batch does not tell how many examples it has.
+            BodyError: the model is sharded over processes.
         """
+        self.sharding.refuse("capture.inline")
         check = self.verify if verify is None else verify
         self._inlined += 1
         return Inline(self, batch, ids, self._inlined - 1, per_step=per_step, verify=check)
@@ -264,8 +273,8 @@ class Capture(session.LoaderCapture):
         """
         # Another loss, or other weights, may mix examples where the last did not; the weights outside the body are
         # known by where they lie and how often they were written.
-        owned = {id(t.parameter) for t in self.targets}
-        others = tuple((p.data_ptr(), p._version) for p in self.model.parameters() if id(p) not in owned)
+        owned = {id(t.held) for t in self.targets}
+        others = tuple((data_pointer(p), p._version) for p in self.model.parameters() if id(p) not in owned)
         state = (space, others, self.training, self.batch_dim)
         self._last = SketchedRun(
             self.tapped,
@@ -299,7 +308,7 @@ def attach(
     """Make a capture for the loop body of a model.
 
     Args:
-        model: any PyTorch module; DDP and ``torch.compile`` wrappers are looked through.
+        model: any PyTorch module, perhaps wrapped (DDP, ``torch.compile``) or sharded over processes (docs/cluster.md).
         body: the module(s) that the loop applies at every step, or their names. Their trainable parameters are what
             influence is measured on; a step is one entry into a body module, however often a layer is used in it. If
             not given, the first batch that is featurized shows it: the outermost modules that its forward pass enters
@@ -338,9 +347,10 @@ def attach(
     model = unwrap(model)
 
     def of(body: Body) -> Capture:
-        modules = find_body(model, body)
-        parameters = body_parameters(model, modules)
-        targets = make_targets(parameters, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout)
+        modules, sharding = find_body(model, body), Sharding(model)
+        used = sharding.used
+        parameters = body_parameters(model, modules, used)
+        targets = make_targets(parameters, used, sketch_size=sketch_size, hashing=hashing, seed=seed, layout=layout)
         return Capture(
             model,
             targets,
@@ -353,8 +363,8 @@ def attach(
             training=training,
             verify=verify,
             preconditioner=preconditioner,
+            sharding=sharding,
         )
 
-    if body is not None:
-        return of(body)
-    return cast(Capture, PendingCapture(model, of, training=training))  # it is one in all that is asked of it
+    # What stands in for a capture until its body is known is one in all that is asked of it.
+    return of(body) if body is not None else cast(Capture, PendingCapture(model, of, training=training))

@@ -67,6 +67,8 @@ class SketchedRun:
         one = self.tapped.forward(batch, self.loss_fn, ids, index, reduced=self.reduced)
         losses, labels, self.told, steps = one.losses.detach(), one.labels, one.told, one.steps
         size, first = len(losses), not self.usage.used
+        sharding, company = self.tapped.sharding, self.tapped.sharding.company
+        sharding.same_batch(batch, size, self.tapped.batch_dim)
         self.usage.add(one.usage)
         if first and size > 1 and self.told == "followed" and self.verifying:
             self.usage.check(self.tapped.model, self.tapped.targets, last=False)
@@ -75,14 +77,16 @@ class SketchedRun:
         seen = self.ledger.add(one.uses, self.told)
         one.backward(SketchRecorder(self.sketching, buffer, wait=not one.hooked))
         del one  # and with it what the forward pass computed from parameters
+        sharding.add_up(buffer, self.sketching.blocks)
         session.check_features(buffer, ids)
-        if first and steps == 1 and self.verifying:
+        if first and steps == 1 and self.verifying and company.alone:
             self._look_for_a_loop(labels[0], batch, index)
-        if size > 1 and self.wants_verification(index):
+        if company.any(size > 1 and self.wants_verification(index)):
             again = Verification(self.tapped, self.sketching, batch, self.loss_fn, index, self.reduced)
             again.check(buffer, given, losses)
             self.checked.add(self.told)
             self.ledger.add_verified(seen)
+        company.compare()
         values = losses.to("cpu", torch.float32)
         builder.commit(given, values, labels, self.sketching.lengths(buffer) if buffer.dim() == 3 else None)
         return values

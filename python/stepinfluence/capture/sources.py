@@ -229,6 +229,12 @@ class Provenance:
         """Whether a tensor is a target, or a parameter or buffer of the model."""
         return self.source_of(id(tensor)) is not None or self.is_constant(tensor)
 
+    def stand_in(self, before: Tensor, after: Tensor) -> None:
+        """Take a tensor for what another one is that no target parameter went into."""
+        for known in (self.constants, self.doubtful):
+            if known.has_id(id(before)):
+                known.add(after)
+
     def add_derived(self, tensor: Tensor, origins: Iterable[Source]) -> None:
         """Register a tensor computed from ``origins`` (and constants) alone."""
         if not tensor.requires_grad:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol
 
@@ -39,14 +39,18 @@ def running(model: nn.Module) -> ModelState | None:
 
 
 @contextmanager
-def keeping(model: nn.Module) -> Iterator[ModelState]:
-    """Keep the state of ``model`` within this context, and silence the hooks on its parameters."""
+def keeping(model: nn.Module, gathered: Iterable[nn.Parameter] = ()) -> Iterator[ModelState]:
+    """Keep the state of ``model`` within this context, and silence the hooks on its parameters.
+
+    Args:
+        gathered: what modules compute with in place of parameters that are sharded.
+    """
     outer = _running.get(model)
     if outer is not None:  # a run within a run of the same model
         with outer.batch():
             yield outer
         return
-    state = _running[model] = ModelState(model)
+    state = _running[model] = ModelState(model, gathered)
     try:
         with state.hooks.silenced():
             yield state
@@ -144,8 +148,9 @@ class ModelState:
         hooks: on the model's parameters, silenced during the run.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, gathered: Iterable[nn.Parameter] = ()) -> None:
         self._model = model
+        self._gathered = [(whole, whole._version) for whole in gathered]
         self._parameters = {id(p): (canonical_name(name), p) for name, p in model.named_parameters()}
         self.hooks = Hooks(list(self._parameters.values()))
         self._modules: dict[nn.Module, _ModuleState] = {}
@@ -239,6 +244,11 @@ class ModelState:
         with guard:
             yield
         self.hooks.refuse_new()
+        if any(whole._version != version for whole, version in self._gathered):
+            raise BodyError(
+                "model: its forward pass changes weights that are sharded over processes, in the gathered copy, which "
+                "is thrown away; change them outside of forward()"
+            )
         for key, known in self._versions.items():
             name, parameter = self._parameters[key]
             if key not in self._saved and _place(parameter) != known:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
 
 from sdi_kernels import CountSketch, HashFamily, TensorSketch
 from stepinfluence.errors import BodyError
+from stepinfluence.shards import is_sharded, refuse_other_ways
 from stepinfluence.wrappers import canonical_name as canonical_name
 from stepinfluence.wrappers import unwrap as unwrap
 
@@ -23,11 +24,17 @@ Layout: TypeAlias = Literal["concat", "sum"]
 @dataclass(frozen=True, eq=False)
 class Target:
     """One body parameter. Scalars and vectors are CountSketched, all else is TensorSketched as a matrix, see
-    :func:`as_matrix`."""
+    :func:`as_matrix`.
+
+    Attributes:
+        parameter: what the model computes with.
+        held: what the model holds between passes: the same, or this process's part of it.
+    """
 
     name: str
     parameter: nn.Parameter
     sketch: CountSketch | TensorSketch
+    held: nn.Parameter
 
     @functools.cached_property
     def matrix_shape(self) -> tuple[int, int]:
@@ -91,12 +98,18 @@ def find_body(model: nn.Module, body: Body) -> list[nn.Module]:
     return modules
 
 
-def body_parameters(model: nn.Module, body: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+def body_parameters(
+    model: nn.Module, body: Sequence[nn.Module], used: Callable[[nn.Parameter], nn.Parameter | None] | None = None
+) -> dict[str, nn.Parameter]:
     """Trainable parameters of the body by canonical name, in the model's order.
 
+    Args:
+        used: what modules compute with for a parameter that is sharded over processes; None where that is not known.
+
     Raises:
-        BodyError: there is none, or one is complex or sharded over processes.
+        BodyError: there is none, or one is complex, or sharded over processes in a way that is not known.
     """
+    refuse_other_ways(model)
     wanted = {id(p) for module in body for p in module.parameters() if p.requires_grad}
     found = {canonical_name(name): p for name, p in model.named_parameters() if id(p) in wanted}
     if not found:
@@ -105,11 +118,12 @@ def body_parameters(model: nn.Module, body: Sequence[nn.Module]) -> dict[str, nn
             "and set requires_grad=True on them"
         )
     for name, parameter in found.items():
-        if hasattr(parameter, "device_mesh"):  # a DTensor
+        if is_sharded(parameter) and (used is None or used(parameter) is None):
+            placements: Any = getattr(parameter, "placements")  # noqa: B009  # of a DTensor
             raise BodyError(
-                f"{name}: is sharded over processes (fully_shard, a DTensor): what the loop then uses are other "
-                "tensors, gathered anew for every use; give every process the whole model, in bf16 if need be "
-                "(docs/scale.md)"
+                f"{name}: is sharded over processes as a DTensor ({', '.join(map(str, placements))}), which "
+                "cannot be captured; use fully_shard on plain parameters, or ColwiseParallel and RowwiseParallel for "
+                "linear layers, or give every process the whole model (docs/scale.md)"
             )
         if parameter.is_complex():
             raise BodyError(
@@ -137,6 +151,7 @@ def _size_of(
 
 def make_targets(
     parameters: Mapping[str, nn.Parameter],
+    used: Callable[[nn.Parameter], nn.Parameter | None] = lambda parameter: parameter,
     *,
     sketch_size: int | Mapping[str, int],
     hashing: HashFamily,
@@ -144,6 +159,10 @@ def make_targets(
     layout: Layout = "concat",
 ) -> list[Target]:
     """A target with its own independent sketch for each parameter (paper, section 3: one CS/TS map per tensor).
+
+    Args:
+        parameters: as :func:`body_parameters` gives them.
+        used: as there.
 
     Raises:
         ValueError, TypeError: ``sketch_size`` is not positive, misses a parameter, or is a mapping in the ``sum``
@@ -161,7 +180,8 @@ def make_targets(
             sketch = CountSketch(parameter.numel(), m, seed=seed, name=name, hashing=hashing)
         else:
             sketch = TensorSketch(*as_matrix(parameter.shape), m, seed=seed, name=name, hashing=hashing)
-        targets.append(Target(name, parameter, sketch))
+        whole = used(parameter)
+        targets.append(Target(name, parameter if whole is None else whole, sketch, parameter))
     return targets
 
 

@@ -49,7 +49,7 @@ class Verification:
         size = len(features)
         generator = torch.Generator().manual_seed(size)
         # Eight different weights, far apart, and exact products in every floating dtype.
-        exponents = torch.randperm(size, generator=generator) % 8 * (7 // (min(size, 8) - 1))
+        exponents = torch.randperm(size, generator=generator) % 8 * (7 // max(1, min(size, 8) - 1))
         again = self._forward(ids)
         losses = again.losses.detach()
         if not torch.allclose(losses, before, rtol=1e-2, atol=1e-3 * float(before.abs().amax())):
@@ -87,4 +87,6 @@ class Verification:
     def _sketched(self, run: TappedPass, weights: Tensor, like: Tensor) -> tuple[Tensor, bool]:
         """Features of the losses weighted by ``(B,)``, and whether some gradients were of reduced precision."""
         scaled = torch.zeros_like(like)
-        return scaled, run.backward(SketchRecorder(self.sketching, scaled, wait=not run.hooked), weights)
+        coarse = run.backward(SketchRecorder(self.sketching, scaled, wait=not run.hooked), weights)
+        self.tapped.sharding.add_up(scaled, self.sketching.blocks)
+        return scaled, coarse

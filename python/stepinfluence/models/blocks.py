@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: RotaryTable | None = None) -> Tensor:
         """Mix tokens: ``(B, T, d_model)`` in and out; ``rotary`` turns queries and keys by their position."""
-        batch, tokens, d = x.shape
+        batch, tokens, _ = x.shape
         parts = self.qkv(x).chunk(3, dim=-1) if self.config.fused_qkv else (self.query(x), self.key(x), self.value(x))
         q, k, v = (p.view(batch, tokens, self.config.n_heads, -1).transpose(1, 2) for p in parts)
         if rotary is not None:
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q, k = (F.rms_norm(p, (p.shape[-1],)) for p in (q, k))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causal)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, d))  # type: ignore[no-any-return]  # nn.Module
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))  # type: ignore[no-any-return]  # nn.Module
 
 
 class MLP(nn.Module):

@@ -156,6 +156,16 @@ class LoopedGPTConfig:
         )  # fmt: skip
 
     @classmethod
+    def large(cls) -> LoopedGPTConfig:
+        """A model of 1,321,730,048 parameters with 12 loop steps, 914 million of them in the loop: the 2-layer prelude
+        and coda of D.1 around a core of 18 blocks of nanochat's widths at depth 22 (``d_model`` 2048, heads of width
+        128).
+
+        Make it with ``with torch.device("meta")`` where only its shape is asked for: its weights take 5.3 GB.
+        """
+        return cls(d_model=2048, n_heads=16, sequence_len=2048, n_core=18, steps=12)
+
+    @classmethod
     def tiny(cls) -> LoopedGPTConfig:
         """The same layout in about 30,000 parameters, for tests: width 32, 16 tokens, 4 loop steps."""
         return cls(vocab_size=61, d_model=32, n_heads=2, sequence_len=16, n_prelude=1, n_core=1, n_coda=0, steps=4)

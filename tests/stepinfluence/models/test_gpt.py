@@ -59,6 +59,17 @@ def test_paper_config_has_135m_parameters() -> None:
     assert (config.steps, config.sequence_len, config.bptt_k) == (32, 128, None)
 
 
+def test_large_config_has_1_3b_parameters() -> None:
+    config = LoopedGPTConfig.large()
+    with torch.device("meta"):
+        model = LoopedGPT(config)
+    d, vocab = config.d_model, config.vocab_size
+    total = sum(p.numel() for p in model.parameters())
+    assert total == 2 * vocab * d + 22 * 12 * d * d + 2 * d * d == 1_321_730_048
+    assert sum(p.numel() for p in model.core.parameters()) == 18 * 12 * d * d + 2 * d * d
+    assert (config.steps, config.effective_depth, d // config.n_heads) == (12, 220, 128)
+
+
 def test_shapes_and_steps() -> None:
     model = tiny_model()
     batch = random_batch()

@@ -77,7 +77,8 @@ def write_answers(prepared: Prepared, store: Store, data: MapStyle, batch_size: 
         StoreError: the file could not be written.
     """
     path = answers_path(store.path)
-    if not has_answers(prepared) or _read(path, store) is not None:
+    # Processes that hold the model together answer together, or not at all.
+    if not has_answers(prepared) or not prepared.capture.sharding.company.any(_read(path, store) is None):
         return
     failed = store.failed
     rows = [row for row in range(min(len(store), MOST_ROWS)) if row not in failed]

@@ -19,7 +19,7 @@ from stepinfluence.app.runs.pinned import checked_pins
 from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.app.runs.trust import mark
 from stepinfluence.app.runs.workers import Worker
-from stepinfluence.errors import ProjectError
+from stepinfluence.errors import ConfigError, ProjectError
 from stepinfluence.files import write_bytes
 from stepinfluence.progress import tqdm
 from stepinfluence.store import FailedRow, Manifest, Store, StoreWriter, fold, fold_manifest, is_unwritten
@@ -228,7 +228,24 @@ def featurize_split(
     began = time.monotonic()
     worker = worker or Worker()
     settings = prepared.config.splits[split]
+    company = prepared.capture.sharding.company
+    if not company.alone and company.size != worker.world_size:
+        raise ConfigError(
+            f"project: model() is sharded over {company.size} processes, and {worker.world_size} were started; shard "
+            "it over all of them, and start them with torchrun or srun"
+        )
+    if not company.alone and prepared.config.on_error == "skip":
+        raise ConfigError(
+            "on_error: got skip, but model() is sharded over processes, which cannot go on without one of them; use "
+            "stop"
+        )
+    if prepared.capture.sharding.parallel.any and not company.alone:
+        raise ConfigError(
+            "project: model() is tensor-parallel, and sdi featurize gives every process examples of its own; use "
+            "fully_shard, or attach() with the same batches in every process (docs/cluster.md)"
+        )
     with _threads(settings.threads, prepared.device):
+        company.any(False)  # nobody has written anything since: all find the same
         manifest = manifest_of(prepared, split, settings, len(data))
         unwritten = is_unwritten(path)
         if (path / MANIFEST).is_file() and not (unwritten and worker.world_size == 1):
@@ -245,6 +262,7 @@ def featurize_split(
 
         writer = StoreWriter(path, manifest)
         written = _write(prepared, writer, data, settings, worker, split, begin, progress=progress, log=log)
+    company.any(False)
     store = Store.open(path)
     if store.complete:
         writer.finish()
@@ -272,12 +290,14 @@ def _write(
     visits: Sequence[tuple[int, ...]] = (
         [tuple(range(prepared.count))] if folded else [(k,) for k in range(prepared.count)]
     )
-    work = [
-        (column, checkpoints, shard)
-        for column, checkpoints in enumerate(visits)
-        for shard in writer.pending(column, rank=worker.rank, world_size=worker.world_size)
-    ]
-    total = sum(len(manifest.rows_of(shard)) * len(checkpoints) for _, checkpoints, shard in work)
+    work: list[tuple[int, tuple[int, ...], int, bool]] = []
+    for column, checkpoints in enumerate(visits):
+        own = writer.pending(column, rank=worker.rank, world_size=worker.world_size)
+        work += [(column, checkpoints, shard, True) for shard in own]
+        # Whose weights others need makes a shard for nothing.
+        idle = prepared.capture.sharding.company.most(len(own))[0] - len(own)
+        work += [(column, checkpoints, manifest.n_shards - 1, False)] * idle
+    total = sum(len(manifest.rows_of(shard)) * len(checkpoints) for _, checkpoints, shard, _ in work)
     per_shard = -(-manifest.shard_rows // settings.batch_size)
     with (
         tqdm(total=total, desc=split, unit=" examples", dynamic_ncols=True, disable=not progress or not work) as bar,
@@ -285,7 +305,7 @@ def _write(
         state = _State(bar, split, total, log)
         if not work:
             begin()
-        for number, (column, checkpoints, shard) in enumerate(work):
+        for number, (column, checkpoints, shard, kept) in enumerate(work):
             started = time.monotonic()
             parts = []
             for checkpoint in checkpoints:
@@ -308,13 +328,15 @@ def _write(
                         f"{part.rows[0].id!r}: {part.failed[0].reason}"
                     )
                 parts.append(part)
-            whole = _folded(parts, prepared) if folded else parts[0]
             if not number:
                 begin()
+            if not kept:
+                continue
+            whole = _folded(parts, prepared) if folded else parts[0]
             writer.write_shard(
                 column, shard, whole.features, whole.rows, whole.failed, seconds=time.monotonic() - started
             )
-    return len(work)
+    return sum(kept for *_, kept in work)
 
 
 class _State:

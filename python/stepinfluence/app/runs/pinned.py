@@ -203,7 +203,13 @@ def checked_pins(
     missing = Counter(shard for _, shard in store.missing())
     there = [shard for shard in range(store.manifest.n_shards) if missing[shard] < len(store.checkpoints)]
     changes = [] if kept is None else list(kept.changes(now))
-    mine = [s for s in there if s % worker.world_size == worker.rank and not (kept is not None and kept.excused(s))]
+    # Processes that hold the model together look at the same shards, at the same time.
+    alone = prepared.capture.sharding.company.alone
+    mine = [
+        s
+        for s in there
+        if (s % worker.world_size == worker.rank or not alone) and not (kept is not None and kept.excused(s))
+    ]
     changes += changed_rows(prepared, store, data, batch_size, mine)
     if not changes:
         return kept or now

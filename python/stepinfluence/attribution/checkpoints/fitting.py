@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.errors import CheckpointError
+from stepinfluence.shards import local, share_of
 from stepinfluence.wrappers import canonical_name, unwrap
 
 DERIVED = re.compile(r"(^|\.)(inv_freq|original_inv_freq|masked_bias)$")
@@ -54,7 +55,7 @@ def fit(path: Path, state: Mapping[str, Tensor], model: nn.Module, *, strict: bo
             )
         if isinstance(value, Tensor) and (why := _unusable(state[name], value)) is not None:
             raise CheckpointError(f"{path}: does not fit the model: {name} {why}; save plain weights")
-    model.load_state_dict({own[n][0]: v for n, v in state.items() if n in own}, strict=False)
+    model.load_state_dict({own[n][0]: share_of(v, own[n][1]) for n, v in state.items() if n in own}, strict=False)
 
 
 def _unusable(given: Any, own: Tensor) -> str | None:
@@ -85,8 +86,9 @@ def _aliases(own: Mapping[str, Any]) -> dict[str, list[str]]:
     """The names of the same tensor, for each name of a tied weight."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, value in own.items():
-        if isinstance(value, Tensor) and value.numel() and value.device.type != "meta":
-            place = value.device, value.untyped_storage().data_ptr(), value.storage_offset()
+        if isinstance(value, Tensor) and local(value).numel() and value.device.type != "meta":
+            part = local(value)
+            place = value.device, part.untyped_storage().data_ptr(), part.storage_offset()
             key = (*place, value.shape, value.stride())
             groups.setdefault(key, []).append(name)
     return {name: names for names in groups.values() if len(names) > 1 for name in names}

@@ -114,6 +114,14 @@ class Follower:
     def forget(self, tensor: Tensor) -> None:
         self.known.pop(id(tensor), None)
 
+    def stand_in(self, before: Tensor, after: Tensor) -> None:
+        """Take the owners of a tensor for those of another one with the same values."""
+        self.meets(before)
+        if (found := self.known.get(id(before))) is not None:
+            self.note(after, found.owners, tapped=found.tapped)
+        elif self.nobodys.has_id(id(before)):
+            self.nobodys.add(after)
+
     def knows(self, tensor: Tensor) -> bool:
         return id(tensor) in self.known
 
