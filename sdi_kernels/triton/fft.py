@@ -27,8 +27,18 @@ import triton.language as tl
 from torch import Tensor
 
 from sdi_kernels.triton import common
-from sdi_kernels.triton.gather import gather, load_folded, sources, unroll
-from sdi_kernels.triton.transforms import COLUMNS, FINISH, config_of, constants
+from sdi_kernels.triton.gather import (
+    gather,
+    gather_row,
+    gather_rows,
+    load_folded,
+    load_row,
+    row_sources,
+    sources,
+    unroll,
+)
+from sdi_kernels.triton.products import complex_dot, matrices, places, power_of_two
+from sdi_kernels.triton.transforms import COLUMNS, FINISH, config_of, constants, rows_of
 from sdi_kernels.triton.uses import PAIR, Tensors, pair, slot, work
 
 SMALLEST_PART = 4
@@ -39,34 +49,8 @@ AHEAD = 4
 
 
 @triton.jit
-def _places(p_const, N1: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr):
-    """Where the parts of :func:`constants` begin: matrices of both stages, twiddles, fold weights, W_R."""
-    p_f2 = p_const + 6 * N1 * N1
-    p_twiddles = p_f2 + 6 * COLS * COLS
-    p_fold = p_twiddles + 2 * N1 * COLS
-    return p_const, p_f2, p_twiddles, p_fold, p_fold + 2 * N1 * COLS * R
-
-
-@triton.jit
-def _matrices(p_f, N: tl.constexpr):
-    """The three matrices [N, N] that stand for a DFT, see :func:`_complex_dot`.
-
-    They come as fp32: of what is loaded as fp16, every product would read both operands from shared memory.
-    """
-    o = tl.arange(0, N)
-    p_f += o[:, None] * N + o[None, :]
-    b_f0, b_f1, b_f2 = tl.load(p_f), tl.load(p_f + N * N), tl.load(p_f + 2 * N * N)
-    return b_f0.to(tl.float16), b_f1.to(tl.float16), b_f2.to(tl.float16)
-
-
-@triton.jit
 def _add_pairs(a_0, a_1, b_0, b_1):
     return a_0 + b_0, a_1 + b_1
-
-
-@triton.jit
-def _power_of_two(e):
-    return (tl.minimum(tl.maximum(e + 127, 0), 254) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -93,57 +77,23 @@ def _scales(b_g_sq, b_a_sq, N1: tl.constexpr, N2: tl.constexpr, BLOCK_T: tl.cons
         b_g_sum, b_a_sum = tl.reduce((b_g_sq, b_a_sq), 1, _add_pairs)
     e_g = 6 - (((b_g_sum.to(tl.int32, bitcast=True) >> 23) - 126) >> 1)
     e_a = 6 - (((b_a_sum.to(tl.int32, bitcast=True) >> 23) - 126) >> 1)
-    b_g_up, b_a_up, b_down = _power_of_two(e_g), _power_of_two(e_a), _power_of_two(-e_g - e_a)
+    b_g_up, b_a_up, b_down = power_of_two(e_g), power_of_two(e_a), power_of_two(-e_g - e_a)
     if BLOCK_T > 1:
         b_g_up, b_a_up = _columns(b_g_up, N2, BLOCK_T), _columns(b_a_up, N2, BLOCK_T)
         b_down = _columns(b_down, N2, BLOCK_T)
     return b_g_up, b_a_up, b_down
 
 
-@triton.jit
-def _dot(b_f, b_low, b_x, b_acc, IS_LEFT: tl.constexpr, HAS_LOW: tl.constexpr):
-    """``F @ x`` (IS_LEFT) or ``x @ F`` added to ``b_acc``; with the low halves of both (HAS_LOW) in three products."""
-    b_high = b_x.to(tl.float16)
-    if HAS_LOW:
-        b_rest = (b_x - b_high.to(tl.float32)).to(tl.float16)
-        if IS_LEFT:
-            b_acc = tl.dot(b_f, b_rest, tl.dot(b_low, b_high, b_acc))
-        else:
-            b_acc = tl.dot(b_rest, b_f, tl.dot(b_high, b_low, b_acc))
-    return tl.dot(b_f, b_high, b_acc) if IS_LEFT else tl.dot(b_high, b_f, b_acc)
-
-
-@triton.jit
-def _complex_dot(
-    b_re, b_im, b_f0, b_f1, b_f2, b_low0, b_low1, b_low2, IS_LEFT: tl.constexpr, HAS_LOW: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-):  # fmt: skip
-    """``F @ z`` (IS_LEFT) or ``z @ F`` in four real products, F given as (Re, -Im, Im), or in three, F given as
-    (Re, -(Re + Im), Im - Re).
-
-    Swapping the last two gives the product with the conjugate of F. Four take fewer instructions, three less of the
-    tensor cores.
-    """
-    b_zero = tl.zeros(b_re.shape, tl.float32)
-    if PRODUCTS == 4:
-        b_sum_re = _dot(b_f0, b_low0, b_re, b_zero, IS_LEFT, HAS_LOW)
-        b_sum_im = _dot(b_f0, b_low0, b_im, b_zero, IS_LEFT, HAS_LOW)
-    else:
-        b_sum_re = _dot(b_f0, b_low0, b_re + b_im, b_zero, IS_LEFT, HAS_LOW)
-        b_sum_im = b_sum_re
-    b_re_out = _dot(b_f1, b_low1, b_im, b_sum_re, IS_LEFT, HAS_LOW)
-    b_im_out = _dot(b_f2, b_low2, b_re, b_sum_im, IS_LEFT, HAS_LOW)
-    return b_re_out, b_im_out
-
-
 # Counts of rows and tokens vary from call to call and gain nothing from a program of their own.
 @triton.jit(do_not_specialize=["i_begin", "rows", "tokens", "splits", "tokens_per_split", "width_in", "width_out"])
 def fft_sketch_kernel(
     p_work, p_a, p_g, p_table, p_table_in, p_table_out, p_const, i_begin, rows, tokens, splits,
-    tokens_per_split, width_in, width_out, stride_ar, stride_at, stride_ad, stride_gr, stride_gt, stride_gd,
+    tokens_per_split, width_in, width_out, d_in, d_out,
+    stride_ar, stride_at, stride_ad, stride_gr, stride_gt, stride_gd,
     N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
     UNROLL_IN: tl.constexpr, UNROLL_OUT: tl.constexpr, IS_WIDE: tl.constexpr, PREFETCH: tl.constexpr,
-    PRODUCTS: tl.constexpr, HAS_LOW: tl.constexpr, IS_LIST: tl.constexpr, IS_ALIGNED: tl.constexpr,
+    HAS_LOW: tl.constexpr, ROW_IN: tl.constexpr, ROW_OUT: tl.constexpr, IS_LIST: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Sum over one row's tokens (or one split of them) of the squared spectra, for one frequency residue.
 
@@ -180,15 +130,15 @@ def fft_sketch_kernel(
         stride_ad = tl.cast(stride_ad, tl.int64)
         stride_gd = tl.cast(stride_gd, tl.int64)
 
-    p_f1, p_f2, p_tw, p_fold, p_weights = _places(p_const, N1, COLS, R)
+    p_f1, p_f2, p_tw, p_fold, p_weights = places(p_const, N1, COLS, R)
     p_fold += 2 * N1 * COLS * i_residue + o_place
-    b_f10, b_f11, b_f12 = _matrices(p_f1, N1)
-    b_f20, b_f21, b_f22 = _matrices(p_f2, COLS)
+    b_f10, b_f11, b_f12 = matrices(p_f1, N1)
+    b_f20, b_f21, b_f22 = matrices(p_f2, COLS)
     b_low10, b_low11, b_low12 = b_f10, b_f11, b_f12
     b_low20, b_low21, b_low22 = b_f20, b_f21, b_f22
     if HAS_LOW:
-        b_low10, b_low11, b_low12 = _matrices(p_f1 + 3 * N1 * N1, N1)
-        b_low20, b_low21, b_low22 = _matrices(p_f2 + 3 * COLS * COLS, COLS)
+        b_low10, b_low11, b_low12 = matrices(p_f1 + 3 * N1 * N1, N1)
+        b_low20, b_low21, b_low22 = matrices(p_f2 + 3 * COLS * COLS, COLS)
     b_tr, b_ti = tl.load(p_tw + o_place), tl.load(p_tw + N1 * COLS + o_place)
 
     i_first = i_split * tokens_per_split
@@ -200,7 +150,17 @@ def fft_sketch_kernel(
     step_g = BLOCK_T * tl.cast(stride_gt, tl.int64)
     b_acc_re = tl.zeros((N1, COLS), tl.float32)
     b_acc_im = tl.zeros((N1, COLS), tl.float32)
-    if IS_PLAIN:  # both tables stay in registers
+    if ROW_IN > 0:
+        if UNROLL_OUT == 1:  # tables stay in registers
+            o_g, b_g_sign = row_sources(p_table_out, M)
+        if UNROLL_IN == 1:
+            o_a, b_a_sign = row_sources(p_table_in, M)
+        p_gx = p_g + i_first * tl.cast(stride_gt, tl.int64)
+        p_ax = p_a + i_first * tl.cast(stride_at, tl.int64)
+        if PREFETCH:
+            b_g = load_row(p_gx, stride_gd, d_out, i_first < i_last, ROW_OUT)
+            b_a = load_row(p_ax, stride_ad, d_in, i_first < i_last, ROW_IN)
+    elif IS_PLAIN:
         o_g, b_g_sign = sources(p_table_out, o_bucket, False)
         o_a, b_a_sign = sources(p_table_in, o_bucket, False)
         if PREFETCH:  # the next token's values are loaded while this one is transformed
@@ -209,7 +169,29 @@ def fft_sketch_kernel(
             b_a = gather(p_ax, o_a, b_a_sign, stride_ad, m_token, True)
     for i_t in range(i_first, i_last, BLOCK_T):
         m_token = i_t + o_token < i_last
-        if IS_PLAIN:
+        if ROW_IN > 0:
+            if PREFETCH:
+                c_g, c_a = b_g, b_a
+                p_ax += step_a
+                p_gx += step_g
+                b_g = load_row(p_gx, stride_gd, d_out, i_t + 1 < i_last, ROW_OUT)
+                b_a = load_row(p_ax, stride_ad, d_in, i_t + 1 < i_last, ROW_IN)
+            else:
+                c_g = load_row(p_gx, stride_gd, d_out, True, ROW_OUT)
+                c_a = load_row(p_ax, stride_ad, d_in, True, ROW_IN)
+                p_ax += step_a
+                p_gx += step_g
+            if UNROLL_OUT == 1:
+                c_g = gather_row(c_g, o_g, b_g_sign, N1, N2)
+            else:
+                c_g = gather_rows(c_g, p_table_out, width_out, N1, N2)
+            if UNROLL_IN == 1:
+                c_a = gather_row(c_a, o_a, b_a_sign, N1, N2)
+            else:
+                c_a = gather_rows(c_a, p_table_in, width_in, N1, N2)
+            b_g_up, b_a_up, b_down = _scales(c_g * c_g, c_a * c_a, N1, N2, BLOCK_T)
+            b_zr, b_zi = c_g * b_g_up, c_a * b_a_up
+        elif IS_PLAIN:
             if PREFETCH:
                 c_g, c_a = b_g, b_a
                 p_ax += step_a
@@ -241,13 +223,13 @@ def fft_sketch_kernel(
                 b_yr = b_zr * b_wr - b_zi * b_wi
                 b_zi = b_zr * b_wi + b_zi * b_wr
                 b_zr = b_yr
-        b_ur, b_ui = _complex_dot(
-            b_zr, b_zi, b_f10, b_f11, b_f12, b_low10, b_low11, b_low12, True, HAS_LOW, PRODUCTS
+        b_ur, b_ui = complex_dot(
+            b_zr, b_zi, b_f10, b_f11, b_f12, b_low10, b_low11, b_low12, True, HAS_LOW
         )  # fmt: skip
         b_vr = b_ur * b_tr - b_ui * b_ti
         b_vi = b_ur * b_ti + b_ui * b_tr
-        b_sr, b_si = _complex_dot(
-            b_vr, b_vi, b_f20, b_f21, b_f22, b_low20, b_low21, b_low22, False, HAS_LOW, PRODUCTS
+        b_sr, b_si = complex_dot(
+            b_vr, b_vi, b_f20, b_f21, b_f22, b_low20, b_low21, b_low22, False, HAS_LOW
         )  # fmt: skip
         b_acc_re += (b_sr * b_sr - b_si * b_si) * b_down
         b_acc_im += (b_sr * b_si) * b_down
@@ -268,19 +250,19 @@ def _inverse(b_re, b_im, p_const, o_place, N1: tl.constexpr, COLS: tl.constexpr)
     A power of two brings the spectrum's largest number to 16 to 32, and is taken back; for N2 < COLS the rest of its
     columns has to be zero.
     """
-    p_f1, p_f2, p_tw, _, _ = _places(p_const, N1, COLS, 1)
+    p_f1, p_f2, p_tw, _, _ = places(p_const, N1, COLS, 1)
     largest = tl.max(tl.max(tl.maximum(tl.abs(b_re), tl.abs(b_im)), 1), 0)
     e = 4 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
-    b_up, b_down = _power_of_two(e), _power_of_two(-e)
-    b_f0, b_f1, b_f2 = _matrices(p_f2, COLS)
-    b_low0, b_low1, b_low2 = _matrices(p_f2 + 3 * COLS * COLS, COLS)
-    b_re, b_im = _complex_dot(b_re * b_up, b_im * b_up, b_f0, b_f2, b_f1, b_low0, b_low2, b_low1, False, True, 3)
+    b_up, b_down = power_of_two(e), power_of_two(-e)
+    b_f0, b_f1, b_f2 = matrices(p_f2, COLS)
+    b_low0, b_low1, b_low2 = matrices(p_f2 + 3 * COLS * COLS, COLS)
+    b_re, b_im = complex_dot(b_re * b_up, b_im * b_up, b_f0, b_f2, b_f1, b_low0, b_low2, b_low1, False, True)
     b_tr, b_ti = tl.load(p_tw + o_place), tl.load(p_tw + N1 * COLS + o_place)
     b_vr = b_re * b_tr + b_im * b_ti
     b_vi = b_im * b_tr - b_re * b_ti
-    b_f0, b_f1, b_f2 = _matrices(p_f1, N1)
-    b_low0, b_low1, b_low2 = _matrices(p_f1 + 3 * N1 * N1, N1)
-    b_re, b_im = _complex_dot(b_vr, b_vi, b_f0, b_f2, b_f1, b_low0, b_low2, b_low1, True, True, 3)
+    b_f0, b_f1, b_f2 = matrices(p_f1, N1)
+    b_low0, b_low1, b_low2 = matrices(p_f1 + 3 * N1 * N1, N1)
+    b_re, b_im = complex_dot(b_vr, b_vi, b_f0, b_f2, b_f1, b_low0, b_low2, b_low1, True, True)
     return b_re * b_down, b_im * b_down
 
 
@@ -313,7 +295,7 @@ def fft_finish_kernel(
     o_2 = tl.arange(0, COLS)[None, :]
     o_place = o_1 * COLS + o_2
     m_col = (o_2 < N2) & (o_1 >= 0)
-    _, _, _, p_fold, p_weights = _places(p_const, N1, COLS, R)
+    _, _, _, p_fold, p_weights = places(p_const, N1, COLS, R)
     p_fold += o_place
 
     b_y = tl.zeros((N1, COLS), tl.float32)
@@ -377,17 +359,19 @@ def linear_fft(
     parts = found.pairs * splits
     chunk = min(total, max(1, workspace // (8 * m * parts)))
     spectra = out.new_empty(chunk * parts * 2 * m)
+    d_in, d_out = a.shape[2], g.shape[2]
+    row_in, row_out = rows_of(config, d_in, d_out)
     constants_of: dict[str, Any] = {
         "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens,
         "UNROLL_IN": unroll(table_in.shape[1]), "UNROLL_OUT": unroll(table_out.shape[1]),
-        "IS_WIDE": common.wide(a) or common.wide(g), "PREFETCH": config.prefetch, "PRODUCTS": config.products,
-        "HAS_LOW": has_low, "num_warps": config.num_warps, "num_stages": 1, **found.constants,
+        "IS_WIDE": common.wide(a) or common.wide(g), "PREFETCH": config.prefetch, "HAS_LOW": has_low,
+        "ROW_IN": row_in, "ROW_OUT": row_out, "num_warps": config.num_warps, "num_stages": 1, **found.constants,
     }  # fmt: skip
     for begin in range(0, total, chunk):
         count = min(chunk, total - begin)
         fft_sketch_kernel[(count, parts, config.residues)](
             spectra, a, g, found.table, table_in, table_out, const, begin, found.rows, found.longest, splits,
-            per_split, table_in.shape[1], table_out.shape[1], *found.strides, **constants_of,
+            per_split, table_in.shape[1], table_out.shape[1], d_in, d_out, *found.strides, **constants_of,
         )  # fmt: skip
         fft_finish_kernel[(count, finish.residues)](
             found.out, spectra, found.table, inverse_const, begin, found.rows, splits, parts, *found.out.stride(),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MAX_UNROLL = 4
+MAX_UNROLL = 2
 """Sources of a bucket that are loaded together; fuller buckets take several rounds."""
 
 
@@ -30,6 +30,39 @@ def sources(p_table, o_bucket, IN_LOOP: tl.constexpr):
     # A hint that nothing reads by, and that need not be true: lanes go along the row, as they do in the table.
     o_source = tl.max_contiguous(tl.maximum(tl.abs(v) - 1, 0), (1, v.shape[1]))
     return o_source, tl.where(v < 0, -1.0, (v != 0).to(tl.float32))
+
+
+@triton.jit
+def row_sources(p_table, M: tl.constexpr):
+    """:func:`sources` of all buckets, [M]."""
+    v = tl.load(p_table + tl.arange(0, M))
+    return tl.maximum(tl.abs(v) - 1, 0), tl.where(v < 0, -1.0, (v != 0).to(tl.float32))
+
+
+@triton.jit
+def load_row(p_x, stride, d, m_row, ROW: tl.constexpr):
+    """A token's ``d`` features, in order."""
+    o = tl.arange(0, ROW)
+    return tl.load(p_x + o * stride, mask=(o < d) & m_row, other=0.0)
+
+
+@triton.jit
+def gather_row(b_row, o_source, b_sign, N1: tl.constexpr, N2: tl.constexpr):
+    """:func:`gather` of all buckets from a row that was loaded: through shared memory, where a warp's addresses on 32
+    lines are some conflicts of banks."""
+    return (tl.gather(b_row, o_source, 0).to(tl.float32) * b_sign).reshape(N1, N2)
+
+
+@triton.jit
+def gather_rows(b_row, p_table, width, N1: tl.constexpr, N2: tl.constexpr):
+    """The same where buckets have up to ``width`` sources, one source of each after another."""
+    M: tl.constexpr = N1 * N2
+    b_x = tl.zeros((M,), tl.float32)
+    for j in range(width):
+        v = tl.load(p_table + tl.arange(0, M) * width + j)
+        b_sign = tl.where(v < 0, -1.0, (v != 0).to(tl.float32))
+        b_x += tl.gather(b_row, tl.maximum(tl.abs(v) - 1, 0), 0).to(tl.float32) * b_sign
+    return b_x.reshape(N1, N2)
 
 
 @triton.jit
@@ -65,8 +98,8 @@ def load_folded(
     b_g_sq, b_a_sq = b_g_re * b_g_re, b_a_re * b_a_re
     b_g_im, b_a_im = tl.zeros_like(b_g_re), tl.zeros_like(b_a_re)
     for q in tl.static_range(1, R):
-        b_g = _sums(p_g, p_table_out, o_bucket + q * M, stride_g, width_out, m_token, UNROLL_OUT, HAS_MASK)
-        b_a = _sums(p_a, p_table_in, o_bucket + q * M, stride_a, width_in, m_token, UNROLL_IN, HAS_MASK)
+        b_g = _sums(p_g, p_table_out + q * M * width_out, o_bucket, stride_g, width_out, m_token, UNROLL_OUT, HAS_MASK)
+        b_a = _sums(p_a, p_table_in + q * M * width_in, o_bucket, stride_a, width_in, m_token, UNROLL_IN, HAS_MASK)
         w_re = tl.load(p_weights + (q * i_residue) % R)
         b_g_re += b_g * w_re
         b_a_re += b_a * w_re

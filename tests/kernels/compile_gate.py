@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gate_cases import SHARED_LIMIT, Case, cases
+from gate_cases import SHARED_LIMIT, Case, cases, is_main
 
 
 class Cost(NamedTuple):
@@ -255,11 +255,11 @@ def problems(cost: Cost) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """All cases, or those with one of the given words in their name; never those with WORD of ``--without=WORD``."""
-    without = tuple(a.removeprefix("--without=") for a in arguments if a.startswith("--without="))
-    names = [a for a in arguments if not a.startswith("--without=")]
+    """All cases, or those with one of the given words in their name; of these, with ``--brief``, what a GPU of today
+    runs most."""
+    names = [a for a in arguments if a != "--brief"]
     chosen = [case for case in cases() if not names or any(name in case.name for name in names)]
-    costs = measure_all([case for case in chosen if not any(word in case.name for word in without)])
+    costs = measure_all([case for case in chosen if is_main(case)] if "--brief" in arguments else chosen)
     found = [line for cost in costs for line in problems(cost)]
     sys.stdout.write("\n".join([table(costs), *found]) + "\n")
     return 1 if found else 0

@@ -49,50 +49,68 @@ EPILOGUE_STACK = 32
 """Of ``direct``: a few values around the epilogue, none of them in the token loop."""
 
 FFT_CYCLES = {
-    (256, False): (78, 74), (256, True): (126, 160), (512, False): (157, 148), (512, True): (253, 320),
-    (1024, False): (314, 296), (1024, True): (506, 640), (2048, False): (618, 544), (2048, True): (973, 1232),
-    (4096, False): (1242, 1504), (4096, True): (1716, 1232), (8192, False): (2780, 1504), (8192, True): (2700, 1232),
+    (256, False, 0): (88, 64), (256, True, 0): (126, 160), (512, False, 0): (177, 128), (512, True, 0): (254, 320),
+    (1024, False, 1024): (378, 428), (1024, True, 1024): (594, 1012), (2048, False, 1024): (598, 624),
+    (2048, False, 2048): (622, 656), (2048, True, 1024): (974, 1424), (2048, True, 2048): (1012, 1488),
+    (4096, False, 1024): (1226, 1792), (4096, False, 4096): (1308, 1888), (4096, True, 0): (1716, 1232),
+    (8192, False, 0): (2782, 1504), (8192, True, 0): (2700, 1232),
 }  # fmt: skip
-"""Cycles a token and residue on sm_90, by sketch size and whether inputs are fp32: (to issue, of shared memory), the
-most of Triton 3.6.0 and 3.7.1."""
+"""Cycles a token and residue on sm_90, by sketch size, whether inputs are fp32, and row: (to issue, of shared memory),
+the most of Triton 3.6.0 and 3.7.1."""
 
-FFT_SPILLS: dict[tuple[Target, int, bool], tuple[int, int]] = {
-    (SM90, 8192, True): (80, 16), (SM80, 512, True): (80, 17), (SM80, 2048, True): (56, 13),
-    (SM86, 1024, True): (64, 15), (SM86, 2048, True): (48, 11), (SM86, 4096, True): (0, 0),
+FFT_SPILLS: dict[tuple[Target, int, bool, int], tuple[int, int]] = {
+    (SM90, 8192, True, 1): (56, 7), (SM80, 512, True, 1): (80, 17), (SM80, 2048, True, 1): (56, 13),
+    (SM86, 1024, True, 1): (64, 15), (SM86, 2048, True, 1): (56, 13),
+    (SM90, 4096, True, 2): (312, 108), (SM90, 8192, False, 2): (288, 108), (SM90, 8192, True, 2): (1040, 384),
 }  # fmt: skip
-"""(Bytes of stack, local loads and stores in the loop) by target, sketch size and whether inputs are fp32, the most of
-both versions: a few values in a loop of more than a thousand instructions. All others need none."""
+"""(Bytes of stack, local loads and stores in the loop) by target, sketch size, whether inputs are fp32, and sources
+that are loaded together: the most of both versions. All others need none."""
 
 FINISH_STACK = 80
 """Of the launch that inverts: around its matrices, once a row."""
 
 
+def _fft_case(target: Target, m: int, has_low: bool, sources: int, row: int) -> Case:
+    """``row``: features of both sides where they are gathered from rows, 0 where they are not."""
+    from sdi_kernels.triton import transforms
+
+    compact = has_low or SHARED_LIMIT[target] << 10 < transforms.SHARED_BYTES
+    config = (transforms.COMPACT if compact else transforms.HALF)[m]
+    constants = {
+        "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens, "UNROLL_IN": sources,
+        "UNROLL_OUT": sources, "IS_WIDE": False, "PREFETCH": config.prefetch, "HAS_LOW": has_low, "ROW_IN": row,
+        "ROW_OUT": row, "stride_ad": 1, "stride_gd": 1, **ONE_PAIR,
+    }  # fmt: skip
+    stack, local = FFT_SPILLS.get((target, m, has_low, sources), (0, 0)) if not (row and target == SM90) else (0, 0)
+    counted = target == SM90 and sources == 1
+    issue, shared = FFT_CYCLES[m, has_low, row] if counted else (None, None)
+    gathered = 2 * config.residues * config.rows * config.n2 * config.tokens // (32 * config.num_warps)
+    name = f"fft m={m} {'fp32' if has_low else 'half'}" + (f" row {row}" if row else "")
+    return Case(
+        name + (f" {sources} sources" if sources > 1 else ""), target, "fft", "fft_sketch_kernel", constants,
+        {} if has_low else _half("half", "p_a", "p_g"), config.num_warps, 1, _wanted(target), stack, local,
+        config.tokens, shared, issue, gathered if counted and not has_low and not row else 0,
+        2 * (row * (4 if has_low else 2) // (16 * 32 * config.num_warps)) if counted else 0,
+    )  # fmt: skip
+
+
 def _fft_cases(target: Target, sizes: tuple[int, ...], unrolls: tuple[int, ...]) -> list[Case]:
     from sdi_kernels.triton import fft, transforms
 
-    half = transforms.HALF if SHARED_LIMIT[target] << 10 >= transforms.SHARED_BYTES else transforms.COMPACT
     cases = []
     for m in sizes:
-        for has_low, config in ((False, half[m]), (True, transforms.SINGLE[m])):
-            for unroll in unrolls:
-                constants = {
-                    "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens,
-                    "UNROLL_IN": unroll, "UNROLL_OUT": unroll, "IS_WIDE": False, "PREFETCH": config.prefetch,
-                    "PRODUCTS": config.products, "HAS_LOW": has_low, "stride_ad": 1, "stride_gd": 1, **ONE_PAIR,
-                }  # fmt: skip
-                stack, local = FFT_SPILLS.get((target, m, has_low), (0, 0))
-                counted = target == SM90 and unroll == 1
-                issue, shared = FFT_CYCLES[m, has_low] if counted else (None, None)
-                gathered = 2 * config.residues * config.rows * transforms.COLUMNS // (32 * config.num_warps)
-                cases.append(
-                    Case(f"fft m={m} {'fp32' if has_low else 'half'}" + (f" {unroll} sources" if unroll > 1 else ""),
-                         target, "fft", "fft_sketch_kernel", constants, {} if has_low else _half("half", "p_a", "p_g"),
-                         config.num_warps, 1, _wanted(target), stack, local, config.tokens, shared,
-                         issue, gathered if counted and not has_low else 0)
-                )  # fmt: skip
+        for has_low in (False, True):
+            rows = [row for size, low, row in FFT_CYCLES if (size, low) == (m, has_low)] if target == SM90 else [0]
+            if target != SM90 and m in (1024, 2048):
+                rows = [1024]
+            cases += [_fft_case(target, m, has_low, 1, row) for row in rows]
+            if m in (1024, 2048) or (m == 4096 and not has_low):  # wide layers, by rows and beyond their length
+                cases += [_fft_case(target, m, has_low, 2, 4096) for sources in unrolls if sources == 2]
+            cases += [_fft_case(target, m, has_low, sources, 0) for sources in unrolls if sources > 1]
         config = transforms.FINISH[m]
+        residues = (transforms.HALF if target == SM90 else transforms.COMPACT)[m].residues
         constants = {
-            "N1": config.rows, "N2": config.n2, "R": config.residues, "R_WORK": half[m].residues,
+            "N1": config.rows, "N2": config.n2, "R": config.residues, "R_WORK": residues,
             "COLS": transforms.COLUMNS, "AHEAD": fft.AHEAD, "stride_om": 1, "IS_LIST": False,
         }  # fmt: skip
         cases.append(
@@ -249,13 +267,20 @@ def _wanted(target: Target) -> tuple[str, ...]:
     return {SM90: ("HGMMA",), SM100: ("UTCHMMA",), GFX942: ("MFMA",)}.get(target, ("HMMA",))
 
 
+def is_main(case: Case) -> bool:
+    """For sm_90, of what ships, one pair of tensors with one source to a bucket: `make test` compiles these. All others
+    are variants of them, and `make test-triton` compiles all, under both versions of Triton."""
+    variants = (" sources", " tile ", ", list", ", sizes 1", " metric")
+    return case.target == SM90 and not any(word in case.name for word in variants)
+
+
 def cases() -> list[Case]:
     """Every kernel x configuration for sm_90; every kernel at its main configurations for the other targets."""
     kinds, half = ("half", "tf32", "tf32x3"), ("half",)
     sizes = 256, 512, 1024, 2048, 4096, 8192
     found = _lists(_fft_cases(SM90, sizes, (1,)) + _direct_cases(SM90, kinds) + _shear_cases(SM90, kinds))
     found += _lists(_fft_cases(SM80, (2048,), (1,)) + _direct_cases(SM80, kinds, (False,)))
-    found += _fft_cases(SM90, sizes, (1, 2, 4))
+    found += _fft_cases(SM90, sizes, (1, 2))
     found += _direct_cases(SM90, kinds, all_candidates=True) + _shear_cases(SM90, kinds, (2048, 8192), True)
     found += _pairwise_cases(SM90, kinds, True) + _other_cases(SM90)
     found += _fft_cases(SM80, (512, 2048), (1,))

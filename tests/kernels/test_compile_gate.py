@@ -14,7 +14,9 @@ from pathlib import Path
 
 import compile_gate
 import pytest
-from gate_cases import SM90, Case
+from gate_cases import FFT_CYCLES, SM90, Case
+
+from sdi_kernels.triton import cost, transforms
 
 GATE = Path(__file__).parent / "compile_gate.py"
 
@@ -25,12 +27,12 @@ GATE = Path(__file__).parent / "compile_gate.py"
 def test_kernels_compile_within_their_limits() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.curdir for p in sys.path)}
     env.pop("TRITON_INTERPRET", None)
-    # What loads several sources together is another form of the same kernel, and slow to compile: `make test-triton`.
+    # Other forms of the same kernels, and other targets: `make test-triton`, under both versions of Triton.
     result = subprocess.run(
-        [sys.executable, str(GATE), "--without=sources"], env=env, capture_output=True, text=True, check=False
+        [sys.executable, str(GATE), "--brief"], env=env, capture_output=True, text=True, check=False
     )
     print(f"\n{result.stdout}")
-    assert "| fft m=2048 half | sm_90 |" in result.stdout, result.stderr
+    assert "| fft m=2048 half row 1024 | sm_90 |" in result.stdout, result.stderr
     assert result.returncode == 0, result.stdout.rpartition("|\n")[2]
 
 
@@ -85,3 +87,14 @@ def test_products_and_operands_of_hgmma() -> None:
     both = "HGMMA.64x32x16.F32 R24, gdesc[UR4], R24, gsb0"
     one = "HGMMA.64x32x16.F32 R24, R4, gdesc[UR8], R24"
     assert compile_gate._hgmma([both, "LDS R1, [R2]", one]) == ((24 + 8) / 4, 2 * 16 / 4)
+
+
+@pytest.mark.parametrize("has_low", [False, True])
+def test_the_cost_model_counts_what_the_gate_allows(has_low: bool) -> None:
+    assert {m for m, *_ in FFT_CYCLES} == set(cost.FFT_CYCLES)
+    for m, kinds in cost.FFT_CYCLES.items():
+        config = (transforms.COMPACT if has_low else transforms.HALF)[m]
+        row = 1024 if transforms.rows_of(config, 768, 768) != (0, 0) else 0
+        issue, shared = (config.residues * limit for limit in FFT_CYCLES[m, has_low, row])
+        assert 0.97 * issue <= kinds[has_low].issue <= issue, m
+        assert kinds[has_low].shared == shared, m
