@@ -61,8 +61,9 @@ def rows_of(config: FftConfig, d_in: int, d_out: int) -> tuple[int, int]:
 
     Several tokens side by side and several chunks are not built for rows.
     """
-    rows = tuple(max(32, 1 << (d - 1).bit_length()) for d in (d_in, d_out))
-    return rows if config.tokens == config.residues == 1 and max(rows) <= MAX_ROW else (0, 0)
+    row_in, row_out = (max(32, 1 << (d - 1).bit_length()) for d in (d_in, d_out))
+    built = config.tokens == config.residues == 1 and max(row_in, row_out) <= MAX_ROW
+    return (row_in, row_out) if built else (0, 0)
 
 
 def _roots(exponents: Tensor, order: int) -> tuple[Tensor, Tensor]:
