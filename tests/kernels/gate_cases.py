@@ -60,7 +60,7 @@ the most of Triton 3.6.0 and 3.7.1."""
 
 FFT_SPILLS: dict[tuple[Target, int, bool, int], tuple[int, int]] = {
     (SM90, 8192, True, 1): (56, 7), (SM80, 512, True, 1): (80, 17), (SM80, 2048, True, 1): (56, 13),
-    (SM86, 1024, True, 1): (64, 15), (SM86, 2048, True, 1): (56, 13),
+    (SM100, 2048, True, 1): (80, 16), (SM86, 1024, True, 1): (64, 15), (SM86, 2048, True, 1): (56, 13),
     (SM90, 4096, True, 2): (312, 108), (SM90, 8192, False, 2): (288, 108), (SM90, 8192, True, 2): (1040, 384),
 }  # fmt: skip
 """(Bytes of stack, local loads and stores in the loop) by target, sketch size, whether inputs are fp32, and sources
@@ -115,7 +115,7 @@ def _fft_cases(target: Target, sizes: tuple[int, ...], unrolls: tuple[int, ...])
         }  # fmt: skip
         cases.append(
             Case(f"fft m={m} finish", target, "fft", "fft_finish_kernel", constants, {}, config.num_warps, 1,
-                 _wanted(target), FINISH_STACK)
+                 _wanted(target), FINISH_STACK if target != GFX942 else 128)
         )  # fmt: skip
     return cases
 
@@ -298,8 +298,8 @@ def cases() -> list[Case]:
         if case.target == SM90 and not case.constants.get("IS_LIST"):
             first.setdefault(case.kernel, case)
     found += [
-        c._replace(name=f"{c.name}, sizes 1", unit=True, matrix=(), stack=64, shared_cycles=None, issue_cycles=None,
-                   wide_loads=0, single_loads=0)
+        c._replace(name=f"{c.name}, sizes 1", unit=True, matrix=(), stack=128, local=32, shared_cycles=None,
+                   issue_cycles=None, wide_loads=0, single_loads=0)
         for c in first.values()
     ]  # fmt: skip
     return found
