@@ -71,7 +71,8 @@ def tune(
 
 
 def fit(seconds: Callable[[Workload], float], copy_bytes_per_second: float) -> cost.Rates:
-    """The rates of the cost model, each solved from calls in which it dominates.
+    """The rates of the cost model, each the slope between two lengths of calls in which it dominates: a launch overlaps
+    with the device's work, so taking one off a call's time would make a rate too good.
 
     Raises:
         RuntimeError: the times contradict each other (more tokens took less): the machine was not quiet.
@@ -79,36 +80,34 @@ def fit(seconds: Callable[[Workload], float], copy_bytes_per_second: float) -> c
     launch = seconds(Workload("direct", 1, 1, 16, 16, SIZE, torch.bfloat16))
     dtypes = torch.bfloat16, torch.float32
 
-    def per_token(m: int, dtype: torch.dtype) -> float:
-        rows = max(1, 256 * 2048 // m)
-        took = seconds(Workload("fft", rows, 128, 256, 256, m, dtype))
-        return max(took - 2 * launch, 0.1 * took) / (rows * 128)
+    def per_token(work: Workload, more: int) -> float:
+        """Seconds a token of a row, from two lengths: what does not grow with them falls out."""
+        slope = (seconds(work._replace(tokens=more)) - seconds(work)) / (more - work.tokens)
+        if slope <= 0:
+            raise RuntimeError(
+                f"calibration: {more} tokens took no longer than {work.tokens} ({work.route}, {work.dtype}); "
+                "run it on a quiet GPU"
+            )
+        return slope / work.rows
 
-    fft = {m: (per_token(m, dtypes[0]), per_token(m, dtypes[1])) for m in cost.FFT_CYCLES}
+    def transform(m: int, dtype: torch.dtype) -> float:
+        return per_token(Workload("fft", max(1, 256 * 2048 // m), 128, 256, 256, m, dtype), 512)
+
+    fft = {m: (transform(m, dtypes[0]), transform(m, dtypes[1])) for m in cost.FFT_CYCLES}
 
     flops, epilogues = [], []
     for dtype in dtypes:
-        few, many = (
-            (seconds(Workload("direct", rows, tokens, SIDE, SIDE, SIZE, dtype)) - launch) / rows
-            for rows, tokens in ((256, FEW_TOKENS), (32, MANY_TOKENS))
-        )
-        product = (many - few) / (MANY_TOKENS - FEW_TOKENS)
-        if product <= 0:
-            raise RuntimeError(
-                f"calibration: {MANY_TOKENS} tokens took no longer than {FEW_TOKENS} ({dtype}); run it on a quiet GPU"
-            )
+        product = per_token(Workload("direct", 32, FEW_TOKENS, SIDE, SIDE, SIZE, dtype), MANY_TOKENS)
         flops.append(2.0 * SIDE**2 / product)
-        epilogues.append(few - FEW_TOKENS * product)
+        few, many = (seconds(Workload("direct", rows, FEW_TOKENS, SIDE, SIDE, SIZE, dtype)) for rows in (128, 256))
+        epilogues.append((many - few) / 128 - FEW_TOKENS * product)
     epilogue = min(epilogues)  # the same adds; the slower product hides part of them
     adds = min(MOST_ATOMIC_ADDS, SIDE**2 / epilogue) if epilogue > 0 else MOST_ATOMIC_ADDS
 
     shear = []
     for dtype in dtypes:
-        work = Workload("shear", 32, MANY_TOKENS, SIDE, SIDE, SIZE, dtype)
-        took, sketch = seconds(work), work.sketch()
-        sums = work.rows * sketch.out.blocks * (SIDE + 15) / adds
-        tiles = work.rows * work.tokens * cost.shear_tiles(sketch, single=dtype == torch.float32)
-        shear.append(max(took - launch - sums, 0.1 * took) / tiles)
+        work = Workload("shear", 32, FEW_TOKENS, SIDE, SIDE, SIZE, dtype)
+        shear.append(per_token(work, MANY_TOKENS) / cost.shear_tiles(work.sketch(), single=dtype == torch.float32))
     return cost.Rates(fft, (shear[0], shear[1]), (flops[0], flops[1]), adds, copy_bytes_per_second, launch)
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from bench.gpu import end_to_end
+from bench.gpu import end_to_end, predict
 
 COLUMNS = (
     "d_out × d_in", "tokens", "m", "dtype", "fft", "direct", "shear (block)", "planned", "/GEMM", "/published",
-    "/einsum", "GB/s (share)",
+    "/einsum", "GB/s (share)", "fft, direct over predicted",
 )  # fmt: skip
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -49,10 +49,12 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "ns per token, median; ratios: time of the faster of fft and direct over the baseline's.",
         "GB/s: bytes of inputs, read once, over that time, and its share of the measured copy.",
+        f"Over predicted: times of fft and direct over those of {predict.RESULT.name}, with what was to bind.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
     ]
+    expected = predict.kept()
     for r in report["cases"]:
         ms, tokens = r["ms"], r["rows"] * r["tokens"]
         per_token = {k: 1e6 * v / tokens for k, v in ms.items()}
@@ -67,10 +69,20 @@ def markdown(report: dict[str, Any]) -> str:
             ratios.append(f"{rate:.0f} ({rate / report['ceilings']['copy_gb_s']:.0%})")
         else:
             ratios = ["–"] * 4
+        ratios.append(", ".join(over_predicted(r, expected).values()) or "–")
         head = [f"{r['d_out']} × {r['d_in']}", r["tokens"], r["m"], r["dtype"], *cells, r["planned"]]
         lines.append("| " + " | ".join(map(str, [*head, *ratios])) + " |")
     lines += ["", *(f"Refused: {c}" for c in report["refused"]), *(f"Not reached: {c}" for c in report["not_reached"])]
     return "\n".join(lines) + "\n"
+
+
+def over_predicted(record: dict[str, Any], expected: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, str]:
+    """Measured over predicted time of the routes that both have, with what was to bind: "1.40 (shared)"."""
+    routes = expected.get(predict.key(record), {"routes": {}})["routes"]
+    return {
+        name: f"{record['ms'][name] / route['ms']:.2f} ({route['bound']})"
+        for name, route in routes.items() if name in record["ms"]
+    }  # fmt: skip
 
 
 def new(about: dict[str, str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu import calibrate, end_to_end, report
+from bench.gpu import calibrate, end_to_end, predict, report
 from bench.gpu.layers import NO_MEMORY, Case, cases, reason, time_case
 from bench.gpu.timing import ceilings, median_ms
 from sdi_kernels import pairwise_linear_influence, sketch_linear_grads
@@ -73,7 +73,11 @@ def run_layer(results: dict[str, Any], case: Case) -> None:
         return
     results["cases"].append(record)
     results["refused"] += [f"{case.name} {route}: {why}" for route, why in record["refused"].items()]
+    over = report.over_predicted(record, predict.kept())
     say(f"{case.name}: " + ", ".join(f"{k} {v:.3f} ms" for k, v in record["ms"].items()))
+    say(
+        f"{case.name}: measured over predicted: " + (", ".join(f"{k} {v}" for k, v in over.items()) or "none predicted")
+    )
 
 
 def sanitize(tool: str, seconds: float) -> str:

@@ -3,6 +3,7 @@
 # ruff: noqa: E501  # sentences of the pages
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from kept import Parts, load, machines, source, table
@@ -270,7 +271,38 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['over_ours']:.2f}; {peak}"
 
 
+def predicted() -> str:
+    """docs/kernels.md: what the cost model predicts for a GPU that has not been there."""
+    from bench.gpu.predict import RESULT
+
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    goals = [[goal["goal"], f"{goal['predicted']:.2f}", "yes" if goal["met"] else "**no**"] for goal in result["goals"]]
+    rows = []
+    for row in result["rows"]:
+        if row["m"] != 2048 or row["tokens"] != 128:
+            continue
+        tokens, over = row["rows"] * row["tokens"], row["best_over"]
+        cells = [
+            f"{1e6 * row['routes'][name]['ms'] / tokens:.1f} ({row['routes'][name]['bound']})"
+            for name in ("fft", "direct")
+        ]
+        rows.append([
+            f"{row['d_out']} × {row['d_in']}", row["dtype"], *cells, f"{over['weight_gradient_gemm']:.2f}",
+            f"{1 / over['published_formula']:.1f}",
+        ])  # fmt: skip
+    assumed = "; ".join(f"{name} {value:.3g}" for name, value in result["assumed"].items())
+    return "\n\n".join(
+        (
+            f"`bench/results/{RESULT.name}`: `python -m bench.gpu.predict --keep`. Assumed: {assumed}.",
+            table(["goal", "predicted", "met"], goals),
+            "At m = 2048, 128 tokens a row (the file has all shapes): ns a token and what binds; the faster of both over the weight-gradient product, and how many times faster than the published formula.",
+            table(["d_out × d_in", "dtype", "`fft`", "`direct`", "/product", "× published"], rows),
+        )
+    )
+
+
 PARTS: Parts = {
+    "predicted": predicted,
     "startup": startup,
     "kernels": kernels,
     "host-overhead": host_overhead,

@@ -28,7 +28,7 @@ def dot_precision(*inputs: Tensor) -> str:
 
     fp32 inputs follow ``torch.get_float32_matmul_precision()``: "highest" (torch's default) asks for three tf32
     products, which keeps about fp32 accuracy; otherwise one. 16-bit inputs are exact in tf32, and their own rounding
-    is coarser than that of the transform's constants, so one product serves. AMD's matrix units take fp32 as it is.
+    is coarser than tf32's, so one product serves. AMD's matrix units take fp32 as it is.
     """
     return precision_of(*(t.dtype for t in inputs))
 
@@ -38,6 +38,13 @@ def precision_of(*dtypes: torch.dtype) -> str:
     if torch.version.hip is not None:
         return "ieee"
     return "tf32x3" if torch.float32 in dtypes and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def exact_products(*dtypes: torch.dtype) -> bool:
+    """Whether ``fft`` keeps about fp32 accuracy for inputs of these dtypes, by the rule of :func:`dot_precision`."""
+    return torch.float32 in dtypes and (
+        torch.version.hip is not None or torch.get_float32_matmul_precision() == "highest"
+    )
 
 
 @functools.cache

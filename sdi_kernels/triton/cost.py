@@ -1,9 +1,9 @@
 """Cost model of the CUDA kernels: seconds by route, for the planner. Imports no Triton; torch.compile can trace it.
 
-The shipped rates are *estimates*, not measurements: no kernel has been timed yet. Those of ``fft`` and ``shear`` come
-from the compiled machine code (instructions of the token loop x warps / 4 issued per cycle, docs/kernels.md), the
-others from data sheets with a margin. ``python -m bench.gpu.run --calibrate`` measures them and keeps them for this GPU
-(:mod:`sdi_kernels.triton.tuning`).
+The shipped rates are *estimates*, not measurements: no kernel has been timed yet. Cycles are counted in the compiled
+machine code for sm_90 (the compile gate holds the kernels to them), the other rates are from data sheets with a margin.
+``python -m bench.gpu.predict`` makes a table of what they say; ``python -m bench.gpu.run`` prints it beside what it
+measures, and with ``--calibrate`` measures rates and keeps them for this GPU (:mod:`sdi_kernels.triton.tuning`).
 """
 
 from __future__ import annotations
@@ -11,27 +11,54 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sdi_kernels.hashing import BLOCK_BUCKETS
 from sdi_kernels.sketches import TensorSketch
 
-CYCLES_PER_SECOND = 132 * 1.7e9
+CYCLES_PER_SECOND = 132 * 1.755e9
 """Multiprocessors x clock of an H100-class device. Only ratios of costs matter, and those travel to other devices."""
 
-FFT_CYCLES = {
-    256: (126, 222), 512: (320, 602), 1024: (784, 1464), 2048: (1314, 2760), 4096: (3436, 6396), 8192: (9400, 15696),
-}  # fmt: skip
-"""Issue cycles of one multiprocessor per token, by sketch size: (one tf32 product, three)."""
 
-SHEAR_CYCLES, SHEAR_TILE = (341, 468), ((64, 128), (64, 64))
-"""Issue cycles of one multiprocessor per token and tile of ``shear``, and the tile's blocks and columns: for one tf32
+class Cycles(NamedTuple):
+    """What keeps a multiprocessor busy, in cycles: to issue instructions, of shared memory (at 128 bytes each, without
+    conflicts), of tensor cores. The most of them binds."""
+
+    issue: float
+    shared: float
+    tensor: float
+
+    def times(self, factor: float) -> Cycles:
+        return Cycles(*(factor * x for x in self))
+
+
+FFT_CYCLES: dict[int, tuple[Cycles, Cycles]] = {
+    256: (Cycles(87, 64, 36), Cycles(126, 160, 108)),
+    512: (Cycles(176, 128, 72), Cycles(253, 320, 216)),
+    1024: (Cycles(377, 428, 120), Cycles(593, 1012, 360)),
+    2048: (Cycles(597, 624, 288), Cycles(973, 1424, 864)),
+    4096: (Cycles(1224, 1792, 960), Cycles(3432, 2464, 1728)),
+    8192: (Cycles(5560, 3008, 1920), Cycles(10800, 4928, 3456)),
+}
+"""A token of ``fft``, by sketch size: (16-bit inputs, fp32); layers of up to 1024 features, one source to a bucket."""
+
+DIRECT_CYCLES: dict[str, tuple[tuple[int, int, int], Cycles, Cycles]] = {
+    "direct large half": ((128, 128, 64), Cycles(280, 440, 512), Cycles(3128, 0, 0)),
+    "direct large tf32x3": ((128, 64, 32), Cycles(980, 768, 768), Cycles(2380, 0, 0)),
+    "direct small half": ((64, 64, 64), Cycles(127, 156, 128), Cycles(969, 0, 0)),
+    "direct small tf32x3": ((64, 64, 32), Cycles(570, 480, 384), Cycles(1254, 0, 0)),
+}
+"""A shipped tile of ``direct`` (outputs, inputs, tokens a pass): one pass of its loop, and what comes before and after
+the loop, its atomics counted as they are issued."""
+
+SHEAR_CYCLES, SHEAR_TILE = (341, 720), ((64, 128), (64, 64))
+"""Cycles of one multiprocessor per token and tile of ``shear``, and the tile's blocks and columns: for one tf32
 or 16-bit product, and for three tf32 products."""
 
 
-def _seconds(cycles: tuple[int, int]) -> tuple[float, float]:
+def _seconds(cycles: tuple[float, float]) -> tuple[float, float]:
     return cycles[0] / CYCLES_PER_SECOND, cycles[1] / CYCLES_PER_SECOND
 
 
@@ -49,10 +76,10 @@ class Rates:
     """
 
     fft_seconds: Mapping[int, tuple[float, float]] = field(
-        default_factory=lambda: {m: _seconds(cycles) for m, cycles in FFT_CYCLES.items()}
+        default_factory=lambda: {m: _seconds((max(half), max(single))) for m, (half, single) in FFT_CYCLES.items()}
     )
     shear_seconds: tuple[float, float] = _seconds(SHEAR_CYCLES)
-    flops: tuple[float, float] = (400e12, 60e12)
+    flops: tuple[float, float] = (600e12, 80e12)  # two thirds of what is counted, DIRECT_CYCLES
     atomic_adds: float = 1e12
     bytes: float = 2.5e12
     launch: float = 5e-6

@@ -1,7 +1,7 @@
 """From the operators to the kernels: what ``register_kernel("cuda")`` calls.
 
 Every function takes the canonical arguments of its operator and adds to ``out``. Where a kernel does not serve (Triton
-missing, float64, a sketch size that :func:`transforms.configs` lacks), the plain-torch route does the same on the GPU.
+missing, float64, a sketch size that :data:`transforms.FINISH` lacks), the plain-torch route does the same on the GPU.
 Triton is imported on the first call, not before; it launches on the current device, so the tensors' is made that.
 """
 
@@ -30,7 +30,7 @@ def _linear(
     from sdi_kernels.triton import direct, fft, shear, transforms
 
     deterministic = torch.are_deterministic_algorithms_enabled()
-    if metric is None and (route == "fft" or deterministic) and m in transforms.configs(out.device):
+    if metric is None and (route == "fft" or deterministic) and m in transforms.FINISH:
         return fft.linear_fft
     if route == "fft" or deterministic:
         return None

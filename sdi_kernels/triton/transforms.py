@@ -11,40 +11,59 @@ from torch import Tensor
 
 from sdi_kernels.triton import common
 
+COLUMNS = 32
+"""Of a full block. One warpgroup multiplies 64 rows of it at a time."""
+
 
 class FftConfig(NamedTuple):
-    """One shipped configuration: m = residues * n1 * n2."""
+    """How the transforms of one sketch size fill blocks [rows, tokens * n2]: m = residues * rows * n2."""
 
     residues: int
-    n1: int
+    rows: int
     n2: int
     tokens: int
-    """Tokens transformed together, so that small transforms fill a tensor-core tile."""
+    """Tokens transformed side by side."""
     num_warps: int
     prefetch: bool
     """Load the next token while one is transformed, where registers allow it."""
 
 
-CONFIGS: dict[int, FftConfig] = {
-    256: FftConfig(1, 16, 16, 4, 4, True),
-    512: FftConfig(1, 16, 32, 1, 4, True),
-    1024: FftConfig(1, 16, 64, 1, 8, True),
-    2048: FftConfig(1, 32, 64, 1, 8, True),
-    4096: FftConfig(2, 32, 64, 1, 8, True),
-    8192: FftConfig(4, 32, 64, 1, 8, False),
-}
-"""Sketch sizes the kernel takes, with the configuration of each (docs/kernels.md has the registers they need)."""
+FINISH = {
+    2048 // tokens: FftConfig(1, 64, COLUMNS // tokens, tokens, 8, False) for tokens in (8, 4, 2, 1)
+} | {2048 * residues: FftConfig(residues, 64, COLUMNS, 1, 8, False) for residues in (2, 4)}  # fmt: skip
+"""Configurations of the launch that inverts, by sketch size: 256 to 8192 are what the kernel takes."""
 
-COMPACT_CONFIGS: dict[int, FftConfig] = {
-    **{m: config for m, config in CONFIGS.items() if m <= 512},
-    1024: FftConfig(2, 16, 32, 1, 4, True),
-    2048: FftConfig(4, 16, 32, 1, 4, True),
-    4096: FftConfig(8, 16, 32, 1, 4, False),
-}
-"""For devices with less shared memory per program than :data:`SHARED_BYTES` (sm_86, sm_89: 99 KB)."""
+COMPACT = {m: config._replace(num_warps=4) for m, config in FINISH.items()} | {1024: FftConfig(1, 64, 16, 1, 4, False)}
+"""For fp32 inputs; for 16-bit ones on devices with less shared memory per program than :data:`SHARED_BYTES`: those
+before sm_90."""
 
-SHARED_BYTES = 140 << 10
-"""What the largest of :data:`CONFIGS` needs."""
+HALF = {
+    **{m: config._replace(prefetch=True) for m, config in COMPACT.items() if m <= 2048},
+    4096: FftConfig(1, 128, COLUMNS, 1, 8, True),
+    8192: FftConfig(2, 128, COLUMNS, 1, 8, False),
+}
+"""For 16-bit inputs elsewhere."""
+
+MAX_ROW = 4096
+"""Features of a token that are brought to shared memory as a row (a power of two) and gathered there."""
+
+SHARED_BYTES = 200 << 10
+"""The largest of :data:`HALF` needs 118 KB; without a warpgroup's products there are no registers to prefetch into."""
+
+
+def config_of(m: int, has_low: bool, device: torch.device) -> FftConfig:
+    """The configuration of a sketch size on ``device``. ``has_low``: see :func:`constants`."""
+    return (HALF if not has_low and common.shared_bytes(device) >= SHARED_BYTES else COMPACT)[m]
+
+
+def rows_of(config: FftConfig, d_in: int, d_out: int) -> tuple[int, int]:
+    """Lengths of the rows that both sides are gathered from; zeros: from memory, number by number.
+
+    Several tokens side by side and several chunks are not built for rows.
+    """
+    row_in, row_out = (max(32, 1 << (d - 1).bit_length()) for d in (d_in, d_out))
+    built = config.tokens == config.residues == 1 and max(row_in, row_out) <= MAX_ROW
+    return (row_in, row_out) if built else (0, 0)
 
 
 def _roots(exponents: Tensor, order: int) -> tuple[Tensor, Tensor]:
@@ -53,42 +72,35 @@ def _roots(exponents: Tensor, order: int) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def _to_tf32(values: Tensor) -> Tensor:
-    """Finite fp32 ``values``, rounded to the nearest with 10 bits of mantissa."""
-    return ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+def _half(values: Tensor) -> Tensor:
+    """Rounded to fp16, as float64."""
+    return values.half().double()
 
 
 @functools.lru_cache(maxsize=32)
-def constants(config: FftConfig, device: torch.device, precision: str) -> Tensor:
-    """DFT matrices (as :func:`_complex_dot` takes them), twiddles and fold weights, packed into one fp32 tensor.
+def constants(config: FftConfig, device: torch.device, has_low: bool) -> Tensor:
+    """What a program multiplies by, packed into one fp32 tensor: for each of both stages the three matrices of
+    :func:`sdi_kernels.triton.products.complex_dot` in fp16, and three more with what they lack (``has_low``);
+    twiddles; fold weights of every residue; the residues' roots.
 
-    For one tf32 product the matrices are rounded to nearest: tensor cores would cut their low bits off.
+    The second stage's matrices are block diagonal, twiddles and weights are there for every token of a block.
     """
-    residues, n1, n2 = config[:3]
+    residues, n1, n2, tokens, _, _ = config
     size, m = n1 * n2, residues * n1 * n2
     parts: list[Tensor] = []
     gain = 1.0
-    for n in (n1, n2):
+    for n, copies in ((n1, 1), (n2, tokens)):
         re, im = _roots(torch.outer(torch.arange(n), torch.arange(n)), n)
-        matrices = [x.float() for x in (re, -(re + im), im - re)]
-        if precision == "tf32":
-            matrices = [_to_tf32(x) for x in matrices]
-            f0, f1, f2 = (x.double() for x in matrices)
-            gain *= float((2 * f0 * re - (f0 + f1) * im + (f0 + f2) * im).sum() / (2 * n * n))
-        parts += matrices
+        matrices = (re, -(re + im), im - re)
+        high = [_half(x) for x in matrices]
+        low = [_half(x - y) if has_low else torch.zeros_like(x) for x, y in zip(matrices, high, strict=True)]
+        f0, f1, f2 = (x + y for x, y in zip(high, low, strict=True))
+        gain *= float((2 * f0 * re - (f0 + f1) * im + (f0 + f2) * im).sum() / (2 * n * n))
+        parts += [torch.block_diag(*[x] * copies) for x in (*high, *low)]
     # Few numbers make up a small matrix, so that rounding them makes it larger or smaller as a whole: twiddles undo it.
-    parts += [x / gain for x in _roots(torch.outer(torch.arange(n1), torch.arange(n2)), size)]
+    for x in _roots(torch.outer(torch.arange(n1), torch.arange(n2)), size):
+        parts.append((x / gain).tile(1, tokens))
     for r in range(residues):
-        parts += _roots(r * torch.arange(size), m)
+        parts += [x.view(n1, n2).tile(1, tokens) for x in _roots(r * torch.arange(size), m)]
     parts += _roots(torch.arange(residues), residues)
     return torch.cat([p.flatten().float() for p in parts]).to(device)
-
-
-def configs(device: torch.device) -> dict[int, FftConfig]:
-    """The sketch sizes the kernel takes on ``device``, with their configurations."""
-    return CONFIGS if common.shared_bytes(device) >= SHARED_BYTES else COMPACT_CONFIGS
-
-
-def finish_precision(precision: str) -> str:
-    """Of the inverse transform: once per row, three products cost little, and add no error of their own."""
-    return "tf32x3" if precision == "tf32" else precision

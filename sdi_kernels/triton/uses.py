@@ -26,6 +26,8 @@ from torch import Tensor
 
 SLOT, PAIR = tl.constexpr(4), tl.constexpr(8)
 
+PAIR_NUMBERS: int = PAIR.value
+
 ALIGNMENT = 16
 """Bytes of the widest load."""
 
@@ -122,14 +124,22 @@ def work(
 
 def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
     """With dense features: those that are not are copied."""
+    if all(stride == 1 for _, _, stride in map(Tensor.stride, tensors)):
+        return list(tensors)
     return [x if x.stride()[2] == 1 or x.shape[2] == 1 else x.contiguous() for x in tensors]
 
 
 def _slots(activations: Sequence[Tensor], steps: Sequence[int], rows: Sequence[int]) -> list[tuple[int, int, int, Any]]:
     """(step, first row, last row, pairs) of each slot; pairs without tokens are in none."""
+    shapes = [a.shape for a in activations]
+    if len(set(steps)) == len(shapes) and all(count and tokens for count, tokens, _ in shapes):
+        return [
+            (step, row, row + shape[0], [k])
+            for k, (shape, step, row) in enumerate(zip(shapes, steps, rows, strict=True))
+        ]
     by_step: dict[int, list[tuple[int, int, int]]] = {}
-    for k, (a, step, row) in enumerate(zip(activations, steps, rows, strict=True)):
-        count, tokens, _ = a.shape
+    for k, (shape, step, row) in enumerate(zip(shapes, steps, rows, strict=True)):
+        count, tokens, _ = shape
         if count and tokens:
             by_step.setdefault(step, []).append((row, row + count, k))
     found = []
@@ -160,21 +170,20 @@ def _many(
     # A call may have hundreds of pairs: nothing is done for each of them that can be done once.
     numbers: list[int] = []
     pairs: list[int] = []
-    most, longest, ends = 0, 0, 0
+    most, longest, ends, at = 0, 0, 0, SLOT.value * len(slots)
     strides: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     stride_ar = stride_at = stride_gr = stride_gt = 0
+    addresses_a, addresses_g = list(map(Tensor.data_ptr, activations)), list(map(Tensor.data_ptr, grad_outputs))
+    strides_a, strides_g = list(map(Tensor.stride, activations)), list(map(Tensor.stride, grad_outputs))
+    lengths = [a.shape[1] for a in activations]
     for step, first, last, inside in slots:
-        at = SLOT.value * len(slots) + len(pairs)
         numbers += (at, len(inside), last - first, first * stride_or + step * stride_os)
         before = 0
         for k in inside:
-            a, g = activations[k], grad_outputs[k]
-            p_a, p_g, length = a.data_ptr(), g.data_ptr(), a.shape[1]
-            stride_a, stride_g = a.stride(), g.stride()
-            if (stride_a, stride_g) != strides:
-                strides = stride_a, stride_g
-                stride_ar, stride_at, _ = stride_a
-                stride_gr, stride_gt, _ = stride_g
+            p_a, p_g, length = addresses_a[k], addresses_g[k], lengths[k]
+            if (strides_a[k], strides_g[k]) != strides:
+                strides = strides_a[k], strides_g[k]
+                (stride_ar, stride_at, _), (stride_gr, stride_gt, _) = strides
                 ends |= (stride_ar | stride_at) * size_a | (stride_gr | stride_gt) * size_g
             if skipped := first - rows[k]:
                 p_a += skipped * stride_ar * size_a
@@ -184,7 +193,9 @@ def _many(
             before += length
             if length > longest:
                 longest = length
-        most = max(most, before)
+            at += PAIR_NUMBERS
+        if before > most:
+            most = before
     return Work(
         out[:, 0],
         activations[0],

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gate_cases import SHARED_LIMIT, Case, cases
+from gate_cases import SHARED_LIMIT, Case, cases, is_main
 
 
 class Cost(NamedTuple):
@@ -37,7 +37,12 @@ class Cost(NamedTuple):
     local: int = 0
     """Local loads and stores among them."""
     shared_cycles: float = 0.0
-    """Cycles of a multiprocessor's shared memory a token, at 128 bytes each and without conflicts."""
+    """Cycles of a multiprocessor's shared memory a token, at 128 bytes each and without conflicts; what HGMMA reads
+    there included."""
+    tensor_cycles: float = 0.0
+    """Cycles of its tensor cores a token, of HGMMA alone."""
+    single_loads: int = 0
+    """Loads of one 16-bit number in the loop, from global memory."""
     wide_loads: int = 0
     """Loads of 128 bits in the loop, from global memory."""
     atomics: tuple[str, ...] = ()
@@ -127,14 +132,32 @@ def _nvidia(found: Cost, binary: bytes) -> Cost:
     opcodes = [(address, re.sub(r"^@!?\w+ +", "", text).split()[0]) for address, text in lines]
     count = Counter(opcode.split(".")[0] for _, opcode in opcodes)
     loop = Counter(opcode for address, opcode in opcodes if first <= address <= last)
+    operands, products = _hgmma([text for address, text in lines if first <= address <= last])
     return found._replace(
         registers=used["REG"], stack=used["STACK"], spills=count["LDL"] + count["STL"],
         matrix={name: n for name, n in count.items() if name.endswith("MMA")},
+        single_loads=sum(n for opcode, n in loop.items() if opcode.startswith("LDG") and "U16" in opcode),
         instructions=len(lines), loop=loop.total(),
         local=sum(n for opcode, n in loop.items() if opcode.split(".")[0] in ("LDL", "STL")),
         wide_loads=sum(n for opcode, n in loop.items() if opcode.startswith("LDG") and "128" in opcode.split(".")),
-        shared_cycles=_shared_cycles(loop) * found.case.num_warps / found.case.tokens,
+        shared_cycles=(_shared_cycles(loop) + operands) * found.case.num_warps / found.case.tokens,
+        tensor_cycles=products * found.case.num_warps / found.case.tokens,
     )  # fmt: skip
+
+
+def _hgmma(code: list[str]) -> tuple[float, float]:
+    """Cycles of shared memory and of tensor cores for the HGMMA of a loop, a warp's share of its warpgroup's.
+
+    One of 64 x N x K multiplies 64 x N x 32 bytes at 4096 products of bytes a cycle. It reads its second operand, and a
+    first one that is no register, from shared memory.
+    """
+    operands = products = 0.0
+    for text in code:
+        if found := re.search(r"HGMMA\.64x(\d+)x\d+\.\S+ R\w+, (\w+)", text):
+            columns = int(found[1])
+            operands += (columns + (64 if found[2] == "gdesc" else 0)) * 32 / 128 / 4
+            products += columns / 2 / 4
+    return operands, products
 
 
 def _shared_cycles(loop: Mapping[str, int]) -> int:
@@ -174,11 +197,23 @@ def measure_all(chosen: list[Case]) -> list[Cost]:
         return list(pool.map(measure, chosen))
 
 
+def issue_cycles(cost: Cost) -> float:
+    """Cycles of a multiprocessor to issue the loop's instructions for a token: four schedulers, one each."""
+    return cost.loop * cost.case.num_warps / 4 / cost.case.tokens
+
+
+def cycles(cost: Cost) -> str:
+    """Issue, shared memory and tensor cores of a case whose loop is over tokens."""
+    if cost.case.shared_cycles is None:
+        return "–"
+    return f"{issue_cycles(cost):.0f}, {cost.shared_cycles:.0f}, {cost.tensor_cycles:.0f}"
+
+
 def table(costs: list[Cost]) -> str:
     """Markdown table."""
     rows = [
-        "| kernel | target | warps | registers | stack B (loop) | shared KB (cycles) | matrix ops | loop / all |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | target | warps | registers | stack B (loop) | shared KB | matrix ops | loop / all | cycles |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for cost in costs:
         case = cost.case
@@ -186,8 +221,8 @@ def table(costs: list[Cost]) -> str:
         matrix = " ".join(f"{n} {name}" for name, n in cost.matrix.items()) or "–"
         rows.append(
             f"| {case.name} | {arch} | {case.num_warps} | {cost.registers} | {cost.stack} ({cost.local}) "
-            f"| {cost.shared / 1024:.0f} ({cost.shared_cycles:.0f}) "
-            f"| {matrix} | {cost.loop} / {cost.instructions} |" + (f" {cost.error}" if cost.error else "")
+            f"| {cost.shared / 1024:.0f} | {matrix} | {cost.loop} / {cost.instructions} "
+            f"| {cycles(cost)} |" + (f" {cost.error}" if cost.error else "")
         )
     return "\n".join(rows)
 
@@ -207,6 +242,10 @@ def problems(cost: Cost) -> list[str]:
         found.append(f"{name}: {cost.local} local loads and stores in the loop, {case.local} allowed")
     if case.shared_cycles is not None and cost.shared_cycles > case.shared_cycles:
         found.append(f"{name}: {cost.shared_cycles:.0f} cycles of shared memory a token, {case.shared_cycles} allowed")
+    if case.issue_cycles is not None and issue_cycles(cost) > case.issue_cycles:
+        found.append(f"{name}: {issue_cycles(cost):.0f} cycles a token to issue, {case.issue_cycles} allowed")
+    if cost.single_loads < case.single_loads:
+        found.append(f"{name}: {cost.single_loads} loads of 16 bits in the loop, {case.single_loads} wanted")
     if cost.wide_loads < case.wide_loads:
         found.append(f"{name}: {cost.wide_loads} loads of 128 bits in the loop, {case.wide_loads} wanted")
     found += [f"{name}: {problem}" for problem in cost.atomics]
@@ -216,11 +255,11 @@ def problems(cost: Cost) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """All cases, or those with one of the given words in their name; never those with WORD of ``--without=WORD``."""
-    without = tuple(a.removeprefix("--without=") for a in arguments if a.startswith("--without="))
-    names = [a for a in arguments if not a.startswith("--without=")]
+    """All cases, or those with one of the given words in their name; of these, with ``--brief``, what a GPU of today
+    runs most."""
+    names = [a for a in arguments if a != "--brief"]
     chosen = [case for case in cases() if not names or any(name in case.name for name in names)]
-    costs = measure_all([case for case in chosen if not any(word in case.name for word in without)])
+    costs = measure_all([case for case in chosen if is_main(case)] if "--brief" in arguments else chosen)
     found = [line for cost in costs for line in problems(cost)]
     sys.stdout.write("\n".join([table(costs), *found]) + "\n")
     return 1 if found else 0

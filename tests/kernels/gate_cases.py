@@ -35,6 +35,10 @@ class Case(NamedTuple):
     """Tokens that one pass of the loop works off."""
     shared_cycles: int | None = None
     """Cycles of shared memory a token that are allowed, where they are counted."""
+    issue_cycles: int | None = None
+    """Cycles a token to issue the loop's instructions that are allowed, where they are counted."""
+    single_loads: int = 0
+    """Loads of one 16-bit number that have to be in the loop: gathers, whose hint of contiguity need not be true."""
     wide_loads: int = 0
     """Loads of 128 bits that have to be in the loop."""
     unit: bool = False
@@ -44,59 +48,74 @@ class Case(NamedTuple):
 EPILOGUE_STACK = 32
 """Of ``direct``: a few values around the epilogue, none of them in the token loop."""
 
-ANY_MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "MFMA")
-"""Small transforms need not fill a warpgroup's tile: either kind will do."""
-
-FFT_SPILLS: dict[tuple[Target, int, str, int], tuple[int, int]] = {
-    (SM90, 2048, "tf32x3", 1): (8, 0), (SM90, 4096, "tf32x3", 1): (24, 5), (SM90, 4096, "tf32x3", 2): (24, 6),
-    (SM90, 8192, "tf32", 2): (96, 28), (SM90, 8192, "tf32", 4): (192, 64), (SM90, 8192, "tf32x3", 1): (128, 32),
-    (SM90, 8192, "tf32x3", 2): (160, 44), (SM90, 8192, "tf32x3", 4): (192, 64), (SM80, 2048, "tf32x3", 1): (16, 0),
-    (SM86, 4096, "tf32x3", 1): (8, 0), (SM100, 2048, "tf32x3", 1): (40, 10),
+FFT_CYCLES = {
+    (256, False, 0): (88, 64), (256, True, 0): (126, 160), (512, False, 0): (177, 128), (512, True, 0): (254, 320),
+    (1024, False, 1024): (378, 428), (1024, True, 1024): (594, 1012), (2048, False, 1024): (598, 624),
+    (2048, False, 2048): (622, 656), (2048, True, 1024): (974, 1424), (2048, True, 2048): (1012, 1488),
+    (4096, False, 1024): (1226, 1792), (4096, False, 4096): (1308, 1888), (4096, True, 0): (1716, 1232),
+    (8192, False, 0): (2782, 1504), (8192, True, 0): (2700, 1232),
 }  # fmt: skip
-"""(Bytes of stack, local loads and stores in the loop) by target, sketch size, precision and sources that are loaded
-together: the most that Triton 3.6.0 and 3.7.1 need, a few values in a loop of more than a thousand instructions. All
-others need none."""
+"""Cycles a token and residue on sm_90, by sketch size, whether inputs are fp32, and row: (to issue, of shared memory),
+the most of Triton 3.6.0 and 3.7.1."""
 
-LIST_SPILLS: dict[tuple[Target, str], dict[str, int]] = {
-    (SM90, "fft m=2048 tf32x3"): {"stack": 16}, (SM90, "fft m=8192 tf32x3"): {"stack": 168, "local": 41},
+FFT_SPILLS: dict[tuple[Target, int, bool, int], tuple[int, int]] = {
+    (SM90, 8192, True, 1): (56, 7), (SM80, 512, True, 1): (80, 17), (SM80, 2048, True, 1): (56, 13),
+    (SM100, 2048, True, 1): (80, 16), (SM86, 1024, True, 1): (64, 15), (SM86, 2048, True, 1): (56, 13),
+    (SM90, 4096, True, 2): (312, 108), (SM90, 8192, False, 2): (288, 108), (SM90, 8192, True, 2): (1040, 384),
 }  # fmt: skip
-"""What lists of pairs need beyond one pair."""
+"""(Bytes of stack, local loads and stores in the loop) by target, sketch size, whether inputs are fp32, and sources
+that are loaded together: the most of both versions. All others need none."""
 
-FFT_SHARED = {
-    (256, "tf32"): 228, (256, "tf32x3"): 348, (512, "tf32"): 736, (512, "tf32x3"): 1264,
-    (1024, "tf32"): 2048, (1024, "tf32x3"): 3680, (2048, "tf32"): 4000, (2048, "tf32x3"): 7264,
-    (4096, "tf32"): 4672, (4096, "tf32x3"): 7936, (8192, "tf32"): 6016, (8192, "tf32x3"): 9280,
-}  # fmt: skip
-"""Cycles of shared memory a token and residue on sm_90, by sketch size and precision: the most of the two."""
+FINISH_STACK = 80
+"""Of the launch that inverts: around its matrices, once a row."""
 
 
-def _fft_cases(
-    target: Target, sizes: tuple[int, ...], unrolls: tuple[int, ...], configs: str,
-    precisions: tuple[str, ...] = ("tf32", "tf32x3"),
-) -> list[Case]:  # fmt: skip
+def _fft_case(target: Target, m: int, has_low: bool, sources: int, row: int) -> Case:
+    """``row``: features of both sides where they are gathered from rows, 0 where they are not."""
     from sdi_kernels.triton import transforms
+
+    compact = has_low or SHARED_LIMIT[target] << 10 < transforms.SHARED_BYTES
+    config = (transforms.COMPACT if compact else transforms.HALF)[m]
+    constants = {
+        "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens, "UNROLL_IN": sources,
+        "UNROLL_OUT": sources, "IS_WIDE": False, "PREFETCH": config.prefetch, "HAS_LOW": has_low, "ROW_IN": row,
+        "ROW_OUT": row, "stride_ad": 1, "stride_gd": 1, **ONE_PAIR,
+    }  # fmt: skip
+    stack, local = FFT_SPILLS.get((target, m, has_low, sources), (0, 0)) if not (row and target == SM90) else (0, 0)
+    counted = target == SM90 and sources == 1
+    issue, shared = FFT_CYCLES[m, has_low, row] if counted else (None, None)
+    gathered = 2 * config.residues * config.rows * config.n2 * config.tokens // (32 * config.num_warps)
+    name = f"fft m={m} {'fp32' if has_low else 'half'}" + (f" row {row}" if row else "")
+    return Case(
+        name + (f" {sources} sources" if sources > 1 else ""), target, "fft", "fft_sketch_kernel", constants,
+        {} if has_low else _half("half", "p_a", "p_g"), config.num_warps, 1, _wanted(target), stack, local,
+        config.tokens, shared, issue, gathered if counted and not has_low and not row else 0,
+        2 * (row * (4 if has_low else 2) // (16 * 32 * config.num_warps)) if counted else 0,
+    )  # fmt: skip
+
+
+def _fft_cases(target: Target, sizes: tuple[int, ...], unrolls: tuple[int, ...]) -> list[Case]:
+    from sdi_kernels.triton import fft, transforms
 
     cases = []
     for m in sizes:
-        config = getattr(transforms, configs)[m]
-        shape = {"N1": config.n1, "N2": config.n2, "R": config.residues}
-        for precision in precisions:
-            for unroll in unrolls:
-                constants = {
-                    **shape, "BLOCK_T": config.tokens, "UNROLL_IN": unroll, "UNROLL_OUT": unroll, "IS_WIDE": False,
-                    "PREFETCH": config.prefetch, "PRECISION": precision, "stride_ad": 1, "stride_gd": 1, **ONE_PAIR,
-                }  # fmt: skip
-                stack, local = FFT_SPILLS.get((target, m, precision, unroll), (0, 0))
-                cases.append(
-                    Case(f"fft m={m} {precision}" + (f" {unroll} sources" if unroll > 1 else ""), target, "fft",
-                         "fft_sketch_kernel", constants, {}, config.num_warps, 1, ANY_MATRIX, stack, local,
-                         config.tokens, FFT_SHARED.get((m, precision)) if target == SM90 and unroll == 1 else None)
-                )  # fmt: skip
-        # By three products, whatever the inputs; the stack is paid once per row, not per token.
-        constants = {**shape, "PRECISION": transforms.finish_precision(precisions[0]), "stride_om": 1, "IS_LIST": False}
+        for has_low in (False, True):
+            rows = [row for size, low, row in FFT_CYCLES if (size, low) == (m, has_low)] if target == SM90 else [0]
+            if target != SM90 and m in (1024, 2048):
+                rows = [1024]
+            cases += [_fft_case(target, m, has_low, 1, row) for row in rows]
+            if m in (1024, 2048) or (m == 4096 and not has_low):  # wide layers, by rows and beyond their length
+                cases += [_fft_case(target, m, has_low, 2, 4096) for sources in unrolls if sources == 2]
+            cases += [_fft_case(target, m, has_low, sources, 0) for sources in unrolls if sources > 1]
+        config = transforms.FINISH[m]
+        residues = (transforms.HALF if target == SM90 else transforms.COMPACT)[m].residues
+        constants = {
+            "N1": config.rows, "N2": config.n2, "R": config.residues, "R_WORK": residues,
+            "COLS": transforms.COLUMNS, "AHEAD": fft.AHEAD, "stride_om": 1, "IS_LIST": False,
+        }  # fmt: skip
         cases.append(
             Case(f"fft m={m} finish", target, "fft", "fft_finish_kernel", constants, {}, config.num_warps, 1,
-                 ANY_MATRIX, 16, 8)
+                 _wanted(target), FINISH_STACK if target != GFX942 else 128)
         )  # fmt: skip
     return cases
 
@@ -123,7 +142,6 @@ def _lists(found: list[Case]) -> list[Case]:
         case._replace(
             name=f"{case.name}, list", dtypes={**case.dtypes, "p_table": "i64"},
             constants={**case.constants, **{name: True for name in ONE_PAIR if name in case.constants}},
-            **LIST_SPILLS.get((case.target, case.name), {}),
         )
         for case in found
     ]  # fmt: skip
@@ -249,23 +267,30 @@ def _wanted(target: Target) -> tuple[str, ...]:
     return {SM90: ("HGMMA",), SM100: ("UTCHMMA",), GFX942: ("MFMA",)}.get(target, ("HMMA",))
 
 
+def is_main(case: Case) -> bool:
+    """For sm_90, of what ships, one pair of tensors with one source to a bucket: `make test` compiles these. All others
+    are variants of them, and `make test-triton` compiles all, under both versions of Triton."""
+    variants = (" sources", " tile ", ", list", ", sizes 1", " metric")
+    return case.target == SM90 and not any(word in case.name for word in variants)
+
+
 def cases() -> list[Case]:
     """Every kernel x configuration for sm_90; every kernel at its main configurations for the other targets."""
     kinds, half = ("half", "tf32", "tf32x3"), ("half",)
     sizes = 256, 512, 1024, 2048, 4096, 8192
-    found = _lists(_fft_cases(SM90, sizes, (1,), "CONFIGS") + _direct_cases(SM90, kinds) + _shear_cases(SM90, kinds))
-    found += _lists(_fft_cases(SM80, (2048,), (1,), "CONFIGS") + _direct_cases(SM80, kinds, (False,)))
-    found += _fft_cases(SM90, sizes, (1, 2, 4), "CONFIGS")
+    found = _lists(_fft_cases(SM90, sizes, (1,)) + _direct_cases(SM90, kinds) + _shear_cases(SM90, kinds))
+    found += _lists(_fft_cases(SM80, (2048,), (1,)) + _direct_cases(SM80, kinds, (False,)))
+    found += _fft_cases(SM90, sizes, (1, 2))
     found += _direct_cases(SM90, kinds, all_candidates=True) + _shear_cases(SM90, kinds, (2048, 8192), True)
     found += _pairwise_cases(SM90, kinds, True) + _other_cases(SM90)
-    found += _fft_cases(SM80, (512, 2048), (1,), "CONFIGS")
+    found += _fft_cases(SM80, (512, 2048), (1,))
     found += _direct_cases(SM80, kinds, (False,)) + _shear_cases(SM80, kinds) + _pairwise_cases(SM80, kinds)
     found += _other_cases(SM80)
-    found += _fft_cases(SM86, (1024, 2048, 4096), (1,), "COMPACT_CONFIGS")
-    found += _fft_cases(SM100, (2048,), (1,), "CONFIGS")
+    found += _fft_cases(SM86, (1024, 2048, 4096), (1,))
+    found += _fft_cases(SM100, (2048,), (1,))
     found += _direct_cases(SM100, half, (False,))[:1] + _shear_cases(SM100, half) + _pairwise_cases(SM100, half)
     found += _other_cases(SM100)
-    found += _fft_cases(GFX942, (512,), (1,), "COMPACT_CONFIGS", ("ieee",))
+    found += _fft_cases(GFX942, (512,), (1,))
     found += _direct_cases(GFX942, half, (False,))[:1] + _shear_cases(GFX942, half) + _pairwise_cases(GFX942, half)
     found += _other_cases(GFX942)
     first: dict[str, Case] = {}
@@ -273,7 +298,8 @@ def cases() -> list[Case]:
         if case.target == SM90 and not case.constants.get("IS_LIST"):
             first.setdefault(case.kernel, case)
     found += [
-        c._replace(name=f"{c.name}, sizes 1", unit=True, matrix=(), stack=64, shared_cycles=None, wide_loads=0)
+        c._replace(name=f"{c.name}, sizes 1", unit=True, matrix=(), stack=128, local=32, shared_cycles=None,
+                   issue_cycles=None, wide_loads=0, single_loads=0)
         for c in first.values()
-    ]
+    ]  # fmt: skip
     return found

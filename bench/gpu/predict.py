@@ -1,0 +1,174 @@
+"""What the cost model predicts for the shapes that ``bench.gpu.run`` times, on an H100-class device.
+
+    python -m bench.gpu.predict --keep    # bench/results/predicted-sm90.json; docs/kernels.md states its figures
+
+Needs no GPU. Cycles are counted in machine code (cost.py), rates of the device are data sheets' with a margin
+(:data:`ASSUMED`). A launch takes as long as the busiest of what it needs: to issue instructions, shared memory, tensor
+cores, bytes of its inputs. What is known to come on top is added: ``direct``'s epilogue and atomics, launches.
+gpu-check prints measured over predicted for each row, so that the first run says which of these is wrong: a ratio that
+stays the same over shapes is a rate, one that changes with them is a part that binds and is not in the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu.layers import Case, cases
+from sdi_kernels.triton import configs, cost, transforms
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "predicted-sm90.json"
+
+ASSUMED = {
+    "multiprocessors x clock, cycles a second": cost.CYCLES_PER_SECOND,
+    "memory, bytes a second": 2.8e12,
+    "atomic adds a second": 1e12,
+    "launch, seconds": 5e-6,
+    "weight-gradient product of bfloat16, FLOP a second": 650e12,
+    "weight-gradient product of float32, FLOP a second": 50e12,
+}
+
+SOURCE_ISSUE = 0.13
+"""Cycles to issue one of several sources of a bucket, from what the compile gate counts with two (docs/kernels.md)."""
+
+
+def _launch(parts: dict[str, float], *after: float) -> dict[str, Any]:
+    """A launch whose parts overlap, in ms; ``after``: seconds of what does not."""
+    bound = max(parts, key=lambda name: parts[name])
+    ms = {name: 1e3 * seconds for name, seconds in parts.items()}
+    return {"ms": ms[bound] + 1e3 * sum(after), "bound": bound, "parts_ms": ms}
+
+
+def _busy(cycles: cost.Cycles) -> dict[str, float]:
+    return {name: count / cost.CYCLES_PER_SECOND for name, count in cycles._asdict().items()}
+
+
+def fft(case: Case) -> dict[str, Any]:
+    """Both launches. What is counted is for layers of up to 1024 features with one source to a bucket; on top of it
+    come conflicts of banks in rows, lines of gathers from memory, and further sources of a bucket (d > m)."""
+    single = case.dtype == torch.float32
+    config = (transforms.COMPACT if single else transforms.HALF)[case.m]
+    cycles = cost.FFT_CYCLES[case.m][single]
+    by_row = transforms.rows_of(config, case.d_in, case.d_out) != (0, 0)
+    issue, shared = cycles.issue, cycles.shared
+    for d, in_order in ((case.d_out, False), (case.d_in, case.d_in <= case.m)):
+        width = -(-d // case.m)
+        issue += SOURCE_ISSUE * case.m * config.residues * (width if width > 1 else 0)
+        shared += config.residues * case.m / 32 * _turns(d, width, case.dtype.itemsize, in_order, by_row, case.m)
+    busy = cycles._replace(issue=issue, shared=shared).times(case.rows * case.tokens)
+    read = input_bytes(case) / ASSUMED["memory, bytes a second"]
+    return _launch({**_busy(busy), "bytes": read}, 2 * ASSUMED["launch, seconds"])
+
+
+def _turns(d: int, width: int, size: int, in_order: bool, by_row: bool, m: int) -> float:
+    """Cycles of shared memory or of the cache, which share a pipe, for a side's load of 32 buckets, beyond those
+    counted: 32 addresses at random in as many banks take 3.5 turns, and from memory one a line. A bucket's several
+    entries of the table lie side by side: a line each."""
+    lanes = 32 * min(1.0, d / (m * width))
+    table = float(width * min(width, 32)) if width > 1 else 0.0
+    if by_row:
+        row = (width - 1) * (1 + d * size / 128 / (m / 32))
+        return table + row + (0.0 if in_order else width * 2.5 * lanes / 32)
+    if in_order:
+        return size * 32 / 128
+    lines = max(1.0, d * size / 128)
+    return table + width * lines * (1 - (1 - 1 / lines) ** lanes)
+
+
+def direct(case: Case) -> dict[str, Any]:
+    kind = "tf32x3" if case.dtype == torch.float32 else "half"
+    (block_o, block_i, block_t), loop, rest = cost.DIRECT_CYCLES[configs.direct_key(case.d_out, case.d_in, kind)]
+    tiles = case.rows * -(-case.d_out // block_o) * -(-case.d_in // block_i)
+    read = input_bytes(case) / ASSUMED["memory, bytes a second"]
+    adds = case.rows * case.d_out * case.d_in / ASSUMED["atomic adds a second"]
+    epilogue = max(tiles * rest.issue / cost.CYCLES_PER_SECOND, adds)
+    passes = loop.times(tiles * -(-case.tokens // block_t))
+    return _launch({**_busy(passes), "bytes": read}, epilogue, ASSUMED["launch, seconds"])
+
+
+def input_bytes(case: Case) -> float:
+    return float(case.rows * case.tokens * (case.d_out + case.d_in) * case.dtype.itemsize)
+
+
+def baselines(case: Case) -> dict[str, float]:
+    """ms of what the kernels replace. The published formula is bound by what it streams through memory: for every token
+    40 bytes a bucket (zeros, both transforms, their product, its sum) and 20 a feature (signs, scatter)."""
+    tokens, name = case.rows * case.tokens, str(case.dtype)[6:]
+    flops = 2.0 * tokens * case.d_out * case.d_in
+    rate = ASSUMED[f"weight-gradient product of {name}, FLOP a second"]
+    read = input_bytes(case) / ASSUMED["memory, bytes a second"]
+    streamed = tokens * (40.0 * case.m + 20.0 * (case.d_out + case.d_in)) / ASSUMED["memory, bytes a second"]
+    return {"weight_gradient_gemm": 1e3 * max(flops / rate, read), "published_formula": 1e3 * streamed}
+
+
+def predicted(case: Case) -> dict[str, Any]:
+    routes = {"fft": fft(case), "direct": direct(case)}
+    best = min(found["ms"] for found in routes.values())
+    ms = baselines(case)
+    return {
+        "d_out": case.d_out, "d_in": case.d_in, "tokens": case.tokens, "m": case.m, "dtype": str(case.dtype)[6:],
+        "rows": case.rows, "routes": routes, "baselines_ms": ms,
+        "best_over": {name: best / value for name, value in ms.items()},
+    }  # fmt: skip
+
+
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The goals set for an H100: what is predicted, and whether it is met."""
+    faster = [1 / row["best_over"]["published_formula"] for row in rows]
+
+    def share(dtype: str, side: int) -> float:
+        over = [
+            row["best_over"]["weight_gradient_gemm"] for row in rows
+            if row["dtype"] == dtype and min(row["d_out"], row["d_in"]) >= side
+        ]  # fmt: skip
+        return max(over)
+
+    single, half = share("float32", 768), share("bfloat16", 2048)
+    return [
+        {"goal": "published formula: at least 5 times faster at every shape", "predicted": min(faster),
+         "met": min(faster) >= 5},
+        {"goal": "published formula: at least 10 times faster in the median", "predicted": statistics.median(faster),
+         "met": statistics.median(faster) >= 10},
+        {"goal": "float32: at most 0.5 of the weight-gradient product from 768 x 768 up", "predicted": single,
+         "met": single <= 0.5},
+        {"goal": "bfloat16: at most 1.0 of the weight-gradient product from 2048 x 2048 up", "predicted": half,
+         "met": half <= 1.0},
+    ]  # fmt: skip
+
+
+def table() -> dict[str, Any]:
+    rows = [predicted(case) for case in cases()]
+    return {"target": "sm_90", "assumed": ASSUMED, "goals": goals(rows), "rows": rows}
+
+
+def kept() -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The rows of the kept table by what :func:`key` makes of them; none where it is missing."""
+    if not RESULT.is_file():
+        return {}
+    return {key(row): row for row in json.loads(RESULT.read_text(encoding="utf-8"))["rows"]}
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row of this table and of a measured one have in common."""
+    return tuple(row[name] for name in ("d_out", "d_in", "tokens", "m", "dtype", "rows"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", action="store_true", help=f"write {RESULT.name}")
+    options = parser.parse_args()
+    found = table()
+    for goal in found["goals"]:
+        print(f"{goal['goal']}: {goal['predicted']:.2f}, {'met' if goal['met'] else 'not met'}")
+    if options.keep:
+        RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(RESULT)
+
+
+if __name__ == "__main__":
+    main()
