@@ -35,6 +35,9 @@ from stepinfluence.errors import BodyError, LayoutError, LossError, StepInfluenc
 if TYPE_CHECKING:
     from stepinfluence.capture.sketched import Capture
 
+OF_ALL = 1e-2
+"""The share of all parameters' gradients that counts for each of them, see :func:`first_beyond`."""
+
 ONE_LOSS = "; return one loss per example (B,), pass it through inline.losses(...), and reduce only its result"
 
 
@@ -255,10 +258,11 @@ class Inline:
         whole = sketch_of_gradients(self._capture.sketching, self._gradients, buffer)
         self._gradients = []
         rows = buffer if buffer.dim() == 2 else buffer.flatten(0, 1)
-        for block in self._capture.sketching.column_groups:
-            found, expected = rows[:, block.start : block.stop], whole[block.start : block.stop]
-            if not float((found.sum(0) - expected).norm()) <= self.tolerance * float(found.norm(dim=1).sum()):
-                raise not_whole(block.name)
+        other = first_beyond(
+            self._capture.sketching, rows.sum(0) - whole, sizes(self._capture.sketching, rows), self.tolerance
+        )
+        if other is not None:
+            raise not_whole(other)
 
 
 def sketch_of_gradients(sketching: Sketching, gradients: Iterable[tuple[Target, Tensor]], like: Tensor) -> Tensor:
@@ -269,6 +273,26 @@ def sketch_of_gradients(sketching: Sketching, gradients: Iterable[tuple[Target, 
         piece = Piece(target, range(rows), range(columns), False, 2)
         recorder.add(piece, 0, gradient.reshape(1, rows, columns), 0)
     return recorder.buffer[0]
+
+
+def sizes(sketching: Sketching, rows: Tensor) -> Tensor:
+    """The sum of the norms of rows ``(B, D)``, for each range of columns."""
+    return torch.stack([rows[:, g.start : g.stop].norm(dim=1).sum() for g in sketching.column_groups])
+
+
+def first_beyond(sketching: Sketching, difference: Tensor, size: Tensor, tolerance: float) -> str | None:
+    """The first parameter in whose columns a difference ``(D,)`` is no rounding any more.
+
+    Args:
+        size: of what was added up, see :func:`sizes`.
+        tolerance: relative to that. A part of it counts for all parameters alike: of some, the gradient is zero but for
+            the rounding of what cancels in it, such as that of a bias of attention's keys.
+    """
+    bounds = tolerance * (size + OF_ALL * size.sum())
+    for group, bound in zip(sketching.column_groups, bounds.tolist(), strict=True):
+        if not float(difference[group.start : group.stop].norm()) <= bound:
+            return group.name
+    return None
 
 
 def not_whole(name: str) -> LayoutError:

@@ -9,14 +9,14 @@ query's loop steps (eq. 5).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepinfluence.arguments import positive_int
 from stepinfluence.attribution.alignment import places_of, require_repeatable
@@ -25,7 +25,7 @@ from stepinfluence.attribution.preconditioners import Elementwise, Preconditione
 from stepinfluence.attribution.result import Influence
 from stepinfluence.attribution.tally import Tally, Updates
 from stepinfluence.capture.hooks import read_factors
-from stepinfluence.capture.inline import Inline
+from stepinfluence.capture.inline import Inline, sizes
 from stepinfluence.capture.sketched import Capture
 from stepinfluence.capture.sketched_run import VERIFIED_SHARE
 from stepinfluence.capture.updates import (
@@ -167,9 +167,8 @@ class TrainingInfluence:
         if self._queries is not None:
             assert self._tally is not None
             scores = (values @ self._queries.T).view(len(values), -1, self._tally.steps).cpu()
-        groups = self.capture.sketching.column_groups
-        sizes = torch.stack([values[:, g.start : g.stop].norm(dim=1).sum() for g in groups])
-        self._parts.append(Part(given, scores, values.sum(0), sizes, inline.tolerance))
+        size = sizes(self.capture.sketching, values)
+        self._parts.append(Part(given, scores, values.sum(0), size, inline.tolerance))
 
     def begin_epoch(self) -> None:
         """Another epoch begins, with the next update.
@@ -375,3 +374,7 @@ class TrainingInfluence:
         except Exception as error:  # what damaged pickles raise is no fixed list
             raise CheckpointError(f"{path}: could not be read ({type(error).__name__})") from error
         self.load_state_dict(state)
+
+
+Begin: TypeAlias = Callable[[nn.Module, torch.optim.Optimizer], TrainingInfluence]
+"""Begins to score a training, once its model and optimizer are made."""

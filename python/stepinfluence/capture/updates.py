@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepinfluence.arguments import one_of
-from stepinfluence.capture.inline import sketch_of_gradients
+from stepinfluence.capture.inline import first_beyond, sketch_of_gradients
 from stepinfluence.capture.sketching import Sketching
 from stepinfluence.capture.targets import Target
 from stepinfluence.errors import LayoutError
@@ -68,24 +68,23 @@ def read_factor(
         LayoutError: it used others (names the parameter), or they cancel.
     """
     whole = torch.stack([part.whole for part in parts]).sum(0)
-    sizes = torch.stack([part.sizes for part in parts]).sum(0)
+    size = torch.stack([part.sizes for part in parts]).sum(0)
     found = sketch_of_gradients(sketching, used, whole)
-    square, size = float(whole.double() @ whole.double()), float(sizes.sum())
-    if size > 0 and square <= (CANCELLED * size) ** 2:
+    square = float(whole.double() @ whole.double())
+    if bool(size.any()) and square <= (CANCELLED * float(size.sum())) ** 2:
         raise LayoutError(
             f"update {number}: the examples' gradients cancel, so that what they were multiplied by cannot be read; "
             "leave this batch out"
         )
     factor = float(found.double() @ whole.double()) / square if square else 0.0
     tolerance = max(part.tolerance for part in parts)
-    for group, total in zip(sketching.column_groups, sizes.tolist(), strict=True):
-        some = slice(group.start, group.stop)
-        if not float((found[some] - factor * whole[some]).norm()) <= tolerance * abs(factor) * total:
-            raise LayoutError(
-                f"{group.name}: the gradient that update {number} used is not that of the batches given to batch(...) "
-                "times one number (a batch or a loss was left out, gradients were clipped by value, or averaged over "
-                "processes); give all batches of an update, and scale gradients as a whole"
-            )
+    other = first_beyond(sketching, found - factor * whole, abs(factor) * size, tolerance)
+    if other is not None:
+        raise LayoutError(
+            f"{other}: the gradient that update {number} used is not that of the batches given to batch(...) times one "
+            "number (a batch or a loss was left out, gradients were clipped by value, or averaged over processes); "
+            "give all batches of an update, and scale gradients as a whole"
+        )
     return factor
 
 
