@@ -28,6 +28,8 @@ class Updates:
         ages: ``(K,)`` int64: how many updates before this one the queries were featurized.
         drops: ``(K, Q)``: by how much the update's examples together lowered each query's loss, to first order.
         energies: ``(K, Q)``: absolute influence of its examples, summed over examples and steps.
+        losses: ``(K, Q)``: the queries' losses when they were featurized. How far they fell between two updates, beside
+            the ``drops`` in between, says how far first order goes.
     """
 
     numbers: Tensor
@@ -37,6 +39,7 @@ class Updates:
     ages: Tensor
     drops: Tensor
     energies: Tensor
+    losses: Tensor
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -69,8 +72,8 @@ class Rows:
 class Tally:
     """Scores ``(example, query, query step)``, added up by example id.
 
-    Memory: one number for each example that was seen, query, query step (and epoch, if they are kept apart), and two
-    for each update and query.
+    Memory: one number for each example that was seen, query, query step (and epoch, if they are kept apart), and
+    three for each update and query.
 
     Args:
         query_ids: one for each of Q queries.
@@ -86,7 +89,7 @@ class Tally:
         queries = len(self.query_ids)
         self._whole = Rows(3, dtype=torch.int64)  # number, epoch, age
         self._real = Rows(2, dtype=torch.float64)  # learning rate, factor
-        self._drops, self._energies = Rows(queries, dtype=dtype), Rows(queries, dtype=dtype)
+        self._drops, self._energies, self._losses = (Rows(queries, dtype=dtype) for _ in range(3))
 
     def add(
         self,
@@ -98,13 +101,14 @@ class Tally:
         age: int,
         learning_rate: float,
         factor: float,
+        losses: Tensor,
     ) -> None:
         """Add one update.
 
         Args:
             ids: of the B examples in it; an id that occurs twice is added twice.
             scores: ``(B, Q, steps)``, inner products; learning rate and factor are multiplied in here.
-            number, epoch, age, learning_rate, factor: see :class:`Updates`.
+            number, epoch, age, learning_rate, factor, losses: see :class:`Updates`.
         """
         scores = scores * (learning_rate * factor)
         kept = epoch if self.by_epoch else 0
@@ -116,6 +120,12 @@ class Tally:
         self._real.append(torch.tensor([learning_rate, factor], dtype=torch.float64))
         self._drops.append(scores.sum((0, 2)))
         self._energies.append(scores.abs().sum((0, 2)))
+        self._losses.append(losses)
+
+    @property
+    def _log(self) -> tuple[Rows, ...]:
+        """What is kept of updates."""
+        return self._whole, self._real, self._drops, self._energies, self._losses
 
     @property
     def examples(self) -> int:
@@ -132,7 +142,7 @@ class Tally:
         whole, real = self._whole.values.clone(), self._real.values.clone()
         return Updates(
             whole[:, 0], whole[:, 1], real[:, 0], real[:, 1], whole[:, 2],
-            self._drops.values.clone(), self._energies.values.clone(),
+            self._drops.values.clone(), self._energies.values.clone(), self._losses.values.clone(),
         )  # fmt: skip
 
     def influence(self, epoch: int | None = None) -> Influence:
@@ -173,7 +183,7 @@ class Tally:
         return {
             "query_ids": list(self.query_ids), "steps": self.steps, "dtype": self.dtype, "by_epoch": self.by_epoch,
             "ids": list(self._places), "sums": [rows.values.clone() for rows in self._sums],
-            "log": [rows.values.clone() for rows in (self._whole, self._real, self._drops, self._energies)],
+            "log": [rows.values.clone() for rows in self._log],
         }  # fmt: skip
 
     @staticmethod
@@ -188,7 +198,6 @@ class Tally:
         for values in state["sums"]:
             tally._sums.append(Rows(len(tally.query_ids), tally.steps, dtype=tally.dtype))
             tally._sums[-1].reach(len(values)).copy_(values)
-        logs = (tally._whole, tally._real, tally._drops, tally._energies)
-        for rows, values in zip(logs, state["log"], strict=True):
+        for rows, values in zip(tally._log, state["log"], strict=True):
             rows.reach(len(values)).copy_(values)
         return tally

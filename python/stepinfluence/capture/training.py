@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -117,6 +118,7 @@ class TrainingInfluence:
         self.updates_made = self.unscored = self.unseen = self.skipped = self.refreshes = 0
         self._epoch = self._age = 0
         self._queries: Tensor | None = None  # (Q * steps, D)
+        self._losses: Tensor | None = None  # (Q,), of the queries
         self._rows: tuple[tuple[Hashable, ...], tuple[int, ...]] | None = None  # ids and content of the queries
         self._tally: Tally | None = None
         self._parts: list[Part | None] = []  # of the update that is being made; None: gradients not finite
@@ -244,28 +246,31 @@ class TrainingInfluence:
                     f"{name}: a gradient hook scales it, and queries with it, though no update is made of queries; use "
                     "the learning rate, or a mask of 0 and 1"
                 )
-        self._queries = self._aligned(found).flatten(0, -2)
+        found = self._aligned(found)
+        self._queries, self._losses = found.values.flatten(0, -2), found.losses
         self._age = 0
         self.refreshes += 1
 
-    def _aligned(self, found: Features) -> Tensor:
-        """``(Q, steps, D)``: the queries in the order of the first refresh.
+    def _aligned(self, found: Features) -> Features:
+        """The queries in the order of the first refresh, with a step axis.
 
         Raises:
             FeatureMismatchError: other queries, or another number of loop steps.
         """
-        values = found.values if self.per_step else found.values.unsqueeze(1)
+        if not self.per_step:
+            found = replace(found, values=found.values.unsqueeze(1))
         if self._rows is None:
             self._rows = found.ids, found.content
         places = places_of("query", found.ids, found.content, *self._rows)
+        steps = found.values.shape[1]
         if self._tally is None:
-            self._tally = Tally(self._rows[0], values.shape[1], values.dtype, by_epoch=self.by_epoch)
-        if values.shape[1] != self._tally.steps:
+            self._tally = Tally(self._rows[0], steps, found.values.dtype, by_epoch=self.by_epoch)
+        if steps != self._tally.steps:
             raise FeatureMismatchError(
-                f"query: the loop ran {values.shape[1]} steps before update {self.updates_made}, and "
-                f"{self._tally.steps} at first; run queries with a fixed depth, or pass per_step=False"
+                f"query: the loop ran {steps} steps before update {self.updates_made}, and {self._tally.steps} at "
+                "first; run queries with a fixed depth, or pass per_step=False"
             )
-        return values if places is None else values[torch.tensor(places, device=values.device)]
+        return found if places is None else found.select(places)
 
     def _updated(self) -> None:
         """The optimizer has made a step; gradients are as it used them, learning rates, too."""
@@ -286,6 +291,7 @@ class TrainingInfluence:
             self.unscored += 1
             return
         assert self._tally is not None
+        assert self._losses is not None
         self._tally.add(
             [i for part in after for i in part.ids],
             torch.cat(scores),
@@ -294,6 +300,7 @@ class TrainingInfluence:
             age=age,
             learning_rate=learning_rate(self.optimizer, self.capture.targets),
             factor=factor,
+            losses=self._losses,
         )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -311,7 +318,7 @@ class TrainingInfluence:
         return {
             "format": FORMAT, "kind": self._kind(), "epoch": self._epoch, "age": self._age, "rows": self._rows,
             "counts": [self.updates_made, self.unscored, self.unseen, self.skipped, self.refreshes],
-            "queries": None if due else self._queries,
+            "queries": None if due else self._queries, "losses": self._losses,
             "roots": {t.name: roots[t.name].tensors[0] for t in capture.targets} if roots else None,
             "tally": None if self._tally is None else self._tally.state(),
         }  # fmt: skip
@@ -350,7 +357,7 @@ class TrainingInfluence:
             self._epoch, self._age, self._tally = int(state["epoch"]), int(state["age"]), tally
             self._rows = None if rows is None else (tuple(rows[0]), tuple(rows[1]))
             self._queries = None if queries is None else queries.to(self.capture.device)
-            self._parts = []
+            self._losses, self._parts = state["losses"], []
         except (KeyError, AttributeError, IndexError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"state: not a TrainingInfluence's ({type(error).__name__}: {error})") from error
 

@@ -108,13 +108,14 @@ def test_every_update_is_the_product_of_batch_and_query_gradients(per_step: bool
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     weights = torch.tensor([0.0, 0.1, 0.4, -0.2], dtype=torch.float64)
-    drops, by_example = [], torch.zeros(12, 2, dtype=torch.float64)
+    drops, losses, by_example = [], [], torch.zeros(12, 2, dtype=torch.float64)
     with TrainingInfluence(captured(model), optimizer, [QUERY], loss_fn, per_step=per_step) as influence:
         for k, (places, batch) in enumerate(batches(5)):
             rate = 0.1 * 0.9**k
             of_query = [gradient(model, loss) for loss in loss_fn(model, QUERY)]
             whole = gradient(model, (loss_fn(model, batch) * weights).sum())
             drops.append(torch.stack([rate * whole @ q for q in of_query]))
+            losses.append(loss_fn(model, QUERY).detach())
             for row, loss, weight in zip(places, loss_fn(model, batch), weights, strict=True):
                 one = gradient(model, loss)
                 by_example[row] += torch.stack([rate * weight * one @ q for q in of_query])
@@ -125,6 +126,7 @@ def test_every_update_is_the_product_of_batch_and_query_gradients(per_step: bool
             schedule.step()
     updates, result = influence.updates(), influence.result()
     close(updates.drops, torch.stack(drops))
+    torch.testing.assert_close(updates.losses, torch.stack(losses), rtol=1e-6, atol=0)  # features keep float32
     torch.testing.assert_close(updates.factors, torch.ones(5, dtype=torch.float64))
     assert updates.learning_rates.tolist() == pytest.approx([0.1 * 0.9**k for k in range(5)])
     assert updates.ages.tolist() == [0] * 5
