@@ -3,9 +3,11 @@
     python -m bench.training
     python -m bench.training --keep    # kept: docs/training.md states its figures
 
-Two small problems of ``stepinfluence.evaluation``, trained by minibatches from the start; training is the same in every
-run of a seed. Cost: processor seconds of one thread over those of a plain training, medians over seeds. Error: of the
-scores of queries that are up to k - 1 updates old, against those at every update.
+Errors: two small problems of ``stepinfluence.evaluation``, trained by minibatches from the start, one of them also at a
+learning rate at which losses oscillate; scores of queries that are up to k - 1 updates old are held against those at
+every update. Training is the same in all runs of a seed. Cost: processor seconds of one thread over those of a plain
+training; of these tiny models (mostly Python's), and of models of bench.capture, where an update and a refresh of the
+queries are timed in turns.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +27,7 @@ from stepinfluence import Influence, TrainingInfluence
 from stepinfluence.evaluation.builtin import LoopedClassifier, loss, make_problem
 from torch import Tensor, nn
 
+from bench import capture
 from bench.provenance import Provenance, add_output, machine_line, write
 
 EVERY = (1, 4, 16, 64)
@@ -37,17 +41,22 @@ class Case:
     problem: str
     optimizer: str
     learning_rate: float
-    updates: int = 256
+    updates: int = 192
     batch: int = 32
-    d_model: int = 128
-    steps: int = 8
+    d_model: int = 32
+    steps: int = 4
 
     def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
         kinds = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
         return kinds[self.optimizer](model.parameters(), lr=self.learning_rate)
 
 
-CASES = {"adder": Case("adder", "Adam", 1e-3), "majority": Case("majority", "SGD", 0.05)}
+CASES = {
+    "adder": Case("adder", "Adam", 1e-4),
+    "majority": Case("majority", "SGD", 0.002),
+    "majority, oscillating": Case("majority", "SGD", 0.02),
+}
+LARGER = ("sudoku", "gpt512")
 
 
 @dataclass(frozen=True)
@@ -87,9 +96,9 @@ def train(case: Case, seed: int, every: int | None) -> Trained:
             loss(model, (tokens[rows], labels[rows])).mean().backward()
             optimizer.step()
         return Trained(time.process_time() - start, None, None, before - loss(model, query).detach())
-    capture = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE, training=True)
+    attached = stepinfluence.attach(model, body=model.core, sketch_size=SKETCH_SIZE)
     start = time.process_time()
-    with TrainingInfluence(capture, optimizer, [query], loss, refresh_every=every) as influence:
+    with TrainingInfluence(attached, optimizer, [query], loss, refresh_every=every) as influence:
         for rows in batches:
             optimizer.zero_grad()
             batch = tokens[rows], labels[rows]
@@ -138,24 +147,65 @@ def measure(case: Case, seeds: int) -> dict[str, Any]:
                 raise SystemExit(f"{case.problem}, seed {seed}: training with influence is not what it is without")
             rows[str(k)].append({"cost": run.seconds / plain.seconds, **errors(run.influence, exact.influence)})
         shares.append(float(exact.predicted.sum() / exact.fall.sum()))
-    return {"case": asdict(case), "queries": QUERIES, "every": rows, "predicted share of the fall": shares}
+    return {"case": asdict(case), "every": rows, "predicted share of the fall": shares}
+
+
+def cost(case: capture.Case, rounds: int) -> dict[str, Any]:
+    """Processor seconds of a plain update, of a scored one, and of a refresh of the queries; medians."""
+    model, batch = capture.make(case)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    attached = stepinfluence.attach(model, body=model.core, sketch_size=capture.SKETCH_SIZE)
+    query, size = batch[:QUERIES], len(batch)
+    took: dict[str, list[float]] = {"plain": [], "scored": [], "refresh": []}
+
+    def plain() -> None:
+        capture.loss_fn(model, batch).mean().backward()
+
+    def timed(forward_and_backward: Callable[[], None]) -> float:
+        optimizer.zero_grad()
+        start = time.process_time()
+        forward_and_backward()
+        optimizer.step()
+        return time.process_time() - start
+
+    with TrainingInfluence(attached, optimizer, [query], capture.loss_fn, refresh_every=2) as influence:
+
+        def scored() -> None:
+            with influence.batch(batch, ids=range(size)) as inline:
+                inline.losses(capture.loss_fn(model, batch)).mean().backward()
+
+        timed(scored), timed(scored)  # the first ones verify
+        for _ in range(rounds):
+            with_refresh, without = timed(scored), timed(scored)
+            took["refresh"].append(with_refresh - without)
+            took["scored"].append(without)
+    took["plain"] = [timed(plain) for _ in range(rounds)]
+    seconds = {name: statistics.median(values) for name, values in took.items()}
+    ratios = {str(k): (seconds["scored"] + seconds["refresh"] / k) / seconds["plain"] for k in EVERY}
+    return {"d_model": case.d_model, "steps": case.steps, "batch": size, "seconds": seconds, "ratio": ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     add_output(parser, "training")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    provenance, found = Provenance(), {}
-    for name in options.problems:
+    provenance, found, larger = Provenance(), {}, {}
+    figures = {"seeds": options.seeds, "rounds": options.rounds, "queries": QUERIES, "cases": found, "larger": larger}
+    for key in LARGER:
+        larger[key] = cost(capture.CASES[key], options.rounds)
+        print(f"{key}: {larger[key]['seconds']}, {larger[key]['ratio']}", flush=True)
+        write(options.json, provenance, figures)
+    for name in options.cases:
         found[name] = measure(CASES[name], options.seeds)
         for k, runs in found[name]["every"].items():
             means = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
             print(f"{name}, k = {k}: {', '.join(f'{key} {value:.3f}' for key, value in means.items())}", flush=True)
         print(f"{name}: predicted share of the fall {found[name]['predicted share of the fall']}", flush=True)
-        write(options.json, provenance, {"seeds": options.seeds, "cases": found})
+        write(options.json, provenance, figures)
     print(machine_line(provenance.finish()))
 
 

@@ -27,7 +27,7 @@ Parts = dict[str, Callable[[], str]]
 KINDS = (
     "attack", "capture", "explore", "host-overhead", "inline", "install", "integrations", "models", "peers",
     "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup", "store-layouts",
-    "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",
+    "training", "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""
 
