@@ -151,9 +151,11 @@ class InfluenceTrainer(Trainer):  # type: ignore[misc]
         inputs = self._prepare_inputs(inputs)
         if self._ids is None:
             raise ValueError(f"id_column: the inputs have no {self._id_column!r}; give every example an id in the data")
-        with self.influence.batch(inputs, ids=self._ids) as self._inline:
-            loss: Tensor = super().training_step(model, inputs, *args, **options)
-        self._inline = None
+        try:
+            with self.influence.batch(inputs, ids=self._ids) as self._inline:
+                loss: Tensor = super().training_step(model, inputs, *args, **options)
+        finally:
+            self._inline = None
         return loss
 
     def compute_loss(
