@@ -67,8 +67,9 @@ def training() -> str:
         f"bench.capture. {source('training.json', False, result)}\n\n"
         + table(["model", *(f"k = {k}" for k in result["larger"]["gpt512"]["ratio"])], costs)
         + f"\n\nErrors against k = 1, means over {result['seeds']} seeds, of two problems of "
-        f"`stepinfluence.evaluation`: one layer of d = {shape['d_model']}, {shape['steps']} steps, {shape['updates']} updates of {shape['batch']} "
-        "examples from the start. The cost is that of models so small that it is mostly Python's.\n\n"
+        f"`stepinfluence.evaluation`: one layer of d = {shape['d_model']}, {shape['steps']} steps, {shape['updates']} "
+        f"updates of {shape['batch']} examples from the start. The cost is that of models so small that it is mostly "
+        "Python's.\n\n"
         + table(head, errors)
         + f"\n\nPredicted over actual fall of the queries' losses at k = 1, each seed: {'; '.join(shares)}."
     )

@@ -93,7 +93,7 @@ class InfluenceCheckpoints(TrainerCallback):
             self._counter.remove()
 
 
-class InfluenceTrainer(Trainer):  # type: ignore[misc]
+class InfluenceTrainer(Trainer):
     """A ``Trainer`` that scores every update as it is made (:class:`~stepinfluence.TrainingInfluence`), and goes on
     with that when it is resumed from a checkpoint of its own.
 
@@ -144,8 +144,9 @@ class InfluenceTrainer(Trainer):  # type: ignore[misc]
             ValueError: the inputs have no ids.
         """
         if self.influence is None:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-            self.influence = self._begin(self.model, optimizer)
+            trained: Any = self.model
+            wrapped: Any = self.optimizer
+            self.influence = self._begin(trained, getattr(wrapped, "optimizer", wrapped))  # accelerate's wrapper
             if self._resumed is not None:
                 self.influence.restore(Path(self._resumed, STATE))
         inputs = self._prepare_inputs(inputs)
@@ -159,11 +160,15 @@ class InfluenceTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """In training the mean of ``loss_fn``; otherwise as ``Trainer.compute_loss``."""
         if self._inline is None:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **options)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return self._inline.losses(self._loss_fn(model, inputs)).mean()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -173,8 +178,9 @@ class InfluenceTrainer(Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._id_column not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, self._id_column]
+        columns: Any = self._signature_columns
+        if self._id_column not in columns:
+            columns.append(self._id_column)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -5,87 +5,15 @@ All in float64, on bodies whose sketches lose nothing, so that what is left is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from stepinfluence import (
-    Capture,
-    CheckpointError,
-    ExactCapture,
-    FeatureMismatchError,
-    LayoutError,
-    TrainingInfluence,
-    UnsupportedUseError,
-    attach,
-)
+from lossless import DATA, QUERY, STEPS, D, Model, accumulate, batches, captured, loss_fn, some
+from stepinfluence import ExactCapture, LayoutError, TrainingInfluence, UnsupportedUseError
 from stepinfluence.attribution.preconditioners import from_optimizer
 from torch import Tensor, nn
 
 BOUND = 1e-10
 """Relative, in float64: a hundred thousand times its rounding."""
-D, STEPS = 4, 3
-
-
-class Core(nn.Module):
-    """A loop body of vectors, which are kept without loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(D * D) * 0.4)
-        self.b = nn.Parameter(torch.randn(D) * 0.4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.w.view(D, D) + self.b).tanh()
-
-
-class Model(nn.Module):
-    """All that is trained is in the body."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.core = Core()
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(STEPS):
-            x = self.core(x)
-        return x
-
-
-Batch = dict[str, Tensor]
-
-
-def loss_fn(model: Any, batch: Batch) -> Tensor:
-    return (model(batch["x"]) - batch["y"]).square().mean(1)
-
-
-def examples(count: int, seed: int) -> Batch:
-    made = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(count, D, generator=made, dtype=torch.float64) for _ in range(2))
-    return {"x": x, "y": y.tanh()}
-
-
-def some(data: Batch, places: Any) -> Batch:
-    return {name: values[places] for name, values in data.items()}
-
-
-DATA, QUERY = examples(12, 1), examples(2, 2)
-
-
-def captured(model: Model) -> Capture:
-    return attach(model, body="core", sketch_size=64)
-
-
-def batches(count: int, size: int = 4) -> Iterator[tuple[list[int], Batch]]:
-    """Rows of the data, in order, again and again."""
-    for k in range(count):
-        places = [(k * size + i) % len(DATA["x"]) for i in range(size)]
-        yield places, some(DATA, places)
 
 
 def gradient(model: Model, loss: Tensor) -> Tensor:
@@ -225,12 +153,6 @@ def test_epochs_are_kept_apart_and_add_up() -> None:
         influence.result(3)
 
 
-def accumulate(influence: TrainingInfluence, model: Model, count: int = 3, factor: float = 1.0) -> None:
-    for places, batch in batches(count):
-        with influence.batch(batch, ids=places) as inline:
-            (inline.losses(loss_fn(model, batch)).mean() * factor / count).backward()
-
-
 def test_accumulation_clipping_and_a_scaler_are_read() -> None:
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -327,124 +249,3 @@ def test_hooks_that_mask_count_and_hooks_that_scale_are_refused() -> None:
             want = torch.stack([0.1 * used @ gradient(model, loss) for loss in loss_fn(model, QUERY)])
             optimizer.step()
             close(influence.updates().drops[0], want)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# States
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("every", [1, 3])
-def test_a_training_is_resumed(kind: Callable[..., Any], every: int, tmp_path: Path) -> None:
-    def run(first: int, last: int, start: Any = None) -> tuple[TrainingInfluence, Any]:
-        model = Model()
-        optimizer = kind(model.parameters(), lr=0.05)
-        influence = TrainingInfluence(
-            captured(model), optimizer, [QUERY], loss_fn, refresh_every=every, query_ids=lambda _: ["a", ("b", 1)]
-        )
-        if start is not None:
-            model.load_state_dict(start["model"])
-            optimizer.load_state_dict(start["optimizer"])
-            influence.restore(tmp_path / "influence.pt")
-        with influence:
-            for places, batch in list(batches(last))[first:]:
-                with influence.batch(batch, ids=[f"example {i}" for i in places]) as inline:
-                    inline.losses(loss_fn(model, batch)).mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        return influence, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
-    whole, _ = run(0, 8)
-    half, state = run(0, 5)
-    half.save(tmp_path / "influence.pt")
-    rest, _ = run(5, 8, state)
-    one, two = whole.result(), rest.result()
-    assert torch.equal(one.sdi, two.sdi)
-    assert (one.train_ids, one.query_ids, one.etas) == (two.train_ids, two.query_ids, two.etas)
-    assert two.query_ids == ("a", ("b", 1))
-    assert repr(whole) == repr(rest)
-    for a, b in zip(vars(whole.updates()).values(), vars(rest.updates()).values(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_states_of_others_are_refused(tmp_path: Path) -> None:
-    model = Model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    path = tmp_path / "influence.pt"
-    with TrainingInfluence(captured(model), optimizer, [QUERY], loss_fn) as influence:
-        accumulate(influence, model)
-        optimizer.step()
-        influence.save(path)
-        state = influence.state_dict()
-    for options in ({"refresh_every": 2}, {"per_step": False}, {"metric": "adam"}):
-        with (
-            TrainingInfluence(captured(model), optimizer, [QUERY], loss_fn, **options) as other,
-            pytest.raises(FeatureMismatchError, match=f"saved with another {next(iter(options))}"),
-        ):
-            other.restore(path)
-    with TrainingInfluence(attach(model, body="core", sketch_size=8), optimizer, [QUERY], loss_fn) as other:
-        with pytest.raises(FeatureMismatchError, match="another tables"):
-            other.load_state_dict(state)
-        with pytest.raises(CheckpointError, match="not a TrainingInfluence's"):
-            other.load_state_dict({"format": 1})
-        path.write_bytes(path.read_bytes()[:100])
-        with pytest.raises(CheckpointError, match="could not be read"):
-            other.restore(path)
-    with TrainingInfluence(captured(model), optimizer, [QUERY], loss_fn) as other:
-        with other.batch(DATA, ids=[object() for _ in range(12)]) as inline:
-            inline.losses(loss_fn(model, DATA)).mean().backward()
-        optimizer.zero_grad()
-        assert other.state_dict()["counts"][0] == 0
-        with other.batch(DATA, ids=[object() for _ in range(12)]) as inline:
-            inline.losses(loss_fn(model, DATA)).mean().backward()
-        optimizer.step()
-        with pytest.raises(TypeError, match="which a file cannot keep"):
-            other.save(path)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-def test_arguments_that_do_not_fit_are_refused() -> None:
-    model = Model()
-    capture, parameters = captured(model), list(model.parameters())
-    sgd = torch.optim.SGD(parameters, lr=0.1)
-
-    def refused(match: str, *given: Any, error: type[Exception] = ValueError, **options: Any) -> None:
-        with pytest.raises(error, match=match):
-            TrainingInfluence(*given, **options)
-
-    refused("capture: got ExactCapture", ExactCapture(model, body="core"), sgd, [QUERY], loss_fn, error=TypeError)
-    refused("not known yet", attach(model), sgd, [QUERY], loss_fn)
-    refused("optimizer: got Model", capture, model, [QUERY], loss_fn, error=TypeError)
-    refused("metric: that of Adagrad", capture, torch.optim.Adagrad(parameters), [QUERY], loss_fn)
-    refused("metric: got 'lion'", capture, sgd, [QUERY], loss_fn, metric="lion")
-    refused("refresh_every: got 0", capture, sgd, [QUERY], loss_fn, refresh_every=0)
-    refused("query: got an iterator", capture, sgd, iter([QUERY]), loss_fn)
-    refused("core.b is not one of its own", capture, torch.optim.SGD(parameters[:1], lr=0.1), [QUERY], loss_fn)
-    refused("it maximizes", capture, torch.optim.SGD(parameters, lr=0.1, maximize=True), [QUERY], loss_fn)
-    groups = [{"params": [p], "lr": 0.1 * (k + 1)} for k, p in enumerate(parameters)]
-    refused("learning rates 0.1, 0.2", capture, torch.optim.SGD(groups), [QUERY], loss_fn)
-    with TrainingInfluence(capture, sgd, [QUERY], loss_fn) as influence:
-        with pytest.raises(ValueError, match="no update was scored yet"):
-            influence.result()
-        with pytest.raises(ValueError, match="pass by_epoch=True"):
-            influence.begin_epoch()
-        accumulate(influence, model)
-        sgd.step()
-        with pytest.raises(ValueError, match="pass by_epoch=True"):
-            influence.result(0)
-
-
-def test_queries_that_change_are_refused() -> None:
-    model = Model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    query = [QUERY]
-    with TrainingInfluence(captured(model), optimizer, query, loss_fn) as influence:
-        accumulate(influence, model)
-        optimizer.step()
-        optimizer.zero_grad()
-        query[0] = examples(2, 3)
-        with pytest.raises(FeatureMismatchError, match="query: the loader gave other examples"):
-            accumulate(influence, model)
