@@ -42,12 +42,12 @@ def training() -> str:
     result = load("training.json")
     costs = []
     for case in result["larger"].values():
-        shape = f"d = {case['d_model']}, {case['steps']} steps, batch {case['batch']}"
-        costs.append([shape, *(f"{ratio:.2f}" for ratio in case["ratio"].values())])
+        model = f"d = {case['d_model']}, {case['steps']} steps, batch {case['batch']}"
+        costs.append([model, *(f"{ratio:.2f}" for ratio in case["ratio"].values())])
     errors, shares = [], []
+    shape = result["cases"]["adder"]["case"]  # all are trained alike
     for name, case in result["cases"].items():
-        shape = case["case"]
-        what = f"{name}, {shape['optimizer']} {shape['learning_rate']:g}"
+        what = f"{name}, {case['case']['optimizer']} {case['case']['learning_rate']:g}"
         shares.append(f"{what}: {', '.join(f'{share:.2g}' for share in case['predicted share of the fall'])}")
         for k, runs in case["every"].items():
             means = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
