@@ -112,6 +112,9 @@ class Inline:
         self._stack.close()
         if kind is None and self._losses is None:
             raise LossError("inline: no losses were given to inline.losses(...)" + ONE_LOSS)
+        if self._losses is not None:
+            # The graph behind them knows this object, through taps: a circle that the garbage collector cannot see.
+            self._losses = self._losses.detach()
 
     def losses(self, losses: Tensor) -> Tensor:
         """Say which the examples' losses are, before they are reduced.

@@ -5,7 +5,9 @@ That a run of its own is right is what the other files of this folder test.
 
 from __future__ import annotations
 
+import gc
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -339,6 +341,26 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
     error = (inline.features.values - expected.values).norm() / expected.values.norm()
     assert float(error) <= BOUND
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_nothing_of_a_step_stays_in_memory() -> None:
+    """Nothing of the graph, that is, whether or not there was a backward pass."""
+    model = dense()
+    capture = attach(model, body="core", sketch_size=16)
+
+    def tensors_after(steps: int) -> int:
+        for k in range(steps):
+            with capture.inline(batch_of()) as inline:
+                losses = inline.losses(zoo.squared_error(model, batch_of()))
+                if k % 2:
+                    losses.sum().backward()
+        del inline, losses
+        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecated modules that are looked at
+            return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+    assert tensors_after(2) == tensors_after(6)
 
 
 def test_one_thread_at_a_time() -> None:
