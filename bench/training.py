@@ -3,10 +3,10 @@
     python -m bench.training
     python -m bench.training --keep    # kept: docs/training.md states its figures
 
-Errors: two small problems of ``stepinfluence.evaluation``, trained by minibatches from the start; scores of queries that
-are up to k - 1 updates old are held against those at every update. Training is the same in all runs of a seed. Cost:
-processor seconds of one thread over those of a plain training; of these tiny models (mostly Python's), and of models of
-bench.capture, where an update and a refresh of the queries are timed in turns.
+Errors: two small problems of ``stepinfluence.evaluation``, trained by minibatches from the start; scores of queries
+that are up to k - 1 updates old are held against those at every update. Training is the same in all runs of a seed.
+Cost: processor seconds of one thread over those of a plain training; of these tiny models (mostly Python's), and of
+models of bench.capture, where an update and a refresh of the queries are timed in turns.
 """
 
 from __future__ import annotations
