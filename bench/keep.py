@@ -43,6 +43,7 @@ COMMANDS: dict[str, list[str]] = {
     "workspace": ["-m", "bench.workspace", "--keep"],
     "inline": ["-m", "bench.inline", "--keep"],
     "calls": ["-m", "bench.calls", "--keep"],
+    "training": ["-m", "bench.training", "--keep"],
     "per-example": ["-m", "bench.per_example", "--keep"],
     "models": ["-m", "bench.models", "--keep", "--anew"],
     "peers": ["-m", "bench.peers", "--keep"],

@@ -26,7 +26,7 @@ Parts = dict[str, Callable[[], str]]
 
 KINDS = (
     "attack", "calls", "capture", "explore", "host-overhead", "inline", "install", "integrations", "large", "models",
-    "peers", "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup", "store-layouts",
+    "peers", "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup", "store-layouts", "training",
     "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""

@@ -1,7 +1,9 @@
-"""The tables in docs/capture.md."""
+"""The tables in docs/capture.md and docs/training.md."""
 
 # ruff: noqa: E501  # sentences of the pages
 from __future__ import annotations
+
+import statistics
 
 from kept import Parts, load, source, table
 
@@ -63,6 +65,44 @@ def torch_calls() -> str:
     )
 
 
+def training() -> str:
+    """docs/training.md: what influence over all of a training costs, and what old queries lose."""
+    result = load("training.json")
+    costs = []
+    for case in result["larger"].values():
+        model = f"d = {case['d_model']}, {case['steps']} steps, batch {case['batch']}"
+        costs.append([model, *(f"{ratio:.2f}" for ratio in case["ratio"].values())])
+    errors, shares = [], []
+    shape = result["cases"]["adder"]["case"]  # all are trained alike
+    for name, case in result["cases"].items():
+        what = f"{name}, {case['case']['optimizer']} {case['case']['learning_rate']:g}"
+        shares.append(f"{what}: {', '.join(f'{share:.2g}' for share in case['predicted share of the fall'])}")
+        for k, runs in case["every"].items():
+            means = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
+            kept = [""] * 4 if k == "1" else [f"{means[key]:.2f}" for key in ("tracin", "sdi", "rank", "top")]
+            errors.append([what, k, f"{means['cost']:.1f}", *kept])
+    head = [
+        "problem, optimizer",
+        "k",
+        "cost",
+        "relative error, TracIn",
+        "by step",
+        "rank correlation",
+        "top-10 overlap",
+    ]
+    return (
+        f"Processor time of training over that of a plain one, one thread, {result['queries']} queries, models of "
+        f"bench.capture. {source('training.json', False, result)}\n\n"
+        + table(["model", *(f"k = {k}" for k in result["larger"]["gpt512"]["ratio"])], costs)
+        + f"\n\nErrors against k = 1, means over {result['seeds']} seeds, of two problems of "
+        f"`stepinfluence.evaluation`: one layer of d = {shape['d_model']}, {shape['steps']} steps, {shape['updates']} "
+        f"updates of {shape['batch']} examples from the start. The cost is that of models so small that it is mostly "
+        "Python's.\n\n"
+        + table(head, errors)
+        + f"\n\nPredicted over actual fall of the queries' losses at k = 1, each seed: {'; '.join(shares)}."
+    )
+
+
 def fuzz() -> str:
     """docs/capture.md: what random looped models show."""
     result = load("fuzz.json")
@@ -78,4 +118,11 @@ def fuzz() -> str:
     )
 
 
-PARTS: Parts = {"models": models, "workspace": workspace, "inline": inline, "torch-calls": torch_calls, "fuzz": fuzz}
+PARTS: Parts = {
+    "models": models,
+    "workspace": workspace,
+    "inline": inline,
+    "torch-calls": torch_calls,
+    "training": training,
+    "fuzz": fuzz,
+}

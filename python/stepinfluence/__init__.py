@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stepinfluence.attribution.features import Features, FeatureSpace
     from stepinfluence.attribution.result import Influence
     from stepinfluence.attribution.scoring import influence, influence_over_checkpoints, self_influence
-    from stepinfluence.capture import Capture, ExactCapture, attach
+    from stepinfluence.capture import Capture, ExactCapture, TrainingInfluence, attach
     from stepinfluence.errors import (
         BodyError,
         CheckpointError,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "sdi_kernels": ("__version__",),
     "stepinfluence.attribution.allocation": ("allocate_sizes", "gradient_energies"),
-    "stepinfluence.capture": ("Capture", "ExactCapture", "attach"),
+    "stepinfluence.capture": ("Capture", "ExactCapture", "TrainingInfluence", "attach"),
     "stepinfluence.attribution.curvature": ("BlockFisher", "Fisher"),
     "stepinfluence.attribution.checkpoints": ("Checkpoint", "load_checkpoint"),
     "stepinfluence.attribution.depth": ("align_steps",),
@@ -85,6 +85,7 @@ __all__ = [
     "ProjectError",
     "StepInfluenceError",
     "StoreError",
+    "TrainingInfluence",
     "UnsupportedUseError",
     "__version__",
     "align_steps",

@@ -3,5 +3,6 @@
 from stepinfluence.capture.exact import ExactCapture
 from stepinfluence.capture.session import LossFn
 from stepinfluence.capture.sketched import Capture, attach
+from stepinfluence.capture.training import TrainingInfluence
 
-__all__ = ["Capture", "ExactCapture", "LossFn", "attach"]
+__all__ = ["Capture", "ExactCapture", "LossFn", "TrainingInfluence", "attach"]

@@ -9,7 +9,7 @@ factor, ...). The weights are read where the backward pass comes through the los
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from stepinfluence.capture.hooks import Hooks
 from stepinfluence.capture.recorder import SketchRecorder
 from stepinfluence.capture.rows import Use
 from stepinfluence.capture.sketched_run import VERIFIED_SHARE
+from stepinfluence.capture.sketching import Sketching
 from stepinfluence.capture.sources import Piece, Source
 from stepinfluence.capture.taps import has_tap
 from stepinfluence.capture.targets import Target
@@ -33,6 +34,9 @@ from stepinfluence.errors import BodyError, LayoutError, LossError, StepInfluenc
 
 if TYPE_CHECKING:
     from stepinfluence.capture.sketched import Capture
+
+OF_ALL = 1e-2
+"""The share of all parameters' gradients that counts for each of them, see :func:`first_beyond`."""
 
 ONE_LOSS = "; return one loss per example (B,), pass it through inline.losses(...), and reduce only its result"
 
@@ -58,9 +62,18 @@ class Inline:
     """
 
     def __init__(
-        self, capture: Capture, batch: Any, ids: Sequence[Hashable] | None, index: int, *, per_step: bool, verify: bool
+        self,
+        capture: Capture,
+        batch: Any,
+        ids: Sequence[Hashable] | None,
+        index: int,
+        *,
+        per_step: bool,
+        weighted: bool,
+        verify: bool,
     ) -> None:
         self._capture, self._batch, self._ids, self._per_step = capture, batch, ids, per_step
+        self._weighted_rows = weighted
         picked = random.Random(f"{capture.seed}, inline {index}").random() < VERIFIED_SHARE
         self._verified = verify and (index == 0 or picked)
         self._size = infer_batch_size(batch, capture.batch_dim)
@@ -158,6 +171,12 @@ class Inline:
             )
         return self._features
 
+    @property
+    def tolerance(self) -> float:
+        """How far the rows may be from adding up to the gradient, relative to the sum of their norms: rounding, which
+        is larger where gradients of reduced precision were seen."""
+        return 2e-2 if self._interceptor.shared.coarse else 1e-3
+
     # ------------------------------------------------------------------------------------------------------------
 
     def _backward(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -218,13 +237,14 @@ class Inline:
         session.check_features(buffer, self._ids)
         if self._gradients:
             self._check_sum(buffer)
-        if bool((weights == 0).any()):
+        if not self._weighted_rows and bool((weights == 0).any()):
             rows = ", ".join(str(k) for k in (weights == 0).nonzero().flatten()[:5].tolist())
             raise LossError(
                 f"inline: the training loss weights example(s) {rows} of the batch with 0, so that nothing can be "
                 "known of their gradients; leave them out of the batch, or use capture.featurize"
             )
-        buffer /= weights.view(-1, *(1,) * (buffer.dim() - 1))
+        if not self._weighted_rows:
+            buffer /= weights.view(-1, *(1,) * (buffer.dim() - 1))
         size, labels = len(losses), self._capture.tapped.steps.labels
         ids = list(self._ids) if self._ids is not None else list(range(size))
         lengths = self._capture.sketching.lengths(buffer) if self._per_step else None
@@ -239,19 +259,44 @@ class Inline:
         Raises:
             LayoutError: they do not (names the parameter).
         """
-        sketching = self._capture.sketching
-        whole = SketchRecorder(sketching, buffer.new_zeros(1, buffer.shape[-1]))
-        for target, gradient in self._gradients:
-            rows, columns = target.matrix_shape
-            piece = Piece(target, range(rows), range(columns), False, 2)
-            whole.add(piece, 0, gradient.reshape(1, rows, columns), 0)
+        whole = sketch_of_gradients(self._capture.sketching, self._gradients, buffer)
         self._gradients = []
-        rows_ = buffer if buffer.dim() == 2 else buffer.flatten(0, 1)
-        tolerance = 2e-2 if self._interceptor.shared.coarse else 1e-3
-        for block in {b.start: b for b in sketching.blocks}.values():  # in the sum layout, all in one
-            found, expected = (v[:, block.start : block.stop] for v in (rows_, whole.buffer))
-            if not float((found.sum(0) - expected[0]).norm()) <= tolerance * float(found.norm(dim=1).sum()):
-                raise not_whole(block.name)
+        rows = buffer if buffer.dim() == 2 else buffer.flatten(0, 1)
+        other = first_beyond(
+            self._capture.sketching, rows.sum(0) - whole, sizes(self._capture.sketching, rows), self.tolerance
+        )
+        if other is not None:
+            raise not_whole(other)
+
+
+def sketch_of_gradients(sketching: Sketching, gradients: Iterable[tuple[Target, Tensor]], like: Tensor) -> Tensor:
+    """``(D,)``, of the dtype and on the device of ``like``: the sketch of what parameters have as gradients."""
+    recorder = SketchRecorder(sketching, like.new_zeros(1, sketching.width))
+    for target, gradient in gradients:
+        rows, columns = target.matrix_shape
+        piece = Piece(target, range(rows), range(columns), False, 2)
+        recorder.add(piece, 0, gradient.reshape(1, rows, columns), 0)
+    return recorder.buffer[0]
+
+
+def sizes(sketching: Sketching, rows: Tensor) -> Tensor:
+    """The sum of the norms of rows ``(B, D)``, for each range of columns."""
+    return torch.stack([rows[:, g.start : g.stop].norm(dim=1).sum() for g in sketching.column_groups])
+
+
+def first_beyond(sketching: Sketching, difference: Tensor, size: Tensor, tolerance: float) -> str | None:
+    """The first parameter in whose columns a difference ``(D,)`` is no rounding any more.
+
+    Args:
+        size: of what was added up, see :func:`sizes`.
+        tolerance: relative to that. A part of it counts for all parameters alike: of some, the gradient is zero but for
+            the rounding of what cancels in it, such as that of a bias of attention's keys.
+    """
+    bounds = tolerance * (size + OF_ALL * size.sum())
+    for group, bound in zip(sketching.column_groups, bounds.tolist(), strict=True):
+        if not float(difference[group.start : group.stop].norm()) <= bound:
+            return group.name
+    return None
 
 
 def not_whole(name: str) -> LayoutError:

@@ -233,6 +233,7 @@ class Capture(session.LoaderCapture):
         *,
         ids: Sequence[Hashable] | None = None,
         per_step: bool = False,
+        weighted: bool = False,
         verify: bool | None = None,
     ) -> Inline:
         """Featurize a batch within an ordinary training step, which keeps its gradients (docs/capture.md)::
@@ -250,6 +251,8 @@ class Capture(session.LoaderCapture):
             batch: what the model is run on: its tensors tell the examples.
             ids: one hashable per example; places in the batch if not given.
             per_step: ``(B, steps, D)``, or ``(B, D)`` summed over steps.
+            weighted: leave the weights in: rows are then the examples' parts in the gradient of the training loss, and
+                weights may be 0. They are not comparable with features of :meth:`featurize`.
             verify: check that the examples' features add up to the sketch of the parameters' gradients, on the first
                 batch and one in 64 after it; as given to :func:`attach` if None. Which row is whose is followed through
                 the forward pass of every batch; where it cannot be, the batch is refused.
@@ -261,7 +264,7 @@ class Capture(session.LoaderCapture):
         self.sharding.refuse("capture.inline")
         check = self.verify if verify is None else verify
         self._inlined += 1
-        return Inline(self, batch, ids, self._inlined - 1, per_step=per_step, verify=check)
+        return Inline(self, batch, ids, self._inlined - 1, per_step=per_step, weighted=weighted, verify=check)
 
     def begin(self, loss_fn: session.LossFn, space: FeatureSpace, verify: bool | None = None) -> SketchedRun:
         """Begin a run: batches with this loss follow, at the model's present weights.

@@ -101,6 +101,11 @@ class Sketching:
         """D, the length of a feature row."""
         return self.blocks[-1].stop
 
+    @property
+    def column_groups(self) -> list[Block]:
+        """The blocks, one for each range of columns: in the sum layout, the last stands for all."""
+        return list({block.start: block for block in self.blocks}.values())
+
     def columns_of(self, target: Target) -> slice:
         """The columns of a feature row that the sketch of a parameter fills."""
         return self._columns[id(target)]

@@ -59,7 +59,7 @@ class Verification:
         # Exact but for the rounding of sums that are not taken in the same order twice.
         tolerance = 1e-2 if coarse else 1e-4
         factor = (2.0**exponents).to(features).view(-1, *(1,) * (features.dim() - 1))
-        for block in {b.start: b for b in self.sketching.blocks}.values():  # in the sum layout, all in one
+        for block in self.sketching.column_groups:
             columns = slice(block.start, block.stop)
             expected = features[..., columns] * factor
             error = (scaled[..., columns] - expected).flatten(1).norm(dim=1)

@@ -1,22 +1,33 @@
-"""A callback for Hugging Face's ``Trainer``: save what influence needs, at chosen optimizer steps.
+"""Hugging Face's ``Trainer``: save what influence needs, at chosen optimizer steps, or score every update while it is
+made.
 
 callback = InfluenceCheckpoints("influence", count=10, body="albert.encoder.albert_layer_groups.0")
 Trainer(model=model, args=arguments, train_dataset=data, callbacks=[callback]).train()
 
 sdi featurize --project my_project.py --checkpoints 'influence/*.pt' --split train --out run
+
+trainer = InfluenceTrainer(model=model, args=arguments, train_dataset=data, influence=begin, loss_fn=loss_fn)
+trainer.train()
+trainer.influence.result()
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from stepinfluence.capture.inline import Inline
+from stepinfluence.capture.training import Begin, TrainingInfluence
 from stepinfluence.integrations.checkpointing import LoopCounter, Saver, Schedule
+from stepinfluence.loaders import LossFn
+
+STATE = "influence.pt"
+"""Within a checkpoint of the Trainer's."""
 
 
 class InfluenceCheckpoints(TrainerCallback):
@@ -80,3 +91,102 @@ class InfluenceCheckpoints(TrainerCallback):
         """Leave the model without hooks."""
         if self._counter is not None:
             self._counter.remove()
+
+
+class InfluenceTrainer(Trainer):
+    """A ``Trainer`` that scores every update as it is made (:class:`~stepinfluence.TrainingInfluence`), and goes on
+    with that when it is resumed from a checkpoint of its own.
+
+    It comes first where it is one of several bases: ``class Mine(InfluenceTrainer, SFTTrainer)``.
+
+    Args:
+        influence: ``influence(model, optimizer) -> TrainingInfluence``, called before the first update.
+        loss_fn: ``loss_fn(model, inputs) -> (B,)``, one loss per example. The training loss is their mean; evaluation
+            goes by the model's own.
+        id_column: of the data; it reaches neither the model nor ``loss_fn``.
+        *args, **options: of ``Trainer``.
+
+    Attributes:
+        influence: None before the first update.
+
+    Raises:
+        ValueError: ``compute_loss_func`` is given, too.
+    """
+
+    influence: TrainingInfluence | None
+
+    def __init__(self, *args: Any, influence: Begin, loss_fn: LossFn, id_column: str = "id", **options: Any) -> None:
+        if options.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func: got a function beside loss_fn; loss_fn is the training loss, by example"
+            )
+        self._begin, self._loss_fn, self._id_column = influence, loss_fn, id_column
+        self.influence = None
+        self._ids: Sequence[Hashable] | None = None
+        self._inline: Inline | None = None
+        self._resumed: str | None = None
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = False  # a mean by example; the Trainer divides by accumulated batches
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As ``Trainer.train``; the optimizer is watched no longer than that."""
+        self.influence = self._resumed = None
+        try:
+            return super().train(*args, **options)
+        finally:
+            if self.influence is not None:
+                self.influence.close()
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
+        """As ``Trainer.training_step``, and featurized on the way.
+
+        Raises:
+            ValueError: the inputs have no ids.
+        """
+        if self.influence is None:
+            trained: Any = self.model
+            wrapped: Any = self.optimizer
+            self.influence = self._begin(trained, getattr(wrapped, "optimizer", wrapped))  # accelerate's wrapper
+            if self._resumed is not None:
+                self.influence.restore(Path(self._resumed, STATE))
+        inputs = self._prepare_inputs(inputs)
+        if self._ids is None:
+            raise ValueError(f"id_column: the inputs have no {self._id_column!r}; give every example an id in the data")
+        try:
+            with self.influence.batch(inputs, ids=self._ids) as self._inline:
+                loss: Tensor = super().training_step(model, inputs, *args, **options)
+        finally:
+            self._inline = None
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """In training the mean of ``loss_fn``; otherwise as ``Trainer.compute_loss``."""
+        if self._inline is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self._inline.losses(self._loss_fn(model, inputs)).mean()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs = dict(inputs)
+        self._ids = inputs.pop(self._id_column, None)
+        return super()._prepare_inputs(inputs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if self._id_column not in columns:
+            columns.append(self._id_column)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.influence is not None:
+            self.influence.save(Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}", STATE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._resumed = checkpoint

@@ -1,20 +1,29 @@
-"""A callback for Lightning's ``Trainer``: save what influence needs, at chosen optimizer steps.
+"""Callbacks for Lightning's ``Trainer``: save what influence needs, at chosen optimizer steps, or score every update as
+it is made.
 
 callback = InfluenceCheckpoints("influence", count=10, module="network", body="core")
 lightning.Trainer(max_steps=1000, callbacks=[callback]).fit(task, loader)
+
+scores = InlineInfluence(begin, ids=lambda batch: batch["id"], module="network")
+lightning.Trainer(max_steps=1000, callbacks=[scores]).fit(Task(scores), loader)
+scores.influence.result()
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
+from stepinfluence.capture.inline import Inline
+from stepinfluence.capture.training import Begin, TrainingInfluence
 from stepinfluence.integrations.checkpointing import LoopCounter, Saver, Schedule
+from stepinfluence.loaders import IdsOf
 
 
 class InfluenceCheckpoints(Callback):
@@ -62,8 +71,7 @@ class InfluenceCheckpoints(Callback):
             ValueError: several optimizers, whose steps have no common number.
             CheckpointError: the folder holds later checkpoints of another run.
         """
-        if len(trainer.optimizers) != 1:
-            raise ValueError(f"optimizers: the training has {len(trainer.optimizers)}; this callback serves one")
+        _one_optimizer(trainer)
         self._done = trainer.global_step
         if trainer.is_global_zero:
             self.saver.begin(trainer.global_step)
@@ -97,3 +105,103 @@ class InfluenceCheckpoints(Callback):
         """Leave the model without hooks."""
         if self._counter is not None:
             self._counter.remove()
+
+
+class InlineInfluence(Callback):
+    """Scores every update as it is made (:class:`~stepinfluence.TrainingInfluence`), and goes on with that when
+    training is resumed from a checkpoint.
+
+    Each ``training_step`` hands its losses over::
+
+        def training_step(self, batch, index):
+            return self.scores.losses(loss_fn(self.network, batch)).mean()
+
+    Args:
+        begin: ``begin(model, optimizer) -> TrainingInfluence``, called when training begins.
+        ids: ``ids(batch)``: one hashable per example.
+        module: name of the submodule of the LightningModule that is the model to attribute; the whole without it.
+
+    Attributes:
+        influence: None before training begins.
+    """
+
+    def __init__(self, begin: Begin, *, ids: IdsOf, module: str = "") -> None:
+        self._begin, self._ids, self.module = begin, ids, module
+        self.influence: TrainingInfluence | None = None
+        self._context: AbstractContextManager[Inline] | None = None
+        self._inline: Inline | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def losses(self, losses: Tensor) -> Tensor:
+        """As :meth:`~stepinfluence.capture.inline.Inline.losses` in a training step; elsewhere what is given.
+
+        Args:
+            losses: ``(B,)``, one per example, not reduced.
+        """
+        return losses if self._inline is None else self._inline.losses(losses)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, or go on from a checkpoint.
+
+        Raises:
+            ValueError: several optimizers.
+        """
+        self.influence = self._begin(pl_module.get_submodule(self.module), _one_optimizer(trainer))
+        if self._restored is not None:
+            self.influence.load_state_dict(self._restored)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Open the context of the training step."""
+        assert self.influence is not None
+        self._context = self.influence.batch(batch, ids=self._ids(batch))
+        self._inline = self._context.__enter__()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close it.
+
+        Raises:
+            LossError: the training step did not hand its losses over.
+        """
+        if self._context is not None:
+            context, self._context, self._inline = self._context, None, None
+            context.__exit__(None, None, None)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Leave out a batch that had no backward pass."""
+        self._abandon()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing open."""
+        self._abandon()
+        self._close()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch the optimizer no longer."""
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoints of Lightning."""
+        return {} if self.influence is None else self.influence.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until training begins."""
+        self._restored = state_dict
+
+    def _abandon(self) -> None:
+        context, self._context, self._inline = self._context, None, None
+        if context is not None:
+            error = RuntimeError("no backward pass")
+            with suppress(RuntimeError):
+                context.__exit__(RuntimeError, error, None)
+
+    def _close(self) -> None:
+        if self.influence is not None:
+            self.influence.close()
+
+
+def _one_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    if len(trainer.optimizers) != 1:
+        raise ValueError(f"optimizers: the training has {len(trainer.optimizers)}; this callback serves one")
+    return trainer.optimizers[0]

@@ -5,7 +5,9 @@ That a run of its own is right is what the other files of this folder test.
 
 from __future__ import annotations
 
+import gc
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -306,6 +308,25 @@ def test_uses_out_of_sight_are_missing_in_the_sum() -> None:
         _ = inline.features
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_that_are_zero_but_for_rounding_add_up(dtype: torch.dtype) -> None:
+    """A softmax does not change if the same is added to all its inputs: a bias of the keys has no gradient."""
+
+    def forward(core: Any, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unsqueeze(1) for part in (core.q, core.k, core.v))
+        return x + nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+
+    torch.manual_seed(11)
+    model = zoo.Looped(zoo.Core(forward, q=nn.Linear(D, D), k=nn.Linear(D, D), v=nn.Linear(D, D))).to(dtype)
+    batch = zoo.make_batch(3, 4, seed=3, dtype=dtype)
+    capture = attach(model, body="core", sketch_size=64)
+    with capture.inline(batch, verify=True) as inline:
+        inline.losses(zoo.squared_error(model, batch)).mean().backward()
+    start, stop = next((b.start, b.stop) for b in inline.features.space.blocks if b.name == "core.k.bias")
+    rows = inline.features.values
+    assert float(rows[:, start:stop].norm()) < 1e3 * torch.finfo(dtype).eps * float(rows.norm())
+
+
 def test_distributed_data_parallel(tmp_path: Any) -> None:
     model = dense()
     expected = attach(model, body="core", sketch_size=32).featurize([batch_of()], zoo.squared_error)
@@ -320,6 +341,26 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
     error = (inline.features.values - expected.values).norm() / expected.values.norm()
     assert float(error) <= BOUND
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_nothing_of_a_step_stays_in_memory() -> None:
+    """Nothing of the graph, that is, whether or not there was a backward pass."""
+    model = dense()
+    capture = attach(model, body="core", sketch_size=16)
+
+    def tensors_after(steps: int) -> int:
+        for k in range(steps):
+            with capture.inline(batch_of()) as inline:
+                losses = inline.losses(zoo.squared_error(model, batch_of()))
+                if k % 2:
+                    losses.sum().backward()
+        del inline, losses
+        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecated modules that are looked at
+            return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+    assert tensors_after(2) == tensors_after(6)
 
 
 def test_one_thread_at_a_time() -> None:

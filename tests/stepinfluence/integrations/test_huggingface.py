@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from hf_models import albert_config, transformers
-from stepinfluence import load_checkpoint
+from stepinfluence import TrainingInfluence, attach, load_checkpoint
 from stepinfluence.app.cli import app
 from stepinfluence.attribution.preconditioners import from_optimizer
 from stepinfluence.errors import CheckpointError
 from stepinfluence.integrations.checkpointing import read_loop_counts
-from stepinfluence.integrations.huggingface import InfluenceCheckpoints
+from stepinfluence.integrations.huggingface import InfluenceCheckpoints, InfluenceTrainer
 from stepinfluence.integrations.pretrained import Pretrained
+from torch import Tensor
 from typer.testing import CliRunner
 
 pytest.importorskip("accelerate", reason="the Trainer needs it")
@@ -105,3 +106,99 @@ def test_count_and_a_folder_in_use(pretrained: Pretrained, tmp_path: Path) -> No
     assert saved["state"] == {}
     with pytest.raises(CheckpointError, match=r"checkpoint\(s\) of another run"):
         train(tmp_path / "influence", pretrained, tmp_path, count=2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Every update
+
+
+def token_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=batch["input_ids"]).logits
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").mean(1)
+
+
+def rows(count: int, seed: int) -> list[dict[str, Any]]:
+    drawn = torch.randint(5, 17, (2, count, 6), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": x, "labels": y, "id": 100 + k} for k, (x, y) in enumerate(zip(*drawn, strict=True))]
+
+
+def stacked(some: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in some]) for name in ("input_ids", "labels")}
+
+
+TRAIN, QUERY = rows(12, 1), stacked(rows(2, 2))
+
+
+def scored(folder: Path, **options: Any) -> tuple[Any, Any]:
+    """Six updates of two batches each, two epochs in all; the model as it was, and the trainer before training."""
+    torch.manual_seed(0)
+    model = transformers.AlbertForMaskedLM(albert_config())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = {
+        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 6e-2,
+        "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear", "warmup_steps": 0, "save_strategy": "steps",
+        "save_steps": 3, "report_to": [], "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True, "seed": 0,
+        "optim": "sgd", "max_grad_norm": 0.5,
+    }  # fmt: skip
+
+    def begin(model: Any, optimizer: Any) -> TrainingInfluence:
+        capture = attach(model, body=BODY, sketch_size=64)
+        return TrainingInfluence(capture, optimizer, [QUERY], token_loss, refresh_every=options.get("every", 1))
+
+    trainer = InfluenceTrainer(
+        model=model, args=transformers.TrainingArguments(**settings), train_dataset=TRAIN, eval_dataset=TRAIN[:4],
+        influence=begin, loss_fn=token_loss,
+    )  # fmt: skip
+    return before, trainer
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_every_update_of_a_trainer(tmp_path: Path) -> None:
+    before, trainer = scored(tmp_path)
+    trainer.train()
+    updates, result = trainer.influence.updates(), trainer.influence.result()
+    assert updates.learning_rates.tolist() == pytest.approx([6e-2 * (1 - k / 6) for k in range(6)])
+    assert sorted(result.train_ids) == [100 + k for k in range(12)]
+    assert result.sdi.shape == (12, 2, 3)
+    torch.testing.assert_close(result.tracin.sum(0), updates.drops.sum(0))
+    assert "6 updates;" in repr(trainer.influence)
+
+    # The first update by hand, from the weights that training began with.
+    model = transformers.AlbertForMaskedLM(albert_config())
+    model.load_state_dict(before)
+    first = stacked([TRAIN[i - 100] for i in result.train_ids[:4]])
+    token_loss(model, first).mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    assert norm > 0.5
+    assert updates.factors[0].item() == pytest.approx(0.5 / float(norm), rel=1e-4)
+    capture = attach(model, body=BODY, sketch_size=64)
+    some = capture.featurize([first], token_loss, per_step=False).values.mean(0)
+    query = capture.featurize([QUERY], token_loss, per_step=False).values
+    torch.testing.assert_close(updates.drops[0], 6e-2 * 0.5 / norm * query @ some, rtol=1e-3, atol=1e-7)
+
+    assert "eval_loss" in trainer.evaluate()
+    trainer.optimizer.step()
+    assert trainer.influence.updates_made == 6  # watched no longer
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_trainer_that_is_resumed_goes_on(tmp_path: Path) -> None:
+    _, whole = scored(tmp_path / "whole", every=2)
+    whole.train()
+    _, rest = scored(tmp_path / "rest", every=2)
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    one, two = whole.influence, rest.influence
+    assert repr(one) == repr(two)
+    assert one.updates().ages.tolist() == two.updates().ages.tolist() == [0, 1] * 3
+    assert one.result().train_ids == two.result().train_ids
+    torch.testing.assert_close(one.result().sdi, two.result().sdi)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_trainer_without_ids_is_refused(tmp_path: Path) -> None:
+    _, trainer = scored(tmp_path)
+    trainer.train_dataset = [{name: value for name, value in row.items() if name != "id"} for row in TRAIN]
+    with pytest.raises(ValueError, match="id_column: the inputs have no 'id'"):
+        trainer.train()
+    with pytest.raises(ValueError, match="compute_loss_func: got a function"):
+        InfluenceTrainer(influence=lambda *_: None, loss_fn=token_loss, compute_loss_func=token_loss)

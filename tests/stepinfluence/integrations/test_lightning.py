@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepinfluence import attach, load_checkpoint
+from stepinfluence import LossError, TrainingInfluence, attach, load_checkpoint
 from stepinfluence.attribution.preconditioners import from_optimizer
 from stepinfluence.integrations.checkpointing import read_loop_counts
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def test_a_training(tmp_path: Path) -> None:
     lightning.Trainer(
         max_steps=6, accumulate_grad_batches=2, callbacks=[callback], accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, barebones=False,
-        default_root_dir=tmp_path, val_check_interval=4,
+        default_root_dir=tmp_path, val_check_interval=3,
     ).fit(task, data, data)  # fmt: skip
     assert [p.name for p in callback.saver.paths] == [f"step-{n:07d}.pt" for n in (2, 4, 6)]
     saved = [load_checkpoint(p) for p in callback.saver.paths]
@@ -106,3 +106,89 @@ def test_several_optimizers_are_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="the training has 2"):
         trainer.fit(Two(), data)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Every update
+
+
+class Scored(lightning.LightningModule):  # type: ignore[misc]
+    def __init__(self, scores: Any, *, forgets: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.network = Network()
+        self.scores, self.forgets = scores, forgets
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor | None:
+        losses = by_example(self.network, batch)
+        if index == 5:
+            return None  # left out
+        return losses.mean() if self.forgets else self.scores.losses(losses).mean()
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        assert self.scores.losses(by_example(self.network, batch)).shape == (2,)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.6)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 6)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def by_example(model: Any, batch: list[Tensor]) -> Tensor:
+    return (model(batch[0], 3) - 1).square().mean(1)
+
+
+POINTS = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+QUERY = [torch.randn(2, 4, generator=torch.Generator().manual_seed(2))]
+
+
+def scored(tmp_path: Path, *, resume: str | None = None, **options: Any) -> tuple[Any, Scored]:
+    from stepinfluence.integrations.lightning import InlineInfluence
+
+    def begin(model: Any, optimizer: Any) -> TrainingInfluence:
+        return TrainingInfluence(attach(model, body="core", sketch_size=64), optimizer, [QUERY], by_example)
+
+    scores = InlineInfluence(begin, ids=lambda batch: batch[1], module="network")
+    task = Scored(scores, **options)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(POINTS, torch.arange(16)), batch_size=2)
+    keep = lightning.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    lightning.Trainer(
+        max_steps=6, accumulate_grad_batches=2, callbacks=[scores, keep], accelerator="cpu", logger=False,
+        gradient_clip_val=0.05, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        val_check_interval=3,
+    ).fit(task, data, data, ckpt_path=resume)  # fmt: skip
+    return scores, task
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_update_of_a_trainer(tmp_path: Path) -> None:
+    scores, _ = scored(tmp_path)
+    updates, result = scores.influence.updates(), scores.influence.result()
+    assert updates.learning_rates.tolist() == pytest.approx([0.6 * (1 - k / 6) for k in range(6)])
+    assert list(result.train_ids) == [i for i in range(16) if i not in (10, 11)]
+    torch.testing.assert_close(result.tracin.sum(0), updates.drops.sum(0))
+
+    # The first update by hand, from the weights that training began with.
+    network = Scored(None).network
+    by_example(network, [POINTS[:4]]).mean().backward()
+    norm = nn.utils.clip_grad_norm_(network.parameters(), 0.05)
+    assert norm > 0.05
+    assert updates.factors[0].item() == pytest.approx(0.05 / float(norm), rel=1e-4)
+    capture = attach(network, body="core", sketch_size=64)
+    some = capture.featurize([[POINTS[:4]]], by_example, per_step=False).values.mean(0)
+    query = capture.featurize([QUERY], by_example, per_step=False).values
+    torch.testing.assert_close(updates.drops[0], 0.6 * 0.05 / norm * query @ some, rtol=1e-3, atol=1e-7)
+
+    # From the end of the first epoch: within one, Lightning does not find the place in the data again.
+    rest, _ = scored(tmp_path / "rest", resume=str(tmp_path / "step=4.ckpt"))
+    assert rest.influence.result().train_ids == result.train_ids
+    torch.testing.assert_close(rest.influence.result().sdi, result.sdi)
+    assert repr(rest.influence) == repr(scores.influence)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_losses_that_are_not_handed_over_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LossError, match="before losses were given"):
+        scored(tmp_path, forgets=True)
+    scores, _ = scored(tmp_path / "again")  # nothing was left open
+    assert scores.influence.updates_made == 6
