@@ -1,12 +1,12 @@
 """Attribution methods against retraining, over seeds: the tables of docs/evaluation.md are made from what this keeps.
 
-    python -m bench.evaluate adder
-    python -m bench.evaluate majority
+    python -m bench.evaluate adder          # or another of stepinfluence.evaluation.problems
     python docs/_site/evaluation.py
 
 Every trained model is kept in ``--folder``: a stopped run goes on, and what is there is not trained again. The figures
-are the library's (``sdi evaluate``); this adds where they come from. TRAK is among the methods where its package is
-installed (``pip install traker``: without its ``fast`` extra it projects with torch).
+are the library's (``sdi evaluate``); this adds dampings other than the chosen one, and where the figures come from.
+TRAK and EK-FAC are among the methods where their packages are installed (``pip install traker kronfluence``: without
+its ``fast`` extra TRAK projects with torch).
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import argparse
 import importlib.metadata
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from stepinfluence.evaluation import evaluate
+from stepinfluence.evaluation.methods import corrected_sdi
 from stepinfluence.evaluation.problem import Problem
-from stepinfluence.evaluation.problems import make_problem
+from stepinfluence.evaluation.problems import PROBLEMS, make_problem
 from stepinfluence.evaluation.retraining import Retrainings
 
 from bench.provenance import ROOT, Provenance
@@ -34,6 +36,13 @@ COUNTS = {
     "repeats": (2, "initialisations of every retraining"),
 }
 
+GRID = {
+    f"{kind}, {damping:.0e}": partial(corrected_sdi, curvature=kind, damping=damping)  # type: ignore[arg-type]
+    for kind in ("fisher", "block")
+    for damping in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+}
+"""What ``damping="auto"`` is held against."""
+
 ROUNDED = 3
 """Seeds that :func:`rounding` is measured on."""
 
@@ -41,7 +50,7 @@ ROUNDED = 3
 def main() -> None:
     """Evaluate one problem and keep the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problem", choices=("adder", "majority"))
+    parser.add_argument("problem", choices=tuple(PROBLEMS))
     for name, (default, what) in COUNTS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{what} ({default})")
     parser.add_argument("--folder", type=Path, help="of trained models (evaluate-PROBLEM)")
@@ -52,11 +61,13 @@ def main() -> None:
     came_from = Provenance()
     folder = args.folder or Path(f"evaluate-{args.problem}")
     found = evaluate(make_problem(args.problem), folder=folder, **counts)
+    grid = evaluate(make_problem(args.problem), GRID, folder=folder, **counts | {"flips": 0})
     rounded = rounding(make_problem(args.problem), folder, found.seeds[:ROUNDED])
     facts = came_from.finish()
-    facts["versions"]["traker"] = _version("traker")
+    facts["versions"] |= {name: _version(name) for name in ("traker", "kronfluence", "tiny-recursive-model")}
     out = args.out or ROOT / "bench" / "results" / f"evaluate-{args.problem}.json"
-    kept = {"settings": counts, **found.to_dict(), "rounding": rounded, "provenance": facts}
+    dampings = {m.method: list(m.lds.by_seed) for m in grid.merits}
+    kept = {"settings": counts, **found.to_dict(), "dampings": dampings, "rounding": rounded, "provenance": facts}
     out.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
     print(found.markdown())
 
