@@ -117,6 +117,7 @@ METHODS: dict[str, Method] = {
     "SDI, m=256": sdi_small,
     "SDI-Fisher, auto": partial(corrected_sdi, curvature="fisher"),
     "SDI-Fisher, auto, m=256": partial(corrected_sdi, curvature="fisher", sketch_size=256),
+    "SDI-Fisher, auto, m=32": partial(corrected_sdi, curvature="fisher", sketch_size=32),
     "SDI-Fisher blocks, auto": partial(corrected_sdi, curvature="block"),
     "SDI-Fisher of unit rows, 1e-2": partial(corrected_sdi, curvature="fisher", damping=1e-2, normalize="train"),
     "SDI, cosine": partial(corrected_sdi, normalize="both"),
