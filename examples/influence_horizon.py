@@ -19,7 +19,7 @@ LEAST_SHARE = 0.02
 def measure(problem_name: str, trained: int, seed: int) -> dict[str, Any]:
     """The horizon, the share of the energy by step when asked with ``LOOPS``, and the accuracy of every loop count."""
     problem = make_problem(problem_name, steps=trained, seed=seed)
-    model = problem.fit(np.arange(len(problem.train)), seed)
+    model = problem.retrain(np.arange(len(problem.train)), seed)
     capture = stepinfluence.attach(model, body=model.core, sketch_size=1024)
     train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
     model.steps = LOOPS

@@ -12,7 +12,7 @@ from stepinfluence.search.unusual import outliers
 def measure(problem_name: str, seed: int) -> dict[str, dict[str, float]]:
     """By score: AUC of the planted errors, and the share of them among as many first suspects."""
     problem = make_problem(problem_name, seed=seed)
-    model = problem.fit(np.arange(len(problem.train)), seed)
+    model = problem.retrain(np.arange(len(problem.train)), seed)
     capture = stepinfluence.attach(model, body=model.core, sketch_size=1024)
     train = capture.featurize(problem.batches("train"), problem.loss, progress=False)
     by_step = stepinfluence.self_influence(train).numpy()  # (N, steps)

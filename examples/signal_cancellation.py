@@ -22,7 +22,7 @@ def cancelled(sdi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def scores(problem_name: str, seed: int, *, exact: bool) -> torch.Tensor:
     """``(N, Q, steps)``, sketched or exact."""
     problem = make_problem(problem_name, seed=seed)
-    model = problem.fit(np.arange(len(problem.train)), seed)
+    model = problem.retrain(np.arange(len(problem.train)), seed)
     if exact:
         capture = stepinfluence.ExactCapture(model, body=model.core)
     else:

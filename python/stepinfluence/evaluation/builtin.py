@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepinfluence.evaluation.problem import Problem
+from stepinfluence.evaluation.training import Recipe
 
 Example = tuple[Tensor, Tensor]
 
@@ -95,26 +95,15 @@ def make_problem(
             torch.manual_seed(seed)
             return LoopedClassifier(int(every.max()) + 1, every.shape[1], classes, steps=steps)
 
-    def fit(rows: npt.NDArray[np.int64], seed: int) -> nn.Module:
-        model = untrained(seed)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        chosen = torch.from_numpy(np.asarray(rows))
-        batch = tokens[chosen], labels[chosen]
-        for _ in range(updates):
-            optimizer.zero_grad()
-            loss(model, batch).mean().backward()
-            optimizer.step()
-        return model.eval()
-
     return Problem(
         name=name,
         train=list(zip(tokens, labels, strict=True)),
         queries=list(zip(every[queries], answers[queries], strict=True)),
-        fit=fit,
         untrained=untrained,
         loss=loss,
         body=lambda model: model.core,  # type: ignore[return-value, arg-type]
         collate=collate,
+        training=Recipe(updates, learning_rate=3e-3),
         correct=correct,
         mislabelled=mislabelled,
     )

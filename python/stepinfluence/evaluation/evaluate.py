@@ -29,6 +29,7 @@ from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.result import Evaluation, Figure, Merits, StepMerits, Truth
 from stepinfluence.evaluation.retraining import Draws, Retrainings, draws, training_seed
 from stepinfluence.evaluation.steps import StepRun, try_steps
+from stepinfluence.evaluation.trained import Trained
 from stepinfluence.progress import tqdm
 
 Array = npt.NDArray[np.float64]
@@ -136,7 +137,7 @@ def _score_all(
             model = trained.model(run.seed)
             exact = None
             for name in sorted(chosen, key=lambda name: name != EXACT):  # the others are compared with it
-                scored = chosen[name](problem, model)
+                scored = chosen[name](Trained(problem, model, training_seed(run.seed, 0)))
                 exact = scored.scores if name == EXACT else exact
                 found[name].append(
                     _figures(trained, run, chosen[name], scored, exact if name != EXACT else None, flips)
@@ -180,7 +181,7 @@ def _figures(
 ) -> _Figures:
     problem, n, seed = trained.problem, len(trained.everyone), run.seed
     fresh: nn.Module = problem.untrained(training_seed(seed, 1))
-    again = method(problem, fresh.eval()).scores
+    again = method(Trained(problem, fresh.eval(), training_seed(seed, 1), untrained=True)).scores
     flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips]]
     brittle = float(np.mean(flipped)) if flipped else float("nan")
     lds = linear_datamodeling_score(found.scores, run.halves.mean(0), run.drawn.halves)

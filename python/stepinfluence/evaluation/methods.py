@@ -25,6 +25,7 @@ from stepinfluence.attribution.curvature.choice import unit_norm
 from stepinfluence.attribution.scoring import self_influence
 from stepinfluence.capture import Capture, ExactCapture, attach
 from stepinfluence.evaluation.problem import Problem
+from stepinfluence.evaluation.trained import Trained
 
 Array = npt.NDArray[np.float64]
 
@@ -46,7 +47,7 @@ class Scored:
     bytes_per_example: int
 
 
-Method: TypeAlias = Callable[[Problem, nn.Module], Scored]
+Method: TypeAlias = Callable[[Trained], Scored]
 
 
 def _influence(problem: Problem, capture: Capture | ExactCapture, *, cosine: bool = False) -> Scored:
@@ -63,8 +64,7 @@ def _influence(problem: Problem, capture: Capture | ExactCapture, *, cosine: boo
 
 
 def corrected_sdi(
-    problem: Problem,
-    model: nn.Module,
+    trained: Trained,
     *,
     sketch_size: int = 2048,
     curvature: Choice = "none",
@@ -73,6 +73,7 @@ def corrected_sdi(
 ) -> Scored:
     """SDI with the query's features times ``(F + lambda)^-1`` of the train features; arguments as for
     :func:`stepinfluence.influence`. Suspicion is the plain self-influence, and None for unit-norm rows."""
+    problem, model = trained.problem, trained.model
     began = time.process_time()
     capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
     train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
@@ -84,35 +85,39 @@ def corrected_sdi(
     return Scored(scores, suspicion, time.process_time() - began, width)
 
 
-def sdi(problem: Problem, model: nn.Module) -> Scored:
+def sdi(trained: Trained) -> Scored:
     """Step-decomposed influence from sketches (m = 2048), summed over steps for comparison with the others."""
-    return _influence(problem, attach(model, body=problem.body(model), sketch_size=2048))
+    return _influence(
+        trained.problem, attach(trained.model, body=trained.problem.body(trained.model), sketch_size=2048)
+    )
 
 
-def sdi_small(problem: Problem, model: nn.Module) -> Scored:
+def sdi_small(trained: Trained) -> Scored:
     """The same at m = 256."""
-    return _influence(problem, attach(model, body=problem.body(model), sketch_size=256))
+    return _influence(trained.problem, attach(trained.model, body=trained.problem.body(trained.model), sketch_size=256))
 
 
-def tracin(problem: Problem, model: nn.Module) -> Scored:
+def tracin(trained: Trained) -> Scored:
     """TracIn from exact per-example gradients of the body."""
-    return _influence(problem, ExactCapture(model, body=problem.body(model)))
+    return _influence(trained.problem, ExactCapture(trained.model, body=trained.problem.body(trained.model)))
 
 
-def grad_cosine(problem: Problem, model: nn.Module) -> Scored:
+def grad_cosine(trained: Trained) -> Scored:
     """Cosine of exact gradients: TracIn without the gradients' sizes."""
-    return _influence(problem, ExactCapture(model, body=problem.body(model)), cosine=True)
+    return _influence(
+        trained.problem, ExactCapture(trained.model, body=trained.problem.body(trained.model)), cosine=True
+    )
 
 
-def random_scores(problem: Problem, model: nn.Module) -> Scored:
+def random_scores(trained: Trained) -> Scored:
     """Chance: other draws for other weights, as a method that is fixed would be a method."""
-    weights = hashlib.sha256(next(model.parameters()).detach().cpu().numpy().tobytes()).digest()
+    weights = hashlib.sha256(next(trained.model.parameters()).detach().cpu().numpy().tobytes()).digest()
     rng = np.random.default_rng(list(weights))
-    draws = rng.standard_normal((len(problem.train), len(problem.queries) + 1))
+    draws = rng.standard_normal((len(trained.problem.train), len(trained.problem.queries) + 1))
     return Scored(draws[:, 1:], draws[:, 0], 0.0, 0)
 
 
-def trak(problem: Problem, model: nn.Module) -> Scored:
+def trak(trained: Trained) -> Scored:
     """TRAK (Park et al., 2023) by its own package: projected gradients of all weights, one model, m = 512.
 
     The model's output is the loss itself, as no margin is known of a loss function, so the weights of its gradients are
@@ -123,6 +128,8 @@ def trak(problem: Problem, model: nn.Module) -> Scored:
     """
     from trak import TRAKer
     from trak.modelout_functions import AbstractModelOutput
+
+    problem, model = trained.problem, trained.model
 
     class Loss(AbstractModelOutput):  # type: ignore[misc]
         def __init__(self) -> None:  # abstract in the base class

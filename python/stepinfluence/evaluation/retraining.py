@@ -130,7 +130,7 @@ class Retrainings:
     def _train(self, key: tuple[int, int, str], rows: Rows, what: str) -> None:
         seed, repeat, digest = key
         began = time.process_time()
-        model = self.problem.fit(rows, training_seed(seed, repeat))
+        model = self.problem.retrain(rows, training_seed(seed, repeat))
         record = {
             "repeat": repeat,
             "rows": digest,
@@ -183,7 +183,7 @@ class Retrainings:
         key = next((k for k in self._known if k[2] == self._all), None)
         if key is None:
             return
-        again = self.problem.query_losses(self.problem.fit(self.everyone, training_seed(*key[:2])))
+        again = self.problem.query_losses(self.problem.retrain(self.everyone, training_seed(*key[:2])))
         if not np.allclose(again, self._known[key]["losses"], rtol=1e-3, atol=1e-6):
             raise ValueError(
                 f"folder: the models of {self.folder} are of another training (seed {key[0]} comes out differently "
@@ -201,6 +201,7 @@ def _facts(problem: Problem) -> dict[str, str]:
     return {
         "problem": problem.name,
         "data": data.hexdigest()[:16],
+        "training": "its own" if problem.training is None else repr(problem.training),
         "CPU": f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} thread(s)",
         "system": platform.machine(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +51,15 @@ def test_an_evaluation_end_to_end(small: Problem, tmp_path: Path, monkeypatch: p
     assert found.steps.slope.value == pytest.approx(1, abs=0.2)
     assert "| SDI, m=2048 |" in found.markdown()
 
-    def untrainable(rows: object, seed: int) -> torch.nn.Module:
-        assert len(rows) == len(small.train), "only the check of the folder trains again"  # type: ignore[arg-type]
-        return small.fit(rows, seed)  # type: ignore[arg-type]
+    retrain = Problem.retrain
 
+    def untrainable(problem: Problem, rows: np.ndarray, seed: int) -> torch.nn.Module:
+        assert len(rows) == len(small.train), "only the check of the folder trains again"
+        return retrain(problem, rows, seed)
+
+    monkeypatch.setattr(Problem, "retrain", untrainable)
     later = {"cosine": METHODS["grad-cosine"]}
-    again = evaluate(replace(small, fit=untrainable), later, folder=tmp_path, flips=0, progress=False, **counts)
+    again = evaluate(small, later, folder=tmp_path, flips=0, progress=False, **counts)
     assert again.truth == found.truth
     assert again.steps == found.steps  # the models are the same to the bit
 
@@ -72,7 +74,7 @@ def check_conservation(found: float, problem: Problem, model: torch.nn.Module) -
 
 
 def test_step_counterfactual_is_the_derivative_by_step(small: Problem) -> None:
-    model = small.fit(np.arange(48), 0).double()
+    model = small.retrain(np.arange(48), 0).double()
     train, query = small.collate(small.train[:1]), small.collate(small.queries)
     capture = ExactCapture(model, body=model.core)
     gradient = capture.featurize([train], small.loss, per_step=False, progress=False)

@@ -9,6 +9,7 @@ import pytest
 from stepinfluence import attach, influence
 from stepinfluence.evaluation.builtin import make_problem
 from stepinfluence.evaluation.methods import METHODS
+from stepinfluence.evaluation.trained import Trained
 
 
 @pytest.mark.parametrize(
@@ -23,8 +24,8 @@ from stepinfluence.evaluation.methods import METHODS
 )
 def test_corrected_scores_are_those_of_influence(name: str, size: int, how: dict[str, Any]) -> None:
     problem = make_problem("majority", n_train=40, n_query=6, updates=3)
-    model = problem.fit(np.arange(40), 0)
-    found = METHODS[name](problem, model)
+    model = problem.retrain(np.arange(40), 0)
+    found = METHODS[name](Trained(problem, model, 0))
     capture = attach(model, body=problem.body(model), sketch_size=size)
     sides = [capture.featurize(problem.batches(side), problem.loss, progress=False) for side in ("train", "query")]
     want = influence(*sides, **how).tracin.double().numpy()

@@ -15,6 +15,7 @@ from stepinfluence.evaluation import Estimate, Evaluation, Figure, Problem, agre
 from stepinfluence.evaluation.methods import Method, Scored, random_scores
 from stepinfluence.evaluation.metrics import share_over_seeds
 from stepinfluence.evaluation.steps import StepRun
+from stepinfluence.evaluation.trained import Trained
 from torch import nn
 
 MODULE = importlib.import_module("stepinfluence.evaluation.evaluate")
@@ -82,7 +83,7 @@ def found() -> Evaluation:
     """The effects themselves as scores, their negative, and chance."""
 
     def scores(sign: int) -> Method:
-        def method(problem: Problem, model: nn.Module) -> Scored:
+        def method(trained: Trained) -> Scored:
             return Scored(sign * EFFECTS, None, 0.5, 8)
 
         return method
@@ -141,7 +142,7 @@ def chaotic(effect: float) -> Problem:
 
 def test_averaging_over_repeats_takes_noise_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "try_steps", no_steps)
-    right = {"right": lambda problem, model: Scored(EFFECTS, None, 0.0, 0)}
+    right = {"right": lambda trained: Scored(EFFECTS, None, 0.0, 0)}
     counts = {"seeds": 1, "subsets": 10, "left_out": 10, "flips": 0}
     one = evaluate(chaotic(1.0), right, repeats=1, progress=False, **counts).merits[0]
     many = evaluate(chaotic(1.0), right, repeats=24, progress=False, **counts).merits[0]
@@ -184,8 +185,8 @@ def test_a_result_survives_json(found: Evaluation) -> None:
 def test_one_model_serves_all_methods(tmp_path: Path) -> None:
     fits: list[int] = []
     problem = additive(fits=fits)
-    one = {"a": lambda p, m: Scored(EFFECTS, None, 0.0, 0)}
-    two = {**one, "b": lambda p, m: Scored(EFFECTS, None, 0.0, 0)}
+    one = {"a": lambda trained: Scored(EFFECTS, None, 0.0, 0)}
+    two = {**one, "b": lambda trained: Scored(EFFECTS, None, 0.0, 0)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "try_steps", no_steps)
         first = evaluate(problem, one, seeds=2, subsets=3, left_out=2, folder=tmp_path, progress=False)
