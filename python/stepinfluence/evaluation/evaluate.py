@@ -248,4 +248,6 @@ def _steps(runs: Sequence[StepRun]) -> StepMerits:
         conservation=max(run.conservation for run in runs),
         counterfactual=Figure.of([run.counterfactual for run in runs]),
         slope=Figure.of([run.slope for run in runs]),
+        natural=Figure.of([run.natural for run in runs]),
+        natural_slope=Figure.of([run.natural_slope for run in runs]),
     )

@@ -4,7 +4,8 @@ A training run is a function of the weights ``w_z`` of its examples (:mod:`.trai
 has a gradient by these. Engstrom et al. (arXiv 2503.13751) take it by replay: the run goes again through its updates
 from the last to the first, each differentiated by double backward, and an adjoint of the state is carried back,
 
-    a_K = (grad l(z'), 0, 0),      a_k = a_(k+1) d state_(k+1) / d state_k,      I(z, z') = - sum_k a_(k+1) d state_(k+1) / d w_z.
+    a_K = (grad l(z'), 0, 0),                     a_k = a_(k+1) d state_(k+1) / d state_k,
+    I(z, z') = - d l(z') / d w_z = - sum_k a_(k+1) d state_(k+1) / d w_z.
 
 MAGIC (Ilyas & Engstrom, arXiv 2504.16430) ranks training examples by it. It is linear in the query's gradient, so that
 an adjoint which starts from the gradient through one use of the loop body only, ``phi_t(z')``, gives that step's share,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.attribution.curvature import Fisher
 from stepinfluence.attribution.scoring import influence
 from stepinfluence.capture import ExactCapture, attach
 from stepinfluence.capture.targets import Body, body_parameters, find_body
 from stepinfluence.evaluation.metrics import Estimate, bootstrap
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.loaders import LossFn
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,15 @@ class StepRun:
     conservation: float
     counterfactual: Estimate
     slope: float
+    natural: Estimate
+    natural_slope: float
 
 
 def try_steps(problem: Problem, model: nn.Module, *, examples: int = 8, size: float = 1e-3, seed: int = 0) -> StepRun:
     """Are the step-resolved scores what they claim to be? By trying each out (:func:`step_counterfactual`).
+
+    SDI is tried with training steps along examples' exact gradients, SDI corrected by a Fisher with natural-gradient
+    steps ``(F + lambda)^-1 grad(z)``, of exact gradients and the damping that was chosen for the sketches.
 
     Args:
         problem: its data.
@@ -45,31 +54,64 @@ def try_steps(problem: Problem, model: nn.Module, *, examples: int = 8, size: fl
     query = capture.featurize([query_batch], problem.loss, progress=False)
     whole = capture.featurize([query_batch], problem.loss, per_step=False, progress=False)
     difference = (query.values.sum(1) - whole.values).norm() / whole.values.norm()
-    chosen = np.random.default_rng(seed).permutation(len(problem.train))[:examples]
-    batch = problem.collate([problem.train[int(r)] for r in chosen])
-    sdi = influence(capture.featurize([batch], problem.loss, per_step=False, progress=False), query).sdi.double()
-    gradients = exact.featurize([batch], problem.loss, per_step=False, progress=False)
-    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).norm()
-    predicted, found = [], []
-    for row in range(len(chosen)):
-        gradient = gradients.values[row]
-        eta = float(size * weights / gradient.norm().clamp_min(1e-12))
-        change = {b.name: (-eta * gradient[b.start : b.stop]).view(b.shape) for b in gradients.space.blocks}
-        moved = step_counterfactual(model, body, query_batch, problem.loss, change, steps=query.values.shape[1])
-        # Per unit of eta: examples with large and small gradients count alike.
-        found.append(-moved.numpy() / eta)
-        predicted.append(sdi[row].numpy())
-    a, b = np.stack(predicted), np.stack(found)  # (examples, queries, steps)
-    by_query = [
-        np.corrcoef(a[:, q].ravel(), b[:, q].ravel())[0, 1]
-        for q in range(a.shape[1])
-        if a[:, q].std() and b[:, q].std()
-    ]
+    chosen = np.random.default_rng(seed).permutation(len(problem.train))[:examples].tolist()
+    train, gradients = (
+        side.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
+        for side in (capture, exact)
+    )
+    fisher = Fisher.fit(train)
+    natural = Fisher.fit(gradients, damping=fisher.damping)
+    tried = []
+    for asked, directions in (
+        (query, gradients.values[chosen]),
+        (fisher.transform(query), natural.solve(gradients.values[chosen])),
+    ):
+        predicted = influence(train.select(chosen), asked).sdi.double().numpy()
+        changes = [
+            {b.name: direction[b.start : b.stop].view(b.shape) for b in gradients.space.blocks}
+            for direction in directions
+        ]
+        tried.append((predicted, _tried(model, body, query_batch, problem.loss, changes, query.values.shape[1], size)))
+    (plain, slope), (corrected, corrected_slope) = (_compared(*one, seed=seed) for one in tried)
     return StepRun(
         conservation=float(difference),
-        counterfactual=bootstrap(by_query, seed=seed),
-        slope=float((a * b).sum() / (a * a).sum()),
+        counterfactual=plain,
+        slope=slope,
+        natural=corrected,
+        natural_slope=corrected_slope,
     )
+
+
+def _tried(
+    model: nn.Module,
+    body: Body,
+    batch: Any,
+    loss_fn: LossFn,
+    directions: Sequence[Mapping[str, Tensor]],
+    steps: int,
+    size: float,
+) -> Array:
+    """``(directions, queries, steps)``: how far the loss falls for a small step along minus a direction at one loop step
+    only, per unit of its length, so that examples with large and small gradients count alike."""
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).norm()
+    found = []
+    for direction in directions:
+        norm = torch.cat([part.flatten() for part in direction.values()]).norm()
+        eta = float(size * weights / norm.clamp_min(1e-12))
+        change = {name: -eta * part for name, part in direction.items()}
+        moved = step_counterfactual(model, body, batch, loss_fn, change, steps=steps)
+        found.append(-moved.numpy() / eta)
+    return np.stack(found)
+
+
+def _compared(predicted: Array, found: Array, *, seed: int) -> tuple[Estimate, float]:
+    """Correlation for each query over examples and steps, and the slope of all."""
+    by_query = [
+        np.corrcoef(predicted[:, q].ravel(), found[:, q].ravel())[0, 1]
+        for q in range(predicted.shape[1])
+        if predicted[:, q].std() and found[:, q].std()
+    ]
+    return bootstrap(by_query, seed=seed), float((predicted * found).sum() / (predicted * predicted).sum())
 
 
 def step_counterfactual(
