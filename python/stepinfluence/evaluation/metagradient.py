@@ -120,13 +120,9 @@ def query_parts(training: Training, state: State, asked: Sequence[int]) -> Tenso
     losses = training.losses(parameters, batch)
     whole = torch.stack([torch.autograd.grad(loss, parameters, retain_graph=True)[0] for loss in losses])
     found = whole.new_zeros(len(whole), features.values.shape[1] + 1, whole.shape[1])
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    blocks, start = {block.name: block for block in features.space.blocks}, 0
-    for name in training.names:
-        if name in blocks:
-            cut = slice(blocks[name].start, blocks[name].stop)
-            found[:, :-1, start : start + sizes[name]] = features.values[..., cut].to(found)
-        start += sizes[name]
+    places = training.by_name(torch.arange(whole.shape[1]))
+    for block in features.space.blocks:
+        found[:, :-1, places[block.name].flatten()] = features.values[..., block.start : block.stop].to(found)
     found[:, -1] = whole - found.sum(1)
     return found
 

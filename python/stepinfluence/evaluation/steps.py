@@ -91,8 +91,8 @@ def _tried(
     steps: int,
     size: float,
 ) -> Array:
-    """``(directions, queries, steps)``: how far the loss falls for a small step along minus a direction at one loop step
-    only, per unit of its length, so that examples with large and small gradients count alike."""
+    """``(directions, queries, steps)``: how far the loss falls for a small step along minus a direction at one loop
+    step only, per unit of its length, so that examples with large and small gradients count alike."""
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).norm()
     found = []
     for direction in directions:

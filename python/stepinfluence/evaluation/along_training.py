@@ -1,0 +1,75 @@
+"""Methods that go through the training that led to a model: SOURCE by segments, metagradients update by update."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from stepinfluence.attribution.curvature import Segment, Unrolled
+from stepinfluence.attribution.preconditioners import Elementwise, Preconditioner
+from stepinfluence.attribution.scoring import influence, self_influence
+from stepinfluence.capture import attach
+from stepinfluence.evaluation.metagradient import metagradients
+from stepinfluence.evaluation.methods import Scored
+from stepinfluence.evaluation.trained import Trained
+
+ASKED = 8
+"""Queries that metagradients are computed for: the first ones of a problem."""
+
+
+def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: int = 2048, adam: bool = True) -> Scored:
+    """SOURCE (:class:`stepinfluence.curvature.Unrolled`) from sketches, by segments of equal length.
+
+    Args:
+        trained: with a recipe.
+        segments: of training.
+        each: checkpoints of a segment, in the middle of equal parts of it.
+        sketch_size: m.
+        adam: whether features are taken under Adam's metric, the mean over training as it has to be one for all
+            checkpoints (weighted by the learning rate); else plainly, with the metric's mean over parameters in the
+            learning rate.
+    """
+    began = time.process_time()
+    problem, training = trained.problem, trained.training
+    recipe, count = training.recipe, segments * each
+    ends = [round(recipe.updates * k / segments) for k in range(segments + 1)]
+    taken = [round(recipe.updates * (k + 0.5) / count) for k in range(count)]
+    metric = mean_metric(trained)
+    scale = 1.0 if adam else float(torch.cat([root.sqrt.flatten() ** 2 for root in metric.values()]).mean())
+    stretches = [
+        Segment(
+            tuple(range(k * each, (k + 1) * each)),
+            scale * float(np.mean([recipe.rate(u) for u in range(first, last)])),
+            last - first,
+        )
+        for k, (first, last) in enumerate(zip(ends, ends[1:]))
+    ]
+    trains = []
+    for update in (*taken, recipe.updates):
+        model = training.model_at(trained.states[update])
+        capture = attach(
+            model, body=problem.body(model), sketch_size=sketch_size, preconditioner=metric if adam else None
+        )
+        if update == recipe.updates:
+            query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
+        else:
+            trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
+    asked = Unrolled.fit(trains, stretches).transform(query)
+    scores = influence(trains, asked, decompose="train").tracin.double().numpy()
+    width = count * trains[0].values.shape[1] * trains[0].values.element_size()
+    return Scored(scores, None, time.process_time() - began, width)
+
+
+def mean_metric(trained: Trained) -> Preconditioner:
+    """Square roots of Adam's metric, which is averaged over all updates with their learning rates as weights."""
+    training = trained.training
+    recipe, total, weight = training.recipe, torch.zeros_like(trained.states[0].square), 0.0
+    for state in trained.states[1:]:
+        corrected = state.square / (1 - recipe.betas[1] ** state.update)
+        root = (corrected + recipe.root_epsilon).sqrt() if recipe.root_epsilon else corrected.sqrt() + recipe.epsilon
+        rate = recipe.rate(state.update - 1)
+        total += rate / root
+        weight += rate
+    return {name: Elementwise(part) for name, part in training.by_name((total / weight).sqrt()).items()}
