@@ -143,19 +143,69 @@ def step_counterfactual(
         ValueError: ``body`` names several modules, ``change`` lacks a parameter, or the body was entered another number
             of times.
     """
-    modules = find_body(model, body)
-    if len(modules) != 1:
-        raise ValueError(f"body: got {len(modules)} modules; give the one that is entered once per loop step")
-    parameters = body_parameters(model, modules)
+    module = _single(model, body)
+    parameters = body_parameters(model, [module])
     missing = [name for name in parameters if name not in change]
     if missing:
         raise ValueError(f"change: lacks {missing[0]}; give a tensor for each body parameter")
     with torch.no_grad():
-        plain, entered = _loss(model, modules[0], batch, loss_fn, {}, parameters, at=-1)
+        plain, entered = _loss(model, module, batch, loss_fn, {}, parameters, at=-1)
         if entered != steps:
             raise ValueError(f"steps: got {steps}, but the body was entered {entered} times; give that number")
-        moved = [_loss(model, modules[0], batch, loss_fn, change, parameters, at=t)[0] - plain for t in range(steps)]
+        moved = [_loss(model, module, batch, loss_fn, change, parameters, at=t)[0] - plain for t in range(steps)]
     return torch.stack(moved, 1)
+
+
+def logit_lens(model: nn.Module, body: Body, batch: Any, loss_fn: LossFn) -> Tensor:
+    """Each query's loss read off the state after every loop step (the logit lens).
+
+    From the step on, the body gives out again what it gave out then, so that the model reads its answer off that state.
+
+    Args:
+        model: in the mode it should run in; unchanged afterwards.
+        body: a single module that is entered once per loop step and gives out the state.
+        batch: of queries.
+        loss_fn: ``loss_fn(model, batch) -> (B,)``.
+
+    Returns:
+        ``(B, steps)`` float64; the last one is the loss itself.
+
+    Raises:
+        ValueError: ``body`` names several modules.
+    """
+    module = _single(model, body)
+    found, last = [], 0
+
+    def halted(at: int) -> Tensor:
+        nonlocal last
+        count, state = 0, None
+
+        def hold(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            nonlocal count, state
+            count += 1
+            if count == at:
+                state = output
+            return state if count > at else None
+
+        handle = module.register_forward_hook(hold)
+        try:
+            losses = loss_fn(model, batch).double()
+        finally:
+            handle.remove()
+        last = count
+        return losses
+
+    with torch.no_grad():
+        found.append(halted(1))
+        found += [halted(step) for step in range(2, last + 1)]
+    return torch.stack(found, 1)
+
+
+def _single(model: nn.Module, body: Body) -> nn.Module:
+    modules = find_body(model, body)
+    if len(modules) != 1:
+        raise ValueError(f"body: got {len(modules)} modules; give the one that is entered once per loop step")
+    return modules[0]
 
 
 def _loss(

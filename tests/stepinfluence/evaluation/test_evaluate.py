@@ -132,6 +132,20 @@ def test_a_step_counterfactual_that_fails_leaves_the_weights(small: Problem) -> 
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_the_logit_lens_is_the_loss_of_fewer_loops(small: Problem) -> None:
+    model = small.retrain(np.arange(48), 0)
+    batch = small.collate(small.queries)
+    found = steps.logit_lens(model, "core", batch, small.loss)
+    assert found.shape == (8, 4)
+    for steps_run in range(1, 5):
+        model.steps = steps_run
+        with torch.no_grad():
+            torch.testing.assert_close(found[:, steps_run - 1].float(), small.loss(model, batch))
+    assert not model.core._forward_hooks
+    with pytest.raises(ValueError, match="body: got 2 modules"):
+        steps.logit_lens(model, [model.core.linear1, model.core.linear2], batch, small.loss)
+
+
 def test_planted_errors_are_where_the_problem_says() -> None:
     for name in ("adder", "majority"):
         made = make_problem(name)
