@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from stepinfluence.evaluation import evaluate
-from stepinfluence.evaluation.builtin import make_problem
 from stepinfluence.evaluation.problem import Problem
+from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.retraining import Retrainings
 
 from bench.provenance import ROOT, Provenance

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import stepinfluence
-from stepinfluence.evaluation.builtin import make_problem
+from stepinfluence.evaluation.problems import make_problem
 
 LOOPS = 12
 LEAST_SHARE = 0.02

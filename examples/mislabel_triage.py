@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import stepinfluence
 from stepinfluence.evaluation import mislabel_auc
-from stepinfluence.evaluation.builtin import make_problem
+from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.search.unusual import outliers
 
 

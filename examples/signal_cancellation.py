@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import stepinfluence
 import torch
-from stepinfluence.evaluation.builtin import make_problem
+from stepinfluence.evaluation.problems import make_problem
 
 LOUD = 0.9
 """Quantile of the size of the step terms: only pairs that act on one another at all."""

@@ -26,8 +26,9 @@ from stepinfluence.evaluation.metrics import (
     top_k_overlap,
 )
 from stepinfluence.evaluation.problem import Problem
-from stepinfluence.evaluation.result import Evaluation, Figure, Merits, StepMerits, Truth
+from stepinfluence.evaluation.result import Evaluation, Figure, Merits, Smoothness, StepMerits, Truth
 from stepinfluence.evaluation.retraining import Draws, Retrainings, draws, training_seed
+from stepinfluence.evaluation.smoothness import Smooth, smoothness
 from stepinfluence.evaluation.steps import StepRun, try_steps
 from stepinfluence.evaluation.trained import Trained
 from stepinfluence.progress import tqdm
@@ -46,6 +47,7 @@ class _Run:
     halves: Array
     changes: Array
     right: npt.NDArray[np.bool_] | None
+    smooth: Smooth | None
 
     @property
     def asked(self) -> npt.NDArray[np.int64]:
@@ -83,7 +85,8 @@ def evaluate(
     Every seed is a run of its own: new initialisations (and whatever else the problem's training draws), new random
     halves, other examples left out, other queries asked. The data are the problem's and the same in every run, so that
     intervals over seeds hold for these data. For each seed ``repeats * (1 + subsets + left_out)`` models are trained
-    once for all methods, and ``flips`` for each method.
+    once for all methods, four with other weights of the examples for the metasmoothness, where the problem has a
+    recipe, and ``flips`` for each method.
 
     Args:
         problem: what to learn.
@@ -152,6 +155,8 @@ def _score_all(
         merits=tuple(_merits(name, by_seed) for name, by_seed in found.items()),
         steps=_steps(steps),
         truth=_truth(runs),
+        smoothness=_smoothness(runs),
+        about=problem.about,
         retrainings=trained.used,
         training_seconds=trained.seconds,
         accuracy=Figure.of([float(share) for share in first]) if first else None,
@@ -173,7 +178,14 @@ def _retrain(trained: Retrainings, drawn: Draws, seed: int, repeats: int, bar: t
     halves = np.stack([[losses(np.flatnonzero(half), r, "half") for half in drawn.halves] for r in every])
     without = np.stack([[losses(np.delete(everyone, k), r, "left out") for k in drawn.left_out] for r in every])
     right = trained.outcome(seed, everyone, what="all").correct
-    return _Run(seed, drawn, full, halves, without - full[:, None], right)
+    smooth = None
+    if trained.problem.training is not None:
+        smooth = smoothness(
+            lambda weights: trained.outcome(seed, everyone, what="weighted", weights=weights).losses,
+            len(everyone),
+            seed=seed,
+        )
+    return _Run(seed, drawn, full, halves, without - full[:, None], right, smooth)
 
 
 def _figures(
@@ -241,6 +253,13 @@ def _truth(runs: Sequence[_Run]) -> Truth | None:
         loo_change=Figure.of([float(np.abs(run.changes).mean()) for run in runs]),
         noise=Figure.of(noise),
     )
+
+
+def _smoothness(runs: Sequence[_Run]) -> Smoothness | None:
+    found = [run.smooth for run in runs if run.smooth is not None]
+    if not found:
+        return None
+    return Smoothness(Figure.of([one.across_steps for one in found]), Figure.of([one.nearby for one in found]))
 
 
 def _steps(runs: Sequence[StepRun]) -> StepMerits:

@@ -31,6 +31,7 @@ class Problem:
             examples, in eval mode; the same for equal arguments.
         correct: ``correct(model, batch) -> (B,)`` bool; None where answers are not right or wrong.
         mislabelled: ``(n_train,)`` bool: planted errors; None for none.
+        about: what a reader of the figures should know of the data.
 
     Raises:
         ValueError: both ``training`` and ``fit`` are given, or neither is.
@@ -47,18 +48,32 @@ class Problem:
     fit: Callable[[npt.NDArray[np.int64], int], nn.Module] | None = None
     correct: Callable[[nn.Module, Any], Tensor] | None = None
     mislabelled: npt.NDArray[np.bool_] | None = None
+    about: str = ""
 
     def __post_init__(self) -> None:
         if (self.training is None) == (self.fit is None):
             given = "neither" if self.fit is None else "both"
             raise ValueError(f"{self.name}: training, fit: got {given}; give one of the two")
 
-    def retrain(self, rows: npt.NDArray[np.int64], seed: int) -> nn.Module:
-        """A model trained on these examples, in eval mode; the same for equal arguments."""
-        if self.fit is not None:
-            return self.fit(rows, seed)
-        training = Training(self, seed, rows)
-        return training.model_at(training.final())
+    def retrain(
+        self, rows: npt.NDArray[np.int64], seed: int, weights: npt.NDArray[np.float64] | None = None
+    ) -> nn.Module:
+        """A model trained on these examples, in eval mode; the same for equal arguments.
+
+        Args:
+            rows: examples to train on.
+            seed: of the training.
+            weights: ``(n_train,)`` of the examples in the loss; ones if not given.
+
+        Raises:
+            ValueError: ``weights`` for a training of your own, which takes none.
+        """
+        if self.fit is None:
+            training = Training(self, seed, rows)
+            return training.model_at(training.final(None if weights is None else torch.from_numpy(weights)))
+        if weights is not None:
+            raise ValueError(f"{self.name}: weights: fit takes none; give a recipe (training=)")
+        return self.fit(rows, seed)
 
     def batches(self, side: str, size: int = 64) -> list[Any]:
         """Batches of ``"train"`` or ``"query"`` examples, in order."""

@@ -159,6 +159,27 @@ class StepMerits:
 
 
 @dataclass(frozen=True)
+class Smoothness:
+    """Metasmoothness (:mod:`~stepinfluence.evaluation.smoothness`): agreement of finite differences of the queries'
+    losses by the examples' weights, -1 to 1.
+
+    Attributes:
+        across_steps: of central differences with a step and with twice the step.
+        nearby: of differences on either side of the weights.
+    """
+
+    across_steps: Figure
+    nearby: Figure
+
+    def markdown(self) -> str:
+        """Both figures, and what they mean."""
+        return (
+            f"Metasmoothness (do finite differences by the examples' weights agree in sign? 1: smooth, 0: chaotic): "
+            f"{self.across_steps} across step sizes, {self.nearby} at nearby weights."
+        )
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything :func:`~stepinfluence.evaluation.evaluate` found.
 
@@ -173,6 +194,8 @@ class Evaluation:
         accuracy: share of right answers of the models trained on everything; None where nothing is right or wrong.
         asked: queries asked for the brittleness in each seed.
         repeats: initialisations that every retraining is averaged over.
+        smoothness: of the training; None where it has no recipe.
+        about: what a reader should know of the data.
     """
 
     problem: str
@@ -185,6 +208,8 @@ class Evaluation:
     accuracy: Figure | None
     asked: tuple[int, ...]
     repeats: int
+    smoothness: Smoothness | None = None
+    about: str = ""
 
     def difference(self, figure: str, method: str, other: str) -> Figure:
         """How much better one method does than another in a figure: seed by seed, so that what both share cancels.
@@ -206,7 +231,7 @@ class Evaluation:
         return Figure.of([x - y for x, y in zip(a.by_seed, b.by_seed, strict=True)])  # type: ignore[union-attr]
 
     def markdown(self) -> str:
-        """A table of the methods; what of it cannot be told from chance; the truth's noise; a line on the steps."""
+        """A table of the methods; what of it cannot be told from chance; the truth and its noise; the steps."""
         lines = ["| " + " | ".join(("method", *COLUMNS.values(), "s", "B/example")) + " |", "|" + "---|" * 9]
         for m in self.merits:
             cells = [m.method, *(self._cell(m, name) for name in COLUMNS)]
@@ -222,7 +247,8 @@ class Evaluation:
                 f"{s.natural}, slope {s.natural_slope}."
             )
         truth = [self.truth.markdown(), ""] if self.truth else []
-        return "\n".join([*lines, "", self.chance(), "", *truth, by_step])
+        smooth = [self.smoothness.markdown(), ""] if self.smoothness else []
+        return "\n".join([*lines, "", self.chance(), "", *truth, *smooth, by_step])
 
     def chance(self) -> str:
         """A sentence that names every figure whose interval over seeds has the value of chance in it."""
@@ -254,7 +280,7 @@ class Evaluation:
             values: dict[str, Any] = {f.name: m[f.name] for f in fields(Merits)}
             values |= {name: _figure(m[name], share=name == "brittleness") for name in COLUMNS}
             merits.append(Merits(**values))
-        steps, truth = data["steps"], data["truth"]
+        steps, truth, smooth = data["steps"], data["truth"], data["smoothness"]
         return cls(
             problem=data["problem"],
             retrainings=data["retrainings"],
@@ -277,6 +303,8 @@ class Evaluation:
             ),
             accuracy=_figure(data["accuracy"]),
             asked=tuple(data["asked"]),
+            smoothness=None if smooth is None else Smoothness(_known(smooth["across_steps"]), _known(smooth["nearby"])),
+            about=data["about"],
         )
 
     def _cell(self, merits: Merits, name: str) -> str:

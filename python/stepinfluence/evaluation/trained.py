@@ -1,23 +1,50 @@
-"""What a method is given: a trained model and, where the problem has a recipe, the training that led to it."""
+"""What a method is given, and what it gives: a trained model with the training that led to it, and scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.training import State, Training, checkpoint_updates
 
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of a method.
+
+    Attributes:
+        scores: ``(n_train, n_query)``.
+        suspicion: ``(n_train,)``: how much an example stands out (self-influence), or None.
+        seconds: processor seconds to compute them.
+        bytes_per_example: of what is kept of a training example.
+    """
+
+    scores: Array
+    suspicion: Array | None
+    seconds: float
+    bytes_per_example: int
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model during training, in eval mode, and the learning rate of the update that comes next (of the last one: at
-    the end)."""
+    """A model during training.
+
+    Attributes:
+        model: in eval mode.
+        updates: since the checkpoint before, or since the initialisation.
+        learning_rate: the mean over these.
+    """
 
     model: nn.Module
+    updates: int
     learning_rate: float
 
 
@@ -63,13 +90,21 @@ class Trained:
             raise ValueError(f"{self.problem.name}: training again with seed {self.seed} does not end at this model")
         return states
 
+    def others(self, count: int) -> list[nn.Module]:
+        """Models of the same training from other initialisations (or as these were initialised, if so is ``model``)."""
+        problem, everyone = self.problem, np.arange(len(self.problem.train))
+        seeds = [int(s) for s in np.random.SeedSequence([self.seed, 1]).generate_state(count)]
+        return [problem.untrained(s).eval() if self.untrained else problem.retrain(everyone, s) for s in seeds]
+
     def checkpoints(self, count: int = 5) -> list[Checkpoint]:
         """Evenly spaced over training, the last one at its end.
 
         Raises:
             ValueError: as for :attr:`states`, or more checkpoints than updates.
         """
-        recipe = self.training.recipe
-        taken = checkpoint_updates(recipe.updates, count)
-        rates = [recipe.rate(min(k, recipe.updates - 1)) for k in taken]
-        return [Checkpoint(self.training.model_at(self.states[k]), rate) for k, rate in zip(taken, rates, strict=True)]
+        recipe, found, before = self.training.recipe, [], 0
+        for at in checkpoint_updates(recipe.updates, count):
+            rates = [recipe.rate(k) for k in range(before, at)]
+            found.append(Checkpoint(self.training.model_at(self.states[at]), len(rates), sum(rates) / len(rates)))
+            before = at
+        return found

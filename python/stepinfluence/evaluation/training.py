@@ -123,7 +123,7 @@ class Training:
         if not self.present.any():
             raise ValueError("rows: got none; training needs at least one example")
         self.model = problem.untrained(seed)
-        self._losses = _Losses(self.model, problem.loss)
+        self._losses = Losses(self.model, problem.loss)
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.names = tuple(name for name, _ in trained)
         self._shapes = [p.shape for _, p in trained]
@@ -233,7 +233,7 @@ class Training:
         return self._batches[key]
 
 
-class _Losses(nn.Module):
+class Losses(nn.Module):
     """The problem's loss as a module, so that its parameters can be exchanged whatever the loss does with the model."""
 
     def __init__(self, model: nn.Module, loss: LossFn) -> None:

@@ -11,8 +11,8 @@ import torch
 from rounding import measure_body
 from stepinfluence import ExactCapture, Fisher, attach, influence
 from stepinfluence.evaluation import Evaluation, Problem, evaluate, step_counterfactual, steps
-from stepinfluence.evaluation.builtin import make_problem
 from stepinfluence.evaluation.methods import METHODS
+from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.steps import StepRun
 
 

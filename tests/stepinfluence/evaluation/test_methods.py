@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from stepinfluence import attach, influence
-from stepinfluence.evaluation.builtin import make_problem
 from stepinfluence.evaluation.methods import METHODS
+from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.trained import Trained
 
 

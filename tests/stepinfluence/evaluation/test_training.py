@@ -9,7 +9,7 @@ import pytest
 import torch
 from additive import additive
 from stepinfluence.evaluation import Problem, Recipe
-from stepinfluence.evaluation.builtin import make_problem
+from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.trained import Trained
 from stepinfluence.evaluation.training import State, Training, checkpoint_updates
 from torch import Tensor, nn

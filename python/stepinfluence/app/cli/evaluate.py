@@ -68,8 +68,8 @@ def run(
 
         need_extra("eval", missing_modules(("scipy", "sklearn")))
         from stepinfluence.evaluation import evaluate
-        from stepinfluence.evaluation.builtin import make_problem
         from stepinfluence.evaluation.methods import available
+        from stepinfluence.evaluation.problems import make_problem
     known = available()
     unknown = [m for m in methods or () if m not in known]
     if unknown:

@@ -1,4 +1,4 @@
-"""Two small looped learning problems that train in about a second, with planted errors."""
+"""Two toy problems that train in about a second: adding digits and counting symbols."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepinfluence.evaluation.problem import Problem
+from stepinfluence.evaluation.problems.common import planted, shortened
 from stepinfluence.evaluation.training import Recipe
 
 Example = tuple[Tensor, Tensor]
@@ -53,41 +54,59 @@ def collate(examples: Sequence[Example]) -> Example:
     return torch.stack([e[0] for e in examples]), torch.stack([torch.as_tensor(e[1]) for e in examples])
 
 
-def make_problem(
-    name: str, *, n_train: int = 192, n_query: int = 32, updates: int = 100, steps: int = 4, seed: int = 0
-) -> Problem:
-    """``"adder"``: the sum of four digits modulo 3. ``"majority"``: which of two symbols is more frequent among nine.
+ADDER = Recipe(150, 2e-3, warmup=20, decay=True, betas=(0.9, 0.99), root_epsilon=1e-6)
+MAJORITY = Recipe(60, 2e-3, warmup=10, decay=True, root_epsilon=1e-6)
 
-    One training label in sixteen is wrong.
+
+def adder(**sizes: Any) -> Problem:
+    """The sum of four digits modulo 3; arguments as for :func:`_make`."""
+    every = torch.cartesian_prod(*[torch.arange(4)] * 4)
+    return _make("adder", every, every.sum(1) % 3, ADDER, **sizes)
+
+
+def majority(**sizes: Any) -> Problem:
+    """Which of two symbols is more frequent among nine; arguments as for :func:`_make`."""
+    every = torch.cartesian_prod(*[torch.arange(2)] * 9)
+    return _make("majority", every, (every.sum(1) > 4).long(), MAJORITY, **sizes)
+
+
+def _make(
+    name: str,
+    every: Tensor,
+    answers: Tensor,
+    training: Recipe,
+    *,
+    n_train: int = 192,
+    n_query: int = 32,
+    updates: int | None = None,
+    steps: int = 4,
+    seed: int = 0,
+) -> Problem:
+    """Examples drawn from all there are; one training label in sixteen is wrong.
 
     Args:
-        name: of the two.
+        name: of the problem.
+        every: ``(N, T)`` token ids.
+        answers: ``(N,)``.
+        training: recipe.
         n_train, n_query: examples.
-        updates: full-batch Adam steps of a training run.
+        updates: in place of the recipe's.
         steps: times that the model applies its layer.
         seed: of the data.
 
     Raises:
-        ValueError: another name, or more examples than there are.
+        ValueError: more examples than there are.
     """
-    if name == "adder":
-        every = torch.cartesian_prod(*[torch.arange(4)] * 4)
-        answers, classes = every.sum(1) % 3, 3
-    elif name == "majority":
-        every = torch.cartesian_prod(*[torch.arange(2)] * 9)
-        answers, classes = (every.sum(1) > 4).long(), 2
-    else:
-        raise ValueError(f"name: got {name!r}; use 'adder' or 'majority'")
+    classes = int(answers.max()) + 1
     if n_train + n_query > len(every):
         raise ValueError(f"n_train, n_query: got {n_train} and {n_query}; {name} has {len(every)} examples")
     rng = np.random.default_rng(seed)
     order = torch.from_numpy(rng.permutation(len(every)))
     train, queries = order[:n_train], order[n_train : n_train + n_query]
     labels = answers[train].clone()
-    wrong = rng.permutation(n_train)[: n_train // 16]
-    labels[wrong] = (labels[wrong] + 1) % classes
-    mislabelled = np.zeros(n_train, bool)
-    mislabelled[wrong] = True
+    mislabelled = planted(rng, n_train)
+    labels[torch.from_numpy(mislabelled)] += 1
+    labels %= classes
     tokens = every[train]
 
     def untrained(seed: int) -> nn.Module:
@@ -103,7 +122,7 @@ def make_problem(
         loss=loss,
         body=lambda model: model.core,  # type: ignore[return-value, arg-type]
         collate=collate,
-        training=Recipe(updates, learning_rate=3e-3),
+        training=training if updates is None else shortened(training, updates),
         correct=correct,
         mislabelled=mislabelled,
     )
