@@ -27,9 +27,9 @@ import numpy.typing as npt
 import torch
 from stepinfluence import attach, influence
 from stepinfluence.evaluation import logit_lens, over_seeds, step_counterfactual
-from stepinfluence.evaluation.builtin import make_problem
 from stepinfluence.evaluation.metagradient import metagradients
 from stepinfluence.evaluation.problem import Problem
+from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.retraining import draws, training_seed
 from stepinfluence.evaluation.training import Training
 from torch import nn

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+import warnings
 
 import numpy as np
 import torch
 
 from stepinfluence.attribution.curvature import Segment, Unrolled
 from stepinfluence.attribution.preconditioners import Elementwise, Preconditioner
-from stepinfluence.attribution.scoring import influence, self_influence
 from stepinfluence.capture import attach
 from stepinfluence.evaluation.metagradient import metagradients
-from stepinfluence.evaluation.methods import Scored
-from stepinfluence.evaluation.trained import Trained
+from stepinfluence.evaluation.smoothness import smoothness
+from stepinfluence.evaluation.trained import Scored, Trained
 
 ASKED = 8
 """Queries that metagradients are computed for: the first ones of a problem."""
+
+SMOOTH = 0.5
+"""Metasmoothness below which a metagradient is not to be trusted."""
 
 
 def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: int = 2048, adam: bool = True) -> Scored:
@@ -44,7 +48,7 @@ def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: i
             scale * float(np.mean([recipe.rate(u) for u in range(first, last)])),
             last - first,
         )
-        for k, (first, last) in enumerate(zip(ends, ends[1:]))
+        for k, (first, last) in enumerate(itertools.pairwise(ends))
     ]
     trains = []
     for update in (*taken, recipe.updates):
@@ -74,3 +78,31 @@ def mean_metric(trained: Trained) -> Preconditioner:
         total += rate / root
         weight += rate
     return {name: Elementwise(part) for name, part in training.by_name((total / weight).sqrt()).items()}
+
+
+def exact_metagradients(trained: Trained) -> Scored:
+    """Exact metagradients (:mod:`.metagradient`) of the first :data:`ASKED` queries; NaN for others, which leaves them
+    out of every figure, and for untrained weights. The sum over loop steps and all weights outside of the loop.
+
+    Warns where training is not smooth in the weights of its examples: metagradients predict nothing then.
+    """
+    problem, training = trained.problem, trained.training
+    scores = np.full((len(problem.train), len(problem.queries)), np.nan)
+    asked = range(min(ASKED, len(problem.queries)))
+    if trained.untrained:
+        return Scored(scores, None, 0.0, 0)
+    began = time.process_time()
+    scores[:, list(asked)] = metagradients(training, asked, per_step=False).total.double().numpy()
+    seconds = time.process_time() - began
+    smooth = smoothness(
+        lambda weights: problem.query_losses(training.model_at(training.final(torch.from_numpy(weights)))),
+        len(problem.train),
+        seed=trained.seed,
+    )
+    if smooth.across_steps < SMOOTH:
+        warnings.warn(
+            f"{problem.name}: metasmoothness {smooth.across_steps:.2f}, below {SMOOTH}: training is nearly chaotic in "
+            "the weights of its examples, and its metagradient predicts little; train with a lower rate",
+            stacklevel=2,
+        )
+    return Scored(scores, None, seconds, 0)

@@ -195,7 +195,8 @@ def _figures(
     fresh: nn.Module = problem.untrained(training_seed(seed, 1))
     again = method(Trained(problem, fresh.eval(), training_seed(seed, 1), untrained=True)).scores
     flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips]]
-    brittle = float(np.mean(flipped)) if flipped else float("nan")
+    known = [one for one in flipped if not np.isnan(one)]
+    brittle = float(np.mean(known)) if known else float("nan")
     lds = linear_datamodeling_score(found.scores, run.halves.mean(0), run.drawn.halves)
     loo = leave_one_out_correlation(found.scores, run.changes.mean(0), run.drawn.left_out)
     planted = problem.mislabelled
@@ -212,11 +213,14 @@ def _figures(
     )
 
 
-def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> bool:
+def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> float:
+    """1 or 0; NaN where the method has no scores of the query."""
+    if np.isnan(found.scores[:, query]).any():
+        return float("nan")
     n = len(trained.everyone)
     helpful = np.argsort(-found.scores[:, query], kind="stable")[: max(1, n // 10)]
     right = trained.outcome(seed, np.delete(trained.everyone, helpful), what="most helpful left out").correct
-    return right is not None and not right[query]
+    return float(right is not None and not right[query])
 
 
 def _merits(name: str, runs: Sequence[_Figures]) -> Merits:

@@ -36,23 +36,36 @@ class Metagradients:
 
     Attributes:
         parts: ``(n_train, n_asked, steps + 1)``: shares of the query's loop steps, and, last, of all weights that are
-            used outside of the loop body. With an axis of updates, ``(..., updates)``, where asked for.
+            used outside of the loop body; or ``(n_train, n_asked, 1)``, the whole. With an axis of updates,
+            ``(..., updates)``, where asked for.
         asked: ``(n_asked,)`` rows of the queries.
+        per_step: whether there is an axis of steps.
         per_update: whether there is an axis of updates.
     """
 
     parts: Tensor
     asked: tuple[int, ...]
-    per_update: bool = False
+    per_step: bool
+    per_update: bool
 
     @property
     def by_step(self) -> Tensor:
-        """``(n_train, n_asked, steps)``: what the query's loop steps have of it."""
+        """``(n_train, n_asked, steps)``: what the query's loop steps have of it.
+
+        Raises:
+            ValueError: it was not asked for.
+        """
+        self._needs("step")
         return self._summed[..., :-1]
 
     @property
     def outside(self) -> Tensor:
-        """``(n_train, n_asked)``: what the weights outside of the loop body have of it."""
+        """``(n_train, n_asked)``: what the weights outside of the loop body have of it.
+
+        Raises:
+            ValueError: it was not asked for.
+        """
+        self._needs("step")
         return self._summed[..., -1]
 
     @property
@@ -67,23 +80,32 @@ class Metagradients:
         Raises:
             ValueError: it was not asked for.
         """
-        if not self.per_update:
-            raise ValueError("by_update: updates were summed; use metagradients(..., per_update=True)")
+        self._needs("update")
         return self.parts.sum(2)
 
     @property
     def _summed(self) -> Tensor:
         return self.parts.sum(3) if self.per_update else self.parts
 
+    def _needs(self, axis: str) -> None:
+        if not getattr(self, f"per_{axis}"):
+            raise ValueError(f"by_{axis}: {axis}s were summed; use metagradients(..., per_{axis}=True)")
+
 
 def metagradients(
-    training: Training, asked: Sequence[int], *, per_update: bool = False, every: int | None = None
+    training: Training,
+    asked: Sequence[int],
+    *,
+    per_step: bool = True,
+    per_update: bool = False,
+    every: int | None = None,
 ) -> Metagradients:
     """Minus the derivative of each query's loss after training by the weight of each training example, at weights of 1.
 
     Args:
         training: to replay.
         asked: rows of queries.
+        per_step: an adjoint for each loop step of a query; if not, one for all, at so much less cost.
         per_update: keep the share of each update, ``n_train * n_asked * (steps + 1) * updates`` numbers.
         every: states are kept at every so many updates and those between are computed again; the root of the number of
             updates if not given, so that states need memory of twice that many.
@@ -100,13 +122,14 @@ def metagradients(
             "gradient is zero; use a recipe with a root_epsilon, such as 1e-8"
         )
     starts = query_parts(training, training.final(), asked)
+    starts = starts if per_step else starts.sum(1, keepdim=True)
     count, parts, _ = starts.shape
     shape = (training.recipe.updates,) if per_update else ()
     found = starts.new_zeros(len(training.present), count, parts, *shape)
     for update, share in shares(training, starts.flatten(0, 1), every=every):
         into = found[..., update] if per_update else found
         into += share.view(count, parts, -1).permute(2, 0, 1)
-    return Metagradients(found, tuple(int(q) for q in asked), per_update)
+    return Metagradients(found, tuple(int(q) for q in asked), per_step, per_update)
 
 
 def query_parts(training: Training, state: State, asked: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ from stepinfluence.attribution.curvature import Choice, Damping, Normalize, corr
 from stepinfluence.attribution.curvature.choice import unit_norm
 from stepinfluence.attribution.scoring import self_influence
 from stepinfluence.capture import Capture, ExactCapture, attach
+from stepinfluence.evaluation.along_training import ASKED, exact_metagradients, source
 from stepinfluence.evaluation.peers import ek_fac, trak
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.trained import Scored, Trained
@@ -112,6 +113,8 @@ def over_checkpoints(trained: Trained, *, curvature: Choice = "none", count: int
     return Scored(scores, suspicion, time.process_time() - began, width)
 
 
+METAGRADIENTS = f"metagradients, {ASKED} queries"
+
 METHODS: dict[str, Method] = {
     "SDI, m=2048": sdi,
     "SDI, m=256": sdi_small,
@@ -125,6 +128,8 @@ METHODS: dict[str, Method] = {
     "SDI, cosine": partial(corrected_sdi, normalize="both"),
     "SDI, 5 checkpoints": over_checkpoints,
     "SDI-Fisher, auto, 5 checkpoints": partial(over_checkpoints, curvature="fisher"),
+    "SOURCE": source,
+    METAGRADIENTS: exact_metagradients,
     "TracIn, exact": tracin,
     "grad-cosine": grad_cosine,
     "TRAK": trak,
@@ -135,16 +140,19 @@ METHODS: dict[str, Method] = {
 
 PACKAGES = {"TRAK": "trak", "TRAK, 5 models": "trak", "EK-FAC": "kronfluence"}
 """What a method needs to be installed."""
-NEED_CHECKPOINTS = ("SDI, 5 checkpoints", "SDI-Fisher, auto, 5 checkpoints")
+NEED_CHECKPOINTS = ("SDI, 5 checkpoints", "SDI-Fisher, auto, 5 checkpoints", "SOURCE", METAGRADIENTS)
 
 
 def available(problem: Problem | None = None) -> dict[str, Method]:
     """Those that this machine can run: TRAK needs the package ``traker``, EK-FAC ``kronfluence``.
 
     Args:
-        problem: leave out what needs checkpoints where it has no recipe.
+        problem: leave out what needs checkpoints where it has no recipe, and metagradients where its update has no
+            derivative.
     """
     missing = {name for name, package in PACKAGES.items() if importlib.util.find_spec(package) is None}
     if problem is not None and problem.training is None:
         missing.update(NEED_CHECKPOINTS)
+    if problem is not None and problem.training is not None and not problem.training.root_epsilon:
+        missing.add(METAGRADIENTS)
     return {name: method for name, method in METHODS.items() if name not in missing}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from stepinfluence.evaluation.builtin import make_problem
 from stepinfluence.evaluation.metagradient import metagradients, query_parts
 from stepinfluence.evaluation.problem import Problem
+from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.training import Recipe, Training
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ def test_steps_and_updates_add_up() -> None:
     whole = torch.autograd.grad(training.losses(parameters, batch)[0], parameters)[0]
     torch.testing.assert_close(starts[0].sum(0), whole, rtol=1e-9, atol=1e-12)
     for every in (1, 100):
-        again = metagradients(training, asked, every=every)
+        again = metagradients(training, asked, every=every, per_step=every == 1)
         torch.testing.assert_close(again.total, found.total, rtol=0, atol=1e-10 * size)
     # The first update's batch moves the weights, too: no update is without a share.
     assert (found.by_update.abs().amax((0, 1)) > 0).all()
@@ -90,5 +90,8 @@ def test_what_cannot_be_differentiated() -> None:
         metagradients(Training(double(), 0), [])
     with pytest.raises(ValueError, match="every: "):
         metagradients(Training(double(), 0), [0], every=0)
-    with pytest.raises(ValueError, match="updates were summed"):
-        _ = metagradients(Training(double(), 0), [0]).by_update
+    found = metagradients(Training(double(), 0), [0], per_step=False)
+    with pytest.raises(ValueError, match="by_update: updates were summed"):
+        _ = found.by_update
+    with pytest.raises(ValueError, match="by_step: steps were summed"):
+        _ = found.by_step

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stepinfluence.evaluation.builtin import make_problem
+from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.training import Recipe
 
 from bench import steps_removed
