@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stepinfluence.attribution.curvature import Segment, Unrolled
-from stepinfluence.attribution.preconditioners import Elementwise, Preconditioner
+from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.capture import attach
 from stepinfluence.evaluation.metagradient import metagradients
 from stepinfluence.evaluation.smoothness import smoothness
@@ -62,12 +62,13 @@ def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: i
             trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
     asked = Unrolled.fit(trains, stretches).transform(query)
     # Summed features: one product for each checkpoint gives the sum over steps that is compared here.
-    scores = sum(t.values @ q.values.T for t, q in zip(trains, asked, strict=True)).double().numpy()
+    products = [t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]
+    scores = torch.stack(products).sum(0).double().numpy()
     width = count * trains[0].values.shape[1] * trains[0].values.element_size()
     return Scored(scores, None, time.process_time() - began, width)
 
 
-def mean_metric(trained: Trained) -> Preconditioner:
+def mean_metric(trained: Trained) -> dict[str, Elementwise]:
     """Square roots of Adam's metric, which is averaged over all updates with their learning rates as weights."""
     training = trained.training
     recipe, total, weight = training.recipe, torch.zeros_like(trained.states[0].square), 0.0

@@ -176,7 +176,7 @@ def shares(training: Training, starts: Tensor, *, every: int | None = None) -> I
             between.append(training.advance(between[-1]))
         for state in reversed(between):
             leaves = [part.detach().requires_grad_() for part in (state.parameters, state.mean, state.square)]
-            after = training.advance(State(*leaves, state.update), weights, graph=True)
+            after = training.advance(State(leaves[0], leaves[1], leaves[2], state.update), weights, graph=True)
             outputs, share = (after.parameters, after.mean, after.square), []
             for j, adjoint in enumerate(carried):
                 *before, by_weight = torch.autograd.grad(

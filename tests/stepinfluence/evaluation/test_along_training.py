@@ -51,7 +51,7 @@ def test_the_metric_is_adams_over_training(trained: Trained) -> None:
         squares += RECIPE.rate(k) / np.sqrt(corrected + 1e-6)
         rates += RECIPE.rate(k)
     metric = along_training.mean_metric(trained)
-    found = torch.cat([metric[name].sqrt.flatten() for name in trained.training.names])  # type: ignore[union-attr]
+    found = torch.cat([metric[name].sqrt.flatten() for name in trained.training.names])
     np.testing.assert_allclose(found.numpy(), np.sqrt(squares / rates), rtol=1e-5)
 
 
