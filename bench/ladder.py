@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from stepinfluence.evaluation import evaluate
 from stepinfluence.evaluation.along_training import ASKED
-from stepinfluence.evaluation.methods import METHODS, Method
+from stepinfluence.evaluation.methods import METAGRADIENTS, Method, available
 from stepinfluence.evaluation.problems import PROBLEMS, make_problem
 from stepinfluence.evaluation.trained import Scored, Trained
 
@@ -32,8 +32,9 @@ RUNGS = (
     "SDI-Fisher, auto",
     "SDI-Fisher, auto, 5 checkpoints",
     "SOURCE",
-    "metagradients, 8 queries",
+    METAGRADIENTS,
     "TRAK",
+    "EK-FAC",
     "random",
 )
 
@@ -53,17 +54,18 @@ def of_the_same_queries(method: Method) -> Method:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problem", choices=PROBLEMS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--subsets", type=int, default=8, help="halves of a seed")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--subsets", type=int, default=12, help="halves of a seed")
     parser.add_argument("--folder", type=Path, help="of trained models (evaluate-PROBLEM)")
     known, _ = parser.parse_known_args()
     add_output(parser, f"ladder-{known.problem}")
     options = parser.parse_args()
     torch.set_num_threads(1)  # tensors are small: a second thread only waits
-    provenance = Provenance()
+    provenance, problem = Provenance(), make_problem(options.problem)
+    known = available(problem)
     found = evaluate(
-        make_problem(options.problem),
-        {name: of_the_same_queries(METHODS[name]) for name in RUNGS},
+        problem,
+        {name: of_the_same_queries(known[name]) for name in RUNGS if name in known},
         seeds=options.seeds,
         subsets=options.subsets,
         left_out=2,
