@@ -46,6 +46,9 @@ class Recipe:
         weight_decay: decoupled from the gradient, as in AdamW.
         batch_size: examples of an update, in an order drawn from the seed, all examples once before any comes again;
             None for all examples in every update.
+        curriculum: share of the updates over which the examples come in, in the order that the problem has them: at
+            first a fifth of a batch, in the end all, as many times more in each update. A batch is then drawn from
+            those that are in. 0 for all from the start.
 
     Raises:
         ValueError: a number out of range.
@@ -60,6 +63,7 @@ class Recipe:
     root_epsilon: float = 0.0
     weight_decay: float = 0.0
     batch_size: int | None = None
+    curriculum: float = 0.0
 
     def __post_init__(self) -> None:
         if self.updates < 1 or not 0 <= self.warmup <= self.updates:
@@ -71,6 +75,8 @@ class Recipe:
             raise ValueError(f"learning_rate, epsilon, root_epsilon, weight_decay: got {numbers}; use 0 or more")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size: got {self.batch_size}; use 1 or more, or None for all examples")
+        if not 0 <= self.curriculum <= 1 or (self.curriculum and self.batch_size is None):
+            raise ValueError(f"curriculum: got {self.curriculum}; use 0 to 1, and above 0 with a batch_size")
 
     def rate(self, update: int) -> float:
         """Learning rate of an update, the first being 0."""
@@ -139,6 +145,12 @@ class Training:
         n, size = len(self.present), self.recipe.batch_size
         if size is None or size >= n:
             return np.flatnonzero(self.present)
+        if self.recipe.curriculum:
+            share = min(1.0, update / (self.recipe.curriculum * self.recipe.updates))
+            first = max(1, size // 5)
+            let_in = round(first * (n / first) ** share)
+            order = np.random.default_rng([self.seed, update]).permutation(let_in)[:size]
+            return order[self.present[order]]
         per_round = n // size  # the last few of a round are left for another
         turn, place = divmod(update, per_round)
         order = np.random.default_rng([self.seed, turn]).permutation(n)[place * size : (place + 1) * size]

@@ -22,6 +22,7 @@ CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz.,'"
 
 LANGUAGE = Recipe(80, 8e-3, warmup=15, decay=True, root_epsilon=1e-6, batch_size=48)
 
+
 def language(
     *,
     n_train: int = 192,

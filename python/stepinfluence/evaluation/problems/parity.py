@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepinfluence.evaluation.problem import Problem
-from stepinfluence.evaluation.problems.common import planted, shortened
+from stepinfluence.evaluation.problems.common import shortened
 from stepinfluence.evaluation.training import Recipe
 from stepinfluence.models.parity import ParityConfig, ParityTransformer
 from stepinfluence.models.parity_task import ParityExample
@@ -20,21 +20,22 @@ from stepinfluence.models.parity_task import collate as collate_strings
 
 Example = tuple[str, int]
 
-PARITY = Recipe(200, 3e-3)
+PARITY = Recipe(400, 6e-3, warmup=20, decay=True, betas=(0.9, 0.99), root_epsilon=1e-8, batch_size=32, curriculum=0.7)
 
 
 def parity(
     *,
-    n_train: int = 192,
-    n_query: int = 32,
+    n_train: int = 104,
+    n_query: int = 22,
     updates: int | None = None,
-    longest: int = 7,
+    longest: int = 6,
     width: int = 32,
     seed: int = 0,
 ) -> Problem:
     """Whether a string has an odd number of ones, read after as many loop steps as it has bits.
 
-    One training label in sixteen is wrong.
+    Short strings come first, as in the paper. No label is wrong: with errors so small a model does not learn the task in
+    a few seconds.
 
     Args:
         n_train, n_query: strings.
@@ -51,14 +52,14 @@ def parity(
         raise ValueError(f"n_train, n_query: got {n_train} and {n_query}; parity has {len(every)} strings")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(every))
-    wrong = planted(rng, n_train)
-    truth = [bits.count("1") % 2 for bits in every]
-    train = [(every[row], truth[row] ^ int(error)) for row, error in zip(order[:n_train], wrong, strict=True)]
+    order[:n_train].sort()  # by length, for the curriculum
+    labelled = [(every[row], every[row].count("1") % 2) for row in order[: n_train + n_query]]
 
     def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
         strings = [ParityExample(k, bits) for k, (bits, _) in enumerate(examples)]
         made = collate_strings(strings, length=longest + 1)
-        return made["tokens"], made["read_step"], torch.tensor([answer for _, answer in examples])
+        tokens = F.one_hot(made["tokens"], ParityConfig().vocab_size).float()
+        return tokens, made["read_step"], torch.tensor([answer for _, answer in examples])
 
     def untrained(seed: int) -> nn.Module:
         with torch.random.fork_rng():
@@ -67,15 +68,14 @@ def parity(
 
     return Problem(
         name="parity",
-        train=train,
-        queries=[(every[row], truth[row]) for row in order[n_train : n_train + n_query]],
+        train=labelled[:n_train],
+        queries=labelled[n_train:],
         untrained=untrained,
         loss=loss,
         body=lambda model: model.block,  # type: ignore[return-value, arg-type]
         collate=collate,
         training=PARITY if updates is None else shortened(PARITY, updates),
         correct=correct,
-        mislabelled=wrong,
     )
 
 
@@ -89,8 +89,15 @@ def correct(model: nn.Module, batch: Any) -> Tensor:
     return _answers(model, batch).argmax(1) == batch[2]
 
 
-def _answers(model: nn.Module, batch: Any) -> Tensor:
-    """Logits ``(B, vocab_size)`` at the "=" token, which stands after as many bits as there are loop steps to read."""
+def _answers(model: Any, batch: Any) -> Tensor:
+    """Logits ``(B, vocab_size)``: what the model's ``forward`` reads at the "=" token after as many loop steps as there
+    are bits. Its checks of values are left out, which ``torch.func`` cannot run (TRAK), and so are steps that nothing
+    is read from."""
     tokens, read_step, _ = batch
-    logits: Tensor = model(tokens, read_step)
-    return logits.gather(1, read_step[:, None, None].expand(-1, 1, logits.shape[-1]))[:, 0]
+    injected = model.read_in(tokens)
+    state, read = torch.zeros_like(injected), torch.zeros_like(injected[:, 0])
+    for step in range(1, tokens.shape[1]):
+        state = model.block(state, injected)
+        read = torch.where((read_step == step)[:, None], state[:, step], read)  # "=" follows the bits
+    found: Tensor = model.read_out(model.final_norm(read))
+    return found

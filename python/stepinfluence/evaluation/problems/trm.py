@@ -17,7 +17,7 @@ from stepinfluence.evaluation.training import Recipe
 
 Example = tuple[Tensor, Tensor]
 
-TRM = Recipe(50, 3e-3, warmup=10, decay=True, root_epsilon=1e-6)
+TRM = Recipe(80, 3e-3, warmup=10, decay=True, root_epsilon=1e-6, batch_size=64)
 SUPERVISED = 2
 """Times that the model is run and its answer supervised, each from where the last one left off (deep supervision)."""
 
