@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from stepinfluence.attribution.curvature import Segment, Unrolled
+from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.capture import attach
 from stepinfluence.evaluation.metagradient import metagradients
@@ -24,7 +25,27 @@ SMOOTH = 0.5
 
 
 def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: int = 2048, adam: bool = True) -> Scored:
-    """SOURCE (:class:`stepinfluence.curvature.Unrolled`) from sketches, by segments of equal length.
+    """SOURCE by segments of equal length; arguments as for :func:`unrolled`."""
+    began = time.process_time()
+    trains, asked = unrolled(trained, segments=segments, each=each, sketch_size=sketch_size, adam=adam, per_step=False)
+    # Summed features: one product for each checkpoint gives the sum over steps that is compared here.
+    products = [t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]
+    scores = torch.stack(products).sum(0).double().numpy()
+    width = len(trains) * trains[0].values.shape[1] * trains[0].values.element_size()
+    return Scored(scores, None, time.process_time() - began, width)
+
+
+def unrolled(
+    trained: Trained,
+    *,
+    segments: int = 3,
+    each: int = 2,
+    sketch_size: int = 2048,
+    adam: bool = True,
+    per_step: bool = True,
+) -> tuple[list[Features], list[Features]]:
+    """Sketches of the train examples at checkpoints, and the queries' transformed by SOURCE for each of them
+    (:class:`stepinfluence.curvature.Unrolled`).
 
     Args:
         trained: with a recipe.
@@ -34,8 +55,11 @@ def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: i
         adam: whether features are taken under Adam's metric, the mean over training as it has to be one for all
             checkpoints (weighted by the learning rate); else plainly, with the metric's mean over parameters in the
             learning rate.
+        per_step: whether the queries' are by step.
+
+    Raises:
+        ValueError: the problem has no recipe.
     """
-    began = time.process_time()
     problem, training = trained.problem, trained.training
     recipe, count = training.recipe, segments * each
     ends = [round(recipe.updates * k / segments) for k in range(segments + 1)]
@@ -50,22 +74,16 @@ def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: i
         )
         for k, (first, last) in enumerate(itertools.pairwise(ends))
     ]
-    trains = []
-    for update in (*taken, recipe.updates):
+
+    def features(update: int, side: str, *, per_step: bool) -> Features:
         model = training.model_at(trained.states[update])
-        capture = attach(
-            model, body=problem.body(model), sketch_size=sketch_size, preconditioner=metric if adam else None
-        )
-        if update == recipe.updates:
-            query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
-        else:
-            trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
-    asked = Unrolled.fit(trains, stretches).transform(query)
-    # Summed features: one product for each checkpoint gives the sum over steps that is compared here.
-    products = [t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]
-    scores = torch.stack(products).sum(0).double().numpy()
-    width = count * trains[0].values.shape[1] * trains[0].values.element_size()
-    return Scored(scores, None, time.process_time() - began, width)
+        metric_of = metric if adam else None
+        capture = attach(model, body=problem.body(model), sketch_size=sketch_size, preconditioner=metric_of)
+        return capture.featurize(problem.batches(side), problem.loss, per_step=per_step, progress=False)
+
+    trains = [features(update, "train", per_step=False) for update in taken]
+    query = features(recipe.updates, "query", per_step=per_step)
+    return trains, Unrolled.fit(trains, stretches).transform(query)
 
 
 def mean_metric(trained: Trained) -> dict[str, Elementwise]:
