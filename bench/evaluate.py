@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from stepinfluence.evaluation import evaluate
-from stepinfluence.evaluation.methods import corrected_sdi
+from stepinfluence.evaluation.methods import METAGRADIENTS, available, corrected_sdi
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.problems import PROBLEMS, make_problem
 from stepinfluence.evaluation.retraining import Retrainings
@@ -60,7 +60,8 @@ def main() -> None:
     counts = {name: getattr(args, name) for name in COUNTS}
     came_from = Provenance()
     folder = args.folder or Path(f"evaluate-{args.problem}")
-    found = evaluate(make_problem(args.problem), folder=folder, **counts)
+    methods = {name: method for name, method in available().items() if name != METAGRADIENTS}  # see bench.ladder
+    found = evaluate(make_problem(args.problem), methods, folder=folder, **counts)
     grid = evaluate(make_problem(args.problem), GRID, folder=folder, **counts | {"flips": 0})
     rounded = rounding(make_problem(args.problem), folder, found.seeds[:ROUNDED])
     facts = came_from.finish()

@@ -202,8 +202,10 @@ def _figures(
     problem, n, seed = trained.problem, len(trained.everyone), run.seed
     fresh: nn.Module = problem.untrained(training_seed(seed, 1))
     again = method(Trained(problem, fresh.eval(), training_seed(seed, 1), untrained=True)).scores
-    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips]]
-    brittle = float(np.mean(flipped)) if flipped else float("nan")
+    scored = ~np.isnan(found.scores).any(0)  # some methods are asked only a few queries
+    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips] if scored[q]]
+    known = [one for one in flipped if not np.isnan(one)]
+    brittle = float(np.mean(known)) if known else float("nan")
     lds = linear_datamodeling_score(found.scores, run.halves.mean(0), run.drawn.halves)
     loo = leave_one_out_correlation(found.scores, run.changes.mean(0), run.drawn.left_out)
     planted = problem.mislabelled
@@ -220,11 +222,14 @@ def _figures(
     )
 
 
-def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> bool:
+def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> float:
+    """1 or 0; NaN where the method has no scores of the query."""
+    if np.isnan(found.scores[:, query]).any():
+        return float("nan")
     n = len(trained.everyone)
     helpful = np.argsort(-found.scores[:, query], kind="stable")[: max(1, n // 10)]
     right = trained.outcome(seed, np.delete(trained.everyone, helpful), what="most helpful left out").correct
-    return right is not None and not right[query]
+    return float(right is not None and not right[query])
 
 
 def _merits(name: str, runs: Sequence[_Figures]) -> Merits:
@@ -275,4 +280,6 @@ def _steps(runs: Sequence[StepRun]) -> StepMerits:
         conservation=max(run.conservation for run in runs),
         counterfactual=Figure.of([run.counterfactual for run in runs]),
         slope=Figure.of([run.slope for run in runs]),
+        natural=Figure.of([run.natural for run in runs]),
+        natural_slope=Figure.of([run.natural_slope for run in runs]),
     )

@@ -15,6 +15,7 @@ from stepinfluence.attribution.curvature import Choice, Damping, Normalize, corr
 from stepinfluence.attribution.curvature.choice import unit_norm
 from stepinfluence.attribution.scoring import self_influence
 from stepinfluence.capture import Capture, ExactCapture, attach
+from stepinfluence.evaluation.along_training import ASKED, exact_metagradients, source
 from stepinfluence.evaluation.peers import ek_fac, trak
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.trained import Scored, Trained
@@ -112,6 +113,8 @@ def over_checkpoints(trained: Trained, *, curvature: Choice = "none", count: int
     return Scored(scores, suspicion, time.process_time() - began, width)
 
 
+METAGRADIENTS = f"metagradients, {ASKED} queries"
+
 METHODS: dict[str, Method] = {
     "SDI, m=2048": sdi,
     "SDI, m=256": sdi_small,
@@ -123,6 +126,8 @@ METHODS: dict[str, Method] = {
     "SDI, cosine": partial(corrected_sdi, normalize="both"),
     "SDI, 5 checkpoints": over_checkpoints,
     "SDI-Fisher, auto, 5 checkpoints": partial(over_checkpoints, curvature="fisher"),
+    "SOURCE": source,
+    METAGRADIENTS: exact_metagradients,
     "TracIn, exact": tracin,
     "grad-cosine": grad_cosine,
     "TRAK": trak,

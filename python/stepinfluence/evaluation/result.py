@@ -146,11 +146,16 @@ class StepMerits:
         counterfactual: correlation, for each query over training examples and steps, of SDI with the loss change that a
             small training step at one use of the weights alone really makes.
         slope: least-squares slope of the same; 1 where SDI predicts the size, too.
+        natural: the correlation of SDI corrected for curvature with what a natural-gradient step at one use of the
+            weights alone makes; None in results that were kept before it was tried.
+        natural_slope: of the same.
     """
 
     conservation: float
     counterfactual: Figure
     slope: Figure
+    natural: Figure | None = None
+    natural_slope: Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,11 @@ class Evaluation:
             f"By step: conservation error {s.conservation:.1e} at most; correlation of SDI with what a training step "
             f"at one loop step alone does to the loss: {s.counterfactual}, slope {s.slope}."
         )
+        if s.natural is not None:
+            by_step += (
+                " Of SDI corrected for curvature with what a natural-gradient step at one loop step alone does: "
+                f"{s.natural}, slope {s.natural_slope}."
+            )
         truth = [self.truth.markdown(), ""] if self.truth else []
         unable = [f"Could not be run: {name} ({why})." for name, why in self.unable.items()]
         smooth = [self.smoothness.markdown(), ""] if self.smoothness else []
@@ -281,7 +291,11 @@ class Evaluation:
             repeats=data["repeats"],
             seeds=tuple(data["seeds"]),
             merits=tuple(merits),
-            steps=StepMerits(steps["conservation"], _known(steps["counterfactual"]), _known(steps["slope"])),
+            steps=StepMerits(
+                steps["conservation"],
+                *(_known(steps[name]) for name in ("counterfactual", "slope")),
+                *(_figure(steps.get(name)) for name in ("natural", "natural_slope")),
+            ),
             truth=None
             if truth is None
             else Truth(

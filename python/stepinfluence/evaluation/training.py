@@ -204,16 +204,22 @@ class Training:
 
     def losses(self, parameters: Tensor, batch: Any) -> Tensor:
         """Losses ``(B,)`` of a batch at parameters ``(P,)``, differentiable in these, as often as one likes."""
+        named = {f"model.{name}": part for name, part in self.by_name(parameters).items()}
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            found: Tensor = torch.func.functional_call(self._losses, self._named(parameters), (batch,))
+            found: Tensor = torch.func.functional_call(self._losses, named, (batch,))
         return found
+
+    def by_name(self, parameters: Tensor) -> dict[str, Tensor]:
+        """Parts of ``(P,)`` by the names of the parameters, in their shapes."""
+        parts = parameters.split([shape.numel() for shape in self._shapes])
+        return {name: part.view(s) for name, part, s in zip(self.names, parts, self._shapes, strict=True)}
 
     def model_at(self, state: State) -> nn.Module:
         """A model of its own with the state's parameters, in eval mode."""
         model = self.problem.untrained(self.seed)
         named = dict(model.named_parameters())
         with torch.no_grad():
-            for name, values in zip(self.names, self._split(state.parameters), strict=True):
+            for name, values in self.by_name(state.parameters).items():
                 named[name].copy_(values)
         return model.eval()
 
@@ -242,13 +248,6 @@ class Training:
             batch = self.problem.collate([self.problem.train[int(row)] for row in rows])
             self._batches[key] = batch, torch.from_numpy(rows)
         return self._batches[key]
-
-    def _split(self, parameters: Tensor) -> list[Tensor]:
-        parts = parameters.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-
-    def _named(self, parameters: Tensor) -> dict[str, Tensor]:
-        return {f"model.{name}": part for name, part in zip(self.names, self._split(parameters), strict=True)}
 
 
 class Losses(nn.Module):

@@ -22,7 +22,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """The trainings of the command."""
     fits: list[int] = []
     module = importlib.import_module("stepinfluence.evaluation.evaluate")
-    monkeypatch.setattr(module, "try_steps", lambda *_, **__: StepRun(0.0, Estimate(1, 1, 1), 1.0))
+    steps = StepRun(0.0, Estimate(1, 1, 1), 1.0, Estimate(1, 1, 1), 1.0)
+    monkeypatch.setattr(module, "try_steps", lambda *_, **__: steps)
     monkeypatch.setattr("stepinfluence.evaluation.problems.make_problem", lambda _: additive(fits=fits))
     monkeypatch.setattr(
         "stepinfluence.evaluation.methods.available", lambda: {"random": random_scores, "other": random_scores}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from rounding import measure_body
-from stepinfluence import ExactCapture, attach, influence
-from stepinfluence.evaluation import Problem, evaluate, step_counterfactual, steps
+from stepinfluence import ExactCapture, Fisher, attach, influence
+from stepinfluence.evaluation import Evaluation, Problem, evaluate, step_counterfactual, steps
 from stepinfluence.evaluation.methods import METHODS
 from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.steps import StepRun
@@ -49,6 +49,15 @@ def test_an_evaluation_end_to_end(small: Problem, tmp_path: Path, monkeypatch: p
     assert len(conserved) == counts["seeds"]
     assert found.steps.counterfactual.value > 0.95
     assert found.steps.slope.value == pytest.approx(1, abs=0.2)
+    assert found.steps.natural is not None
+    assert found.steps.natural_slope is not None
+    assert found.steps.natural.value > 0.9
+    assert found.steps.natural_slope.value == pytest.approx(1, abs=0.2)
+    assert "natural-gradient step at one loop step alone" in found.markdown()
+    kept = found.to_dict()
+    assert Evaluation.from_dict(kept).steps == found.steps
+    del kept["steps"]["natural"]  # kept before it was tried
+    assert Evaluation.from_dict(kept).steps.natural is None
     assert "| SDI, m=2048 |" in found.markdown()
     assert found.smoothness is not None
     assert found.smoothness.across_steps.value > 0.9
@@ -76,17 +85,22 @@ def check_conservation(found: float, problem: Problem, model: torch.nn.Module) -
     rounding.check_conservation(found, sketches, lambda difference, size: difference.norm() / size.norm())
 
 
-def test_step_counterfactual_is_the_derivative_by_step(small: Problem) -> None:
+@pytest.mark.parametrize("natural", [False, True])
+def test_step_counterfactual_is_the_derivative_by_step(small: Problem, natural: bool) -> None:
+    """Along a gradient it is SDI, along a natural gradient SDI corrected by that Fisher."""
     model = small.retrain(np.arange(48), 0).double()
-    train, query = small.collate(small.train[:1]), small.collate(small.queries)
+    train, query = small.collate(small.train[:6]), small.collate(small.queries)
     capture = ExactCapture(model, body=model.core)
     gradient = capture.featurize([train], small.loss, per_step=False, progress=False)
-    sdi = influence(gradient, capture.featurize([query], small.loss, progress=False)).sdi[0]
-    eta = 1e-6
-    change = {b.name: (-eta * gradient.values[0, b.start : b.stop]).view(b.shape) for b in gradient.space.blocks}
+    fisher = Fisher.fit(gradient, damping=0.1)
+    asked = capture.featurize([query], small.loss, progress=False)
+    sdi = influence(gradient, asked, curvature=fisher if natural else "none").sdi[0]
+    direction = (fisher.solve(gradient.values) if natural else gradient.values)[0]
+    eta = 1e-6 / float(direction.norm())
+    change = {b.name: (-eta * direction[b.start : b.stop]).view(b.shape) for b in gradient.space.blocks}
     before = [p.detach().clone() for p in model.parameters()]
     moved = step_counterfactual(model, model.core, query, small.loss, change, steps=4)
-    torch.testing.assert_close(-moved / eta, sdi, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(-moved / eta, sdi, rtol=1e-3, atol=1e-4 * float(sdi.abs().max()))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert not model.core._forward_pre_hooks
     assert not model.core._forward_hooks
@@ -119,3 +133,17 @@ def test_a_step_counterfactual_that_fails_leaves_the_weights(small: Problem) -> 
     with pytest.raises(ZeroDivisionError):
         step_counterfactual(model, "core", small.collate(small.queries), loss, change, steps=4)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_logit_lens_is_the_loss_of_fewer_loops(small: Problem) -> None:
+    model = small.retrain(np.arange(48), 0)
+    batch = small.collate(small.queries)
+    found = steps.logit_lens(model, "core", batch, small.loss)
+    assert found.shape == (8, 4)
+    for steps_run in range(1, 5):
+        model.steps = steps_run
+        with torch.no_grad():
+            torch.testing.assert_close(found[:, steps_run - 1].float(), small.loss(model, batch))
+    assert not model.core._forward_hooks
+    with pytest.raises(ValueError, match="body: got 2 modules"):
+        steps.logit_lens(model, [model.core.linear1, model.core.linear2], batch, small.loss)

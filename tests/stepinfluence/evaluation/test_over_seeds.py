@@ -62,7 +62,7 @@ def test_agreement_of_repeats() -> None:
 
 
 def no_steps(*_: object, **__: object) -> StepRun:
-    return StepRun(0.0, Estimate(1, 1, 1), 1.0)
+    return StepRun(0.0, Estimate(1, 1, 1), 1.0, Estimate(1, 1, 1), 1.0)
 
 
 def figure(*values: float) -> Figure:
