@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from stepinfluence import attach
-from stepinfluence.curvature import BlockFisher, Fisher
+from stepinfluence.attribution.curvature import BlockFisher, Fisher
 from stepinfluence.evaluation import evaluate, linear_datamodeling_score
 from stepinfluence.evaluation.methods import METAGRADIENTS, available
 from stepinfluence.evaluation.problem import Problem
@@ -41,7 +41,7 @@ GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Dampings that ``"auto"`` is held against."""
 
 ELSEWHERE = (METAGRADIENTS, "grad-cosine")
-"""Methods that are left out: the first takes minutes (``python -m bench.ladder``), the second is ``SDI, cosine`` without
+"""Methods that are left out: the first takes minutes (``bench.ladder``), the second is ``SDI, cosine`` without
 sketches."""
 
 ROUNDED = 3
