@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("problem", choices=tuple(PROBLEMS))
     for name, (default, what) in COUNTS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{what} ({default})")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="METHOD", help="leave it out; repeat for several"
+    )
     parser.add_argument("--folder", type=Path, help="of trained models (evaluate-PROBLEM)")
     parser.add_argument("--out", type=Path, help="result file (bench/results/evaluate-PROBLEM.json)")
     args = parser.parse_args()
@@ -61,7 +64,7 @@ def main() -> None:
     counts = {name: getattr(args, name) for name in COUNTS}
     came_from = Provenance()
     folder = args.folder or Path(f"evaluate-{args.problem}")
-    methods = {name: method for name, method in available().items() if name not in ELSEWHERE}
+    methods = {name: method for name, method in available().items() if name not in (*ELSEWHERE, *args.without)}
     found = evaluate(make_problem(args.problem), methods, folder=folder, **counts)
     dampings = by_damping(make_problem(args.problem), folder, found.seeds, counts["subsets"], counts["repeats"])
     rounded = rounding(make_problem(args.problem), folder, found.seeds[:ROUNDED])
