@@ -13,16 +13,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from stepinfluence.evaluation import evaluate
 from stepinfluence.evaluation.methods import METAGRADIENTS, available
-from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.problems import PROBLEMS, make_problem
-from stepinfluence.evaluation.retraining import Retrainings
 
 from bench.provenance import ROOT, Provenance
 
@@ -37,9 +33,6 @@ COUNTS = {
 ELSEWHERE = (METAGRADIENTS, "grad-cosine")
 """Methods that are left out: the first takes minutes (``bench.ladder``), the second is ``SDI, cosine`` without
 sketches."""
-
-ROUNDED = 3
-"""Seeds that :func:`rounding` is measured on."""
 
 
 def main() -> None:
@@ -60,24 +53,12 @@ def main() -> None:
     folder = args.folder or Path(f"evaluate-{args.problem}")
     methods = {name: method for name, method in available().items() if name not in (*ELSEWHERE, *args.without)}
     found = evaluate(make_problem(args.problem), methods, folder=folder, **counts)
-    rounded = rounding(make_problem(args.problem), folder, found.seeds[:ROUNDED])
     facts = came_from.finish()
     facts["versions"] |= {name: _version(name) for name in ("traker", "kronfluence", "tiny-recursive-model")}
     out = args.out or ROOT / "bench" / "results" / f"evaluate-{args.problem}.json"
-    kept = {"settings": counts, **found.to_dict(), "rounding": rounded, "provenance": facts}
+    kept = {"settings": counts, **found.to_dict(), "provenance": facts}
     out.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
     print(found.markdown())
-
-
-def rounding(problem: Problem, folder: Path, seeds: Sequence[int]) -> list[float]:
-    """Mean absolute difference of a query's loss, for each seed, when a full batch is in another order.
-
-    The training is the same but for the order of sums: this is what another CPU, which rounds differently, does to it.
-    """
-    trained = Retrainings(problem, folder)
-    turned = trained.everyone[::-1].copy()
-    pairs = [[trained.outcome(s, rows, what="all").losses for rows in (trained.everyone, turned)] for s in seeds]
-    return [float(np.abs(a - b).mean()) for a, b in pairs]
 
 
 def _version(name: str) -> str:

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from kept import Parts, load, table
+from kept import RESULTS, NotKeptError, Parts, load, source, table
 from stepinfluence.evaluation import Evaluation, Figure
 from stepinfluence.evaluation.result import Merits
 
 PROBLEMS = ("adder", "majority", "language", "parity", "trm")
 FISHER, SDI, TRAK, EK_FAC, SMALLEST = "SDI-Fisher, auto", "SDI, m=2048", "TRAK", "EK-FAC", "SDI-Fisher, auto, m=32"
 AGAINST = (SDI, "SDI, cosine", TRAK, "TRAK, 5 models", EK_FAC)
-KINDS = {"fisher": FISHER, "block": "SDI-Fisher blocks, auto"}
 MISSING = "–"
 
 
-def kept() -> dict[str, dict[str, Any]]:
-    """The results of all problems.
+def kept(kind: str) -> dict[str, dict[str, Any]]:
+    """The results of a kind, of the problems that have one.
 
     Raises:
-        NotKeptError: one is missing.
+        NotKeptError: none has.
     """
-    return {problem: load(f"evaluate-{problem}.json") for problem in PROBLEMS}
+    known = [problem for problem in PROBLEMS if (RESULTS / f"{kind}-{problem}.json").is_file()]
+    if not known:
+        raise NotKeptError(kind)
+    return {problem: load(f"{kind}-{problem}.json") for problem in known}
 
 
 def evaluations() -> dict[str, Evaluation]:
     """The same, read."""
-    return {problem: Evaluation.from_dict(result) for problem, result in kept().items()}
+    return {problem: Evaluation.from_dict(result) for problem, result in kept("evaluate").items()}
 
 
 def merits(found: Evaluation) -> dict[str, Merits]:
@@ -45,10 +47,10 @@ def summary() -> str:
     found = evaluations()
     by_name = {problem: merits(one) for problem, one in found.items()}
     names = list(dict.fromkeys(name for one in by_name.values() for name in one))
-    head = ["", *PROBLEMS]
+    head = ["", *found]
 
     def row(name: str, what: str) -> list[str]:
-        known = [by_name[problem].get(name) for problem in PROBLEMS]
+        known = [by_name[problem].get(name) for problem in found]
         if what == "cost":
             return [name, *(MISSING if m is None else f"{m.seconds:.2f} s, {m.bytes_per_example} B" for m in known)]
         return [name, *(MISSING if m is None else str(m.figure(what)) for m in known)]
@@ -64,44 +66,35 @@ def summary() -> str:
     less = [[f"minus {other}", *(difference(one, FISHER, other) for one in found.values())] for other in AGAINST]
     less.append([f"{SMALLEST}, minus {TRAK}", *(difference(one, SMALLEST, TRAK) for one in found.values())])
     return "\n\n".join([
-        "LDS; means and 95 % intervals over five seeds:", table(["method", *PROBLEMS], rows),
+        "LDS; means and 95 % intervals over five seeds:", table(["method", *found], rows),
         f"LDS of `{FISHER}` (m = 2048), seed by seed, less that of others:", table(head, less),
         "Processor time of scoring, and bytes that are kept of a training example:",
-        table(["method", *PROBLEMS], [row(name, "cost") for name in names if name != "random"]),
+        table(["method", *found], [row(name, "cost") for name in names if name != "random"]),
     ])  # fmt: skip
 
 
-def best_damping(result: dict[str, Any], kind: str) -> tuple[str, list[float]]:
-    """The damping with the highest mean LDS of a kind of matrix, and its LDS by seed."""
-    grid = {name.split(", ")[1]: v for name, v in result["dampings"].items() if name.startswith(f"{kind},")}
-    best = max(grid, key=lambda damping: sum(grid[damping]))
-    return best, grid[best]
+def best_damping(lds: dict[str, list[float]], kind: str) -> str:
+    """The damping of the grid with the highest mean LDS of a kind of matrix."""
+    grid = {name: values for name, values in lds.items() if name.startswith(f"{kind}, ") and name[-1].isdigit()}
+    return max(grid, key=lambda name: sum(grid[name]))
 
 
-def lost(problem: str, result: dict[str, Any], kind: str) -> Figure:
-    """LDS of the chosen damping less that of the best of the grid, over seeds."""
-    auto = merits(Evaluation.from_dict(result))[KINDS[kind]].lds.by_seed
-    return Figure.of([a - b for a, b in zip(auto, best_damping(result, kind)[1], strict=True)])
+def less(lds: dict[str, list[float]], name: str, other: str) -> Figure:
+    """Difference in LDS, over seeds."""
+    return Figure.of([a - b for a, b in zip(lds[name], lds[other], strict=True)])
 
 
 def dampings() -> str:
     """LDS by damping, and what choosing it without retraining loses."""
-    results = kept()
-    texts = ["LDS by damping, means over five seeds; in the last rows the 95 % interval of the difference:"]
-    rows = []
-    for kind, method in KINDS.items():
-        title = "Fisher" if kind == "fisher" else "blocks"
-        auto = [merits(Evaluation.from_dict(result))[method].lds.value for result in results.values()]
-        rows.append([f"{title}, auto", *(f"{value:.3f}" for value in auto)])
-        for name in [n for n in results[PROBLEMS[0]]["dampings"] if n.startswith(f"{kind},")]:
-            values = [result["dampings"][name] for result in results.values()]
-            label = f"{title}, {name.split(', ')[1]}"
-            rows.append([label, *(f"{sum(one) / len(one):.3f}" for one in values)])
-        rows.append([
-            f"*{title}: auto less the best*",
-            *(f"{_three(lost(p, r, kind))} ({best_damping(r, kind)[0]})" for p, r in results.items()),
-        ])  # fmt: skip
-    return "\n\n".join([*texts, table(["damping", *PROBLEMS], rows)])
+    found = {problem: result["lds"] for problem, result in kept("dampings").items()}
+    names = next(iter(found.values()))
+    rows = [[f"`{name}`", *(f"{sum(lds[name]) / len(lds[name]):.3f}" for lds in found.values())] for name in names]
+    for name, kind in (("fisher, auto", "fisher"), ("fisher, training time", "fisher"), ("block, auto", "block")):
+        cells = [(less(lds, name, best_damping(lds, kind)), best_damping(lds, kind)) for lds in found.values()]
+        rows.append([f"*`{name}` less the best*", *(f"{_three(d)} ({best.split(', ')[1]})" for d, best in cells)])
+    texts = [source(f"dampings-{problem}.json", False, result) for problem, result in kept("dampings").items()]
+    head = "LDS by damping, means over five seeds; in the last rows, less the best of the grid, with the 95 % interval:"
+    return "\n\n".join([head, table(["damping", *found], rows), *texts])
 
 
 def _three(figure: Figure) -> str:
