@@ -97,3 +97,17 @@ def test_what_the_pages_read_of_dampings_holds() -> None:
     assert all(length[problem] > auto[problem] for problem in auto)
     assert min(length.values()) > -0.04
     assert length["adder"] > -0.03
+
+
+def test_what_the_page_reads_of_language_holds() -> None:
+    found = kept("language")
+    by_name = {m.method: m for m in found.merits}
+    assert found.difference("lds", FISHER, SDI).low > 0
+    assert not found.difference("lds", FISHER, TRAK).says_other_than(0)
+    assert found.difference("lds", FISHER, "TRAK, 5 models").high < 0
+    assert not found.difference("lds", FISHER, "EK-FAC").says_other_than(0)
+    assert by_name[FISHER].seconds < by_name["EK-FAC"].seconds / 5
+    assert found.difference("lds", "SDI-Fisher, auto, m=32", TRAK).high < 0
+    assert not found.difference("lds", "SOURCE", FISHER).says_other_than(0)
+    assert found.difference("lds", "SDI-Fisher, auto, 5 checkpoints", FISHER).low > 0
+    assert found.steps.counterfactual.low > 0.9

@@ -202,8 +202,8 @@ def _figures(
     problem, n, seed = trained.problem, len(trained.everyone), run.seed
     fresh: nn.Module = problem.untrained(training_seed(seed, 1))
     again = method(Trained(problem, fresh.eval(), training_seed(seed, 1), untrained=True)).scores
-    scored = ~np.isnan(found.scores).any(0)  # some methods are asked only a few queries
-    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips] if scored[q]]
+    scored = np.flatnonzero(np.isfinite(found.scores).all(axis=0))  # some methods are asked only a few queries
+    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips] if q in scored]
     known = [one for one in flipped if not np.isnan(one)]
     brittle = float(np.mean(known)) if known else float("nan")
     lds = linear_datamodeling_score(found.scores, run.halves.mean(0), run.drawn.halves)

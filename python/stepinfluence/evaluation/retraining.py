@@ -217,5 +217,5 @@ def _facts(problem: Problem) -> dict[str, str]:
 
 
 def _digest(rows: Rows, weights: Array | None = None) -> str:
-    plain = weights is None or bool((weights == 1).all())
-    return hashlib.sha256(rows.tobytes() + (b"" if plain else weights.tobytes())).hexdigest()[:16]
+    given = b"" if weights is None or bool((weights == 1).all()) else weights.tobytes()
+    return hashlib.sha256(rows.tobytes() + given).hexdigest()[:16]

@@ -226,6 +226,7 @@ class Training:
     def _gradient(self, parameters: Tensor, rows: Rows, weights: Tensor | None, graph: bool) -> Tensor:
         batch, index = self._batch(rows)
         losses = self.losses(parameters, batch)
+        share: float | Tensor
         if weights is None:
             loss = losses.mean()
             share = len(rows) / self._per_update * len(self.present) / int(self.present.sum())

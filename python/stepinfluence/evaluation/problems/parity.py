@@ -86,7 +86,8 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 def correct(model: nn.Module, batch: Any) -> Tensor:
     """``(B,)`` bool."""
-    return _answers(model, batch).argmax(1) == batch[2]
+    found: Tensor = _answers(model, batch).argmax(1) == batch[2]
+    return found
 
 
 def _answers(model: Any, batch: Any) -> Tensor:

@@ -89,7 +89,8 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 def correct(model: nn.Module, batch: Any) -> Tensor:
     """``(B,)`` bool: every cell right after the last run."""
     puzzles, solutions = batch
-    return (_predictions(model, puzzles)[-1].argmax(2) == solutions).all(1)
+    found: Tensor = (_predictions(model, puzzles)[-1].argmax(2) == solutions).all(1)
+    return found
 
 
 def collate(examples: Sequence[Example]) -> Example:
