@@ -111,3 +111,21 @@ def test_what_the_page_reads_of_language_holds() -> None:
     assert not found.difference("lds", "SOURCE", FISHER).says_other_than(0)
     assert found.difference("lds", "SDI-Fisher, auto, 5 checkpoints", FISHER).low > 0
     assert found.steps.counterfactual.low > 0.9
+
+
+def test_what_the_page_reads_of_adder_holds() -> None:
+    found = kept("adder")
+    by_name = {m.method: m for m in found.merits}
+    for other in (SDI, "SDI, cosine", TRAK, "EK-FAC"):
+        assert found.difference("lds", FISHER, other).low > 0
+    smallest = "SDI-Fisher, auto, m=32"
+    for one, other in ((FISHER, "TRAK, 5 models"), (smallest, TRAK)):
+        assert not found.difference("lds", one, other).says_other_than(0)
+    assert by_name[smallest].bytes_per_example < by_name[TRAK].bytes_per_example
+    assert by_name[FISHER].seconds < by_name["EK-FAC"].seconds / 5
+    assert not any(m.loo.low > 0 for m in found.merits)
+    assert found.smoothness is not None
+    assert found.smoothness.across_steps.low > 0.8
+    assert found.smoothness.nearby.value > 0.5
+    assert found.accuracy is not None
+    assert found.accuracy.value > 0.75
