@@ -23,7 +23,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from stepinfluence import attach
-from stepinfluence.evaluation.builtin import make_problem
+from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.search import top_k
 from stepinfluence.store import Manifest, RowInfo, Store, StoreWriter, checkpoint_of
 from torch import nn

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from stepinfluence.evaluation.builtin import LoopedClassifier, loss
+from stepinfluence.evaluation.problems.counting import LoopedClassifier, loss
 
 BITS, COUNTS = 9, (3, 5, 7, 9)
 LEARNT, POOL, TARGET, HELD = 448, 512, 32, 128

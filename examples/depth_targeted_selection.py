@@ -11,7 +11,7 @@ import copy
 import stepinfluence
 import torch
 from _counted_majority import COUNTS, POOL, Task, held_out, make_task, train, untrained
-from stepinfluence.evaluation.builtin import LoopedClassifier, loss
+from stepinfluence.evaluation.problems.counting import LoopedClassifier, loss
 
 CHOSEN = 48
 FINE_TUNING = {"updates": 30, "rate": 3e-4}

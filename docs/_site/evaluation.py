@@ -28,9 +28,7 @@ def block(problem: str) -> str:
     """What the page says of one problem."""
     data = json.loads((ROOT / "bench" / "results" / f"evaluate-{problem}.json").read_text(encoding="utf-8"))
     found = Evaluation.from_dict(data)
-    return "\n".join(
-        ["", _head(found, data), "", found.markdown(), "", _rounding(data), "", _differences(found), "", ""]
-    )
+    return "\n".join(["", _head(found, data), "", found.markdown(), "", _differences(found), "", ""])
 
 
 def _head(found: Evaluation, data: dict[str, Any]) -> str:
@@ -38,13 +36,16 @@ def _head(found: Evaluation, data: dict[str, Any]) -> str:
     version = facts["versions"]
     commit = facts["commit"][:12] + (" with changes" if facts["dirty"] else "")
     return (
-        f"**{found.problem}**, answers right: {found.accuracy}. `{facts['command']}`: {s['seeds']} seeds, each with "
+        f"**{found.problem}**{f' ({found.about})' if found.about else ''}"
+        f"{f', answers right: {found.accuracy}' if found.accuracy else ''}. "
+        f"`{facts['command']}`: {s['seeds']} seeds, each with "
         f"{s['subsets']} halves and {s['left_out']} examples left out (repeats: {s['repeats']}; brittleness queries: "
         f"{s['flips']} a method); "
         f"{found.retrainings} models, {found.training_seconds / 60:.0f} minutes of processor time to train. "
         f"{facts['machine']['CPU']} ({facts['torch_cpu_capability']}), shared while measuring (load "
         f"{facts['load_before']} before, {facts['load_after']} after), {facts['machine']['torch threads']} thread; "
-        f"torch {version['torch']}, traker {version['traker']}; {facts['date']}, commit {commit}."
+        f"torch {version['torch']}, traker {version['traker']}, kronfluence {version['kronfluence']}; {facts['date']}, "
+        f"commit {commit}."
     )
 
 
@@ -52,14 +53,6 @@ def _differences(found: Evaluation) -> str:
     others = [m.method for m in found.merits if m.method not in (SDI, "random")]
     parts = [f"{other} {found.difference('lds', other, SDI)}" for other in others]
     return f"LDS minus that of {SDI}, seed by seed: " + "; ".join(parts) + "."
-
-
-def _rounding(data: dict[str, Any]) -> str:
-    moved = ", ".join(f"{value:.1g}" for value in data["rounding"])
-    return (
-        "The same training with its full batch in another order, which changes nothing but rounding, moves a query's "
-        f"loss by {moved} on average in the first {len(data['rounding'])} seeds."
-    )
 
 
 if __name__ == "__main__":

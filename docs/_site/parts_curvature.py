@@ -1,46 +1,61 @@
-"""Figures of docs/curvature.md: how well scores with and without curvature predict retraining."""
+"""Figures of docs/curvature.md: the ladder, and what steps mean."""
 
 # ruff: noqa: E501  # sentences of the page
 from __future__ import annotations
 
 from kept import Parts, load, source, table
-from stepinfluence.evaluation import Evaluation
+from stepinfluence.evaluation import Evaluation, over_seeds
 
-PROBLEMS = ("majority", "adder")
-NAMED = {
-    "SDI, m=2048": "SDI, m=2048",
-    "SDI, m=256": "SDI, m=256",
-    "SDI, cosine": "cosine, m=2048",
-    "SDI-Fisher, auto": "Fisher, auto, m=2048",
-    "SDI-Fisher, auto, m=256": "Fisher, auto, m=256",
-    "SDI-Fisher, 1e-2": "Fisher, 1e-2",
-    "SDI-Fisher, 1e-3": "Fisher, 1e-3",
-    "SDI-Fisher blocks, auto": "blocks, auto",
-    "SDI-Fisher blocks, 1e-3": "blocks, 1e-3",
-    "SDI-Fisher of unit rows, 1e-2": "unit-norm train rows, Fisher 1e-2",
-    "TRAK": "TRAK, one model",
-    "random": "random",
-}
+from bench import steps_removed as removed
+
+LADDER = ("majority", "adder")
+REMOVED = ("majority", "majority-metagradient", "adder", "adder-metagradient")
 
 
-def curvature() -> str:
-    """LDS by method and problem, and the differences that are asked about."""
-    results = {problem: load(f"curvature-{problem}.json") for problem in PROBLEMS}
+def ladder() -> str:
+    """LDS of each rung on the queries that metagradients are asked, and how far one rung is above another."""
+    results = {problem: load(f"ladder-{problem}.json") for problem in LADDER}
     found = {problem: Evaluation.from_dict(result) for problem, result in results.items()}
     merits = {problem: {m.method: m for m in one.merits} for problem, one in found.items()}
-    rows = [[label, *(str(merits[problem][name].lds) for problem in PROBLEMS)] for name, label in NAMED.items()]
-    texts = ["LDS, means and 95 % intervals over seeds:", table(["method", *PROBLEMS], rows)]
-    for problem, one in found.items():
-        settings, of = results[problem]["settings"], merits[problem]
-        plain, fisher = of["SDI, m=2048"], of["SDI-Fisher, auto"]
+    rows = [[name, *(str(merits[p][name].lds) for p in LADDER)] for name in merits[LADDER[0]]]
+    rows += [
+        [
+            f"{name}, minus SDI-Fisher, auto",
+            *(str(found[p].difference("lds", name, "SDI-Fisher, auto")) for p in LADDER),
+        ]
+        for name in ("SOURCE", "metagradients, 8 queries")
+    ]
+    seconds = [[name, *(f"{merits[p][name].seconds:.1f}" for p in LADDER)] for name in merits[LADDER[0]]]
+    texts = ["LDS over the same eight queries; means and 95 % intervals over seeds:", table(["method", *LADDER], rows)]
+    texts += ["Processor seconds of scoring all 32 queries (metagradients: 8):", table(["method", *LADDER], seconds)]
+    for problem, result in results.items():
+        settings = result["settings"]
+        smooth = found[problem].smoothness
         texts.append(
-            f"**{problem}**: {settings['seeds']} seeds, each with {settings['subsets']} retrainings on random halves, one "
-            f"initialisation each. Seed by seed, Fisher with auto damping minus SDI: {one.difference('lds', 'SDI-Fisher, auto', 'SDI, m=2048')}; "
-            f"minus TRAK: {one.difference('lds', 'SDI-Fisher, auto', 'TRAK')}. Rank correlation with the scores of untrained "
-            f"weights: {fisher.randomization} (SDI: {plain.randomization}). Processor time of scoring: {fisher.seconds:.2f} s "
-            f"(SDI: {plain.seconds:.2f} s). {source(f'curvature-{problem}.json', False, results[problem])}"
+            f"**{problem}**: {settings['seeds']} seeds, each with {settings['subsets']} retrainings on random halves from the "
+            f"scored model's initialisation. {smooth.markdown() if smooth else ''} {source(f'ladder-{problem}.json', False, result)}"
         )
     return "\n\n".join(texts)
 
 
-PARTS: Parts = {"curvature": curvature}
+def steps_removed() -> str:
+    """How much more a step changes by its own set than by others'."""
+    rows, texts = [], []
+    for name in REMOVED:
+        result = load(f"steps-removed-{name}.json")
+        records = result["records"]
+        cells = []
+        for measure in removed.MEASURES:
+            effects = removed.by_seed(records, measure)
+            cells.append(f"{over_seeds(removed.specificity(effects))}, p = {removed.permutation_p(effects):.4f}")
+        shape = effects.shape
+        rows.append([name.split("-")[0], result["by"], *cells, f"{removed.overlap(records):.2f}"])
+        texts.append(
+            f"**{name.split('-')[0]}**, {result['by']}: {shape[0]} seeds, {shape[1]} queries each, {len(records)} retrainings. "
+            f"{source(f'steps-removed-{name}.json', False, result)}"
+        )
+    head = ["problem", "chosen by", "loss by one use", "logit lens", "two steps' sets in common"]
+    return "\n\n".join([table(head, rows), *texts])
+
+
+PARTS: Parts = {"ladder": ladder, "steps-removed": steps_removed}

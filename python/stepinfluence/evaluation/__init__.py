@@ -14,18 +14,26 @@ from stepinfluence.evaluation.metrics import (
 )
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.result import Evaluation, Figure
-from stepinfluence.evaluation.steps import step_counterfactual
+from stepinfluence.evaluation.steps import logit_lens, step_counterfactual
+from stepinfluence.evaluation.trained import Checkpoint, Trained
+from stepinfluence.evaluation.training import Recipe, State, Training
 
 __all__ = [
+    "Checkpoint",
     "Estimate",
     "Evaluation",
     "Figure",
     "Problem",
+    "Recipe",
+    "State",
+    "Trained",
+    "Training",
     "agreement",
     "bootstrap",
     "evaluate",
     "leave_one_out_correlation",
     "linear_datamodeling_score",
+    "logit_lens",
     "mislabel_auc",
     "over_seeds",
     "randomization_check",

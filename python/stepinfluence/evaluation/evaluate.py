@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from stepinfluence.evaluation.methods import Method, Scored, available
+from stepinfluence.evaluation.methods import Method, available
 from stepinfluence.evaluation.metrics import (
     Estimate,
     agreement,
@@ -26,9 +26,12 @@ from stepinfluence.evaluation.metrics import (
     top_k_overlap,
 )
 from stepinfluence.evaluation.problem import Problem
-from stepinfluence.evaluation.result import Evaluation, Figure, Merits, StepMerits, Truth
+from stepinfluence.evaluation.result import Evaluation, Figure, Merits, Smoothness, StepMerits, Truth
 from stepinfluence.evaluation.retraining import Draws, Retrainings, draws, training_seed
+from stepinfluence.evaluation.smoothness import Smooth, smoothness
 from stepinfluence.evaluation.steps import StepRun, try_steps
+from stepinfluence.evaluation.trained import Scored, Trained
+from stepinfluence.evaluation.training import CannotScore
 from stepinfluence.progress import tqdm
 
 Array = npt.NDArray[np.float64]
@@ -45,6 +48,7 @@ class _Run:
     halves: Array
     changes: Array
     right: npt.NDArray[np.bool_] | None
+    smooth: Smooth | None
 
     @property
     def asked(self) -> npt.NDArray[np.int64]:
@@ -82,7 +86,8 @@ def evaluate(
     Every seed is a run of its own: new initialisations (and whatever else the problem's training draws), new random
     halves, other examples left out, other queries asked. The data are the problem's and the same in every run, so that
     intervals over seeds hold for these data. For each seed ``repeats * (1 + subsets + left_out)`` models are trained
-    once for all methods, and ``flips`` for each method.
+    once for all methods, four with other weights of the examples for the metasmoothness, where the problem has a
+    recipe, and ``flips`` for each method.
 
     Args:
         problem: what to learn.
@@ -129,28 +134,37 @@ def _score_all(
 ) -> Evaluation:
     problem, repeats = trained.problem, len(runs[0].full)
     found: dict[str, list[_Figures]] = {name: [] for name in chosen}
-    steps = []
+    steps, unable = [], {}
     total = len(runs) * (len(chosen) + 1)
     with tqdm(total=total, desc=f"{problem.name}: scoring", unit="method", delay=2, disable=not progress) as bar:
         for run in runs:
             model = trained.model(run.seed)
-            exact = None
+            exact, given = None, Trained(problem, model, training_seed(run.seed, 0))
             for name in sorted(chosen, key=lambda name: name != EXACT):  # the others are compared with it
-                scored = chosen[name](problem, model)
+                bar.update()
+                if name in unable:
+                    continue
+                try:
+                    scored = chosen[name](given)
+                except CannotScore as error:
+                    unable[name] = str(error)
+                    continue
                 exact = scored.scores if name == EXACT else exact
                 found[name].append(
                     _figures(trained, run, chosen[name], scored, exact if name != EXACT else None, flips)
                 )
-                bar.update()
             steps.append(try_steps(problem, model, seed=run.seed))
             bar.update()
     first = [run.right.mean() for run in runs if run.right is not None]
     return Evaluation(
         problem=problem.name,
         seeds=tuple(run.seed for run in runs),
-        merits=tuple(_merits(name, by_seed) for name, by_seed in found.items()),
+        merits=tuple(_merits(name, by_seed) for name, by_seed in found.items() if name not in unable),
         steps=_steps(steps),
         truth=_truth(runs),
+        smoothness=_smoothness(runs),
+        about=problem.about,
+        unable=unable,
         retrainings=trained.used,
         training_seconds=trained.seconds,
         accuracy=Figure.of([float(share) for share in first]) if first else None,
@@ -172,7 +186,14 @@ def _retrain(trained: Retrainings, drawn: Draws, seed: int, repeats: int, bar: t
     halves = np.stack([[losses(np.flatnonzero(half), r, "half") for half in drawn.halves] for r in every])
     without = np.stack([[losses(np.delete(everyone, k), r, "left out") for k in drawn.left_out] for r in every])
     right = trained.outcome(seed, everyone, what="all").correct
-    return _Run(seed, drawn, full, halves, without - full[:, None], right)
+    smooth = None
+    if trained.problem.training is not None:
+        smooth = smoothness(
+            lambda weights: trained.outcome(seed, everyone, what="weighted", weights=weights).losses,
+            len(everyone),
+            seed=seed,
+        )
+    return _Run(seed, drawn, full, halves, without - full[:, None], right, smooth)
 
 
 def _figures(
@@ -180,9 +201,11 @@ def _figures(
 ) -> _Figures:
     problem, n, seed = trained.problem, len(trained.everyone), run.seed
     fresh: nn.Module = problem.untrained(training_seed(seed, 1))
-    again = method(problem, fresh.eval()).scores
-    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips]]
-    brittle = float(np.mean(flipped)) if flipped else float("nan")
+    again = method(Trained(problem, fresh.eval(), training_seed(seed, 1), untrained=True)).scores
+    scored = np.flatnonzero(np.isfinite(found.scores).all(axis=0))  # some methods are asked only a few queries
+    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips] if q in scored]
+    known = [one for one in flipped if not np.isnan(one)]
+    brittle = float(np.mean(known)) if known else float("nan")
     lds = linear_datamodeling_score(found.scores, run.halves.mean(0), run.drawn.halves)
     loo = leave_one_out_correlation(found.scores, run.changes.mean(0), run.drawn.left_out)
     planted = problem.mislabelled
@@ -199,11 +222,14 @@ def _figures(
     )
 
 
-def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> bool:
+def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> float:
+    """1 or 0; NaN where the method has no scores of the query."""
+    if np.isnan(found.scores[:, query]).any():
+        return float("nan")
     n = len(trained.everyone)
     helpful = np.argsort(-found.scores[:, query], kind="stable")[: max(1, n // 10)]
     right = trained.outcome(seed, np.delete(trained.everyone, helpful), what="most helpful left out").correct
-    return right is not None and not right[query]
+    return float(right is not None and not right[query])
 
 
 def _merits(name: str, runs: Sequence[_Figures]) -> Merits:
@@ -242,9 +268,18 @@ def _truth(runs: Sequence[_Run]) -> Truth | None:
     )
 
 
+def _smoothness(runs: Sequence[_Run]) -> Smoothness | None:
+    found = [run.smooth for run in runs if run.smooth is not None]
+    if not found:
+        return None
+    return Smoothness(Figure.of([one.across_steps for one in found]), Figure.of([one.nearby for one in found]))
+
+
 def _steps(runs: Sequence[StepRun]) -> StepMerits:
     return StepMerits(
         conservation=max(run.conservation for run in runs),
         counterfactual=Figure.of([run.counterfactual for run in runs]),
         slope=Figure.of([run.slope for run in runs]),
+        natural=Figure.of([run.natural for run in runs]),
+        natural_slope=Figure.of([run.natural_slope for run in runs]),
     )

@@ -200,7 +200,8 @@ def mislabel_auc(suspicion: Likes, mislabelled: npt.ArrayLike, *, seed: int = 0)
 
 
 def top_k_overlap(scores: Likes, other: Likes, k: int) -> Array:
-    """Share of the k most helpful examples that two scores have in common, for each query ``(n_query,)``.
+    """Share of the k most helpful examples that two scores have in common, for each query ``(n_query,)``; NaN where
+    either has no scores (NaN).
 
     Raises:
         ValueError: shapes differ, or k is out of range.
@@ -211,7 +212,9 @@ def top_k_overlap(scores: Likes, other: Likes, k: int) -> Array:
     if not 1 <= k <= len(a):
         raise ValueError(f"k: got {k}; use 1 to {len(a)}")
     tops = [np.argsort(-x, axis=0, kind="stable")[:k] for x in (a, b)]
-    return np.array([len(set(tops[0][:, q]) & set(tops[1][:, q])) / k for q in range(a.shape[1])])
+    shares = np.array([len(set(tops[0][:, q]) & set(tops[1][:, q])) / k for q in range(a.shape[1])])
+    found: Array = np.where(np.isnan(a + b).any(0), np.nan, shares)
+    return found
 
 
 def randomization_check(scores: Likes, of_random_weights: Likes) -> Array:
@@ -229,6 +232,6 @@ def pearson(a: Array, b: Array) -> float:
 
 
 def _spearman(a: Array, b: Array) -> float:
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
+    if not (np.ptp(a) > 0 and np.ptp(b) > 0):  # nothing varies, or there are no scores (NaN)
         return float("nan")
     return float(stats.spearmanr(a, b).statistic)

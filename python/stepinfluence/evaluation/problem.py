@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.capture.targets import Body
+from stepinfluence.evaluation.training import Recipe, Training
 
 
 @dataclass(frozen=True)
@@ -21,25 +22,58 @@ class Problem:
     Attributes:
         name: for tables.
         train, queries: examples.
-        fit: ``fit(rows, seed) -> model``: a model trained on these training examples; the same for equal arguments.
         untrained: ``untrained(seed) -> model``.
         loss: ``loss(model, batch) -> (B,)``.
         body: what the loop applies.
         collate: examples to a batch.
+        training: how to train; then methods over checkpoints and by replay, and the metasmoothness, are there too.
+        fit: ``fit(rows, seed) -> model``: training of your own in place of a recipe: a model trained on these training
+            examples, in eval mode; the same for equal arguments.
         correct: ``correct(model, batch) -> (B,)`` bool; None where answers are not right or wrong.
         mislabelled: ``(n_train,)`` bool: planted errors; None for none.
+        about: what a reader of the figures should know of the data.
+
+    Raises:
+        ValueError: both ``training`` and ``fit`` are given, or neither is.
     """
 
     name: str
     train: Sequence[Any]
     queries: Sequence[Any]
-    fit: Callable[[npt.NDArray[np.int64], int], nn.Module]
     untrained: Callable[[int], nn.Module]
     loss: Callable[[nn.Module, Any], Tensor]
     body: Callable[[nn.Module], Body]
     collate: Callable[[Sequence[Any]], Any]
+    training: Recipe | None = None
+    fit: Callable[[npt.NDArray[np.int64], int], nn.Module] | None = None
     correct: Callable[[nn.Module, Any], Tensor] | None = None
     mislabelled: npt.NDArray[np.bool_] | None = None
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.training is None) == (self.fit is None):
+            given = "neither" if self.fit is None else "both"
+            raise ValueError(f"{self.name}: training, fit: got {given}; give one of the two")
+
+    def retrain(
+        self, rows: npt.NDArray[np.int64], seed: int, weights: npt.NDArray[np.float64] | None = None
+    ) -> nn.Module:
+        """A model trained on these examples, in eval mode; the same for equal arguments.
+
+        Args:
+            rows: examples to train on.
+            seed: of the training.
+            weights: ``(n_train,)`` of the examples in the loss; ones if not given.
+
+        Raises:
+            ValueError: ``weights`` for a training of your own, which takes none.
+        """
+        if self.fit is None:
+            training = Training(self, seed, rows)
+            return training.model_at(training.final(None if weights is None else torch.from_numpy(weights)))
+        if weights is not None:
+            raise ValueError(f"{self.name}: weights: fit takes none; give a recipe (training=)")
+        return self.fit(rows, seed)
 
     def batches(self, side: str, size: int = 64) -> list[Any]:
         """Batches of ``"train"`` or ``"query"`` examples, in order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from stepinfluence.evaluation.metrics import Estimate, over_seeds, share_over_seeds
@@ -146,11 +146,37 @@ class StepMerits:
         counterfactual: correlation, for each query over training examples and steps, of SDI with the loss change that a
             small training step at one use of the weights alone really makes.
         slope: least-squares slope of the same; 1 where SDI predicts the size, too.
+        natural: the correlation of SDI corrected for curvature with what a natural-gradient step at one use of the
+            weights alone makes; None in results that were kept before it was tried.
+        natural_slope: of the same.
     """
 
     conservation: float
     counterfactual: Figure
     slope: Figure
+    natural: Figure | None = None
+    natural_slope: Figure | None = None
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """Metasmoothness (:mod:`~stepinfluence.evaluation.smoothness`): agreement of finite differences of the queries'
+    losses by the examples' weights, -1 to 1.
+
+    Attributes:
+        across_steps: of central differences with a step and with twice the step.
+        nearby: of differences on either side of the weights.
+    """
+
+    across_steps: Figure
+    nearby: Figure
+
+    def markdown(self) -> str:
+        """Both figures, and what they mean."""
+        return (
+            f"Metasmoothness (do finite differences by the examples' weights agree in sign? 1: smooth, 0: chaotic): "
+            f"{self.across_steps} across step sizes, {self.nearby} at nearby weights."
+        )
 
 
 @dataclass(frozen=True)
@@ -168,6 +194,9 @@ class Evaluation:
         accuracy: share of right answers of the models trained on everything; None where nothing is right or wrong.
         asked: queries asked for the brittleness in each seed.
         repeats: initialisations that every retraining is averaged over.
+        smoothness: of the training; None where it has no recipe.
+        about: what a reader should know of the data.
+        unable: methods that could not be run on this problem, and why.
     """
 
     problem: str
@@ -180,6 +209,9 @@ class Evaluation:
     accuracy: Figure | None
     asked: tuple[int, ...]
     repeats: int
+    smoothness: Smoothness | None = None
+    about: str = ""
+    unable: Mapping[str, str] = field(default_factory=dict)
 
     def difference(self, figure: str, method: str, other: str) -> Figure:
         """How much better one method does than another in a figure: seed by seed, so that what both share cancels.
@@ -201,7 +233,7 @@ class Evaluation:
         return Figure.of([x - y for x, y in zip(a.by_seed, b.by_seed, strict=True)])  # type: ignore[union-attr]
 
     def markdown(self) -> str:
-        """A table of the methods; what of it cannot be told from chance; the truth's noise; a line on the steps."""
+        """A table of the methods; what of it cannot be told from chance; the truth and its noise; the steps."""
         lines = ["| " + " | ".join(("method", *COLUMNS.values(), "s", "B/example")) + " |", "|" + "---|" * 9]
         for m in self.merits:
             cells = [m.method, *(self._cell(m, name) for name in COLUMNS)]
@@ -211,8 +243,15 @@ class Evaluation:
             f"By step: conservation error {s.conservation:.1e} at most; correlation of SDI with what a training step "
             f"at one loop step alone does to the loss: {s.counterfactual}, slope {s.slope}."
         )
+        if s.natural is not None:
+            by_step += (
+                " Of SDI corrected for curvature with what a natural-gradient step at one loop step alone does: "
+                f"{s.natural}, slope {s.natural_slope}."
+            )
         truth = [self.truth.markdown(), ""] if self.truth else []
-        return "\n".join([*lines, "", self.chance(), "", *truth, by_step])
+        unable = [f"Could not be run: {name} ({why})." for name, why in self.unable.items()]
+        smooth = [self.smoothness.markdown(), ""] if self.smoothness else []
+        return "\n".join([*lines, "", *unable, *[""][: len(unable)], self.chance(), "", *truth, *smooth, by_step])
 
     def chance(self) -> str:
         """A sentence that names every figure whose interval over seeds has the value of chance in it."""
@@ -244,7 +283,7 @@ class Evaluation:
             values: dict[str, Any] = {f.name: m[f.name] for f in fields(Merits)}
             values |= {name: _figure(m[name], share=name == "brittleness") for name in COLUMNS}
             merits.append(Merits(**values))
-        steps, truth = data["steps"], data["truth"]
+        steps, truth, smooth = data["steps"], data["truth"], data["smoothness"]
         return cls(
             problem=data["problem"],
             retrainings=data["retrainings"],
@@ -252,7 +291,11 @@ class Evaluation:
             repeats=data["repeats"],
             seeds=tuple(data["seeds"]),
             merits=tuple(merits),
-            steps=StepMerits(steps["conservation"], _known(steps["counterfactual"]), _known(steps["slope"])),
+            steps=StepMerits(
+                steps["conservation"],
+                *(_known(steps[name]) for name in ("counterfactual", "slope")),
+                *(_figure(steps.get(name)) for name in ("natural", "natural_slope")),
+            ),
             truth=None
             if truth is None
             else Truth(
@@ -263,6 +306,9 @@ class Evaluation:
             ),
             accuracy=_figure(data["accuracy"]),
             asked=tuple(data["asked"]),
+            smoothness=None if smooth is None else Smoothness(_known(smooth["across_steps"]), _known(smooth["nearby"])),
+            about=data["about"],
+            unable=data["unable"],
         )
 
     def _cell(self, merits: Merits, name: str) -> str:

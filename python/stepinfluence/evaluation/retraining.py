@@ -117,20 +117,27 @@ class Retrainings:
         model.load_state_dict(torch.load(self._weights(seed, repeat), weights_only=True))
         return model.eval()
 
-    def outcome(self, seed: int, rows: Rows, *, repeat: int = 0, what: str) -> Outcome:
-        """Outcome of training on ``rows``, trained now or kept from before; ``what`` is for readers of the file."""
-        key = (seed, repeat, _digest(np.asarray(rows, np.int64)))
+    def outcome(self, seed: int, rows: Rows, *, repeat: int = 0, what: str, weights: Array | None = None) -> Outcome:
+        """Outcome of training on ``rows``, trained now or kept from before.
+
+        Args:
+            seed, repeat: of the training.
+            rows: examples to train on.
+            what: for readers of the file.
+            weights: ``(n_train,)`` of the examples in the loss; ones if not given.
+        """
+        key = (seed, repeat, _digest(np.asarray(rows, np.int64), weights))
         if key not in self._known:
-            self._train(key, rows, what)
+            self._train(key, rows, what, weights)
         self._asked.add(key)
         found = self._known[key]
         right = found["correct"]
         return Outcome(np.array(found["losses"]), None if right is None else np.array(right, bool))
 
-    def _train(self, key: tuple[int, int, str], rows: Rows, what: str) -> None:
+    def _train(self, key: tuple[int, int, str], rows: Rows, what: str, weights: Array | None) -> None:
         seed, repeat, digest = key
         began = time.process_time()
-        model = self.problem.fit(rows, training_seed(seed, repeat))
+        model = self.problem.retrain(rows, training_seed(seed, repeat), weights)
         record = {
             "repeat": repeat,
             "rows": digest,
@@ -183,7 +190,7 @@ class Retrainings:
         key = next((k for k in self._known if k[2] == self._all), None)
         if key is None:
             return
-        again = self.problem.query_losses(self.problem.fit(self.everyone, training_seed(*key[:2])))
+        again = self.problem.query_losses(self.problem.retrain(self.everyone, training_seed(*key[:2])))
         if not np.allclose(again, self._known[key]["losses"], rtol=1e-3, atol=1e-6):
             raise ValueError(
                 f"folder: the models of {self.folder} are of another training (seed {key[0]} comes out differently "
@@ -201,11 +208,14 @@ def _facts(problem: Problem) -> dict[str, str]:
     return {
         "problem": problem.name,
         "data": data.hexdigest()[:16],
+        "about": problem.about,
+        "training": "its own" if problem.training is None else repr(problem.training),
         "CPU": f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} thread(s)",
         "system": platform.machine(),
     }
 
 
-def _digest(rows: Rows) -> str:
-    return hashlib.sha256(rows.tobytes()).hexdigest()[:16]
+def _digest(rows: Rows, weights: Array | None = None) -> str:
+    given = b"" if weights is None or bool((weights == 1).all()) else weights.tobytes()
+    return hashlib.sha256(rows.tobytes() + given).hexdigest()[:16]

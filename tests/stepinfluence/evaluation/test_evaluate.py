@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rounding import measure_body
-from stepinfluence import ExactCapture, attach, influence
-from stepinfluence.evaluation import Problem, evaluate, step_counterfactual, steps
-from stepinfluence.evaluation.builtin import make_problem
+from stepinfluence import ExactCapture, Fisher, attach, influence
+from stepinfluence.evaluation import Evaluation, Problem, evaluate, step_counterfactual, steps
 from stepinfluence.evaluation.methods import METHODS
+from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.steps import StepRun
 
 
@@ -36,7 +35,7 @@ def test_an_evaluation_end_to_end(small: Problem, tmp_path: Path, monkeypatch: p
     counts = {"seeds": 2, "subsets": 3, "left_out": 2}
     found = evaluate(small, methods, folder=tmp_path, progress=False, **counts)
     sdi, exact, chance = found.merits
-    flips = 2 * (1 + 3 + 2)
+    flips = 2 * (1 + 3 + 2) + 4  # four for the metasmoothness
     assert found.retrainings <= 2 * (flips + 3)  # two methods may remove the same examples: one model then
     assert found.retrainings >= 2 * flips + 1
     assert sdi.overlap is not None
@@ -50,14 +49,29 @@ def test_an_evaluation_end_to_end(small: Problem, tmp_path: Path, monkeypatch: p
     assert len(conserved) == counts["seeds"]
     assert found.steps.counterfactual.value > 0.95
     assert found.steps.slope.value == pytest.approx(1, abs=0.2)
+    assert found.steps.natural is not None
+    assert found.steps.natural_slope is not None
+    assert found.steps.natural.value > 0.9
+    assert found.steps.natural_slope.value == pytest.approx(1, abs=0.2)
+    assert "natural-gradient step at one loop step alone" in found.markdown()
+    kept = found.to_dict()
+    assert Evaluation.from_dict(kept).steps == found.steps
+    del kept["steps"]["natural"]  # kept before it was tried
+    assert Evaluation.from_dict(kept).steps.natural is None
     assert "| SDI, m=2048 |" in found.markdown()
+    assert found.smoothness is not None
+    assert found.smoothness.across_steps.value > 0.9
+    assert "Metasmoothness" in found.markdown()
 
-    def untrainable(rows: object, seed: int) -> torch.nn.Module:
-        assert len(rows) == len(small.train), "only the check of the folder trains again"  # type: ignore[arg-type]
-        return small.fit(rows, seed)  # type: ignore[arg-type]
+    retrain = Problem.retrain
 
+    def untrainable(problem: Problem, rows: np.ndarray, seed: int) -> torch.nn.Module:
+        assert len(rows) == len(small.train), "only the check of the folder trains again"
+        return retrain(problem, rows, seed)
+
+    monkeypatch.setattr(Problem, "retrain", untrainable)
     later = {"cosine": METHODS["grad-cosine"]}
-    again = evaluate(replace(small, fit=untrainable), later, folder=tmp_path, flips=0, progress=False, **counts)
+    again = evaluate(small, later, folder=tmp_path, flips=0, progress=False, **counts)
     assert again.truth == found.truth
     assert again.steps == found.steps  # the models are the same to the bit
 
@@ -71,17 +85,22 @@ def check_conservation(found: float, problem: Problem, model: torch.nn.Module) -
     rounding.check_conservation(found, sketches, lambda difference, size: difference.norm() / size.norm())
 
 
-def test_step_counterfactual_is_the_derivative_by_step(small: Problem) -> None:
-    model = small.fit(np.arange(48), 0).double()
-    train, query = small.collate(small.train[:1]), small.collate(small.queries)
+@pytest.mark.parametrize("natural", [False, True])
+def test_step_counterfactual_is_the_derivative_by_step(small: Problem, natural: bool) -> None:
+    """Along a gradient it is SDI, along a natural gradient SDI corrected by that Fisher."""
+    model = small.retrain(np.arange(48), 0).double()
+    train, query = small.collate(small.train[:6]), small.collate(small.queries)
     capture = ExactCapture(model, body=model.core)
     gradient = capture.featurize([train], small.loss, per_step=False, progress=False)
-    sdi = influence(gradient, capture.featurize([query], small.loss, progress=False)).sdi[0]
-    eta = 1e-6
-    change = {b.name: (-eta * gradient.values[0, b.start : b.stop]).view(b.shape) for b in gradient.space.blocks}
+    fisher = Fisher.fit(gradient, damping=0.1)
+    asked = capture.featurize([query], small.loss, progress=False)
+    sdi = influence(gradient, asked, curvature=fisher if natural else "none").sdi[0]
+    direction = (fisher.solve(gradient.values) if natural else gradient.values)[0]
+    eta = 1e-6 / float(direction.norm())
+    change = {b.name: (-eta * direction[b.start : b.stop]).view(b.shape) for b in gradient.space.blocks}
     before = [p.detach().clone() for p in model.parameters()]
     moved = step_counterfactual(model, model.core, query, small.loss, change, steps=4)
-    torch.testing.assert_close(-moved / eta, sdi, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(-moved / eta, sdi, rtol=1e-3, atol=1e-4 * float(sdi.abs().max()))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert not model.core._forward_pre_hooks
     assert not model.core._forward_hooks
@@ -116,11 +135,15 @@ def test_a_step_counterfactual_that_fails_leaves_the_weights(small: Problem) -> 
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_planted_errors_are_where_the_problem_says() -> None:
-    for name in ("adder", "majority"):
-        made = make_problem(name)
-        tokens, labels = made.collate(made.train)
-        truth = tokens.sum(1) % 3 if name == "adder" else (tokens.sum(1) > 4).long()
-        np.testing.assert_array_equal((labels != truth).numpy(), made.mislabelled)
-        seen = {tuple(t.tolist()) for t, _ in made.train}
-        assert not any(tuple(t.tolist()) in seen for t, _ in made.queries)
+def test_the_logit_lens_is_the_loss_of_fewer_loops(small: Problem) -> None:
+    model = small.retrain(np.arange(48), 0)
+    batch = small.collate(small.queries)
+    found = steps.logit_lens(model, "core", batch, small.loss)
+    assert found.shape == (8, 4)
+    for steps_run in range(1, 5):
+        model.steps = steps_run
+        with torch.no_grad():
+            torch.testing.assert_close(found[:, steps_run - 1].float(), small.loss(model, batch))
+    assert not model.core._forward_hooks
+    with pytest.raises(ValueError, match="body: got 2 modules"):
+        steps.logit_lens(model, [model.core.linear1, model.core.linear2], batch, small.loss)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from stepinfluence import attach, influence
-from stepinfluence.evaluation.builtin import make_problem
 from stepinfluence.evaluation.methods import METHODS
+from stepinfluence.evaluation.problems import make_problem
+from stepinfluence.evaluation.trained import Trained
 
 
 @pytest.mark.parametrize(
@@ -16,15 +17,15 @@ from stepinfluence.evaluation.methods import METHODS
     [
         ("SDI-Fisher, auto", 2048, {"curvature": "fisher"}),
         ("SDI-Fisher, auto, m=256", 256, {"curvature": "fisher"}),
-        ("SDI-Fisher blocks, 1e-3", 2048, {"curvature": "block", "damping": 1e-3}),
+        ("SDI-Fisher blocks, auto", 2048, {"curvature": "block"}),
         ("SDI-Fisher of unit rows, 1e-2", 2048, {"curvature": "fisher", "damping": 1e-2, "normalize": "train"}),
         ("SDI, cosine", 2048, {"normalize": "both"}),
     ],
 )
 def test_corrected_scores_are_those_of_influence(name: str, size: int, how: dict[str, Any]) -> None:
     problem = make_problem("majority", n_train=40, n_query=6, updates=3)
-    model = problem.fit(np.arange(40), 0)
-    found = METHODS[name](problem, model)
+    model = problem.retrain(np.arange(40), 0)
+    found = METHODS[name](Trained(problem, model, 0))
     capture = attach(model, body=problem.body(model), sketch_size=size)
     sides = [capture.featurize(problem.batches(side), problem.loss, progress=False) for side in ("train", "query")]
     want = influence(*sides, **how).tracin.double().numpy()

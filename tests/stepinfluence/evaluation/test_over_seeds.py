@@ -12,9 +12,11 @@ import pytest
 import torch
 from additive import EFFECTS, additive
 from stepinfluence.evaluation import Estimate, Evaluation, Figure, Problem, agreement, bootstrap, evaluate, over_seeds
-from stepinfluence.evaluation.methods import Method, Scored, random_scores
+from stepinfluence.evaluation.methods import METHODS, Method, random_scores
 from stepinfluence.evaluation.metrics import share_over_seeds
 from stepinfluence.evaluation.steps import StepRun
+from stepinfluence.evaluation.trained import Scored, Trained
+from stepinfluence.evaluation.training import CannotScore
 from torch import nn
 
 MODULE = importlib.import_module("stepinfluence.evaluation.evaluate")
@@ -60,7 +62,7 @@ def test_agreement_of_repeats() -> None:
 
 
 def no_steps(*_: object, **__: object) -> StepRun:
-    return StepRun(0.0, Estimate(1, 1, 1), 1.0)
+    return StepRun(0.0, Estimate(1, 1, 1), 1.0, Estimate(1, 1, 1), 1.0)
 
 
 def figure(*values: float) -> Figure:
@@ -82,7 +84,7 @@ def found() -> Evaluation:
     """The effects themselves as scores, their negative, and chance."""
 
     def scores(sign: int) -> Method:
-        def method(problem: Problem, model: nn.Module) -> Scored:
+        def method(trained: Trained) -> Scored:
             return Scored(sign * EFFECTS, None, 0.5, 8)
 
         return method
@@ -141,7 +143,7 @@ def chaotic(effect: float) -> Problem:
 
 def test_averaging_over_repeats_takes_noise_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "try_steps", no_steps)
-    right = {"right": lambda problem, model: Scored(EFFECTS, None, 0.0, 0)}
+    right = {"right": lambda trained: Scored(EFFECTS, None, 0.0, 0)}
     counts = {"seeds": 1, "subsets": 10, "left_out": 10, "flips": 0}
     one = evaluate(chaotic(1.0), right, repeats=1, progress=False, **counts).merits[0]
     many = evaluate(chaotic(1.0), right, repeats=24, progress=False, **counts).merits[0]
@@ -184,8 +186,8 @@ def test_a_result_survives_json(found: Evaluation) -> None:
 def test_one_model_serves_all_methods(tmp_path: Path) -> None:
     fits: list[int] = []
     problem = additive(fits=fits)
-    one = {"a": lambda p, m: Scored(EFFECTS, None, 0.0, 0)}
-    two = {**one, "b": lambda p, m: Scored(EFFECTS, None, 0.0, 0)}
+    one = {"a": lambda trained: Scored(EFFECTS, None, 0.0, 0)}
+    two = {**one, "b": lambda trained: Scored(EFFECTS, None, 0.0, 0)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "try_steps", no_steps)
         first = evaluate(problem, one, seeds=2, subsets=3, left_out=2, folder=tmp_path, progress=False)
@@ -206,3 +208,18 @@ def test_one_model_serves_all_methods(tmp_path: Path) -> None:
 def test_counts_that_say_nothing_are_refused(wrong: dict[str, int], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         evaluate(additive(), {"random": random_scores}, progress=False, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_method_that_cannot_be_run_is_named() -> None:
+    def unable(trained: Trained) -> Scored:
+        raise CannotScore("needs another model")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "try_steps", no_steps)
+        methods = {"unable": unable, "random": random_scores, "over": METHODS["SDI, 5 checkpoints"]}
+        found = evaluate(additive(), methods, seeds=2, subsets=3, left_out=2, progress=False)
+    assert [m.method for m in found.merits] == ["random"]
+    assert "Could not be run: unable (needs another model)." in found.markdown()
+    assert "over (additive: has no recipe" in found.markdown()
+    assert found.smoothness is None
+    assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))).unable == found.unable

@@ -13,6 +13,8 @@ takes features (scores, top-k scans over stores of any dtype, tables, checkpoint
 their eigenvectors, in float64, so that another damping needs no second fit. Damping is relative to the largest
 eigenvalue (of each block, for blocks); ``"auto"`` chooses it without retraining (:mod:`.damping`).
 
+:class:`Unrolled` (SOURCE) goes through segments of training instead of looking at its end alone.
+
 Under an optimizer's metric ``sqrt(P)``, which features then hold, the same formulas give
 ``g^T (F + lambda P^-1)^-1 phi_t`` in the plain gradients: the damping is measured in the metric.
 """
@@ -21,6 +23,7 @@ from stepinfluence.attribution.curvature.choice import Choice, Normalize, correc
 from stepinfluence.attribution.curvature.damping import Damping
 from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, Fisher
 from stepinfluence.attribution.curvature.kept import load, save
+from stepinfluence.attribution.curvature.unrolled import Segment, Unrolled
 
 __all__ = [
     "BlockFisher",
@@ -29,6 +32,8 @@ __all__ = [
     "Damping",
     "Fisher",
     "Normalize",
+    "Segment",
+    "Unrolled",
     "corrected",
     "load",
     "save",

@@ -45,12 +45,16 @@ class Factor:
         """The largest eigenvalue; 0 for a matrix of zeros."""
         return float(self.values[0]) if len(self.values) else 0.0
 
+    def apply(self, vectors: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``f(A)``, where ``f`` is of eigenvalues, times each of ``vectors (n, D)``; float64."""
+        outside = function(self.values.new_tensor(self.rest))
+        # In float64: what is left of the leading directions is a small part of them, by cancellation.
+        inside = vectors.double() @ self.basis.T * (function(self.values) - outside)
+        return torch.addmm(vectors.double() * outside, inside, self.basis)
+
     def solve(self, vectors: Tensor, damping: float) -> Tensor:
         """``(A + damping)^-1`` times each of ``vectors (n, D)``; float64, ``damping`` absolute."""
-        outside = 1 / (self.rest + damping)
-        # In float64: what is left of the leading directions is damping / value of them, by cancellation.
-        inside = vectors.double() @ self.basis.T * (1 / (self.values + damping) - outside)
-        return torch.addmm(vectors.double() * outside, inside, self.basis)
+        return self.apply(vectors, lambda values: 1 / (values + damping))
 
     def to(self, device: torch.device | str) -> Factor:
         """The same on another device."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from stepinfluence.attribution.curvature import factors as of
 from stepinfluence.attribution.curvature.damping import Damping, checked, choose
 from stepinfluence.attribution.curvature.factors import Factor
-from stepinfluence.attribution.curvature.rows import FitRows, TrainRows
+from stepinfluence.attribution.curvature.rows import FitRows, PooledRows, TrainRows
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
 from stepinfluence.errors import FeatureMismatchError
 
@@ -197,7 +197,7 @@ class BlockFisher(Curvature):
         return tuple(slice(block.start, block.stop) for block in space.blocks if block.stop > block.start)
 
 
-def factors_of(rows: FitRows, columns: Sequence[slice], rank: int | None, seed: int) -> list[Factor]:
+def factors_of(rows: FitRows | PooledRows, columns: Sequence[slice], rank: int | None, seed: int) -> list[Factor]:
     """A factor for each range of columns."""
     widths = [cut.stop - cut.start for cut in columns]
     widest, total = max(widths), sum(widths)

@@ -104,3 +104,27 @@ class FitRows:
     def all(self) -> Tensor:
         """``(N, D)`` in memory."""
         return torch.cat(list(self.blocks()))
+
+
+@dataclass(frozen=True)
+class PooledRows:
+    """Rows of several checkpoints, one checkpoint after the other."""
+
+    parts: tuple[FitRows, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    @property
+    def trace(self) -> float:
+        """The mean of the squared norms."""
+        return sum(part.count * part.trace for part in self.parts) / self.count
+
+    def blocks(self) -> Iterator[Tensor]:
+        """``(r, D)`` in order, a bounded number at a time."""
+        return (block for part in self.parts for block in part.blocks())
+
+    def all(self) -> Tensor:
+        """``(N, D)`` in memory."""
+        return torch.cat([part.all() for part in self.parts])

@@ -1,4 +1,4 @@
-"""Two small looped learning problems that train in about a second, with planted errors."""
+"""Two toy problems that train in about a second: adding digits and counting symbols."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepinfluence.evaluation.problem import Problem
+from stepinfluence.evaluation.problems.common import planted, shortened
+from stepinfluence.evaluation.training import Recipe
 
 Example = tuple[Tensor, Tensor]
 
@@ -53,41 +54,59 @@ def collate(examples: Sequence[Example]) -> Example:
     return torch.stack([e[0] for e in examples]), torch.stack([torch.as_tensor(e[1]) for e in examples])
 
 
-def make_problem(
-    name: str, *, n_train: int = 192, n_query: int = 32, updates: int = 100, steps: int = 4, seed: int = 0
-) -> Problem:
-    """``"adder"``: the sum of four digits modulo 3. ``"majority"``: which of two symbols is more frequent among nine.
+ADDER = Recipe(200, 3e-3, warmup=20, decay=True, root_epsilon=1e-8, weight_decay=0.3, batch_size=64)
+MAJORITY = Recipe(60, 2e-3, warmup=10, decay=True, root_epsilon=1e-6)
 
-    One training label in sixteen is wrong.
+
+def adder(**sizes: Any) -> Problem:
+    """The sum of four digits modulo 3; arguments as for :func:`_make`."""
+    every = torch.cartesian_prod(*[torch.arange(4)] * 4)
+    return _make("adder", every, every.sum(1) % 3, **{"recipe": ADDER, "n_train": 224, **sizes})
+
+
+def majority(**sizes: Any) -> Problem:
+    """Which of two symbols is more frequent among nine; arguments as for :func:`_make`."""
+    every = torch.cartesian_prod(*[torch.arange(2)] * 9)
+    return _make("majority", every, (every.sum(1) > 4).long(), **{"recipe": MAJORITY, **sizes})
+
+
+def _make(
+    name: str,
+    every: Tensor,
+    answers: Tensor,
+    *,
+    recipe: Recipe,
+    n_train: int = 192,
+    n_query: int = 32,
+    updates: int | None = None,
+    steps: int = 4,
+    seed: int = 0,
+) -> Problem:
+    """Examples drawn from all there are; one training label in sixteen is wrong.
 
     Args:
-        name: of the two.
+        name: of the problem.
+        every: ``(N, T)`` token ids.
+        answers: ``(N,)``.
+        recipe: of the training, in place of the problem's own.
         n_train, n_query: examples.
-        updates: full-batch Adam steps of a training run.
+        updates: in place of the recipe's.
         steps: times that the model applies its layer.
         seed: of the data.
 
     Raises:
-        ValueError: another name, or more examples than there are.
+        ValueError: more examples than there are.
     """
-    if name == "adder":
-        every = torch.cartesian_prod(*[torch.arange(4)] * 4)
-        answers, classes = every.sum(1) % 3, 3
-    elif name == "majority":
-        every = torch.cartesian_prod(*[torch.arange(2)] * 9)
-        answers, classes = (every.sum(1) > 4).long(), 2
-    else:
-        raise ValueError(f"name: got {name!r}; use 'adder' or 'majority'")
+    classes = int(answers.max()) + 1
     if n_train + n_query > len(every):
         raise ValueError(f"n_train, n_query: got {n_train} and {n_query}; {name} has {len(every)} examples")
     rng = np.random.default_rng(seed)
     order = torch.from_numpy(rng.permutation(len(every)))
     train, queries = order[:n_train], order[n_train : n_train + n_query]
     labels = answers[train].clone()
-    wrong = rng.permutation(n_train)[: n_train // 16]
-    labels[wrong] = (labels[wrong] + 1) % classes
-    mislabelled = np.zeros(n_train, bool)
-    mislabelled[wrong] = True
+    mislabelled = planted(rng, n_train)
+    labels[torch.from_numpy(mislabelled)] += 1
+    labels %= classes
     tokens = every[train]
 
     def untrained(seed: int) -> nn.Module:
@@ -95,26 +114,15 @@ def make_problem(
             torch.manual_seed(seed)
             return LoopedClassifier(int(every.max()) + 1, every.shape[1], classes, steps=steps)
 
-    def fit(rows: npt.NDArray[np.int64], seed: int) -> nn.Module:
-        model = untrained(seed)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        chosen = torch.from_numpy(np.asarray(rows))
-        batch = tokens[chosen], labels[chosen]
-        for _ in range(updates):
-            optimizer.zero_grad()
-            loss(model, batch).mean().backward()
-            optimizer.step()
-        return model.eval()
-
     return Problem(
         name=name,
         train=list(zip(tokens, labels, strict=True)),
         queries=list(zip(every[queries], answers[queries], strict=True)),
-        fit=fit,
         untrained=untrained,
         loss=loss,
         body=lambda model: model.core,  # type: ignore[return-value, arg-type]
         collate=collate,
+        training=recipe if updates is None else shortened(recipe, updates),
         correct=correct,
         mislabelled=mislabelled,
     )

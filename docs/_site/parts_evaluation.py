@@ -1,0 +1,104 @@
+"""Figures of docs/evaluation.md and docs/curvature.md that are about all problems, from what bench.evaluate keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kept import RESULTS, NotKeptError, Parts, load, source, table
+from stepinfluence.evaluation import Evaluation, Figure
+from stepinfluence.evaluation.result import Merits
+
+PROBLEMS = ("adder", "majority", "language", "parity", "trm")
+FISHER, SDI, TRAK, EK_FAC, SMALLEST = "SDI-Fisher, auto", "SDI, m=2048", "TRAK", "EK-FAC", "SDI-Fisher, auto, m=32"
+AGAINST = (SDI, "SDI, cosine", TRAK, "TRAK, 5 models", EK_FAC)
+MISSING = "–"
+
+
+def kept(kind: str) -> dict[str, dict[str, Any]]:
+    """The results of a kind, of the problems that have one.
+
+    Raises:
+        NotKeptError: none has.
+    """
+    known = [problem for problem in PROBLEMS if (RESULTS / f"{kind}-{problem}.json").is_file()]
+    if not known:
+        raise NotKeptError(kind)
+    return {problem: load(f"{kind}-{problem}.json") for problem in known}
+
+
+def evaluations() -> dict[str, Evaluation]:
+    """The same, read."""
+    return {problem: Evaluation.from_dict(result) for problem, result in kept("evaluate").items()}
+
+
+def merits(found: Evaluation) -> dict[str, Merits]:
+    """By method."""
+    return {m.method: m for m in found.merits}
+
+
+def difference(found: Evaluation, method: str, other: str) -> str:
+    """Of the LDS, seed by seed; a dash where one of the two could not be run."""
+    known = merits(found)
+    return str(found.difference("lds", method, other)) if {method, other} <= set(known) else MISSING
+
+
+def summary() -> str:
+    """LDS of every method on every problem, differences that are asked about, and what scoring costs."""
+    found = evaluations()
+    by_name = {problem: merits(one) for problem, one in found.items()}
+    names = list(dict.fromkeys(name for one in by_name.values() for name in one))
+    head = ["", *found]
+
+    def row(name: str, what: str) -> list[str]:
+        known = [by_name[problem].get(name) for problem in found]
+        if what == "cost":
+            return [name, *(MISSING if m is None else f"{m.seconds:.2f} s, {m.bytes_per_example} B" for m in known)]
+        return [name, *(MISSING if m is None else str(m.figure(what)) for m in known)]
+
+    smooth = [one.smoothness for one in found.values()]
+    agree = [one.truth.half_agreement if one.truth else None for one in found.values()]
+    rows = [row(name, "lds") for name in names]
+    rows += [
+        ["*metasmoothness, across step sizes*", *(MISSING if s is None else str(s.across_steps) for s in smooth)],
+        ["*metasmoothness, at nearby weights*", *(MISSING if s is None else str(s.nearby) for s in smooth)],
+        ["*two initialisations' agreement on halves*", *(MISSING if a is None else str(a) for a in agree)],
+    ]
+    less = [[f"minus {other}", *(difference(one, FISHER, other) for one in found.values())] for other in AGAINST]
+    less.append([f"{SMALLEST}, minus {TRAK}", *(difference(one, SMALLEST, TRAK) for one in found.values())])
+    return "\n\n".join([
+        "LDS; means and 95 % intervals over five seeds:", table(["method", *found], rows),
+        f"LDS of `{FISHER}` (m = 2048), seed by seed, less that of others:", table(head, less),
+        "Processor time of scoring, and bytes that are kept of a training example:",
+        table(["method", *found], [row(name, "cost") for name in names if name != "random"]),
+    ])  # fmt: skip
+
+
+def best_damping(lds: dict[str, list[float]], kind: str) -> str:
+    """The damping of the grid with the highest mean LDS of a kind of matrix."""
+    grid = {name: values for name, values in lds.items() if name.startswith(f"{kind}, ") and name[-1].isdigit()}
+    return max(grid, key=lambda name: sum(grid[name]))
+
+
+def less(lds: dict[str, list[float]], name: str, other: str) -> Figure:
+    """Difference in LDS, over seeds."""
+    return Figure.of([a - b for a, b in zip(lds[name], lds[other], strict=True)])
+
+
+def dampings() -> str:
+    """LDS by damping, and what choosing it without retraining loses."""
+    found = {problem: result["lds"] for problem, result in kept("dampings").items()}
+    names = next(iter(found.values()))
+    rows = [[f"`{name}`", *(f"{sum(lds[name]) / len(lds[name]):.3f}" for lds in found.values())] for name in names]
+    for name, kind in (("fisher, auto", "fisher"), ("fisher, training time", "fisher"), ("block, auto", "block")):
+        cells = [(less(lds, name, best_damping(lds, kind)), best_damping(lds, kind)) for lds in found.values()]
+        rows.append([f"*`{name}` less the best*", *(f"{_three(d)} ({best.split(', ')[1]})" for d, best in cells)])
+    texts = [source(f"dampings-{problem}.json", False, result) for problem, result in kept("dampings").items()]
+    head = "LDS by damping, means over five seeds; in the last rows, less the best of the grid, with the 95 % interval:"
+    return "\n\n".join([head, table(["damping", *found], rows), *texts])
+
+
+def _three(figure: Figure) -> str:
+    return f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
+
+
+PARTS: Parts = {"evaluation-summary": summary, "curvature": dampings}

@@ -1,0 +1,154 @@
+"""Methods that go through the training that led to a model: SOURCE by segments, metagradients update by update."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+
+import numpy as np
+import torch
+
+from stepinfluence.attribution.curvature import Fisher, Segment, Unrolled
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.preconditioners import Elementwise
+from stepinfluence.capture import attach
+from stepinfluence.evaluation.metagradient import metagradients
+from stepinfluence.evaluation.smoothness import smoothness
+from stepinfluence.evaluation.trained import Scored, Trained
+
+ASKED = 8
+"""Queries that metagradients are computed for: the first ones of a problem."""
+
+SMOOTH = 0.5
+"""Metasmoothness below which a metagradient is not to be trusted."""
+
+
+def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: int = 2048, adam: bool = True) -> Scored:
+    """SOURCE by segments of equal length; arguments as for :func:`unrolled`."""
+    began = time.process_time()
+    trains, asked = unrolled(trained, segments=segments, each=each, sketch_size=sketch_size, adam=adam, per_step=False)
+    # Summed features: one product for each checkpoint gives the sum over steps that is compared here.
+    products = [t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]
+    scores = torch.stack(products).sum(0).double().numpy()
+    width = len(trains) * trains[0].values.shape[1] * trains[0].values.element_size()
+    return Scored(scores, None, time.process_time() - began, width)
+
+
+def unrolled(
+    trained: Trained,
+    *,
+    segments: int = 3,
+    each: int = 2,
+    sketch_size: int = 2048,
+    adam: bool = True,
+    per_step: bool = True,
+) -> tuple[list[Features], list[Features]]:
+    """Sketches of the train examples at checkpoints, and the queries' transformed by SOURCE for each of them
+    (:class:`stepinfluence.curvature.Unrolled`).
+
+    Args:
+        trained: with a recipe.
+        segments: of training.
+        each: checkpoints of a segment, in the middle of equal parts of it.
+        sketch_size: m.
+        adam: whether features are taken under Adam's metric, the mean over training as it has to be one for all
+            checkpoints (weighted by the learning rate); else plainly, with the metric's mean over parameters in the
+            learning rate.
+        per_step: whether the queries' are by step.
+
+    Raises:
+        ValueError: the problem has no recipe.
+    """
+    problem, training = trained.problem, trained.training
+    recipe, count = training.recipe, segments * each
+    ends = [round(recipe.updates * k / segments) for k in range(segments + 1)]
+    taken = [round(recipe.updates * (k + 0.5) / count) for k in range(count)]
+    metric = mean_metric(trained)
+    scale = 1.0 if adam else float(torch.cat([root.sqrt.flatten() ** 2 for root in metric.values()]).mean())
+    stretches = [
+        Segment(
+            tuple(range(k * each, (k + 1) * each)),
+            scale * float(np.mean([recipe.rate(u) for u in range(first, last)])),
+            last - first,
+        )
+        for k, (first, last) in enumerate(itertools.pairwise(ends))
+    ]
+
+    def features(update: int, side: str, *, per_step: bool) -> Features:
+        model = training.model_at(trained.states[update])
+        metric_of = metric if adam else None
+        capture = attach(model, body=problem.body(model), sketch_size=sketch_size, preconditioner=metric_of)
+        return capture.featurize(problem.batches(side), problem.loss, per_step=per_step, progress=False)
+
+    trains = [features(update, "train", per_step=False) for update in taken]
+    query = features(recipe.updates, "query", per_step=per_step)
+    return trains, Unrolled.fit(trains, stretches).transform(query)
+
+
+def mean_metric(trained: Trained) -> dict[str, Elementwise]:
+    """Square roots of Adam's metric, which is averaged over all updates with their learning rates as weights."""
+    training = trained.training
+    recipe, total, weight = training.recipe, torch.zeros_like(trained.states[0].square), 0.0
+    for state in trained.states[1:]:
+        corrected = state.square / (1 - recipe.betas[1] ** state.update)
+        root = (corrected + recipe.root_epsilon).sqrt() if recipe.root_epsilon else corrected.sqrt() + recipe.epsilon
+        rate = recipe.rate(state.update - 1)
+        total += rate / root
+        weight += rate
+    return {name: Elementwise(part) for name, part in training.by_name((total / weight).sqrt()).items()}
+
+
+def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
+    """SDI corrected by the Fisher with the damping that training's length says: ``1 / T``, where T adds up the learning
+    rates of all updates, each times the mean over the body's parameters of what Adam multiplies a gradient with.
+
+    Gradient descent for a time T leaves of a direction with curvature h about what ridge regression with the penalty
+    ``1 / T`` would (early stopping; Ali et al., arXiv 1810.10082): directions with ``h T << 1`` have hardly moved, and
+    the inverse of their curvature says nothing of what training did. No constant is to be chosen.
+
+    Raises:
+        CannotScore: the problem has no recipe.
+    """
+    problem, model = trained.problem, trained.model
+    metric = mean_metric(trained)  # its training is not counted
+    began = time.process_time()
+    capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
+    train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
+    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
+    scale = float(torch.cat([metric[block.name].sqrt.flatten() ** 2 for block in train.space.blocks]).mean())
+    recipe = trained.training.recipe
+    total = scale * sum(recipe.rate(update) for update in range(recipe.updates))
+    fisher = Fisher.fit(train, damping=1.0)
+    damped = fisher.with_damping(1 / (total * fisher.factors[0].largest))
+    scores = (train.values @ damped.transform(query).values.T).double().numpy()
+    width = train.values.shape[1] * train.values.element_size()
+    return Scored(scores, None, time.process_time() - began, width)
+
+
+def exact_metagradients(trained: Trained) -> Scored:
+    """Exact metagradients (:mod:`.metagradient`) of the first :data:`ASKED` queries; NaN for others, which leaves them
+    out of every figure, and for untrained weights. The sum over loop steps and all weights outside of the loop.
+
+    Warns where training is not smooth in the weights of its examples: metagradients predict nothing then.
+    """
+    problem, training = trained.problem, trained.training
+    scores = np.full((len(problem.train), len(problem.queries)), np.nan)
+    asked = range(min(ASKED, len(problem.queries)))
+    if trained.untrained:
+        return Scored(scores, None, 0.0, 0)
+    began = time.process_time()
+    scores[:, list(asked)] = metagradients(training, asked, per_step=False).total.double().numpy()
+    seconds = time.process_time() - began
+    smooth = smoothness(
+        lambda weights: problem.query_losses(training.model_at(training.final(torch.from_numpy(weights)))),
+        len(problem.train),
+        seed=trained.seed,
+    )
+    if smooth.across_steps < SMOOTH:
+        warnings.warn(
+            f"{problem.name}: metasmoothness {smooth.across_steps:.2f}, below {SMOOTH}: training is nearly chaotic in "
+            "the weights of its examples, and its metagradient predicts little; train with a lower rate",
+            stacklevel=2,
+        )
+    return Scored(scores, None, seconds, 0)

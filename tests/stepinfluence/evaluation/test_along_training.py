@@ -1,0 +1,91 @@
+"""Methods along training: SOURCE under one metric of Adam's, and metagradients of some queries only."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from stepinfluence import attach, influence
+from stepinfluence.attribution.curvature import Segment, Unrolled
+from stepinfluence.evaluation import along_training, evaluate
+from stepinfluence.evaluation.metagradient import metagradients
+from stepinfluence.evaluation.metrics import top_k_overlap
+from stepinfluence.evaluation.problems import make_problem
+from stepinfluence.evaluation.smoothness import Smooth
+from stepinfluence.evaluation.trained import Trained
+from stepinfluence.evaluation.training import Recipe
+
+RECIPE = Recipe(6, 3e-3, warmup=2, decay=True, root_epsilon=1e-6)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    problem = replace(make_problem("majority", n_train=20, n_query=10, steps=2), training=RECIPE)
+    return Trained(problem, problem.retrain(np.arange(20), 0), 0)
+
+
+def test_source_is_that_of_the_library_summed_over_steps(trained: Trained) -> None:
+    found = along_training.source(trained, segments=2, each=1, sketch_size=256)
+    problem, training, metric = trained.problem, trained.training, along_training.mean_metric(trained)
+    sides = []
+    for update in (2, 4, 6):  # the middles of two halves (1.5 and 4.5, rounded to even), and the end
+        model = training.model_at(trained.states[update])
+        capture = attach(model, body=problem.body(model), sketch_size=256, preconditioner=metric)
+        side = "query" if update == 6 else "train"
+        sides.append(capture.featurize(problem.batches(side), problem.loss, progress=False))
+    rates = [RECIPE.rate(k) for k in range(6)]
+    segments = [Segment((0,), sum(rates[:3]) / 3, 3), Segment((1,), sum(rates[3:]) / 3, 3)]
+    expected = influence(sides[:2], Unrolled.fit(sides[:2], segments).transform(sides[2])).tracin.double().numpy()
+    np.testing.assert_allclose(found.scores, expected, atol=1e-4 * np.abs(expected).max())
+    plain = along_training.source(trained, segments=2, each=1, sketch_size=256, adam=False)
+    assert not np.allclose(plain.scores, found.scores, atol=1e-2 * np.abs(expected).max())
+
+
+def test_the_metric_is_adams_over_training(trained: Trained) -> None:
+    squares, rates = np.zeros(len(trained.states[0].square)), 0.0
+    for k, state in enumerate(trained.states[1:]):
+        corrected = state.square.double().numpy() / (1 - 0.999 ** (k + 1))
+        squares += RECIPE.rate(k) / np.sqrt(corrected + 1e-6)
+        rates += RECIPE.rate(k)
+    metric = along_training.mean_metric(trained)
+    found = torch.cat([metric[name].sqrt.flatten() for name in trained.training.names])
+    np.testing.assert_allclose(found.numpy(), np.sqrt(squares / rates), rtol=1e-5)
+
+
+def test_metagradients_of_the_first_queries(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = along_training.exact_metagradients(trained)
+    expected = metagradients(trained.training, range(8)).total
+    np.testing.assert_allclose(found.scores[:, :8], expected, atol=1e-5 * float(expected.abs().max()))
+    assert np.isnan(found.scores[:, 8:]).all()
+    fresh = replace(trained, model=trained.problem.untrained(1), seed=1, untrained=True)
+    assert np.isnan(along_training.exact_metagradients(fresh).scores).all()
+    monkeypatch.setattr(along_training, "smoothness", lambda *_, **__: Smooth(0.2, 0.1))
+    with pytest.warns(UserWarning, match=r"majority: metasmoothness 0.20, below 0.5"):
+        along_training.exact_metagradients(trained)
+
+
+def test_figures_of_a_method_that_scores_some_queries(trained: Trained) -> None:
+    """They are over those queries, and no figure is made up for others."""
+    scores = np.random.default_rng(0).normal(size=(20, 10))
+    some = scores.copy()
+    some[:, 8:] = np.nan
+    overlap = top_k_overlap(some, scores, 3)
+    assert (overlap[:8] == 1).all()
+    assert np.isnan(overlap[8:]).all()
+
+    def method(scores: np.ndarray) -> along_training.Scored:
+        return along_training.Scored(scores, None, 0.0, 0)
+
+    methods = {"TracIn, exact": lambda _: method(scores), "some": lambda _: method(some)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = evaluate(trained.problem, methods, seeds=2, subsets=3, left_out=2, repeats=1, progress=False)
+    whole, part = found.merits
+    for name in ("lds", "loo"):
+        assert not np.isnan(part.figure(name).by_seed).any()  # type: ignore[union-attr]
+        assert part.figure(name).by_seed != whole.figure(name).by_seed  # type: ignore[union-attr]
+    assert part.overlap is not None
+    assert part.overlap.value == 1
