@@ -5,8 +5,9 @@
     python -m bench.keep --list
 
 Needs the extras ``bench``, ``hf`` and ``index``. Each command runs in a process of its own; one that fails is named at
-the end and does not take the others along. Some are run only if asked for: ``attack`` and ``soak``, an hour each, and
-``peers``, which needs an environment of its own (``make bench-peers``) and ``--python .venv-peers/bin/python``.
+the end and does not take the others along. Some are run only if asked for: ``attack`` and ``soak``, an hour each,
+``ladder`` and ``steps-removed``, which train models again, and ``peers``, which needs an environment of its own
+(``make bench-peers``) and ``--python .venv-peers/bin/python``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ import tempfile
 from pathlib import Path
 
 from bench.provenance import RESULTS, ROOT
+
+RETRAINED = {
+    f"{name.replace('_', '-')}-{problem}": ["-m", f"bench.{name}", problem, "--keep"]
+    for name in ("ladder", "steps_removed")
+    for problem in ("adder", "majority")
+}
 
 COMMANDS: dict[str, list[str]] = {
     "capture": ["-m", "bench.capture", "--keep"],
@@ -38,13 +45,14 @@ COMMANDS: dict[str, list[str]] = {
         f"uses-{use}": ["-m", "bench.uses", use, "--keep"]
         for use in ("mislabelled", "curation", "horizon", "cancellation")
     },
+    **RETRAINED,
     "workspace": ["-m", "bench.workspace", "--keep"],
     "inline": ["-m", "bench.inline", "--keep"],
     "per-example": ["-m", "bench.per_example", "--keep"],
     "models": ["-m", "bench.models", "--keep", "--anew"],
     "peers": ["-m", "bench.peers", "--keep"],
 }
-IF_ASKED = ("attack", "soak", "peers")
+IF_ASKED = ("attack", "soak", "peers", *RETRAINED)
 
 
 def main() -> int:

@@ -25,8 +25,10 @@ sys.path.insert(0, str(ROOT))
 Parts = dict[str, Callable[[], str]]
 
 KINDS = (
-    "attack", "capture", "explore", "host-overhead", "inline", "install", "integrations", "models", "peers",
-    "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup", "store-layouts",
+    "attack", "capture", "explore", "host-overhead", "inline", "install", "integrations",
+    "ladder-adder", "ladder-majority", "models", "peers",
+    "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup",
+    "steps-removed-adder", "steps-removed-majority", "store-layouts",
     "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""
