@@ -23,7 +23,7 @@ from bench.provenance import RESULTS, ROOT
 RETRAINED = {
     f"{name.replace('_', '-')}-{problem}": ["-m", f"bench.{name}", problem, "--keep"]
     for name in ("ladder", "steps_removed")
-    for problem in ("adder", "majority")
+    for problem in ("language", "majority")
 }
 
 COMMANDS: dict[str, list[str]] = {

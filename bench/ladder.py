@@ -98,7 +98,7 @@ def main() -> None:
     torch.set_num_threads(1)  # tensors are small: a second thread only waits
     provenance, problem = Provenance(), make_problem(options.problem)
     folder = options.folder or Path(f"evaluate-{options.problem}")
-    known = available(problem)
+    known = available()
     found = evaluate(
         problem,
         {name: of_the_same_queries(known[name]) for name in RUNGS if name in known},

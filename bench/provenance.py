@@ -18,7 +18,7 @@ from stepinfluence.machine import machine_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-OUTPUTS = ("--json", "--out", "--scratch")
+OUTPUTS = ("--json", "--out", "--scratch", "--folder")
 
 
 class Provenance(provenance.Provenance):

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import stepinfluence
+from stepinfluence.evaluation import Recipe
 from stepinfluence.evaluation.problems import make_problem
 
+RECIPE = Recipe(updates=100, learning_rate=3e-3)
+"""Plain Adam, a full batch in each update."""
 LOOPS = 12
 LEAST_SHARE = 0.02
 
 
 def measure(problem_name: str, trained: int, seed: int) -> dict[str, Any]:
     """The horizon, the share of the energy by step when asked with ``LOOPS``, and the accuracy of every loop count."""
-    problem = make_problem(problem_name, steps=trained, seed=seed)
+    problem = make_problem(problem_name, steps=trained, seed=seed, n_train=192, recipe=RECIPE)
     model = problem.retrain(np.arange(len(problem.train)), seed)
     capture = stepinfluence.attach(model, body=model.core, sketch_size=1024)
     train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)

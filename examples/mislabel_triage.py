@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import stepinfluence
-from stepinfluence.evaluation import mislabel_auc
+from stepinfluence.evaluation import Recipe, mislabel_auc
 from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.search.unusual import outliers
+
+RECIPE = Recipe(updates=100, learning_rate=3e-3)
+"""Plain Adam, a full batch in each update."""
 
 
 def measure(problem_name: str, seed: int) -> dict[str, dict[str, float]]:
     """By score: AUC of the planted errors, and the share of them among as many first suspects."""
-    problem = make_problem(problem_name, seed=seed)
+    problem = make_problem(problem_name, seed=seed, n_train=192, recipe=RECIPE)
     model = problem.retrain(np.arange(len(problem.train)), seed)
     capture = stepinfluence.attach(model, body=model.core, sketch_size=1024)
     train = capture.featurize(problem.batches("train"), problem.loss, progress=False)

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import stepinfluence
 import torch
+from stepinfluence.evaluation import Recipe
 from stepinfluence.evaluation.problems import make_problem
 
+RECIPE = Recipe(updates=100, learning_rate=3e-3)
+"""Plain Adam, a full batch in each update."""
 LOUD = 0.9
 """Quantile of the size of the step terms: only pairs that act on one another at all."""
 
@@ -21,7 +24,7 @@ def cancelled(sdi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def scores(problem_name: str, seed: int, *, exact: bool) -> torch.Tensor:
     """``(N, Q, steps)``, sketched or exact."""
-    problem = make_problem(problem_name, seed=seed)
+    problem = make_problem(problem_name, seed=seed, n_train=192, recipe=RECIPE)
     model = problem.retrain(np.arange(len(problem.train)), seed)
     if exact:
         capture = stepinfluence.ExactCapture(model, body=model.core)

@@ -38,13 +38,16 @@ def _head(found: Evaluation, data: dict[str, Any]) -> str:
     version = facts["versions"]
     commit = facts["commit"][:12] + (" with changes" if facts["dirty"] else "")
     return (
-        f"**{found.problem}**, answers right: {found.accuracy}. `{facts['command']}`: {s['seeds']} seeds, each with "
+        f"**{found.problem}**{f' ({found.about})' if found.about else ''}"
+        f"{f', answers right: {found.accuracy}' if found.accuracy else ''}. "
+        f"`{facts['command']}`: {s['seeds']} seeds, each with "
         f"{s['subsets']} halves and {s['left_out']} examples left out (repeats: {s['repeats']}; brittleness queries: "
         f"{s['flips']} a method); "
         f"{found.retrainings} models, {found.training_seconds / 60:.0f} minutes of processor time to train. "
         f"{facts['machine']['CPU']} ({facts['torch_cpu_capability']}), shared while measuring (load "
         f"{facts['load_before']} before, {facts['load_after']} after), {facts['machine']['torch threads']} thread; "
-        f"torch {version['torch']}, traker {version['traker']}; {facts['date']}, commit {commit}."
+        f"torch {version['torch']}, traker {version['traker']}, kronfluence {version['kronfluence']}; {facts['date']}, "
+        f"commit {commit}."
     )
 
 

@@ -14,12 +14,13 @@ from kept import MARK, ROOT, Parts, rewritten
 from parts_attack import PARTS as ATTACK
 from parts_bench import PARTS as BENCH
 from parts_curvature import PARTS as CURVATURE
+from parts_evaluation import PARTS as EVALUATION
 from parts_models import PARTS as MODELS
 from parts_readme import PARTS as README
 from parts_store import PARTS as STORE
 from parts_uses import PARTS as USES
 
-PARTS: Parts = {**README, **STORE, **BENCH, **MODELS, **CURVATURE, **ATTACK, **USES}
+PARTS: Parts = {**README, **STORE, **BENCH, **MODELS, **CURVATURE, **EVALUATION, **ATTACK, **USES}
 PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -26,9 +26,9 @@ Parts = dict[str, Callable[[], str]]
 
 KINDS = (
     "attack", "capture", "explore", "host-overhead", "inline", "install", "integrations",
-    "ladder-adder", "ladder-majority", "models", "peers",
+    "ladder-language", "ladder-majority", "models", "peers",
     "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup",
-    "steps-removed-adder", "steps-removed-majority", "store-layouts",
+    "steps-removed-language", "steps-removed-majority", "store-layouts",
     "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from stepinfluence.evaluation.methods import Method, Scored, available
+from stepinfluence.evaluation.methods import Method, available
 from stepinfluence.evaluation.metrics import (
     Estimate,
     agreement,
@@ -30,7 +30,8 @@ from stepinfluence.evaluation.result import Evaluation, Figure, Merits, Smoothne
 from stepinfluence.evaluation.retraining import Draws, Retrainings, draws, training_seed
 from stepinfluence.evaluation.smoothness import Smooth, smoothness
 from stepinfluence.evaluation.steps import StepRun, try_steps
-from stepinfluence.evaluation.trained import Trained
+from stepinfluence.evaluation.trained import Scored, Trained
+from stepinfluence.evaluation.training import CannotScore
 from stepinfluence.progress import tqdm
 
 Array = npt.NDArray[np.float64]
@@ -133,30 +134,37 @@ def _score_all(
 ) -> Evaluation:
     problem, repeats = trained.problem, len(runs[0].full)
     found: dict[str, list[_Figures]] = {name: [] for name in chosen}
-    steps = []
+    steps, unable = [], {}
     total = len(runs) * (len(chosen) + 1)
     with tqdm(total=total, desc=f"{problem.name}: scoring", unit="method", delay=2, disable=not progress) as bar:
         for run in runs:
             model = trained.model(run.seed)
-            exact = None
+            exact, given = None, Trained(problem, model, training_seed(run.seed, 0))
             for name in sorted(chosen, key=lambda name: name != EXACT):  # the others are compared with it
-                scored = chosen[name](Trained(problem, model, training_seed(run.seed, 0)))
+                bar.update()
+                if name in unable:
+                    continue
+                try:
+                    scored = chosen[name](given)
+                except CannotScore as error:
+                    unable[name] = str(error)
+                    continue
                 exact = scored.scores if name == EXACT else exact
                 found[name].append(
                     _figures(trained, run, chosen[name], scored, exact if name != EXACT else None, flips)
                 )
-                bar.update()
             steps.append(try_steps(problem, model, seed=run.seed))
             bar.update()
     first = [run.right.mean() for run in runs if run.right is not None]
     return Evaluation(
         problem=problem.name,
         seeds=tuple(run.seed for run in runs),
-        merits=tuple(_merits(name, by_seed) for name, by_seed in found.items()),
+        merits=tuple(_merits(name, by_seed) for name, by_seed in found.items() if name not in unable),
         steps=_steps(steps),
         truth=_truth(runs),
         smoothness=_smoothness(runs),
         about=problem.about,
+        unable=unable,
         retrainings=trained.used,
         training_seconds=trained.seconds,
         accuracy=Figure.of([float(share) for share in first]) if first else None,
@@ -194,7 +202,8 @@ def _figures(
     problem, n, seed = trained.problem, len(trained.everyone), run.seed
     fresh: nn.Module = problem.untrained(training_seed(seed, 1))
     again = method(Trained(problem, fresh.eval(), training_seed(seed, 1), untrained=True)).scores
-    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips]]
+    scored = ~np.isnan(found.scores).any(0)  # some methods are asked only a few queries
+    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips] if scored[q]]
     known = [one for one in flipped if not np.isnan(one)]
     brittle = float(np.mean(known)) if known else float("nan")
     lds = linear_datamodeling_score(found.scores, run.halves.mean(0), run.drawn.halves)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stepinfluence.arguments import positive_int
 from stepinfluence.capture import ExactCapture
-from stepinfluence.evaluation.training import State, Training
+from stepinfluence.evaluation.training import CannotScore, State, Training
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def metagradients(
     if not asked:
         raise ValueError("asked: got no query; give rows of queries")
     if not training.recipe.root_epsilon:
-        raise ValueError(
+        raise CannotScore(
             f"{training.problem.name}: trained with root_epsilon=0, so that its update has no derivative where a "
             "gradient is zero; use a recipe with a root_epsilon, such as 1e-8"
         )

@@ -95,7 +95,7 @@ def over_checkpoints(trained: Trained, *, curvature: Choice = "none", count: int
     updates before each. Seconds do not count the training that leaves the checkpoints behind.
 
     Raises:
-        ValueError: the problem has no recipe.
+        CannotScore: the problem has no recipe.
     """
     problem, checkpoints = trained.problem, trained.checkpoints(count)
     began = time.process_time()
@@ -120,10 +120,8 @@ METHODS: dict[str, Method] = {
     "SDI, m=256": sdi_small,
     "SDI-Fisher, auto": partial(corrected_sdi, curvature="fisher"),
     "SDI-Fisher, auto, m=256": partial(corrected_sdi, curvature="fisher", sketch_size=256),
-    "SDI-Fisher, 1e-2": partial(corrected_sdi, curvature="fisher", damping=1e-2),
-    "SDI-Fisher, 1e-3": partial(corrected_sdi, curvature="fisher", damping=1e-3),
+    "SDI-Fisher, auto, m=32": partial(corrected_sdi, curvature="fisher", sketch_size=32),
     "SDI-Fisher blocks, auto": partial(corrected_sdi, curvature="block"),
-    "SDI-Fisher blocks, 1e-3": partial(corrected_sdi, curvature="block", damping=1e-3),
     "SDI-Fisher of unit rows, 1e-2": partial(corrected_sdi, curvature="fisher", damping=1e-2, normalize="train"),
     "SDI, cosine": partial(corrected_sdi, normalize="both"),
     "SDI, 5 checkpoints": over_checkpoints,
@@ -140,19 +138,9 @@ METHODS: dict[str, Method] = {
 
 PACKAGES = {"TRAK": "trak", "TRAK, 5 models": "trak", "EK-FAC": "kronfluence"}
 """What a method needs to be installed."""
-NEED_CHECKPOINTS = ("SDI, 5 checkpoints", "SDI-Fisher, auto, 5 checkpoints", "SOURCE", METAGRADIENTS)
 
 
-def available(problem: Problem | None = None) -> dict[str, Method]:
-    """Those that this machine can run: TRAK needs the package ``traker``, EK-FAC ``kronfluence``.
-
-    Args:
-        problem: leave out what needs checkpoints where it has no recipe, and metagradients where its update has no
-            derivative.
-    """
+def available() -> dict[str, Method]:
+    """Those that this machine can run: TRAK needs the package ``traker``, EK-FAC ``kronfluence``."""
     missing = {name for name, package in PACKAGES.items() if importlib.util.find_spec(package) is None}
-    if problem is not None and problem.training is None:
-        missing.update(NEED_CHECKPOINTS)
-    if problem is not None and problem.training is not None and not problem.training.root_epsilon:
-        missing.add(METAGRADIENTS)
     return {name: method for name, method in METHODS.items() if name not in missing}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from stepinfluence.evaluation.trained import Scored, Trained
-from stepinfluence.evaluation.training import Losses
+from stepinfluence.evaluation.training import CannotScore, Losses
 
 
 def trak(trained: Trained, *, models: int = 1) -> Scored:
@@ -95,6 +95,7 @@ def ek_fac(trained: Trained) -> Scored:
 
     Raises:
         ModuleNotFoundError: ``kronfluence`` is not installed.
+        CannotScore: it fails on this model, as it does where some uses of a module run without gradient.
     """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -124,16 +125,19 @@ def ek_fac(trained: Trained) -> Scored:
         model = prepare_model(copy.deepcopy(trained.model), Ask())
         analyzer = Analyzer("evaluation", model, Ask(), cpu=True, disable_tqdm=True, output_dir=folder)
         how = FactorArguments(strategy="ekfac", use_empirical_fisher=True, has_shared_parameters=True)
-        analyzer.fit_all_factors("factors", sides[0], min(n, 64), factor_args=how)
-        analyzer.compute_pairwise_scores(
-            "scores",
-            "factors",
-            query_dataset=sides[1],
-            train_dataset=sides[0],
-            per_device_query_batch_size=n_query,
-            per_device_train_batch_size=min(n, 64),
-            score_args=ScoreArguments(damping_factor=None),
-        )
+        try:
+            analyzer.fit_all_factors("factors", sides[0], min(n, 64), factor_args=how)
+            analyzer.compute_pairwise_scores(
+                "scores",
+                "factors",
+                query_dataset=sides[1],
+                train_dataset=sides[0],
+                per_device_query_batch_size=n_query,
+                per_device_train_batch_size=min(n, 64),
+                score_args=ScoreArguments(damping_factor=None),
+            )
+        except RuntimeError as error:
+            raise CannotScore(f"kronfluence: {error}") from error
         scores = analyzer.load_pairwise_scores("scores")["all_modules"].T.double().numpy()
     seen = sum(p.numel() for name, p in trained.model.named_parameters() if name.rpartition(".")[0] in names)
     return Scored(scores, None, time.process_time() - began, 4 * seen)

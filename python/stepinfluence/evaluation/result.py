@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from stepinfluence.evaluation.metrics import Estimate, over_seeds, share_over_seeds
@@ -196,6 +196,7 @@ class Evaluation:
         repeats: initialisations that every retraining is averaged over.
         smoothness: of the training; None where it has no recipe.
         about: what a reader should know of the data.
+        unable: methods that could not be run on this problem, and why.
     """
 
     problem: str
@@ -210,6 +211,7 @@ class Evaluation:
     repeats: int
     smoothness: Smoothness | None = None
     about: str = ""
+    unable: Mapping[str, str] = field(default_factory=dict)
 
     def difference(self, figure: str, method: str, other: str) -> Figure:
         """How much better one method does than another in a figure: seed by seed, so that what both share cancels.
@@ -247,8 +249,9 @@ class Evaluation:
                 f"{s.natural}, slope {s.natural_slope}."
             )
         truth = [self.truth.markdown(), ""] if self.truth else []
+        unable = [f"Could not be run: {name} ({why})." for name, why in self.unable.items()]
         smooth = [self.smoothness.markdown(), ""] if self.smoothness else []
-        return "\n".join([*lines, "", self.chance(), "", *truth, *smooth, by_step])
+        return "\n".join([*lines, "", *unable, *[""][: len(unable)], self.chance(), "", *truth, *smooth, by_step])
 
     def chance(self) -> str:
         """A sentence that names every figure whose interval over seeds has the value of chance in it."""
@@ -305,6 +308,7 @@ class Evaluation:
             asked=tuple(data["asked"]),
             smoothness=None if smooth is None else Smoothness(_known(smooth["across_steps"]), _known(smooth["nearby"])),
             about=data["about"],
+            unable=data["unable"],
         )
 
     def _cell(self, merits: Merits, name: str) -> str:

@@ -70,7 +70,7 @@ class Trained:
         """The run as a function of the examples' weights.
 
         Raises:
-            ValueError: the problem has no recipe.
+            CannotScore: the problem has no recipe.
         """
         return Training(self.problem, self.seed)
 
@@ -79,7 +79,8 @@ class Trained:
         """Every state of the run, trained again when first asked for: ``updates + 1``, the last one ``model``'s.
 
         Raises:
-            ValueError: the problem has no recipe, or the run does not end at ``model``.
+            CannotScore: the problem has no recipe.
+            ValueError: the run does not end at ``model``.
         """
         if self.untrained:
             return tuple(replace(self.training.start(), update=k) for k in range(self.training.recipe.updates + 1))
@@ -100,7 +101,7 @@ class Trained:
         """Evenly spaced over training, the last one at its end.
 
         Raises:
-            ValueError: as for :attr:`states`, or more checkpoints than updates.
+            CannotScore, ValueError: as for :attr:`states`, or more checkpoints than updates.
         """
         recipe, found, before = self.training.recipe, [], 0
         for at in checkpoint_updates(recipe.updates, count):

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 Rows = npt.NDArray[np.int64]
 
 
+class CannotScore(ValueError):
+    """A method cannot be run on this problem, and why."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train: Adam, from the first update to the last.
@@ -114,12 +118,13 @@ class Training:
             their updates when others are left out.
 
     Raises:
-        ValueError: the problem has no recipe, or there is no row.
+        CannotScore: the problem has no recipe.
+        ValueError: there is no row.
     """
 
     def __init__(self, problem: Problem, seed: int, rows: Rows | None = None) -> None:
         if problem.training is None:
-            raise ValueError(f"{problem.name}: has no recipe (training=None), so its training cannot be replayed")
+            raise CannotScore(f"{problem.name}: has no recipe (training=None), so its training cannot be replayed")
         self.problem = problem
         self.recipe = problem.training
         self.seed = seed

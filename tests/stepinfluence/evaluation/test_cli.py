@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from additive import additive
-from stepinfluence.app.cli import app
-from stepinfluence.evaluation import Estimate
+from stepinfluence.app.cli import app, evaluate
+from stepinfluence.evaluation import Estimate, problems
 from stepinfluence.evaluation.methods import random_scores
 from stepinfluence.evaluation.steps import StepRun
 from typer.testing import CliRunner
@@ -58,7 +58,7 @@ def test_json_and_file_say_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["parity"], "problem: got 'parity'; use one of adder, majority"),
+        (["chess"], "problem: got 'chess'; use one of adder, majority, language, parity, trm"),
         (["adder", "--method", "Shapley"], "method: got 'Shapley'; use one of random, other"),
         (["adder", "--left-out", "21"], "left_out: got 21; additive has 20 training examples"),
     ],
@@ -76,3 +76,8 @@ def test_the_models_of_something_else_are_not_used(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["evaluate", "adder", "--method", "random", *QUICK])
     assert done.exit_code == 2
     assert "folder: evaluate-adder holds models with torch" in " ".join(done.stderr.split())
+
+
+def test_the_command_names_the_problems_that_there_are() -> None:
+    assert tuple(problems.PROBLEMS) == evaluate.PROBLEMS
+    assert all(f"[cyan]{name}[/cyan]" in evaluate.HELP for name in problems.PROBLEMS)

@@ -35,7 +35,7 @@ def test_an_evaluation_end_to_end(small: Problem, tmp_path: Path, monkeypatch: p
     counts = {"seeds": 2, "subsets": 3, "left_out": 2}
     found = evaluate(small, methods, folder=tmp_path, progress=False, **counts)
     sdi, exact, chance = found.merits
-    flips = 2 * (1 + 3 + 2)
+    flips = 2 * (1 + 3 + 2) + 4  # four for the metasmoothness
     assert found.retrainings <= 2 * (flips + 3)  # two methods may remove the same examples: one model then
     assert found.retrainings >= 2 * flips + 1
     assert sdi.overlap is not None
@@ -59,6 +59,9 @@ def test_an_evaluation_end_to_end(small: Problem, tmp_path: Path, monkeypatch: p
     del kept["steps"]["natural"]  # kept before it was tried
     assert Evaluation.from_dict(kept).steps.natural is None
     assert "| SDI, m=2048 |" in found.markdown()
+    assert found.smoothness is not None
+    assert found.smoothness.across_steps.value > 0.9
+    assert "Metasmoothness" in found.markdown()
 
     retrain = Problem.retrain
 
@@ -144,13 +147,3 @@ def test_the_logit_lens_is_the_loss_of_fewer_loops(small: Problem) -> None:
     assert not model.core._forward_hooks
     with pytest.raises(ValueError, match="body: got 2 modules"):
         steps.logit_lens(model, [model.core.linear1, model.core.linear2], batch, small.loss)
-
-
-def test_planted_errors_are_where_the_problem_says() -> None:
-    for name in ("adder", "majority"):
-        made = make_problem(name)
-        tokens, labels = made.collate(made.train)
-        truth = tokens.sum(1) % 3 if name == "adder" else (tokens.sum(1) > 4).long()
-        np.testing.assert_array_equal((labels != truth).numpy(), made.mislabelled)
-        seen = {tuple(t.tolist()) for t, _ in made.train}
-        assert not any(tuple(t.tolist()) in seen for t, _ in made.queries)

@@ -17,7 +17,7 @@ from stepinfluence.evaluation.trained import Trained
     [
         ("SDI-Fisher, auto", 2048, {"curvature": "fisher"}),
         ("SDI-Fisher, auto, m=256", 256, {"curvature": "fisher"}),
-        ("SDI-Fisher blocks, 1e-3", 2048, {"curvature": "block", "damping": 1e-3}),
+        ("SDI-Fisher blocks, auto", 2048, {"curvature": "block"}),
         ("SDI-Fisher of unit rows, 1e-2", 2048, {"curvature": "fisher", "damping": 1e-2, "normalize": "train"}),
         ("SDI, cosine", 2048, {"normalize": "both"}),
     ],

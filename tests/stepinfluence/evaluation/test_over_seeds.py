@@ -12,10 +12,11 @@ import pytest
 import torch
 from additive import EFFECTS, additive
 from stepinfluence.evaluation import Estimate, Evaluation, Figure, Problem, agreement, bootstrap, evaluate, over_seeds
-from stepinfluence.evaluation.methods import Method, Scored, random_scores
+from stepinfluence.evaluation.methods import METHODS, Method, random_scores
 from stepinfluence.evaluation.metrics import share_over_seeds
 from stepinfluence.evaluation.steps import StepRun
-from stepinfluence.evaluation.trained import Trained
+from stepinfluence.evaluation.trained import Scored, Trained
+from stepinfluence.evaluation.training import CannotScore
 from torch import nn
 
 MODULE = importlib.import_module("stepinfluence.evaluation.evaluate")
@@ -207,3 +208,18 @@ def test_one_model_serves_all_methods(tmp_path: Path) -> None:
 def test_counts_that_say_nothing_are_refused(wrong: dict[str, int], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         evaluate(additive(), {"random": random_scores}, progress=False, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_method_that_cannot_be_run_is_named() -> None:
+    def unable(trained: Trained) -> Scored:
+        raise CannotScore("needs another model")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "try_steps", no_steps)
+        methods = {"unable": unable, "random": random_scores, "over": METHODS["SDI, 5 checkpoints"]}
+        found = evaluate(additive(), methods, seeds=2, subsets=3, left_out=2, progress=False)
+    assert [m.method for m in found.merits] == ["random"]
+    assert "Could not be run: unable (needs another model)." in found.markdown()
+    assert "over (additive: has no recipe" in found.markdown()
+    assert found.smoothness is None
+    assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))).unable == found.unable

@@ -66,6 +66,17 @@ def test_every_example_comes_once_a_round_and_keeps_its_place() -> None:
         np.testing.assert_array_equal(without.rows(k), full.rows(k)[full.rows(k) != 5])
 
 
+def test_a_curriculum_lets_examples_in_by_their_order() -> None:
+    full = Training(small(updates=10, batch_size=10, curriculum=0.5), 1)
+    assert sorted(full.rows(0)) == [0, 1]
+    let_in = [int(full.rows(k).max()) for k in range(5)]
+    assert all(most < 2 * 12 ** (k / 5) for k, most in enumerate(let_in))
+    assert len(full.rows(9)) == 10
+    assert not np.array_equal(full.rows(8), full.rows(9))
+    without = Training(full.problem, 1, np.delete(np.arange(24), 1))
+    np.testing.assert_array_equal(without.rows(0), [0])
+
+
 @pytest.mark.parametrize("batch_size", [None, 8])
 def test_weights_of_zero_leave_out_and_their_scale_changes_nothing(batch_size: int | None) -> None:
     problem = double(small(root_epsilon=1e-8, batch_size=batch_size))
@@ -119,15 +130,14 @@ def test_checkpoints_lie_on_the_way_to_the_model() -> None:
     model = problem.retrain(np.arange(24), 9)
     trained = Trained(problem, model, 9)
     first, middle, last = trained.checkpoints(3)
-    assert [c.learning_rate for c in (first, middle, last)] == [pytest.approx(0.0075), 0.01, 0.01]
+    assert [c.updates for c in (first, middle, last)] == [2, 2, 2]
+    assert [c.learning_rate for c in (first, middle, last)] == [pytest.approx(x) for x in (0.00375, 0.00875, 0.01)]
     for a, b in zip(last.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
-    for checkpoint, k in ((first, 2), (middle, 4)):
-        again = replace(problem, training=replace(problem.training, updates=k, warmup=min(4, k)))
-        if k == 4:
-            for a, b in zip(checkpoint.model.parameters(), again.retrain(np.arange(24), 9).parameters(), strict=True):
-                assert torch.equal(a, b)
-        assert not checkpoint.model.training
+    again = replace(problem, training=Recipe(4, 1e-2, warmup=4)).retrain(np.arange(24), 9)
+    for a, b in zip(middle.model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not middle.model.training
     stood = Trained(problem, problem.untrained(9).eval(), 9, untrained=True).checkpoints(2)
     for checkpoint in stood:
         for a, b in zip(checkpoint.model.parameters(), problem.untrained(9).parameters(), strict=True):
@@ -158,6 +168,7 @@ def test_what_cannot_be_replayed_is_refused() -> None:
         ({"betas": (0.9, 1.0)}, "betas: got"),
         ({"learning_rate": float("nan")}, "learning_rate, epsilon"),
         ({"batch_size": 0}, "batch_size: got 0"),
+        ({"curriculum": 0.5}, "curriculum: got 0.5"),
     ],
 )
 def test_a_recipe_out_of_range_is_refused(wrong: dict[str, object], says: str) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from stepinfluence.app.cli._common import console, fail, need_extra
 
-PROBLEMS = ("adder", "majority")
+PROBLEMS = ("adder", "majority", "language", "parity", "trm")
 HELP = """Compare attribution methods with what retraining says: which scores deserve trust?
 
 Linear datamodeling score, leave-one-out correlation, planted label errors, brittleness, overlap with exact TracIn,
@@ -27,6 +27,9 @@ command goes on where it was stopped, and another method is scored without train
 [bold]Problems[/bold]
   [cyan]adder[/cyan]      sum of four digits modulo 3; trains in seconds
   [cyan]majority[/cyan]   which of two symbols is more frequent
+  [cyan]language[/cyan]   next character of Python's own help texts
+  [cyan]parity[/cyan]     odd number of ones? the looped model of the paper, on short strings
+  [cyan]trm[/cyan]        Sudokus of four by four, by the package tiny-recursive-model
 
 For a problem of your own call [cyan]stepinfluence.evaluation.evaluate(Problem(...))[/cyan] in Python.
 
@@ -67,6 +70,8 @@ def run(
         from stepinfluence.machine import machine_facts, versions
 
         need_extra("eval", missing_modules(("scipy", "sklearn")))
+        if problem == "trm" and missing_modules(("tiny_recursive_model",)):
+            fail("problem: trm needs a package; pip install tiny-recursive-model")
         from stepinfluence.evaluation import evaluate
         from stepinfluence.evaluation.methods import available
         from stepinfluence.evaluation.problems import make_problem

@@ -54,28 +54,28 @@ def collate(examples: Sequence[Example]) -> Example:
     return torch.stack([e[0] for e in examples]), torch.stack([torch.as_tensor(e[1]) for e in examples])
 
 
-ADDER = Recipe(150, 2e-3, warmup=20, decay=True, betas=(0.9, 0.99), root_epsilon=1e-6)
+ADDER = Recipe(200, 2e-3, warmup=20, decay=True, root_epsilon=1e-10, weight_decay=0.1)
 MAJORITY = Recipe(60, 2e-3, warmup=10, decay=True, root_epsilon=1e-6)
 
 
 def adder(**sizes: Any) -> Problem:
     """The sum of four digits modulo 3; arguments as for :func:`_make`."""
     every = torch.cartesian_prod(*[torch.arange(4)] * 4)
-    return _make("adder", every, every.sum(1) % 3, ADDER, **sizes)
+    return _make("adder", every, every.sum(1) % 3, **{"recipe": ADDER, "n_train": 224, **sizes})
 
 
 def majority(**sizes: Any) -> Problem:
     """Which of two symbols is more frequent among nine; arguments as for :func:`_make`."""
     every = torch.cartesian_prod(*[torch.arange(2)] * 9)
-    return _make("majority", every, (every.sum(1) > 4).long(), MAJORITY, **sizes)
+    return _make("majority", every, (every.sum(1) > 4).long(), **{"recipe": MAJORITY, **sizes})
 
 
 def _make(
     name: str,
     every: Tensor,
     answers: Tensor,
-    training: Recipe,
     *,
+    recipe: Recipe,
     n_train: int = 192,
     n_query: int = 32,
     updates: int | None = None,
@@ -88,7 +88,7 @@ def _make(
         name: of the problem.
         every: ``(N, T)`` token ids.
         answers: ``(N,)``.
-        training: recipe.
+        recipe: of the training, in place of the problem's own.
         n_train, n_query: examples.
         updates: in place of the recipe's.
         steps: times that the model applies its layer.
@@ -122,7 +122,7 @@ def _make(
         loss=loss,
         body=lambda model: model.core,  # type: ignore[return-value, arg-type]
         collate=collate,
-        training=training if updates is None else shortened(training, updates),
+        training=recipe if updates is None else shortened(recipe, updates),
         correct=correct,
         mislabelled=mislabelled,
     )

@@ -34,8 +34,8 @@ def parity(
 ) -> Problem:
     """Whether a string has an odd number of ones, read after as many loop steps as it has bits.
 
-    Short strings come first, as in the paper. No label is wrong: with errors so small a model does not learn the task in
-    a few seconds.
+    Short strings come first, as in the paper. No label is wrong: with errors a model that trains in a few seconds does
+    not learn the task.
 
     Args:
         n_train, n_query: strings.
