@@ -83,8 +83,7 @@ bench-search: $(VENV)/.stamp-test ## scan speed, recall and time of every search
 	$(BIN)/python -m bench.search --rows 100000 1000000 --scratch $(SCRATCH)
 
 bench-evaluate: $(VENV)/.stamp-test ## attribution methods against retraining over five seeds (docs/evaluation.md), resumable
-	$(BIN)/python -m bench.evaluate adder
-	$(BIN)/python -m bench.evaluate majority
+	for problem in adder majority language parity trm; do $(BIN)/python -m bench.evaluate $$problem || exit 1; done
 
 bench-scale: $(VENV)/.stamp-bench ## measure rates, and print what a corpus costs (docs/scale.md)
 	$(BIN)/python -m bench.scale --model paper --examples 2

@@ -10,7 +10,7 @@ from stepinfluence.evaluation.result import Merits
 
 PROBLEMS = ("adder", "majority", "language", "parity", "trm")
 FISHER, SDI, TRAK, EK_FAC, SMALLEST = "SDI-Fisher, auto", "SDI, m=2048", "TRAK", "EK-FAC", "SDI-Fisher, auto, m=32"
-AGAINST = (SDI, "SDI, cosine", "TracIn, exact", TRAK, "TRAK, 5 models", EK_FAC)
+AGAINST = (SDI, "SDI, cosine", TRAK, "TRAK, 5 models", EK_FAC)
 KINDS = {"fisher": FISHER, "block": "SDI-Fisher blocks, auto"}
 MISSING = "–"
 

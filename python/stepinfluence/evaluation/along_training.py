@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import torch
 
-from stepinfluence.attribution.curvature import Segment, Unrolled
+from stepinfluence.attribution.curvature import Fisher, Segment, Unrolled
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.capture import attach
@@ -97,6 +97,33 @@ def mean_metric(trained: Trained) -> dict[str, Elementwise]:
         total += rate / root
         weight += rate
     return {name: Elementwise(part) for name, part in training.by_name((total / weight).sqrt()).items()}
+
+
+def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
+    """SDI corrected by the Fisher with the damping that training's length says: ``1 / T``, where T adds up the learning
+    rates of all updates, each times the mean over the body's parameters of what Adam multiplies a gradient with.
+
+    Gradient descent for a time T leaves of a direction with curvature h about what ridge regression with the penalty
+    ``1 / T`` would (early stopping; Ali et al., arXiv 1810.10082): directions with ``h T << 1`` have hardly moved, and
+    the inverse of their curvature says nothing of what training did. No constant is to be chosen.
+
+    Raises:
+        CannotScore: the problem has no recipe.
+    """
+    problem, model = trained.problem, trained.model
+    metric = mean_metric(trained)  # its training is not counted
+    began = time.process_time()
+    capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
+    train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
+    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
+    scale = float(torch.cat([metric[block.name].sqrt.flatten() ** 2 for block in train.space.blocks]).mean())
+    recipe = trained.training.recipe
+    total = scale * sum(recipe.rate(update) for update in range(recipe.updates))
+    fisher = Fisher.fit(train, damping=1.0)
+    damped = fisher.with_damping(1 / (total * fisher.factors[0].largest))
+    scores = (train.values @ damped.transform(query).values.T).double().numpy()
+    width = train.values.shape[1] * train.values.element_size()
+    return Scored(scores, None, time.process_time() - began, width)
 
 
 def exact_metagradients(trained: Trained) -> Scored:

@@ -15,7 +15,7 @@ from stepinfluence.attribution.curvature import Choice, Damping, Normalize, corr
 from stepinfluence.attribution.curvature.choice import unit_norm
 from stepinfluence.attribution.scoring import self_influence
 from stepinfluence.capture import Capture, ExactCapture, attach
-from stepinfluence.evaluation.along_training import ASKED, exact_metagradients, source
+from stepinfluence.evaluation.along_training import ASKED, by_training_time, exact_metagradients, source
 from stepinfluence.evaluation.peers import ek_fac, trak
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.trained import Scored, Trained
@@ -121,6 +121,7 @@ METHODS: dict[str, Method] = {
     "SDI-Fisher, auto": partial(corrected_sdi, curvature="fisher"),
     "SDI-Fisher, auto, m=256": partial(corrected_sdi, curvature="fisher", sketch_size=256),
     "SDI-Fisher, auto, m=32": partial(corrected_sdi, curvature="fisher", sketch_size=32),
+    "SDI-Fisher, by training time": by_training_time,
     "SDI-Fisher blocks, auto": partial(corrected_sdi, curvature="block"),
     "SDI-Fisher of unit rows, 1e-2": partial(corrected_sdi, curvature="fisher", damping=1e-2, normalize="train"),
     "SDI, cosine": partial(corrected_sdi, normalize="both"),

@@ -54,7 +54,7 @@ def collate(examples: Sequence[Example]) -> Example:
     return torch.stack([e[0] for e in examples]), torch.stack([torch.as_tensor(e[1]) for e in examples])
 
 
-ADDER = Recipe(200, 2e-3, warmup=20, decay=True, root_epsilon=1e-10, weight_decay=0.1)
+ADDER = Recipe(200, 3e-3, warmup=20, decay=True, root_epsilon=1e-8, weight_decay=0.3, batch_size=64)
 MAJORITY = Recipe(60, 2e-3, warmup=10, decay=True, root_epsilon=1e-6)
 
 

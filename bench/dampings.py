@@ -1,0 +1,85 @@
+"""LDS of curvature-corrected SDI for a grid of dampings, and for those that are chosen without retraining.
+
+    python -m bench.dampings adder --keep
+
+On the models that ``python -m bench.evaluate`` has trained (``--folder``); what is missing is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from stepinfluence import attach
+from stepinfluence.attribution.curvature import BlockFisher, Fisher
+from stepinfluence.evaluation import linear_datamodeling_score
+from stepinfluence.evaluation.along_training import by_training_time
+from stepinfluence.evaluation.problem import Problem
+from stepinfluence.evaluation.problems import PROBLEMS, make_problem
+from stepinfluence.evaluation.retraining import Retrainings, draws, training_seed
+from stepinfluence.evaluation.trained import Trained
+
+from bench.provenance import Provenance, add_output, write
+
+GRID = (1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+"""Dampings relative to the largest eigenvalue."""
+
+
+def main() -> None:
+    """One problem."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problem", choices=tuple(PROBLEMS))
+    parser.add_argument("--seeds", type=int, default=5, help="independent runs (5)")
+    parser.add_argument("--subsets", type=int, default=8, help="halves of a seed (8)")
+    parser.add_argument("--repeats", type=int, default=2, help="initialisations of every retraining (2)")
+    parser.add_argument("--folder", type=Path, help="of trained models (evaluate-PROBLEM)")
+    known, _ = parser.parse_known_args()
+    add_output(parser, f"dampings-{known.problem}")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # tensors are small: a second thread only waits
+    came_from = Provenance()
+    folder = args.folder or Path(f"evaluate-{args.problem}")
+    found = by_damping(make_problem(args.problem), folder, range(args.seeds), args.subsets, args.repeats)
+    for name, values in found.items():
+        print(f"{name:20} {np.mean(values):.3f}  {' '.join(f'{value:.3f}' for value in values)}")
+    settings = {"seeds": args.seeds, "subsets": args.subsets, "repeats": args.repeats}
+    write(args.json, came_from, {"settings": settings, "lds": found})
+
+
+def by_damping(
+    problem: Problem, folder: Path, seeds: Sequence[int], subsets: int, repeats: int
+) -> dict[str, list[float]]:
+    """LDS for each seed of SDI (m = 2048), plain and corrected: with every damping of :data:`GRID`, with the one that
+    ``"auto"`` chooses, and with the one that training's length says."""
+    trained = Retrainings(problem, folder)
+    found: dict[str, list[float]] = {}
+    for seed in seeds:
+        drawn, model = draws(problem, seed, subsets=subsets, left_out=0), trained.model(seed)
+        halves = [
+            [trained.outcome(seed, np.flatnonzero(half), repeat=r, what="half").losses for half in drawn.halves]
+            for r in range(repeats)
+        ]
+        capture = attach(model, body=problem.body(model), sketch_size=2048)
+        train, query = (
+            capture.featurize(problem.batches(side), problem.loss, per_step=False, progress=False)
+            for side in ("train", "query")
+        )
+        scores = {"none": (train.values @ query.values.T).double().numpy()}
+        for kind in (Fisher, BlockFisher):
+            auto = kind.fit(train, damping="auto")
+            dampings = {"auto": auto, **{f"{damping:.0e}": auto.with_damping(damping) for damping in GRID}}
+            for name, one in dampings.items():
+                values = train.values @ one.transform(query).values.T
+                scores[f"{kind.kind}, {name}"] = values.double().numpy()
+        scores["fisher, training time"] = by_training_time(Trained(problem, model, training_seed(seed, 0))).scores
+        for name, values in scores.items():
+            lds = linear_datamodeling_score(values, np.mean(halves, axis=0), drawn.halves)
+            found.setdefault(name, []).append(float(np.nanmean(lds)))
+    return found
+
+
+if __name__ == "__main__":
+    main()
