@@ -202,8 +202,9 @@ def _figures(
     problem, n, seed = trained.problem, len(trained.everyone), run.seed
     fresh: nn.Module = problem.untrained(training_seed(seed, 1))
     again = method(Trained(problem, fresh.eval(), training_seed(seed, 1), untrained=True)).scores
-    scored: npt.NDArray[np.bool_] = np.isfinite(found.scores).all(axis=0)  # some methods are asked only a few queries
-    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips] if scored[q]]
+    # Some methods are asked only a few queries.
+    scored = [int(q) for q in run.asked[:flips] if not np.isnan(found.scores[:, q]).any()]
+    flipped = [_flips(trained, seed, found, query) for query in scored]
     brittle = float(np.mean(flipped)) if flipped else float("nan")
     lds = linear_datamodeling_score(found.scores, run.halves.mean(0), run.drawn.halves)
     loo = leave_one_out_correlation(found.scores, run.changes.mean(0), run.drawn.left_out)
