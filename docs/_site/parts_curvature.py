@@ -12,7 +12,7 @@ from stepinfluence.evaluation import Evaluation, over_seeds
 
 from bench import steps_removed as removed
 
-LADDER = ("majority",)
+LADDER = ("majority", "language")
 REMOVED = ("majority", "language")
 
 
