@@ -6,8 +6,8 @@
 
 Needs the extras ``bench``, ``hf`` and ``index``. Each command runs in a process of its own; one that fails is named at
 the end and does not take the others along. Some are run only if asked for: ``attack`` and ``soak``, an hour each;
-``large``, which needs 13 GiB of memory; and ``peers``, which needs an environment of its own (``make bench-peers``) and
-``--python .venv-peers/bin/python``.
+``large``, which needs 13 GiB of memory; ``ladder`` and ``steps-removed``, which train models again; and ``peers``,
+which needs an environment of its own (``make bench-peers``) and ``--python .venv-peers/bin/python``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ import tempfile
 from pathlib import Path
 
 from bench.provenance import RESULTS, ROOT
+
+RETRAINED = {
+    f"{name.replace('_', '-')}-{problem}": ["-m", f"bench.{name}", problem, "--keep"]
+    for name in ("ladder", "steps_removed")
+    for problem in ("language", "majority")
+}
 
 COMMANDS: dict[str, list[str]] = {
     "capture": ["-m", "bench.capture", "--keep"],
@@ -40,6 +46,7 @@ COMMANDS: dict[str, list[str]] = {
         f"uses-{use}": ["-m", "bench.uses", use, "--keep"]
         for use in ("mislabelled", "curation", "horizon", "cancellation")
     },
+    **RETRAINED,
     "workspace": ["-m", "bench.workspace", "--keep"],
     "inline": ["-m", "bench.inline", "--keep"],
     "calls": ["-m", "bench.calls", "--keep"],
@@ -48,7 +55,7 @@ COMMANDS: dict[str, list[str]] = {
     "models": ["-m", "bench.models", "--keep", "--anew"],
     "peers": ["-m", "bench.peers", "--keep"],
 }
-IF_ASKED = ("attack", "soak", "large", "peers")
+IF_ASKED = ("attack", "soak", "large", "peers", *RETRAINED)
 
 
 def main() -> int:

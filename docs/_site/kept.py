@@ -25,8 +25,9 @@ sys.path.insert(0, str(ROOT))
 Parts = dict[str, Callable[[], str]]
 
 KINDS = (
-    "attack", "calls", "capture", "explore", "host-overhead", "inline", "install", "integrations", "large", "models",
-    "peers", "per-example", "scale", "search", "sketch", "sketch-sizes", "soak", "startup", "store-layouts", "training",
+    "attack", "calls", "capture", "explore", "host-overhead", "inline", "install", "integrations",
+    "ladder-language", "ladder-majority", "large", "models", "peers", "per-example", "scale", "search", "sketch",
+    "sketch-sizes", "soak", "startup", "steps-removed-language", "steps-removed-majority", "store-layouts", "training",
     "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""

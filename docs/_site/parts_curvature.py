@@ -3,39 +3,64 @@
 # ruff: noqa: E501  # sentences of the page
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 from kept import Parts, load, source, table
 from stepinfluence.evaluation import Evaluation, over_seeds
 
 from bench import steps_removed as removed
 
-LADDER = ("majority", "adder")
-REMOVED = ("majority", "majority-metagradient", "adder", "adder-metagradient")
+LADDER = ("majority", "language")
+REMOVED = ("majority", "language")
 
 
 def ladder() -> str:
-    """LDS of each rung on the queries that metagradients are asked, and how far one rung is above another."""
+    """LDS of each rung on the queries that metagradients are asked, how far one is above another, and by step."""
     results = {problem: load(f"ladder-{problem}.json") for problem in LADDER}
     found = {problem: Evaluation.from_dict(result) for problem, result in results.items()}
     merits = {problem: {m.method: m for m in one.merits} for problem, one in found.items()}
-    rows = [[name, *(str(merits[p][name].lds) for p in LADDER)] for name in merits[LADDER[0]]]
+    names = list(merits[LADDER[0]])
+    exact = next(name for name in names if name.startswith("metagradients"))
+    rows = [[name, *(str(merits[p][name].lds) for p in LADDER)] for name in names]
     rows += [
-        [
-            f"{name}, minus SDI-Fisher, auto",
-            *(str(found[p].difference("lds", name, "SDI-Fisher, auto")) for p in LADDER),
-        ]
-        for name in ("SOURCE", "metagradients, 8 queries")
+        [f"{name} minus SDI-Fisher, auto", *(str(found[p].difference("lds", name, "SDI-Fisher, auto")) for p in LADDER)]
+        for name in ("SOURCE", exact)
     ]
-    seconds = [[name, *(f"{merits[p][name].seconds:.1f}" for p in LADDER)] for name in merits[LADDER[0]]]
+    seconds = [[name, *(f"{merits[p][name].seconds:.1f}" for p in LADDER)] for name in names]
+    rows += [
+        [f"{name}: processor seconds", *cells]
+        for name, *cells in seconds
+        if name in (exact, "SOURCE", "SDI-Fisher, auto")
+    ]
     texts = ["LDS over the same eight queries; means and 95 % intervals over seeds:", table(["method", *LADDER], rows)]
-    texts += ["Processor seconds of scoring all 32 queries (metagradients: 8):", table(["method", *LADDER], seconds)]
+    texts.append(
+        "By step: rank correlation over train examples of a method's score at a loop step with the exact metagradient "
+        "at the same step, and at the others; mean over steps and queries:"
+    )
+    head = ["method", *(f"{problem}: {what}" for problem in LADDER for what in ("same step", "others", "difference"))]
+    texts.append(table(head, [[name, *_agreement(results, name)] for name in results[LADDER[0]]["agreement"][0]]))
     for problem, result in results.items():
-        settings = result["settings"]
-        smooth = found[problem].smoothness
+        settings, smooth = result["settings"], found[problem].smoothness
         texts.append(
             f"**{problem}**: {settings['seeds']} seeds, each with {settings['subsets']} retrainings on random halves from the "
-            f"scored model's initialisation. {smooth.markdown() if smooth else ''} {source(f'ladder-{problem}.json', False, result)}"
+            f"scored model's initialisation; by step {settings['by_step']} queries a seed. "
+            f"{smooth.markdown() if smooth else ''} {source(f'ladder-{problem}.json', False, result)}"
         )
     return "\n\n".join(texts)
+
+
+def _agreement(results: Mapping[str, Any], name: str) -> list[str]:
+    """Cells: the diagonal of the correlations by step, the rest, and the difference, of each problem."""
+    cells = []
+    for result in results.values():
+        matrices = np.array([seed[name] for seed in result["agreement"]])
+        own = np.einsum("stt->st", matrices).mean(1)
+        count = matrices.shape[1]
+        others = (matrices.sum((1, 2)) - count * own) / (count * (count - 1))
+        cells += [str(over_seeds(values)) for values in (own, others, own - others)]
+    return cells
 
 
 def steps_removed() -> str:

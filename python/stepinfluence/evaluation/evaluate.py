@@ -202,10 +202,10 @@ def _figures(
     problem, n, seed = trained.problem, len(trained.everyone), run.seed
     fresh: nn.Module = problem.untrained(training_seed(seed, 1))
     again = method(Trained(problem, fresh.eval(), training_seed(seed, 1), untrained=True)).scores
-    scored = np.flatnonzero(np.isfinite(found.scores).all(axis=0))  # some methods are asked only a few queries
-    flipped = [_flips(trained, seed, found, int(q)) for q in run.asked[:flips] if q in scored]
-    known = [one for one in flipped if not np.isnan(one)]
-    brittle = float(np.mean(known)) if known else float("nan")
+    # Some methods are asked only a few queries.
+    scored = [int(q) for q in run.asked[:flips] if not np.isnan(found.scores[:, q]).any()]
+    flipped = [_flips(trained, seed, found, query) for query in scored]
+    brittle = float(np.mean(flipped)) if flipped else float("nan")
     lds = linear_datamodeling_score(found.scores, run.halves.mean(0), run.drawn.halves)
     loo = leave_one_out_correlation(found.scores, run.changes.mean(0), run.drawn.left_out)
     planted = problem.mislabelled
@@ -222,14 +222,11 @@ def _figures(
     )
 
 
-def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> float:
-    """1 or 0; NaN where the method has no scores of the query."""
-    if np.isnan(found.scores[:, query]).any():
-        return float("nan")
+def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> bool:
     n = len(trained.everyone)
     helpful = np.argsort(-found.scores[:, query], kind="stable")[: max(1, n // 10)]
     right = trained.outcome(seed, np.delete(trained.everyone, helpful), what="most helpful left out").correct
-    return float(right is not None and not right[query])
+    return right is not None and not right[query]
 
 
 def _merits(name: str, runs: Sequence[_Figures]) -> Merits:

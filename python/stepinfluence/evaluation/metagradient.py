@@ -121,8 +121,8 @@ def metagradients(
             f"{training.problem.name}: trained with root_epsilon=0, so that its update has no derivative where a "
             "gradient is zero; use a recipe with a root_epsilon, such as 1e-8"
         )
-    starts = query_parts(training, training.final(), asked)
-    starts = starts if per_step else starts.sum(1, keepdim=True)
+    final = training.final()
+    starts = query_parts(training, final, asked) if per_step else query_gradients(training, final, asked).unsqueeze(1)
     count, parts, _ = starts.shape
     shape = (training.recipe.updates,) if per_update else ()
     found = starts.new_zeros(len(training.present), count, parts, *shape)
@@ -132,6 +132,14 @@ def metagradients(
     return Metagradients(found, tuple(int(q) for q in asked), per_step, per_update)
 
 
+def query_gradients(training: Training, state: State, asked: Sequence[int]) -> Tensor:
+    """``(n_asked, P)``: gradients of queries' losses."""
+    batch = training.problem.collate([training.problem.queries[int(q)] for q in asked])
+    parameters = state.parameters.detach().requires_grad_()
+    losses = training.losses(parameters, batch)
+    return torch.stack([torch.autograd.grad(loss, parameters, retain_graph=True)[0] for loss in losses])
+
+
 def query_parts(training: Training, state: State, asked: Sequence[int]) -> Tensor:
     """``(n_asked, steps + 1, P)``: a query's gradient through each use of the loop body, and of all other weights."""
     problem = training.problem
@@ -139,9 +147,7 @@ def query_parts(training: Training, state: State, asked: Sequence[int]) -> Tenso
     model = training.model_at(state)
     capture = ExactCapture(model, body=problem.body(model), outside="ignore")
     features = capture.featurize([batch], problem.loss, progress=False)
-    parameters = state.parameters.detach().requires_grad_()
-    losses = training.losses(parameters, batch)
-    whole = torch.stack([torch.autograd.grad(loss, parameters, retain_graph=True)[0] for loss in losses])
+    whole = query_gradients(training, state, asked)
     found = whole.new_zeros(len(whole), features.values.shape[1] + 1, whole.shape[1])
     places = training.by_name(torch.arange(whole.shape[1]))
     for block in features.space.blocks:

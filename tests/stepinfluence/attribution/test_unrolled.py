@@ -106,6 +106,18 @@ def test_where_no_gradient_reaches_nothing_is_forgotten() -> None:
         torch.testing.assert_close(one.values[..., [1, 4]], time * query.values[..., [1, 4]])
 
 
+def test_a_low_rank_has_the_mean_of_the_other_eigenvalues() -> None:
+    train, query = checkpoints(1), features(3, 4, 9, weights="w0")
+    unrolled = Unrolled.fit(train, [Segment((0,), 0.3, 5)], rank=2)
+    factor = unrolled.factors[0][0]
+    inside = factor.basis.T @ factor.basis
+    gram = factor.basis.T @ torch.diag(factor.values) @ factor.basis + factor.rest * (torch.eye(WIDTH) - inside)
+    gathered = (torch.eye(WIDTH) - torch.matrix_exp(-1.5 * gram)) @ torch.linalg.inv(gram)
+    assert len(factor.values) == 2
+    assert factor.rest > 0
+    torch.testing.assert_close(unrolled.transform(query)[0].values, query.values @ gathered)
+
+
 def unrolled_exactly(x: Tensor, y: Tensor, rate: float, updates: int) -> tuple[list[Tensor], Tensor]:
     """Gradient descent on ``mean_z (x_z w - y_z)^2 / 2``: the weights before each update, and the derivative of the
     last ones by each example's weight in the loss ``(n, D)``, by autograd through all of training."""

@@ -11,12 +11,14 @@ import torch
 from stepinfluence import attach, influence
 from stepinfluence.attribution.curvature import Segment, Unrolled
 from stepinfluence.evaluation import along_training, evaluate
-from stepinfluence.evaluation.metagradient import metagradients
+from stepinfluence.evaluation.metagradient import Metagradients, metagradients
 from stepinfluence.evaluation.metrics import top_k_overlap
 from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.smoothness import Smooth
 from stepinfluence.evaluation.trained import Trained
 from stepinfluence.evaluation.training import Recipe
+
+from bench import ladder
 
 RECIPE = Recipe(6, 3e-3, warmup=2, decay=True, root_epsilon=1e-6)
 
@@ -89,3 +91,24 @@ def test_figures_of_a_method_that_scores_some_queries(trained: Trained) -> None:
         assert part.figure(name).by_seed != whole.figure(name).by_seed  # type: ignore[union-attr]
     assert part.overlap is not None
     assert part.overlap.value == 1
+
+
+def test_the_ladder_asks_all_the_same(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    def everything(_: Trained) -> along_training.Scored:
+        return along_training.Scored(np.ones((20, 10)), None, 0.0, 0)
+
+    masked = ladder.of_the_same_queries(everything)(trained).scores
+    assert np.isnan(masked).any(0).tolist() == [False] * 8 + [True] * 2
+    # Held against SDI by step in place of metagradients, the second step's turned around, and queries in this order.
+    body, problem = trained.model.core, trained.problem
+    capture = attach(trained.model, body=body, sketch_size=2048)
+    train, query = (capture.featurize(problem.batches(s), problem.loss, progress=False) for s in ("train", "query"))
+    sdi = influence(train.summed(), query).sdi[:, [3, 1]]
+    parts = torch.stack([sdi[..., 0], -sdi[..., 1], torch.zeros(20, 2)], 2)
+    exact = Metagradients(parts, (3, 1), per_step=True, per_update=False)
+    monkeypatch.setattr(ladder, "metagradients", lambda *_: exact)
+    found = ladder.by_step(trained, [3, 1])
+    assert set(found) == {"SDI, m=2048", "SDI-Fisher, auto", "SOURCE"}
+    own = np.array(found["SDI, m=2048"])
+    np.testing.assert_allclose(np.diag(own), [1, -1], atol=0.01)
+    assert max(np.abs(np.array(one)).max() for one in found.values()) <= 1
