@@ -162,11 +162,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args()
+    from bench.provenance import Provenance  # what gpu-check reads of this module does without the library
+
+    provenance = Provenance()
     found = table()
     for goal in found["goals"]:
         print(f"{goal['goal']}: {goal['predicted']:.2f}, {'met' if goal['met'] else 'not met'}")
     if options.keep:
-        RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        content = {"provenance": provenance.finish(), **found}
+        RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(RESULT)
 
 

@@ -52,11 +52,12 @@ class ShardedLinear:
     @classmethod
     def of(cls, name: str, module: nn.Module) -> ShardedLinear | None:
         """A layer's part, or None if it is not cut in a way that is known."""
-        weight: Any = getattr(module, "weight", None)
+        # As registered: a parametrized weight is computed when it is asked for, which may change the model's buffers.
+        weight: Any = module._parameters.get("weight")
         if not isinstance(module, nn.Linear) or not is_sharded(weight) or weight.device_mesh.ndim != 1:
             return None
         (placement,) = weight.placements
-        bias: Any = module.bias
+        bias: Any = module._parameters.get("bias")
         if type(placement).__name__ != "Shard" or (bias is not None and not is_sharded(bias)):
             return None
         fits = bias is None or bias.placements[0].is_shard(0) == (placement.dim == 0)
@@ -159,7 +160,7 @@ class Parallel:
         found = (
             ShardedLinear.of(name, module)
             for name, module in model.named_modules()
-            if id(getattr(module, "weight", None)) not in but
+            if id(module._parameters.get("weight")) not in but
         )
         self._layers = [layer for layer in found if layer is not None]
         self._sources: dict[int, Source] = {}

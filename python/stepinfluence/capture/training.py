@@ -45,7 +45,6 @@ from stepinfluence.errors import (
     FeatureMismatchError,
     UnsupportedUseError,
 )
-from stepinfluence.files import write_atomically
 from stepinfluence.loaders import IdsOf, LossFn
 
 FORMAT = 1
@@ -368,6 +367,8 @@ class TrainingInfluence:
             StoreError: it could not be written.
         """
         content = self.state_dict()
+        from stepinfluence.files import write_atomically  # it needs safetensors, which a GPU machine may lack
+
         write_atomically(Path(path), lambda aside: torch.save(content, aside))
 
     def restore(self, path: str | Path) -> None:
