@@ -61,6 +61,7 @@ the most of Triton 3.6.0 and 3.7.1."""
 FFT_SPILLS: dict[tuple[Target, int, bool, int], tuple[int, int]] = {
     (SM90, 8192, True, 1): (56, 7), (SM80, 512, True, 1): (80, 17), (SM80, 2048, True, 1): (56, 13),
     (SM100, 2048, True, 1): (80, 16), (SM86, 1024, True, 1): (64, 15), (SM86, 2048, True, 1): (56, 13),
+    (SM86, 4096, True, 1): (8, 1),
     (SM90, 4096, True, 2): (312, 108), (SM90, 8192, False, 2): (288, 108), (SM90, 8192, True, 2): (1040, 384),
 }  # fmt: skip
 """(Bytes of stack, local loads and stores in the loop) by target, sketch size, whether inputs are fp32, and sources

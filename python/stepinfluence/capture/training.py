@@ -146,9 +146,8 @@ class TrainingInfluence:
             batch: what the model is run on.
             ids: one hashable per example: examples that come again in later epochs are known by it.
 
-        Raises:
-            Errors of ``Capture.inline``, ``featurize`` and ``from_optimizer`` pass through. A batch whose gradients are
-            not finite, as with a scaler that skips the update, is no error.
+        Errors of ``Capture.inline``, ``featurize`` and ``from_optimizer`` pass through. A batch whose gradients are not
+        finite, as with a scaler that skips the update, is no error.
         """
         # A tensor's elements would be tensors, which are hashed by identity.
         given: list[Hashable] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
