@@ -35,7 +35,6 @@ from sdi_kernels.triton.gather import (
     load_row,
     row_sources,
     sources,
-    unroll,
 )
 from sdi_kernels.triton.products import complex_dot, matrices, places, power_of_two
 from sdi_kernels.triton.transforms import COLUMNS, FINISH, config_of, constants, rows_of
@@ -91,7 +90,7 @@ def fft_sketch_kernel(
     tokens_per_split, width_in, width_out, d_in, d_out,
     stride_ar, stride_at, stride_ad, stride_gr, stride_gt, stride_gd,
     N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
-    UNROLL_IN: tl.constexpr, UNROLL_OUT: tl.constexpr, IS_WIDE: tl.constexpr, PREFETCH: tl.constexpr,
+    MANY_IN: tl.constexpr, MANY_OUT: tl.constexpr, IS_WIDE: tl.constexpr, PREFETCH: tl.constexpr,
     HAS_LOW: tl.constexpr, ROW_IN: tl.constexpr, ROW_OUT: tl.constexpr, IS_LIST: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +102,7 @@ def fft_sketch_kernel(
     M: tl.constexpr = N1 * N2
     COLS: tl.constexpr = BLOCK_T * N2
     HAS_MASK: tl.constexpr = BLOCK_T > 1
-    IS_PLAIN: tl.constexpr = R == 1 and UNROLL_IN == 1 and UNROLL_OUT == 1
+    IS_PLAIN: tl.constexpr = R == 1 and not MANY_IN and not MANY_OUT
     i_work = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1)
     i_residue = tl.program_id(2)
@@ -151,9 +150,9 @@ def fft_sketch_kernel(
     b_acc_re = tl.zeros((N1, COLS), tl.float32)
     b_acc_im = tl.zeros((N1, COLS), tl.float32)
     if ROW_IN > 0:
-        if UNROLL_OUT == 1:  # tables stay in registers
+        if not MANY_OUT:  # tables stay in registers
             o_g, b_g_sign = row_sources(p_table_out, M)
-        if UNROLL_IN == 1:
+        if not MANY_IN:
             o_a, b_a_sign = row_sources(p_table_in, M)
         p_gx = p_g + i_first * tl.cast(stride_gt, tl.int64)
         p_ax = p_a + i_first * tl.cast(stride_at, tl.int64)
@@ -181,11 +180,11 @@ def fft_sketch_kernel(
                 c_a = load_row(p_ax, stride_ad, d_in, True, ROW_IN)
                 p_ax += step_a
                 p_gx += step_g
-            if UNROLL_OUT == 1:
+            if not MANY_OUT:
                 c_g = gather_row(c_g, o_g, b_g_sign, N1, N2)
             else:
                 c_g = gather_rows(c_g, p_table_out, width_out, N1, N2)
-            if UNROLL_IN == 1:
+            if not MANY_IN:
                 c_a = gather_row(c_a, o_a, b_a_sign, N1, N2)
             else:
                 c_a = gather_rows(c_a, p_table_in, width_in, N1, N2)
@@ -209,7 +208,7 @@ def fft_sketch_kernel(
         else:
             c_g_re, c_g_im, c_a_re, c_a_im, c_g_sq, c_a_sq = load_folded(
                 p_gx, p_ax, p_table_out, p_table_in, p_weights, o_bucket, stride_gd, stride_ad, width_out, width_in,
-                m_token, i_residue, M, R, UNROLL_OUT, UNROLL_IN, HAS_MASK,
+                m_token, i_residue, M, R, MANY_OUT, MANY_IN, HAS_MASK,
             )  # fmt: skip
             p_ax += step_a
             p_gx += step_g
@@ -363,7 +362,7 @@ def linear_fft(
     row_in, row_out = rows_of(config, d_in, d_out)
     constants_of: dict[str, Any] = {
         "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens,
-        "UNROLL_IN": unroll(table_in.shape[1]), "UNROLL_OUT": unroll(table_out.shape[1]),
+        "MANY_IN": table_in.shape[1] > 1, "MANY_OUT": table_out.shape[1] > 1,
         "IS_WIDE": common.wide(a) or common.wide(g), "PREFETCH": config.prefetch, "HAS_LOW": has_low,
         "ROW_IN": row_in, "ROW_OUT": row_out, "num_warps": config.num_warps, "num_stages": 1, **found.constants,
     }  # fmt: skip

@@ -6,14 +6,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MAX_UNROLL = 2
-"""Sources of a bucket that are loaded together; fuller buckets take several rounds."""
-
-
-def unroll(width: int) -> int:
-    """How many sources are loaded together where the fullest bucket has ``width``."""
-    return min(MAX_UNROLL, 1 << (width - 1).bit_length())
-
 
 @triton.jit
 def gather(p_x, o_source, b_sign, stride, m_token, HAS_MASK: tl.constexpr):
@@ -67,39 +59,38 @@ def gather_rows(b_row, p_table, width, N1: tl.constexpr, N2: tl.constexpr):
 
 @triton.jit
 def _sums(
-    p_x, p_table, o_bucket, stride, width, m_token, UNROLL: tl.constexpr, HAS_MASK: tl.constexpr
+    p_x, p_table, o_bucket, stride, width, m_token, MANY: tl.constexpr, HAS_MASK: tl.constexpr
 ):  # fmt: skip
     """CountSketch of a block: value of each bucket in ``o_bucket`` = signed sum of its sources, in fp32."""
-    if UNROLL == 1:
+    if not MANY:
         o_source, b_sign = sources(p_table, o_bucket, True)
         b_x = gather(p_x, o_source, b_sign, stride, m_token, HAS_MASK)
-    else:
+    else:  # one source of each after another: two together take registers that the transforms need
         b_x = tl.zeros(o_bucket.shape, tl.float32)
-        for j0 in range(0, width, UNROLL):
-            for u in tl.static_range(UNROLL):
-                v = tl.load(p_table + o_bucket * width + j0 + u, mask=j0 + u < width, other=0)
-                o_source = tl.max_contiguous(tl.abs(v) - 1, (1, v.shape[1]))
-                x = tl.load(p_x + o_source * stride, mask=(v != 0) & m_token, other=0.0).to(tl.float32)
-                b_x += tl.where(v < 0, -x, x)
+        for j in range(width):
+            v = tl.load(p_table + o_bucket * width + j)
+            o_source = tl.max_contiguous(tl.abs(v) - 1, (1, v.shape[1]))
+            x = tl.load(p_x + o_source * stride, mask=(v != 0) & m_token, other=0.0).to(tl.float32)
+            b_x += tl.where(v < 0, -x, x)
     return b_x
 
 
 @triton.jit
 def load_folded(
     p_g, p_a, p_table_out, p_table_in, p_weights, o_bucket, stride_g, stride_a, width_out, width_in, m_token, i_residue,
-    M: tl.constexpr, R: tl.constexpr, UNROLL_OUT: tl.constexpr, UNROLL_IN: tl.constexpr, HAS_MASK: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, MANY_OUT: tl.constexpr, MANY_IN: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Both CountSketches of a block of tokens, their R chunks folded with the weights W_R^{q r} of residue r.
 
     Returns the folded sides as (re, im) pairs and the elementwise squares summed over chunks (for :func:`fft._scales`).
     """
-    b_g_re = _sums(p_g, p_table_out, o_bucket, stride_g, width_out, m_token, UNROLL_OUT, HAS_MASK)
-    b_a_re = _sums(p_a, p_table_in, o_bucket, stride_a, width_in, m_token, UNROLL_IN, HAS_MASK)
+    b_g_re = _sums(p_g, p_table_out, o_bucket, stride_g, width_out, m_token, MANY_OUT, HAS_MASK)
+    b_a_re = _sums(p_a, p_table_in, o_bucket, stride_a, width_in, m_token, MANY_IN, HAS_MASK)
     b_g_sq, b_a_sq = b_g_re * b_g_re, b_a_re * b_a_re
     b_g_im, b_a_im = tl.zeros_like(b_g_re), tl.zeros_like(b_a_re)
     for q in tl.static_range(1, R):
-        b_g = _sums(p_g, p_table_out + q * M * width_out, o_bucket, stride_g, width_out, m_token, UNROLL_OUT, HAS_MASK)
-        b_a = _sums(p_a, p_table_in + q * M * width_in, o_bucket, stride_a, width_in, m_token, UNROLL_IN, HAS_MASK)
+        b_g = _sums(p_g, p_table_out + q * M * width_out, o_bucket, stride_g, width_out, m_token, MANY_OUT, HAS_MASK)
+        b_a = _sums(p_a, p_table_in + q * M * width_in, o_bucket, stride_a, width_in, m_token, MANY_IN, HAS_MASK)
         w_re = tl.load(p_weights + (q * i_residue) % R)
         b_g_re += b_g * w_re
         b_a_re += b_a * w_re

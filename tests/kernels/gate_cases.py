@@ -50,22 +50,23 @@ EPILOGUE_STACK = 32
 
 FFT_CYCLES = {
     (256, False, 0): (88, 64), (256, True, 0): (126, 160), (512, False, 0): (177, 128), (512, True, 0): (254, 320),
-    (1024, False, 1024): (378, 428), (1024, True, 1024): (594, 1012), (2048, False, 1024): (598, 624),
+    (1024, False, 1024): (378, 428), (1024, True, 1024): (596, 1012), (2048, False, 1024): (598, 624),
     (2048, False, 2048): (622, 656), (2048, True, 1024): (974, 1424), (2048, True, 2048): (1012, 1488),
-    (4096, False, 1024): (1226, 1792), (4096, False, 4096): (1308, 1888), (4096, True, 0): (1716, 1232),
-    (8192, False, 0): (2782, 1504), (8192, True, 0): (2700, 1232),
+    (4096, False, 1024): (1226, 1792), (4096, False, 4096): (1308, 1888), (4096, True, 0): (1724, 1232),
+    (8192, False, 0): (2782, 1504), (8192, True, 0): (2704, 1232),
 }  # fmt: skip
 """Cycles a token and residue on sm_90, by sketch size, whether inputs are fp32, and row: (to issue, of shared memory),
 the most of Triton 3.6.0 and 3.7.1."""
 
 FFT_SPILLS: dict[tuple[Target, int, bool, int], tuple[int, int]] = {
-    (SM90, 8192, True, 1): (56, 7), (SM80, 512, True, 1): (80, 17), (SM80, 2048, True, 1): (56, 13),
-    (SM100, 2048, True, 1): (80, 16), (SM86, 1024, True, 1): (64, 15), (SM86, 2048, True, 1): (56, 13),
+    (SM90, 8192, True, 1): (88, 22), (SM80, 512, True, 1): (80, 17), (SM80, 2048, True, 1): (56, 13),
+    (SM100, 2048, True, 1): (80, 16), (SM86, 1024, True, 1): (64, 15), (SM86, 2048, True, 1): (64, 14),
     (SM86, 4096, True, 1): (8, 1),
-    (SM90, 4096, True, 2): (312, 108), (SM90, 8192, False, 2): (288, 108), (SM90, 8192, True, 2): (1040, 384),
+    (SM90, 2048, True, 2): (80, 10), (SM90, 4096, False, 2): (8, 0), (SM90, 4096, True, 2): (448, 134),
+    (SM90, 8192, False, 2): (400, 130), (SM90, 8192, True, 2): (1240, 473),
 }  # fmt: skip
-"""(Bytes of stack, local loads and stores in the loop) by target, sketch size, whether inputs are fp32, and sources
-that are loaded together: the most of both versions. All others need none."""
+"""(Bytes of stack, local loads and stores in the loop) by target, sketch size, whether inputs are fp32, and sources of
+the fullest bucket (2: several, gathered from memory): the most of both versions. All others need none."""
 
 FINISH_STACK = 80
 """Of the launch that inverts: around its matrices, once a row."""
@@ -78,8 +79,8 @@ def _fft_case(target: Target, m: int, has_low: bool, sources: int, row: int) -> 
     compact = has_low or SHARED_LIMIT[target] << 10 < transforms.SHARED_BYTES
     config = (transforms.COMPACT if compact else transforms.HALF)[m]
     constants = {
-        "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens, "UNROLL_IN": sources,
-        "UNROLL_OUT": sources, "IS_WIDE": False, "PREFETCH": config.prefetch, "HAS_LOW": has_low, "ROW_IN": row,
+        "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens, "MANY_IN": sources > 1,
+        "MANY_OUT": sources > 1, "IS_WIDE": False, "PREFETCH": config.prefetch, "HAS_LOW": has_low, "ROW_IN": row,
         "ROW_OUT": row, "stride_ad": 1, "stride_gd": 1, **ONE_PAIR,
     }  # fmt: skip
     stack, local = FFT_SPILLS.get((target, m, has_low, sources), (0, 0)) if not (row and target == SM90) else (0, 0)
@@ -95,7 +96,7 @@ def _fft_case(target: Target, m: int, has_low: bool, sources: int, row: int) -> 
     )  # fmt: skip
 
 
-def _fft_cases(target: Target, sizes: tuple[int, ...], unrolls: tuple[int, ...]) -> list[Case]:
+def _fft_cases(target: Target, sizes: tuple[int, ...], counts: tuple[int, ...]) -> list[Case]:
     from sdi_kernels.triton import fft, transforms
 
     cases = []
@@ -106,8 +107,8 @@ def _fft_cases(target: Target, sizes: tuple[int, ...], unrolls: tuple[int, ...])
                 rows = [1024]
             cases += [_fft_case(target, m, has_low, 1, row) for row in rows]
             if m in (1024, 2048) or (m == 4096 and not has_low):  # wide layers, by rows and beyond their length
-                cases += [_fft_case(target, m, has_low, 2, 4096) for sources in unrolls if sources == 2]
-            cases += [_fft_case(target, m, has_low, sources, 0) for sources in unrolls if sources > 1]
+                cases += [_fft_case(target, m, has_low, 2, 4096) for sources in counts if sources == 2]
+            cases += [_fft_case(target, m, has_low, sources, 0) for sources in counts if sources > 1]
         config = transforms.FINISH[m]
         residues = (transforms.HALF if target == SM90 else transforms.COMPACT)[m].residues
         constants = {
