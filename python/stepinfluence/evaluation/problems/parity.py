@@ -82,7 +82,7 @@ def parity(
         with torch.no_grad():
             for parameter in model.block.parameters():
                 if parameter.ndim > 1:
-                    parameter *= WIDER
+                    parameter.mul_(WIDER)
         return model
 
     return Problem(
