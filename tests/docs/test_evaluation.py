@@ -97,6 +97,12 @@ def test_what_the_pages_read_of_dampings_holds() -> None:
     assert all(length[problem] > auto[problem] for problem in auto)
     assert min(length.values()) > -0.04
     assert length["adder"] > -0.03
+    parity = load("dampings", "parity")["lds"]
+    means = [sum(values) / len(values) for name, values in parity.items() if name[-1].isdigit()]
+    assert min(means) > 0.035
+    assert max(means) < 0.145
+    for chosen in ("fisher, auto", "fisher, training time"):
+        assert not lost("parity", chosen).says_other_than(0)
 
 
 def test_what_the_page_reads_of_language_holds() -> None:
@@ -129,3 +135,22 @@ def test_what_the_page_reads_of_adder_holds() -> None:
     assert found.smoothness.nearby.value > 0.5
     assert found.accuracy is not None
     assert found.accuracy.value > 0.75
+
+
+def test_what_the_page_reads_of_parity_holds() -> None:
+    found = kept("parity")
+    assert found.smoothness is not None
+    nearby = found.smoothness.nearby
+    assert abs(nearby.value + 0.07) < 0.005
+    below, above = sorted(nearby.by_seed)[:3], sorted(nearby.by_seed)[3:]
+    assert max(below) < 0
+    assert min(above) > 0.945
+    assert abs(found.smoothness.across_steps.value - 0.37) < 0.005
+    assert all(m.lds.value < 0.2 for m in found.merits)
+    told = [m.method for m in found.merits if found.difference("lds", m.method, "random").says_other_than(0)]
+    assert [name for name in told if name != "random"] == ["TRAK, 5 models"]
+    assert found.accuracy is not None
+    assert abs(found.accuracy.value - 0.83) < 0.005
+    assert sorted(found.accuracy.by_seed)[0] < 0.6 < 0.7 < sorted(found.accuracy.by_seed)[1]
+    assert found.steps.counterfactual.low > 0.75
+    assert not found.unable

@@ -20,7 +20,21 @@ from stepinfluence.models.parity_task import collate as collate_strings
 
 Example = tuple[str, int]
 
-PARITY = Recipe(400, 6e-3, warmup=20, decay=True, betas=(0.9, 0.99), root_epsilon=1e-8, batch_size=32, curriculum=0.7)
+PARITY = Recipe(
+    400,
+    3e-3,
+    warmup=20,
+    decay=True,
+    betas=(0.9, 0.99),
+    root_epsilon=1e-8,
+    weight_decay=0.3,
+    batch_size=32,
+    curriculum=0.5,
+)
+
+WIDER = 4.0
+"""Times GPT-2's initial matrices in the loop, which are meant for some hundred channels. Chosen with the recipe, on
+three initialisations: all learn the task; from GPT-2's own, at twice the rate, one did not."""
 
 
 def parity(
@@ -64,7 +78,12 @@ def parity(
     def untrained(seed: int) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return ParityTransformer(ParityConfig(d_model=width, n_heads=width // 4))
+            model = ParityTransformer(ParityConfig(d_model=width, n_heads=width // 4))
+        with torch.no_grad():
+            for parameter in model.block.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(WIDER)
+        return model
 
     return Problem(
         name="parity",
