@@ -14,6 +14,7 @@ from bench.gpu.layers import Case, cases
 def test_the_kept_table_is_what_the_model_says() -> None:
     """Else ``python -m bench.gpu.predict --keep`` was not run after a change."""
     kept = json.loads(predict.RESULT.read_text(encoding="utf-8"))
+    assert kept.pop("provenance")["command"] == "python -m bench.gpu.predict"
     assert kept == json.loads(json.dumps(predict.table()))
     assert [goal["met"] for goal in predict.goals(kept["rows"])] == [goal["met"] for goal in kept["goals"]]
 

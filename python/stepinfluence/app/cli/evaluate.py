@@ -13,25 +13,30 @@ from stepinfluence.app.cli._common import console, fail, need_extra
 PROBLEMS = ("adder", "majority", "language", "parity", "trm")
 HELP = """Compare attribution methods with what retraining says: which scores deserve trust?
 
-Linear datamodeling score, leave-one-out correlation, planted label errors, brittleness, overlap with exact TracIn,
-a randomisation check, and two step-resolved ones: conservation, and the loss change that a training step at one loop
-step alone makes.
+Linear datamodeling score, leave-one-out correlation, planted label errors, \
+brittleness, overlap with exact TracIn, a randomisation check, and two \
+step-resolved ones: conservation, and the loss change that a training step at \
+one loop step alone makes.
 
-One training run says little: another initialisation, or another machine's rounding, gives other figures. So everything
-is repeated over [cyan]--seeds[/cyan], each with models, random halves and left-out examples of its own, and the table
-shows the mean over seeds with its 95 % interval over seeds. What cannot be told from chance is named below it.
+One training run says little: another initialisation, or another machine's \
+rounding, gives other figures. So everything is repeated over [cyan]--seeds[/cyan], each \
+with models, random halves and left-out examples of its own, and the table \
+shows the mean over seeds with its 95 % interval over seeds. What cannot be \
+told from chance is named below it.
 
-Some hundred small models are trained, which takes minutes to an hour. Each is kept in [cyan]--folder[/cyan]: the same
-command goes on where it was stopped, and another method is scored without training again.
+Some hundred small models are trained, which takes minutes to an hour. Each is \
+kept in [cyan]--folder[/cyan]: the same command goes on where it was stopped, and another \
+method is scored without training again.
 
 [bold]Problems[/bold]
   [cyan]adder[/cyan]      sum of four digits modulo 3; trains in seconds
   [cyan]majority[/cyan]   which of two symbols is more frequent
   [cyan]language[/cyan]   next character of Python's own help texts
-  [cyan]parity[/cyan]     odd number of ones? the looped model of the paper, on short strings
+  [cyan]parity[/cyan]     odd number of ones? the paper's looped model
   [cyan]trm[/cyan]        Sudokus of four by four, by the package tiny-recursive-model
 
-For a problem of your own call [cyan]stepinfluence.evaluation.evaluate(Problem(...))[/cyan] in Python.
+For a problem of your own call [cyan]stepinfluence.evaluation.evaluate(Problem(...))[/cyan] \
+in Python.
 
 [bold]Examples[/bold]
   [cyan]sdi evaluate adder[/cyan]
