@@ -6,8 +6,9 @@
 
 Needs the extras ``bench``, ``hf`` and ``index``. Each command runs in a process of its own; one that fails is named at
 the end and does not take the others along. Some are run only if asked for: ``attack`` and ``soak``, an hour each;
-``large``, which needs 13 GiB of memory; ``ladder`` and ``steps-removed``, which train models again; and ``peers``,
-which needs an environment of its own (``make bench-peers``) and ``--python .venv-peers/bin/python``.
+``curvature-cost``, which writes 10 GB; ``large``, which needs 13 GiB of memory; ``ladder`` and ``steps-removed``, which
+train models again; and ``peers``, which needs an environment of its own (``make bench-peers``) and
+``--python .venv-peers/bin/python``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ COMMANDS: dict[str, list[str]] = {
     "variance-table": ["-m", "bench.variance_table", "--keep"],
     "integrations": ["-m", "bench.integrations", "--keep"],
     "explore": ["-m", "bench.explore", "--scratch", "SCRATCH", "--keep"],
+    "curvature-cost": ["-m", "bench.curvature_cost", "--scratch", "SCRATCH", "--keep"],
     "search": ["-m", "bench.search", "--cpu-seconds", "--scratch", "SCRATCH", "--keep"],
     "install": ["-m", "bench.install", "--keep"],
     "startup": ["-m", "bench.startup", "--keep"],
@@ -55,7 +57,7 @@ COMMANDS: dict[str, list[str]] = {
     "models": ["-m", "bench.models", "--keep", "--anew"],
     "peers": ["-m", "bench.peers", "--keep"],
 }
-IF_ASKED = ("attack", "soak", "large", "peers", *RETRAINED)
+IF_ASKED = ("attack", "soak", "curvature-cost", "large", "peers", *RETRAINED)
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 Parts = dict[str, Callable[[], str]]
 
 KINDS = (
-    "attack", "calls", "capture", "explore", "host-overhead", "inline", "install", "integrations",
+    "attack", "calls", "capture", "curvature-cost", "explore", "host-overhead", "inline", "install", "integrations",
     "ladder-language", "ladder-majority", "large", "models", "peers", "per-example", "scale", "search", "sketch",
     "sketch-sizes", "soak", "startup", "steps-removed-language", "steps-removed-majority", "store-layouts", "training",
     "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from kept import Parts, load, source, table
+from kept import Parts, load, machines, source, table
 from stepinfluence.evaluation import Evaluation, over_seeds
 
 from bench import steps_removed as removed
@@ -83,4 +83,29 @@ def steps_removed() -> str:
     return "\n\n".join([table(head, rows), *texts])
 
 
-PARTS: Parts = {"ladder": ladder, "steps-removed": steps_removed}
+def cost() -> str:
+    """What fitting to a large store takes, and asking with it."""
+    texts = []
+    for name, result in machines("curvature-cost"):
+        rows = [
+            [
+                one["kind"],
+                f"{one['eigenvectors']:,}",
+                f"{one['fit s'] / 60:.1f} min",
+                f"{one['fit cpu s'] / 60:.1f} min",
+                f"{one['peak GiB']:.1f} GiB",
+                f"{one['apply s']:.1f} s",
+                " / ".join(f"{one['scan s'][key]:.1f} s" for key in ("plain", "corrected")),
+            ]
+            for one in result["kinds"]
+        ]
+        head = ["curvature", "eigenvectors", "fit", "processor time", "peak memory", "queries transformed"]
+        texts.append(
+            f"{result['rows']:,} rows of {result['parameters']} parameters, m = {result['m']}, int8 ({result['gigabytes']:.1f} GB); "
+            f"{result['queries']} queries of {result['steps']} steps. Memory with the pages of the store that are in it. {source(name, False, result)}\n\n"
+            + table([*head, "scan for the best ten: SDI / corrected"], rows)
+        )
+    return "\n\n".join(texts)
+
+
+PARTS: Parts = {"curvature-cost": cost, "ladder": ladder, "steps-removed": steps_removed}
