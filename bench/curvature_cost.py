@@ -62,7 +62,7 @@ def stored(path: Path, rows: int, space: FeatureSpace) -> Store:
     for first in tqdm(range(0, rows, SHARD_ROWS), desc="rows written", unit="shard"):
         n = min(SHARD_ROWS, rows - first)
         values, ids = rows_of(n, space.width, first), range(first, first + n)
-        # The first direction raises the loss, so that there is something for a damping to predict.
+        # Losses that depend on the rows, so that there is something for a damping to predict.
         losses = values[:, :64].sum(1).abs()
         part = Features(values, losses, torch.full((n,), STEPS), None, tuple(ids), space)
         writer.write_shard(0, first // SHARD_ROWS, part, [RowInfo(r) for r in ids])

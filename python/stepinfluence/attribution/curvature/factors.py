@@ -124,9 +124,12 @@ def leading(stream: Stream, width: int, count: int, trace: float, rank: int, *, 
     for _ in range(POWER_PASSES):
         start = torch.linalg.qr(found).Q
         found = torch.zeros_like(start)
+        turned: Tensor | None = None
         for block in stream():
+            if turned is None:  # all blocks have one dtype; of many columns a block has few rows
+                turned = start.to(block)
             # The passes only turn the subspace: rows stay in their precision, sums are kept in float64.
-            found += (block.T @ (block @ start.to(block))).double().div_(count)
+            found.add_(block.T @ (block @ turned), alpha=1 / count)
     subspace = torch.linalg.qr(found).Q
     inside = subspace.new_zeros(size, size)
     for block in stream():
