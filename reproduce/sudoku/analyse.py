@@ -139,12 +139,11 @@ class Checkpoint:
 
 def checkpoints(config: Config, found: Found) -> list[Checkpoint]:
     """Each checkpoint's share of the mass, and when influence acts there."""
-    rates, blanks = found.training["learning_rates"], found.split.test_sample.blanks
+    updates, blanks = config.influence_updates, found.split.test_sample.blanks
+    rates = found.training["learning_rates"][-len(updates) :]
     mass = np.array([r * np.abs(part["tracin"]).sum() for r, part in zip(rates, found.influences, strict=True)])
     result = []
-    for update, rate, share, part in zip(
-        config.train.checkpoint_updates, rates, mass / mass.sum(), found.influences, strict=True
-    ):
+    for update, rate, share, part in zip(updates, rates, mass / mass.sum(), found.influences, strict=True):
         late = st.late_mass(st.energy(part["sdi"].astype(np.float64)))
         easy, hard = (late[st.in_bin(blanks, bounds)] for bounds in (config.bins[0], config.bins[-1]))
         result.append(
@@ -364,6 +363,6 @@ def numbers(config: Config, found: Found, result: Analysis) -> dict[str, Any]:
         "bottom_quarter_self_and_top_quarter_C": result.broad,
         "conservation_relative_discrepancy": result.discrepancy,
         "training_group_sizes": [int(result.easy.sum()), int(result.hard.sum()), len(result.easy)],
-        "checkpoint_learning_rates": list(found.training["learning_rates"]),
+        "checkpoint_learning_rates": [one.rate for one in checkpoints(config, found)],
         "puzzles_with_more_than_one_solution": found.multiple,
     }

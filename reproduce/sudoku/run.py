@@ -27,9 +27,11 @@ def run(run: Run[Config]) -> Outcome:
     training = run.stage("training", partial(measure.train, config, split.train, run.checkpoints))
     paths = [run.checkpoints / name for name in training["checkpoints"]]
     accuracy = run.stage("accuracy", partial(measure.accuracy, config, paths[-1], split))
+    used = len(config.influence_updates)
     influences = [
-        run.stage(f"influence-{path.stem}", partial(measure.influence_at, config, path, split)) for path in paths
+        run.stage(f"influence-{path.stem}", partial(measure.influence_at, config, path, split))
+        for path in paths[-used:]
     ]
     exact = run.stage("exact", partial(measure.against_exact, config, paths[-1], split))
-    influence = measure.total(influences, training["learning_rates"])
+    influence = measure.total(influences, training["learning_rates"][-used:])
     return outcome(run, Found(split, int(made["multiple"]), training, accuracy, influences, influence, exact))

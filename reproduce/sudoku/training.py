@@ -33,6 +33,8 @@ class SudokuTrainConfig:
         batch_size: boards in a batch; every epoch goes through the training set in a new order.
         mean_steps, sigma, max_steps: loop steps of a batch, Poisson-log-normal as in
             :func:`~stepinfluence.models.gpt.sample_loop_counts`, clipped to ``1 .. max_steps``.
+        first_mean_steps, rise: the mean grows linearly from the one to ``mean_steps`` over the first ``rise`` updates:
+            a run of few updates learns more with short ones first. 0: it is ``mean_steps`` throughout.
         loss_at: ``"last"``: the loss after the last loop step; ``"every"``: its mean over all loop steps run.
         learning_rate: AdamW's, after a linear warm-up of ``warmup`` updates.
         final_learning_rate: what it falls to along a half cosine; never 0, since checkpoints are weighted by it.
@@ -52,6 +54,8 @@ class SudokuTrainConfig:
     mean_steps: float = 32.0
     sigma: float = 0.5
     max_steps: int = 64
+    first_mean_steps: float = 8.0
+    rise: int = 0
     loss_at: LossAt = "last"
     learning_rate: float = 6e-4
     final_learning_rate: float = 6e-4
@@ -65,18 +69,33 @@ class SudokuTrainConfig:
     def __post_init__(self) -> None:
         for name in ("updates", "batch_size", "max_steps", "checkpoints"):
             positive_int(name, getattr(self, name))
-        for name in ("warmup", "seed"):
+        for name in ("warmup", "seed", "rise"):
             non_negative_int(name, getattr(self, name))
-        for name in ("mean_steps", "sigma", "learning_rate", "final_learning_rate", "clip_norm"):
+        for name in ("mean_steps", "first_mean_steps", "sigma", "learning_rate", "final_learning_rate", "clip_norm"):
             positive_float(name, getattr(self, name))
         one_of("loss_at", self.loss_at, get_args(LossAt))
         if self.checkpoints > self.updates:
             raise ValueError(f"checkpoints: got {self.checkpoints}; pass at most updates={self.updates}")
+        if self.rise >= self.updates:
+            raise ValueError(f"rise: got {self.rise}; pass less than updates={self.updates}")
 
     @property
     def checkpoint_updates(self) -> tuple[int, ...]:
         """Updates (from 1) after which a checkpoint is made."""
         return tuple(round(self.updates * k / self.checkpoints) for k in range(1, self.checkpoints + 1))
+
+    def loop_counts(self) -> Tensor:
+        """Loop steps of each update's batch, int64 ``(updates,)``."""
+        generator = torch.Generator().manual_seed(self.seed)
+        counts = sample_loop_counts(
+            self.mean_steps, self.updates, sigma=self.sigma, maximum=self.max_steps, generator=generator
+        )
+        for update in range(self.rise):
+            share = update / self.rise
+            mean = self.first_mean_steps + share * (self.mean_steps - self.first_mean_steps)
+            draw = sample_loop_counts(mean, 1, sigma=self.sigma, maximum=self.max_steps, generator=generator)
+            counts[update] = draw[0]
+        return counts
 
 
 @dataclass(frozen=True)
@@ -138,13 +157,7 @@ def train_sudoku(
     folder.mkdir(parents=True, exist_ok=True)
     model = new_model(config).to(device)
     optimizer = _optimizer(config, model)
-    counts = sample_loop_counts(
-        config.mean_steps,
-        config.updates,
-        sigma=config.sigma,
-        maximum=config.max_steps,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
+    counts = config.loop_counts()
     losses = torch.zeros(config.updates)
     paths = tuple(folder / f"update-{update:07d}.pt" for update in config.checkpoint_updates)
     done = _take_up(paths, config, model, optimizer, losses)
