@@ -105,5 +105,18 @@ CONFIGS = {
     ),
     # Many strings (the paper draws fresh ones for ever) and a long final phase: both help at lengths beyond training's.
     "cpu": Config(training=replace(_SMALL, train_per_length=4096, final_steps=800), other_seeds=(1, 2)),
+    # The paper's width and heads. At width 256 the curriculum takes a learning rate of 4e-4 in some 500 steps.
+    "hours": Config(
+        training=replace(
+            _SMALL,
+            model=ParityConfig(),
+            train_per_length=4096,
+            learning_rate=4e-4,
+            final_steps=1600,
+            final_learning_rate=2e-5,
+            checkpoint_digits=(4, 8, 12, 16, 20),
+            final_checkpoints=7,
+        ),
+    ),
     "paper": Config(training=ParityTrainConfig.paper(), accuracy_strings=6400, other_seeds=(1, 2), device="cuda"),
 }

@@ -49,26 +49,27 @@ def run(run: Run[Config]) -> Outcome:
 
 
 def _train(config: Config, seed: int, folder: Path) -> dict[str, Any]:
-    """Train, and save checkpoints in ``folder``; files of an interrupted training there are replaced."""
+    """Train, and save checkpoints in ``folder``; an interrupted training there goes on where it stopped."""
     import numpy as np
     import torch
     from stepinfluence.models.parity import ParityTransformer
     from stepinfluence.models.parity_task import train_parity
 
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("step-*.pt"):
-        old.unlink()
-    files: list[str] = []
 
     def save(step: int, model: ParityTransformer, optimizer: torch.optim.Optimizer) -> None:
-        files.append(f"step-{step:06d}.pt")
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        torch.save(content, folder / files[-1])
+        torch.save(content, folder / _file(step))
 
-    progress = sys.stderr.isatty()
-    result = train_parity(config.training_with(seed), on_checkpoint=save, device=config.device, progress=progress)
+    result = train_parity(
+        config.training_with(seed),
+        on_checkpoint=save,
+        device=config.device,
+        progress=sys.stderr.isatty(),
+        resume=folder / "training.pt",
+    )
     return {
-        "files": files,
+        "files": [_file(step) for step, _, _ in result.checkpoints],
         "digits": [mastered for _, _, mastered in result.checkpoints],
         "complete": result.complete,
         "steps": len(result.history),
@@ -77,6 +78,10 @@ def _train(config: Config, seed: int, folder: Path) -> dict[str, Any]:
         "loss": np.array([row.loss for row in result.history], dtype=np.float32),
         "max_digits": np.array([row.max_digits for row in result.history], dtype=np.int16),
     }
+
+
+def _file(step: int) -> str:
+    return f"step-{step:06d}.pt"
 
 
 def _forward(config: Config, checkpoint: Path, train_set: Sequence[ParityExample], seed: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from stepinfluence.arguments import non_negative_int, positive_float, positive_int
 from stepinfluence.models._parity_data import ParityExample, collate, make_train_set
+from stepinfluence.models._parity_resume import SAVE_EVERY, HistoryRow, TrainState
 from stepinfluence.models.parity import ParityConfig, ParityTransformer
 from stepinfluence.progress import tqdm
 
@@ -203,17 +205,6 @@ class Curriculum:
 
 
 @dataclass(frozen=True)
-class HistoryRow:
-    """One optimizer step: its number (from 1), loss in nats, curriculum state and learning rate."""
-
-    step: int
-    loss: float
-    max_digits: int
-    frontier_accuracy: float
-    learning_rate: float
-
-
-@dataclass(frozen=True)
 class TrainResult:
     """Outcome of :func:`train_parity`.
 
@@ -240,6 +231,7 @@ def train_parity(
     on_checkpoint: CheckpointCallback | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    resume: Path | None = None,
 ) -> TrainResult:
     """Train a looped parity transformer on a fixed set of strings, with AdamW and a length curriculum (D.2).
 
@@ -252,9 +244,14 @@ def train_parity(
         on_checkpoint: called at each checkpoint, with the optimizer still at that step's learning rate.
         device: where to train.
         progress: show a progress bar on stderr.
+        resume: a file that keeps where the run stands, written every 50 steps; if it is there, the run goes on from it,
+            to the same numbers (on one machine and thread count).
 
     Returns:
         The model, its training set and the history.
+
+    Raises:
+        ValueError: ``resume`` is of a run with other settings.
     """
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
@@ -269,22 +266,23 @@ def train_parity(
     curriculum = Curriculum(
         config.start_digits, config.max_digits, threshold=config.threshold, min_steps=config.min_steps
     )
-    history: list[HistoryRow] = []
-    checkpoints: list[tuple[int, float, int]] = []
-    final_from = config.max_steps + 1  # first step of the final phase; known once the curriculum is complete
+    state = TrainState(config, model, optimizer, curriculum, sampler.generator, final_from=config.max_steps + 1)
+    if resume is not None and resume.exists():
+        state.take_up(resume)
+    history = state.history
     parts = config.final_checkpoints + 1
     spread = {round(config.final_steps * part / parts) for part in range(1, parts)} - {0}  # steps of the final phase
 
     def checkpoint(mastered: int) -> None:
-        checkpoints.append((history[-1].step, history[-1].learning_rate, mastered))
+        state.checkpoints.append((history[-1].step, history[-1].learning_rate, mastered))
         if on_checkpoint is not None:
             on_checkpoint(history[-1].step, model, optimizer)
 
     with _ProgressBar(config, shown=progress) as bar:
-        for step in range(1, config.max_steps + 1):
-            if step >= final_from + config.final_steps:
+        for step in range(len(history) + 1, config.max_steps + 1):
+            if step >= state.final_from + config.final_steps:
                 break
-            rate = _learning_rate(config, step, step - final_from)
+            rate = _learning_rate(config, step, step - state.final_from)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             tokens, read_step, parity = (t.to(device) for t in sampler.draw(curriculum.max_digits))
@@ -301,16 +299,18 @@ def train_parity(
             mastered = curriculum.update(float(right))
             history.append(HistoryRow(step, float(loss.detach()), digits, curriculum.accuracy, rate))
             bar.advance(history[-1], curriculum.complete)
-            if curriculum.complete and final_from > config.max_steps:
-                final_from = step + 1
-            last = step == config.max_steps or step == final_from + config.final_steps - 1
-            wanted = mastered in config.checkpoint_digits or step - final_from + 1 in spread
+            if curriculum.complete and state.final_from > config.max_steps:
+                state.final_from = step + 1
+            last = step == config.max_steps or step == state.final_from + config.final_steps - 1
+            wanted = mastered in config.checkpoint_digits or step - state.final_from + 1 in spread
             if wanted and not last:
                 checkpoint(digits)
+            if resume is not None and step % SAVE_EVERY == 0:
+                state.save(resume)
     if history:
         checkpoint(config.max_digits if curriculum.complete else curriculum.max_digits - 1)
     model.eval()
-    return TrainResult(model, train_set, history, checkpoints, curriculum.complete, time.perf_counter() - began)
+    return TrainResult(model, train_set, history, state.checkpoints, curriculum.complete, time.perf_counter() - began)
 
 
 def _learning_rate(config: ParityTrainConfig, step: int, final_step: int) -> float:

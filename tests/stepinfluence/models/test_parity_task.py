@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from stepinfluence.models import ParityConfig, ParityTransformer, parity_loss
+from stepinfluence.models._parity_resume import TrainState
 from stepinfluence.models.parity_task import (
     EQUALS,
     IGNORED,
@@ -195,6 +197,33 @@ def test_training_is_deterministic_and_leaves_the_random_state() -> None:
         assert a.shape == c.shape
     assert first.history == second.history
     assert first.history[0].loss != other.history[0].loss
+
+
+@pytest.mark.parametrize("stop", [2, 8, 18])  # in the curriculum, at a checkpoint, at the end
+def test_a_stopped_training_goes_on(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same weights, history and checkpoints, to the bit."""
+    monkeypatch.setattr("stepinfluence.models._parity_training.SAVE_EVERY", 2)
+    file, seen = tmp_path / "training.pt", list[int]()
+    whole = train_parity(SHORT, progress=False)
+    saved = TrainState.save
+
+    def killed_after(state: TrainState, path: Path) -> None:
+        saved(state, path)
+        if len(state.history) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainState, "save", killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        train_parity(SHORT, progress=False, resume=file)
+    monkeypatch.setattr(TrainState, "save", saved)
+    again = train_parity(SHORT, on_checkpoint=lambda step, *_: seen.append(step), progress=False, resume=file)
+    assert again.history == whole.history
+    assert again.checkpoints == whole.checkpoints
+    assert seen == [step for step, _, _ in whole.checkpoints if step > stop or step == 18]
+    for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"^resume: .* is of a run with other settings; remove it"):
+        train_parity(replace(SHORT, seed=1), progress=False, resume=file)
 
 
 def test_training_stops_at_max_steps() -> None:
