@@ -37,6 +37,8 @@ class Config:
         easy_at_most, hard_at_least: blanks of the easy and hard training groups of Table 1.
         influence_from: influence is summed over the checkpoints made after this update or a later one.
         sample: training puzzles, and as many test puzzles, to compute influence on (D.4).
+        evaluations: how often influence is computed, each time on other puzzles and with other sketches of the same
+            model; the report is of the first, and says how far the others agree.
         sketch_size: per parameter.
         exact: training and as many test puzzles on which sketched influence is compared with exact influence.
         batch_size: boards in a batch of the influence computation.
@@ -56,12 +58,13 @@ class Config:
     hard_at_least: int = 45
     influence_from: int = 0
     sample: int = 512
+    evaluations: int = 1
     sketch_size: int = 2048
     exact: int = 32
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("puzzles", "sample", "sketch_size", "exact", "batch_size"):
+        for name in ("puzzles", "sample", "evaluations", "sketch_size", "exact", "batch_size"):
             positive_int(name, getattr(self, name))
         if not 0 <= self.influence_from <= self.train.updates:
             raise ValueError(f"influence_from: got {self.influence_from}; pass an update, 0 .. {self.train.updates}")
@@ -131,6 +134,7 @@ CONFIGS = {
             learning_rate=1e-3,
             final_learning_rate=1e-4,
         ),
+        evaluations=3,
         influence_from=6000,  # what 32 loop steps of a model that knows only a few do says nothing of either
     ),
     "paper": Config(),

@@ -69,10 +69,10 @@ class Parts:
     test_sample: SudokuSet
 
 
-def parts(config: Config, data: SudokuSet) -> Parts:
-    """Split by difficulty (D.3) and draw the subsets (D.4)."""
+def parts(config: Config, data: SudokuSet, evaluation: int = 0) -> Parts:
+    """Split by difficulty (D.3) and draw the subsets (D.4) of one of the evaluations."""
     train, test = split_by_difficulty(data, seed=config.seed)
-    samples = [stratified_subset(part, config.sample, seed=config.seed) for part in (train, test)]
+    samples = [stratified_subset(part, config.sample, seed=config.seed + evaluation) for part in (train, test)]
     return Parts(train, test, *samples)
 
 
@@ -111,13 +111,15 @@ def accuracy(config: Config, path: Path, split: Parts) -> Arrays:
     }
 
 
-def influence_at(config: Config, path: Path, split: Parts) -> Arrays:
+def influence_at(config: Config, path: Path, split: Parts, evaluation: int = 0) -> Arrays:
     """Influence at one checkpoint, without its learning rate: SDI, TracIn (from summed features) and self-influence.
+
+    Sketches are of the evaluation's own hashes.
 
     ``sdi`` is float32 ``(n_train, n_query, steps)``, ``tracin`` ``(n_train, n_query)``, ``self`` ``(n_train,)``.
     """
     model = load_model(config, path)
-    capture = attach(model, body=model.block, sketch_size=config.sketch_size, seed=config.seed)
+    capture = attach(model, body=model.block, sketch_size=config.sketch_size, seed=config.seed + evaluation)
     return _influence(config, capture, split.train_sample, split.test_sample)
 
 
