@@ -88,7 +88,7 @@ class Run(Generic[ConfigT]):
         self._timings: dict[str, dict[str, float]] = {}
         self._sources: dict[str, Any] = {}
         self.provenance = Provenance()
-        record = {"experiment": experiment, "scale": scale, "config": _plain(asdict(config))}  # type: ignore[call-overload]
+        record = {"experiment": experiment, "scale": scale, "config": plain_values(asdict(config))}  # type: ignore[call-overload]
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "config.json"
         if known.exists():
@@ -142,7 +142,7 @@ class Run(Generic[ConfigT]):
         timing = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         self._timings[name], self._sources[name] = timing, checkout()
         kept = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}
-        rest = _plain({k: v for k, v in values.items() if not isinstance(v, np.ndarray)})
+        rest = plain_values({k: v for k, v in values.items() if not isinstance(v, np.ndarray)})
         write_atomically(
             arrays,
             lambda aside: np.savez_compressed(aside, **kept),  # type: ignore[arg-type]  # numpy's stub has the flag in mind
@@ -169,7 +169,7 @@ class Run(Generic[ConfigT]):
         return name
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """What JSON can hold, exactly as it will come back."""
     return json.loads(json.dumps(value, default=_scalar))
 

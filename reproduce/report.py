@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stepinfluence.machine import machine_facts, versions
 
-from reproduce import SCALES
-from reproduce.base import Outcome, Run
+from reproduce import EXPERIMENTS, SCALES
+from reproduce.base import Outcome, Run, plain_values
+from reproduce.differences import differences
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c1e21; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -56,12 +59,24 @@ def markdown(run: Run[Any], outcome: Outcome, command: str) -> str:
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     lines += [outcome.body.strip(), ""]
+    lines += _below_the_paper(run)
     lines += ["## How it was run", "", f"Machine: {machine}.", ""]
     lines += [f"Computing took {wall:.0f} s by the clock and {cpu:.0f} s of processor time:", ""]
     lines += ["| stage | seconds | processor seconds |", "|---|---|---|"]
     lines += [f"| {name} | {t['seconds']:.1f} | {t['cpu_seconds']:.1f} |" for name, t in run.timings.items()]
     lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items() if v != "not installed") + "."]
     return "\n".join(lines) + "\n"
+
+
+def _below_the_paper(run: Run[Any]) -> list[str]:
+    """A table of what differs from the ``paper`` scale; nothing at that scale or for settings of the caller's own."""
+    if run.scale == "paper" or run.experiment not in EXPERIMENTS:
+        return []
+    configs = importlib.import_module(f"{EXPERIMENTS[run.experiment].package}.config").CONFIGS
+    rows = differences(plain_values(asdict(run.config)), plain_values(asdict(configs["paper"])))
+    lines = ["## What differs from the paper's scale", "", "Settings as the code names them.", ""]
+    lines += ["| setting | here | `--scale paper` |", "|---|---|---|"]
+    return [*lines, *(f"| `{name}` | {ours} | {theirs} |" for name, ours, theirs in rows), ""]
 
 
 def number(value: float | str) -> str:

@@ -69,9 +69,9 @@ Row by row; "smaller" rows are in the tables above at another size than the pape
 def page() -> str:
     """The page as text."""
     kept = {
-        name: json.loads((DOCS / "results" / name / "results.json").read_text(encoding="utf-8"))
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
         for name in ORDER
-        if (DOCS / "results" / name / "results.json").is_file()
+        for path in sorted((DOCS / "results").glob(f"{name}*/results.json"))
     }
     without = [name for name, results in kept.items() if "provenance" not in results]
     missing = (
@@ -81,7 +81,7 @@ def page() -> str:
         else ""
     )
     parts = [HEAD.replace("{missing}", missing)]
-    parts += [_section(name, kept[name]) if name in kept else f"\n## {name}\n\nNot run yet.\n" for name in ORDER]
+    parts += [_section(folder, results) for folder, results in kept.items()]
     return "".join([*parts, TAIL, _not_done(kept)])
 
 
@@ -93,13 +93,16 @@ def _not_done(kept: dict[str, Any]) -> str:
     return text.replace("{nanochat}", f"{parameters} parameters, {updates} updates")
 
 
-def _section(name: str, results: dict[str, Any]) -> str:
+def _section(folder: str, results: dict[str, Any]) -> str:
+    scale = results["scale"]
+    name = folder.removesuffix(f"-{scale}")
+    data = " --data FILE" if results["config"].get("data") else ""
     cpu = sum(t["cpu_seconds"] for t in results["timings"].values())
     wall = sum(t["seconds"] for t in results["timings"].values())
     took = f"{cpu / 60:.0f} minutes of processor time, {wall / 60:.0f} by the clock"
     lines = [
-        f"\n## {name}\n",
-        f"`python -m reproduce {name} --scale {results['scale']} --seed {results['config']['seed']}`: {took}. [Report with figures](results/{name}/report.md).\n",
+        f"\n## {name}{'' if scale == 'cpu' else f', scale `{scale}`'}\n",
+        f"`python -m reproduce {name} --scale {scale} --seed {results['config']['seed']}{data}`: {took}. [Report with figures](results/{folder}/report.md).\n",
         "| quantity | ours | paper | where | remark |",
         "|---|---|---|---|---|",
     ]

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reproduce.base import Comparison, Outcome, Result, Run
+from reproduce.base import Outcome, Result, Run
 from reproduce.sudoku import figures
 from reproduce.sudoku import statistics as st
+from reproduce.sudoku.compare import comparisons, p_value, percent
+from reproduce.sudoku.config import CONFIGS
 from reproduce.sudoku.figures import label
 from reproduce.template import fill
 
@@ -19,17 +21,21 @@ if TYPE_CHECKING:
     from reproduce.sudoku.measure import Parts
 
 
-SCALE_NOTE = "the unit is set by learning rates and checkpoints, which the paper does not give: compare the ratio"
+@dataclass(frozen=True)
+class Evaluation:
+    """Influence between one choice of training and test puzzles, by one choice of hashes; keys as in :mod:`.measure`.
 
+    Attributes:
+        split: training and test set and the subsets of both.
+        rates: learning rates of the checkpoints.
+        parts: influence at each checkpoint, without its learning rate.
+        total: summed over checkpoints.
+    """
 
-def p_value(p: float) -> str:
-    """``p < 0.001`` or ``p = 0.012``."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def percent(share: float) -> str:
-    """``12.3%``."""
-    return f"{100 * share:.1f}%"
+    split: Parts
+    rates: Sequence[float]
+    parts: Sequence[Result]
+    total: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,21 +43,22 @@ class Found:
     """What the stages of the experiment computed; keys as :mod:`.measure` returns them.
 
     Attributes:
-        split: training and test set and the subsets of both.
         multiple: puzzles with more than one solution.
         training, accuracy: results of the stages.
-        influences: at each checkpoint, without its learning rate.
-        influence: summed over checkpoints.
+        evaluations: of the same model, each on puzzles of its own; the report is of the first.
         exact: sketched and exact influence at the last checkpoint.
     """
 
-    split: Parts
     multiple: int
     training: Result
     accuracy: Result
-    influences: Sequence[Result]
-    influence: Mapping[str, Any]
+    evaluations: Sequence[Evaluation]
     exact: Result
+
+    @property
+    def split(self) -> Parts:
+        """Of the first evaluation; training and test set are the same in all."""
+        return self.evaluations[0].split
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,14 @@ class Analysis:
     test_blanks: st.Counts
 
 
-def analyse(config: Config, influence: Mapping[str, Any], train_blanks: st.Counts, test_blanks: st.Counts) -> Analysis:
+def analyse(config: Config, found: Evaluation) -> Analysis:
     """All statistics of D.3 and D.4 from influence ``sdi`` ``(n, q, steps)``, ``tracin`` ``(n, q)``, ``self`` ``(n,)``.
 
     Raises:
         ValueError: a training group or a test bin without puzzles.
     """
+    influence = found.total
+    train_blanks, test_blanks = found.split.train_sample.blanks, found.split.test_sample.blanks
     sdi, tracin, own = influence["sdi"], influence["tracin"], influence["self"]
     easy, hard = train_blanks <= config.easy_at_most, train_blanks >= config.hard_at_least
     outer = (config.bins[0], config.bins[-1])
@@ -139,11 +148,11 @@ class Checkpoint:
 
 def checkpoints(config: Config, found: Found) -> list[Checkpoint]:
     """Each checkpoint's share of the mass, and when influence acts there."""
-    updates, blanks = config.influence_updates, found.split.test_sample.blanks
-    rates = found.training["learning_rates"][-len(updates) :]
-    mass = np.array([r * np.abs(part["tracin"]).sum() for r, part in zip(rates, found.influences, strict=True)])
+    first, updates = found.evaluations[0], config.influence_updates
+    blanks, rates = first.split.test_sample.blanks, first.rates
+    mass = np.array([r * np.abs(part["tracin"]).sum() for r, part in zip(rates, first.parts, strict=True)])
     result = []
-    for update, rate, share, part in zip(updates, rates, mass / mass.sum(), found.influences, strict=True):
+    for update, rate, share, part in zip(updates, rates, mass / mass.sum(), first.parts, strict=True):
         late = st.late_mass(st.energy(part["sdi"].astype(np.float64)))
         easy, hard = (late[st.in_bin(blanks, bounds)] for bounds in (config.bins[0], config.bins[-1]))
         result.append(
@@ -165,6 +174,31 @@ def accuracies(config: Config, found: Found) -> list[dict[str, Any]]:
         }
         for k, budget in enumerate(config.budgets)
     ]
+
+
+def over_evaluations(config: Config, results: Sequence[Analysis]) -> dict[str, list[float]]:
+    """The main figures of each evaluation: how much of them is the choice of puzzles and hashes."""
+    first, last = config.bins[0], config.bins[-1]
+    return {
+        "Spearman: blanks, self-influence": [one.difficulty_self.rho for one in results],
+        "Spearman: blanks, C": [one.difficulty_mass.rho for one in results],
+        "Spearman: self-influence, C": [one.self_mass.rho for one in results],
+        "self-influence, hard / easy median": [
+            one.table.self_influence[1].median / one.table.self_influence[0].median for one in results
+        ],
+        "C, hard / easy median": [one.table.mass[1].median / one.table.mass[0].median for one in results],
+        "late mass, easiest test puzzles": [one.late[first] for one in results],
+        "late mass, hardest test puzzles": [one.late[last] for one in results],
+    }
+
+
+def core_hours(config: Config, cpu_seconds: float) -> float:
+    """Of the paper's training, at the rate of this one for a board and loop step (at another width: unknown, NaN)."""
+    paper = CONFIGS["paper"].train
+    if (config.train.model.d_model, config.train.model.cells) != (paper.model.d_model, paper.model.cells):
+        return float("nan")
+    work, whole = (int(train.loop_counts().sum()) * train.batch_size for train in (config.train, paper))
+    return cpu_seconds / work * whole / 3600
 
 
 def energy_rows(config: Config, result: Analysis) -> list[dict[str, Any]]:
@@ -209,7 +243,8 @@ def against_exact(found: Found) -> dict[str, Any]:
 def outcome(run: Run[Config], found: Found) -> Outcome:
     """The report: summary, comparison, text, figures."""
     config, split = run.config, found.split
-    result = analyse(config, found.influence, split.train_sample.blanks, split.test_sample.blanks)
+    results = [analyse(config, evaluation) for evaluation in found.evaluations]
+    result = results[0]
     draw(run, found, result)
     each, accuracy = checkpoints(config, found), accuracies(config, found)
     text = fill(
@@ -227,6 +262,8 @@ def outcome(run: Run[Config], found: Found) -> Outcome:
             "checkpoints": each,
             "more_on_hardest": sum(one.hard > one.easy for one in each),
             "exact": against_exact(found),
+            "over": over_evaluations(config, results),
+            "core_hours": core_hours(config, run.timings["training"]["cpu_seconds"]),
         },
         {"percent": percent, "p_value": p_value, "label": label, "loop_steps": _loop_steps, "span": _span},
     )
@@ -235,13 +272,13 @@ def outcome(run: Run[Config], found: Found) -> Outcome:
         summary=text.summary,
         body=text.body,
         comparisons=comparisons(config, found, result),
-        numbers=numbers(config, found, result),
+        numbers={**numbers(config, found, result), "over_evaluations": over_evaluations(config, results)},
     )
 
 
 def draw(run: Run[Config], found: Found, result: Analysis) -> None:
     """Save the figures that the report shows."""
-    config, split = run.config, found.split
+    config, split, total = run.config, found.split, found.evaluations[0].total
     groups = {
         f"train, ≤ {config.easy_at_most} blanks": result.easy,
         f"train, ≥ {config.hard_at_least} blanks": result.hard,
@@ -252,10 +289,10 @@ def draw(run: Run[Config], found: Found, result: Analysis) -> None:
             config.budgets, found.accuracy["test"], split.test.blanks, config.bins, config.train.mean_steps
         ),
         "energy": figures.energy_curves(result.energies, test_blanks, config.bins),
-        "memorisation": figures.memorisation(
-            found.influence["self"], st.cross_mass(found.influence["tracin"]), train_blanks
+        "memorisation": figures.memorisation(total["self"], st.cross_mass(total["tracin"]), train_blanks),
+        "training-groups": figures.by_training_group(
+            found.evaluations[0].total["sdi"], groups, test_blanks, config.bins
         ),
-        "training-groups": figures.by_training_group(found.influence["sdi"], groups, test_blanks, config.bins),
         "training": figures.training(found.training["losses"], found.training["loop_counts"]),
     }
     for name, made in drawn.items():
@@ -268,66 +305,6 @@ def _loop_steps(count: int) -> str:
 
 def _span(blanks: st.Counts) -> str:
     return f"{len(blanks):,} puzzles with {blanks.min()} to {blanks.max()} blanks"
-
-
-def saturation(config: Config, found: Found, bounds: st.Bin) -> int:
-    """Smallest budget whose accuracy on a bin is within one point of the bin's best."""
-    share = found.accuracy["test"][st.in_bin(found.split.test.blanks, bounds)].mean(0)
-    return int(config.budgets[int((share >= share.max() - 0.01).argmax())])
-
-
-def comparisons(config: Config, found: Found, result: Analysis) -> tuple[Comparison, ...]:
-    """Every number of the paper's Sudoku part beside ours."""
-    table = result.table
-    (self_easy, self_hard), (mass_easy, mass_hard) = table.self_influence, table.mass
-    first, last = config.bins[0], config.bins[-1]
-    mean = config.train.mean_steps
-
-    def rank(what: str, found: st.Association, paper: float) -> Comparison:
-        return Comparison(f"Spearman: {what}", f"{found.rho:.3f} ({p_value(found.p)})", f"{paper} (p < 0.001)", "§4")
-
-    def contrast(what: str, c: st.Contrast, paper: str) -> Comparison:
-        return Comparison(what, f"{percent(c.easy)} / {percent(c.hard)} ({p_value(c.p)})", paper, "Table 1")
-
-    return (
-        rank("blanks, self-influence", result.difficulty_self, 0.428),
-        rank("blanks, cross-influence mass C", result.difficulty_mass, 0.500),
-        rank("self-influence, C", result.self_mass, 0.919),
-        Comparison(
-            "bottom quarter of self-influence in the top quarter of C",
-            f"{result.broad} of {result.quarter}", "0", "§4",
-        ),
-        Comparison("self-influence, easy train", str(self_easy), "0.225 [0.155, 0.367]", "Table 1", SCALE_NOTE),
-        Comparison("self-influence, hard train", str(self_hard), "0.451 [0.303, 0.787]", "Table 1", SCALE_NOTE),
-        Comparison(
-            "self-influence, hard / easy median",
-            f"{self_hard.median / self_easy.median:.2f} ({p_value(table.self_p)})", "2.00 (p < 0.001)", "Table 1",
-        ),
-        Comparison("C, easy train", str(mass_easy), "3.07 [2.60, 3.82]", "Table 1", SCALE_NOTE),
-        Comparison("C, hard train", str(mass_hard), "4.43 [3.77, 5.80]", "Table 1", SCALE_NOTE),
-        Comparison(
-            "C, hard / easy median",
-            f"{mass_hard.median / mass_easy.median:.2f} ({p_value(table.mass_p)})", "1.44 (p < 0.001)", "Table 1",
-        ),
-        contrast("share of mass, easy / hard train, on easy test", table.share[first], "28.9% / 37.7% (p < 0.001)"),
-        contrast("share of mass, easy / hard train, on hard test", table.share[last], "27.9% / 38.9% (p < 0.001)"),
-        contrast("SDI late mass, easy / hard train, on easy test", table.late[first], "24.0% / 24.9% (p < 0.001)"),
-        contrast("SDI late mass, easy / hard train, on hard test", table.late[last], "24.3% / 25.3% (p < 0.001)"),
-        Comparison(
-            "late mass of all training puzzles, easy / hard test",
-            f"{percent(result.late[first])} / {percent(result.late[last])} ({p_value(result.late_p)})",
-            "hard decays more slowly", "Fig. 2B",
-        ),
-        Comparison(
-            "loop steps at which accuracy on the hardest test puzzles saturates, over the training mean",
-            f"{saturation(config, found, last) / mean:.2f}", "1 (caption) to 2 (text)", "Fig. 2A",
-            "within one point of the best of the budgets tried",
-        ),
-        Comparison(
-            "conservation: largest |TracIn − Σ SDI| over largest |TracIn|",
-            f"{result.discrepancy:.1e}", "checked, no number", "D.4",
-        ),
-    )  # fmt: skip
 
 
 def numbers(config: Config, found: Found, result: Analysis) -> dict[str, Any]:
@@ -352,7 +329,7 @@ def numbers(config: Config, found: Found, result: Analysis) -> dict[str, Any]:
         "late_mass_p": result.late_p,
         "late_mass_by_checkpoint": [
             [float(late[st.in_bin(sample_blanks, b)].mean()) for b in config.bins]
-            for late in (st.late_mass(st.energy(part["sdi"].astype(np.float64))) for part in found.influences)
+            for late in (st.late_mass(st.energy(part["sdi"].astype(np.float64))) for part in found.evaluations[0].parts)
         ],
         "spearman": {
             "blanks, self-influence": asdict(result.difficulty_self),

@@ -12,7 +12,7 @@ from reproduce.sudoku.config import Config
 
 if TYPE_CHECKING:
     from reproduce.sudoku.analyse import Evaluation
-    from reproduce.sudoku.measure import SudokuSet
+    from reproduce.sudoku.task import SudokuSet
 
 REQUIRES = ("sudoku", ("pysat",))
 """Extra to install, and the modules that it brings."""
@@ -50,9 +50,7 @@ def _evaluate(
     split = measure.parts(run.config, data, number)
     which = f"-evaluation-{number}" if number else ""
     parts = [
-        run.stage(
-            f"influence-{path.stem}{which}", partial(measure.influence_at, run.config, path, split, number)
-        )
+        run.stage(f"influence-{path.stem}{which}", partial(measure.influence_at, run.config, path, split, number))
         for path in paths
     ]
     return Evaluation(split, rates, parts, measure.total(parts, rates))

@@ -81,6 +81,11 @@ def test_files_that_pages_name_exist() -> None:
 def test_reports_say_what_the_scale_is() -> None:
     for path in (ROOT / "docs" / "results").glob("*/results.json"):
         results = json.loads(path.read_text(encoding="utf-8"))
+        assert (
+            ("-" not in path.parent.name)
+            if results["scale"] == "cpu"
+            else path.parent.name.endswith(f"-{results['scale']}")
+        )
         report = path.with_name("report.md").read_text(encoding="utf-8")
         assert f"Scale `{results['scale']}`: {SCALES[results['scale']]}." in report, path
         minutes = sum(t["cpu_seconds"] for t in results["timings"].values()) / 60

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from reproduce import EXPERIMENTS, SCALES
 from reproduce.base import Comparison, Outcome, Run
-from reproduce.report import write_report
+from reproduce.differences import differences
+from reproduce.report import markdown, write_report
 from reproduce.style import figure, styled
 
 
@@ -117,5 +119,29 @@ def test_every_experiment_has_every_scale() -> None:
     from importlib import import_module
 
     for name, entry in EXPERIMENTS.items():
-        assert set(import_module(f"{entry.package}.config").CONFIGS) == set(SCALES), name
+        scales = set(import_module(f"{entry.package}.config").CONFIGS)
+        assert {"minute", "cpu", "paper"} <= scales <= set(SCALES), name
         assert callable(import_module(f"{entry.package}.run").run)
+
+
+def test_a_report_below_the_papers_scale_says_what_differs(tmp_path: Path) -> None:
+    from reproduce.parity.config import CONFIGS
+
+    task: Run[Any] = Run(tmp_path / "run", "parity", "hours", CONFIGS["hours"])
+    text = markdown(task, Outcome("Title", "Summary.", (), "Body."), "command")
+    assert "| `training.final_steps` | 1,600 | 90,000 |" in text
+    assert "d_model" not in text  # the same
+    paper: Run[Any] = Run(tmp_path / "paper", "parity", "paper", CONFIGS["paper"])
+    assert "differs" not in markdown(paper, Outcome("Title", "Summary.", (), "Body."), "command")
+
+
+def test_differences() -> None:
+    here = {"a": 1000, "b": {"c": None, "d": [1, 2]}, "v": [{"name": "one"}], "seed": 1, "own": True}
+    paper = {"a": 1000, "b": {"c": 2.5, "d": [1, 3]}, "v": [{"name": "two"}], "seed": 0, "its": []}
+    assert differences(here, paper) == [
+        ("b.c", "–", "2.5"),
+        ("b.d", "1, 2", "1, 3"),
+        ("v", "one", "two"),
+        ("own", "True", "–"),
+        ("its", "–", "none"),
+    ]

@@ -78,6 +78,41 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert run(again).numbers == outcome.numbers
 
 
+def test_later_checkpoints_and_other_evaluations(tmp_path: Path) -> None:
+    """Influence of the last of two checkpoints, twice, after loop counts that grew: what the scale of hours does."""
+    small = CONFIGS["minute"]
+    train = dataclasses.replace(small.train, first_mean_steps=1, rise=10)
+    config = dataclasses.replace(small, train=train, evaluations=2, influence_from=11)
+    task = Run(tmp_path / "run", "sudoku", "minute", config)
+    with styled():
+        outcome = run(task)
+    numbers = outcome.numbers
+    names = sorted(path.stem for path in (task.folder / "stages").glob("influence-*.npz"))
+    assert names == ["influence-update-0000020", "influence-update-0000020-evaluation-1"]
+    first, second = (np.load(task.folder / "stages" / f"{name}.npz") for name in names)
+    rate = numbers["checkpoint_learning_rates"]
+    assert len(rate) == 1
+    said = numbers["over_evaluations"]["Spearman: self-influence, C"]
+    for value, stage in zip(said, (first, second), strict=True):
+        mass = np.abs(stage["tracin"]).sum(1)
+        assert value == pytest.approx(stats.spearmanr(stage["self"], mass).statistic)
+    assert not np.array_equal(first["self"], second["self"])
+    assert "evaluated 2 times" in outcome.body
+    assert "from update 11 on" in outcome.body
+
+
+def test_loop_counts_that_rise() -> None:
+    config = dataclasses.replace(CONFIGS["paper"].train, updates=3000, checkpoints=2, first_mean_steps=4, rise=2000)
+    counts = config.loop_counts().double()
+    plain = dataclasses.replace(config, rise=0).loop_counts()
+    assert torch.equal(counts[2000:], plain[2000:].double())
+    # Means of 1000: rate + 1, standard error below 0.03 of it (variance mean + 0.28 mean^2), four of them
+    for part, mean in ((counts[:1000], 11.0), (counts[1000:2000], 25.0), (counts[2000:], 32.0)):
+        assert abs(float(part.mean()) - mean - 1) < 0.12 * mean
+    with pytest.raises(ValueError, match=r"^rise: got 3000; pass less than updates=3000"):
+        dataclasses.replace(config, rise=3000)
+
+
 def check_conservation(task: Run[Config], numbers: dict[str, Any]) -> None:
     """Of all pairs the largest difference between TracIn and the sum of its steps: sums of the same products."""
     split = measure.parts(task.config, measure.as_set(task.config, np.load(task.folder / "stages" / "puzzles.npz")))
