@@ -124,18 +124,19 @@ CONFIGS = {
         budgets=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16),
         sample=256,
     ),
-    # The paper's board, width and loop steps; trained for a twelfth of the updates, and told which cells go together.
+    # The paper's board, width and loop steps; trained for a twentieth of the updates, and told which cells go together.
     "hours": Config(
         train=SudokuTrainConfig(
             model=SudokuConfig(positions="row_column_box"),
-            updates=8000,
+            updates=5000,
             first_mean_steps=4,
-            rise=6000,
+            rise=3500,
             learning_rate=1e-3,
             final_learning_rate=1e-4,
+            checkpoints=10,
         ),
         evaluations=3,
-        influence_from=6000,  # what 32 loop steps of a model that knows only a few do says nothing of either
+        influence_from=3500,  # what 32 loop steps of a model that knows only a few do says nothing of either
     ),
     "paper": Config(),
 }
