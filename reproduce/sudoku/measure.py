@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ def train_config(config: Config) -> SudokuTrainConfig:
 
 def train(config: Config, data: SudokuSet, folder: Path) -> Arrays:
     """Train; the checkpoints stay in the folder, so that an interrupted training goes on."""
-    result = train_sudoku(train_config(config), data, folder, device=device())
+    result = train_sudoku(train_config(config), data, folder, device=device(), progress=sys.stderr.isatty())
     return {
         "losses": result.losses.numpy(),
         "loop_counts": result.loop_counts.numpy(),
