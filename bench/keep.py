@@ -6,9 +6,9 @@
 
 Needs the extras ``bench``, ``hf`` and ``index``. Each command runs in a process of its own; one that fails is named at
 the end and does not take the others along. Some are run only if asked for: ``attack`` and ``soak``, an hour each;
-``curvature-cost``, which writes 10 GB; ``large``, which needs 13 GiB of memory; ``ladder`` and ``steps-removed``, which
-train models again; and ``peers``, which needs an environment of its own (``make bench-peers``) and
-``--python .venv-peers/bin/python``.
+``curvature-cost``, which writes 10 GB; ``large``, which needs 13 GiB of memory; ``paper-batch``, half an hour;
+``ladder`` and ``steps-removed``, which train models again; and ``peers``, which needs an environment of its own
+(``make bench-peers``) and ``--python .venv-peers/bin/python``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ COMMANDS: dict[str, list[str]] = {
     "host-overhead": ["-m", "bench.host_overhead", "--keep"],
     "scale": ["-m", "bench.scale", "--keep"],
     "large": ["-m", "bench.large", "--keep"],
+    "paper-batch": ["-m", "bench.paper_batch", "--keep"],
     "sketch-sizes": ["-m", "bench.sketch_sizes", "--keep"],
     "store-layouts": ["-m", "bench.store_layouts", "--keep"],
     "variance-table": ["-m", "bench.variance_table", "--keep"],
@@ -57,7 +58,7 @@ COMMANDS: dict[str, list[str]] = {
     "models": ["-m", "bench.models", "--keep", "--anew"],
     "peers": ["-m", "bench.peers", "--keep"],
 }
-IF_ASKED = ("attack", "soak", "curvature-cost", "large", "peers", *RETRAINED)
+IF_ASKED = ("attack", "soak", "curvature-cost", "large", "paper-batch", "peers", *RETRAINED)
 
 
 def main() -> int:

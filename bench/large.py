@@ -58,8 +58,8 @@ def make(config: LoopedGPTConfig) -> LoopedGPT:
     return model
 
 
-def make_batch(config: LoopedGPTConfig) -> dict[str, Tensor]:
-    tokens = torch.randint(config.vocab_size, (EXAMPLES, TOKENS + 1), generator=torch.Generator().manual_seed(1))
+def make_batch(config: LoopedGPTConfig, examples: int = EXAMPLES, length: int = TOKENS) -> dict[str, Tensor]:
+    tokens = torch.randint(config.vocab_size, (examples, length + 1), generator=torch.Generator().manual_seed(1))
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 

@@ -129,6 +129,27 @@ def large() -> str:
     )
 
 
+def paper_batch() -> str:
+    """docs/scale.md: the model of D.1 at its own batch."""
+    from bench.scale import data
+
+    result = load("paper-batch.json")
+    seconds, sizes = result["seconds (clock, processor)"], result["bytes"]
+    rounds = len(seconds["forward pass for inference"])
+    medians = {name: sorted(processor for _, processor in took)[rounds // 2] for name, took in seconds.items()}
+    forward, featurize = medians["forward pass for inference"], medians["featurize, core checkpointed"]
+    return (
+        f"{result['parameters']:,} parameters, τ = {result['steps']}, {result['examples']} examples of {result['tokens']} "
+        f"tokens; fp32, medians of {rounds} rounds: a forward pass for inference {forward:.0f} processor seconds, featurizing "
+        f"{featurize:.0f}, {featurize / forward:.1f} of it (the core is checkpointed and runs once more), the scores of all pairs "
+        f"{medians['scores of all pairs']:.1f}. Over the forward pass that is {result['processor seconds over the forward pass']:.0f} "
+        f"seconds for a checkpoint, where the paper's GPU (RTX A6000), which keeps the activations, takes 2.55. Peak memory "
+        f"{data(sizes['peak'])}, {data(sizes['peak with the model made'])} of it with the model made; features "
+        f"{data(sizes['features'])}, gradients by step would be {data(sizes['gradients by step, fp32'])}. "
+        f"{source('paper-batch.json', False, result)}"
+    )
+
+
 def variance() -> str:
     """docs/design.md: variance of the families."""
     result = load("variance-table.json")
@@ -308,6 +329,7 @@ PARTS: Parts = {
     "host-overhead": host_overhead,
     "scale": scale,
     "large": large,
+    "paper-batch": paper_batch,
     "variance": variance,
     "search": search,
     "explore": explore,
