@@ -170,7 +170,7 @@ def speed(store: Store, query: Features, rounds: int) -> dict[str, Any]:
         "first scan after opening GB/s": size / best(lambda: best_rows(one, K), 1),
     }
     print(f"    first scan after opening, which maps the files: {found['first scan after opening GB/s']:.1f} GB/s")
-    for queries in (1, 4, 16):
+    for queries in (1, 4, 16, 64):
         part = first_queries(query, queries)
         question = ask(store, part)
         pairs = [(best(read, 1), best(lambda q=question: best_rows(q, K), 1)) for _ in range(rounds)]

@@ -194,7 +194,8 @@ def search() -> str:
             r = result[size]["scan"][f"{queries} queries"]
             return f"{r['scan GB/s']:.1f} of {r['read GB/s']:.1f} ({r['scan GB/s'] / r['read GB/s']:.0%})"
 
-        rows = [[f"scan, {q} queries, GB/s of a plain read's", *(cell(s, q) for s in sizes)] for q in (1, 4, 16)]
+        counts = [int(key.split()[0]) for key in result[sizes[0]]["scan"] if key.endswith("queries")]
+        rows = [[f"scan, {q} queries, GB/s of a plain read's", *(cell(s, q) for s in sizes)] for q in counts]
         rows.append([
             "first scan after opening, 1 query, GB/s",
             *(f"{result[s]['scan']['first scan after opening GB/s']:.1f}" for s in sizes)])  # fmt: skip

@@ -25,7 +25,9 @@ def codes_of(dtype: torch.dtype, rows: int, d: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_products(dtype: torch.dtype, scaled: bool) -> None:
-    for rows, d, count in ((1, 1, 1), (3, 15, 2), (9, 16, 3), (300, 129, 7), (70, 5000, 5), (2, 9000, 16), (0, 4, 2)):
+    shapes = ((1, 1, 1), (3, 15, 2), (9, 16, 3), (300, 129, 7), (70, 5000, 5), (2, 9000, 16), (0, 4, 2))
+    many = ((1, 1, 16), (33, 64, 17), (3, 63, 131), (67, 4097, 18), (4, 8256, 64))  # int8: multiplied as integers
+    for rows, d, count in (*shapes, *many):
         codes, vectors = codes_of(dtype, rows, d), torch.randn(count, d)
         scales = torch.rand(rows) + 0.5 if scaled else None
         factors = (codes, vectors) if scales is None else (codes, vectors, scales)
@@ -34,19 +36,81 @@ def test_products(dtype: torch.dtype, scaled: bool) -> None:
         inner_products("nd,kd->nk" if scales is None else "nd,kd,n->nk", *factors).check(found)
 
 
+def spread(count: int, d: int) -> Tensor:
+    """Vectors whose columns differ in size by eight orders of magnitude, one of them zero."""
+    vectors = torch.randn(count, d) * 10 ** torch.linspace(-4, 4, d)[torch.randperm(d)]
+    vectors[1] = 0
+    return vectors
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("way", ["kernel", "library"])
+def test_many_vectors_are_as_exact_as_float32(way: str) -> None:
+    """Largest and smallest codes, and vectors of columns of very different size."""
+    codes, vectors, scales = codes_of(torch.int8, 37, 8300), spread(19, 8300), torch.rand(37) + 0.5
+    codes[0], codes[1] = -128, 127
+    found = (scan.row_products if way == "kernel" else scan.by_library)(codes, scales, vectors)
+    assert found is not None
+    inner_products("nd,kd,n->nk", codes, vectors, scales).check(found)
+    assert (found[:, 1] == 0).all()
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_whole_numbers_are_exact_for_many_vectors() -> None:
+    """Vectors of three digits each: the sums are those of integers, whatever the way."""
+    codes = codes_of(torch.int8, 9, 200)
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(-scan.LARGEST, scan.LARGEST + 1, (22, 200), generator=generator)
+    whole[:, 7] = scan.LARGEST  # makes the scale 1
+    exact = (codes.long() @ whole.T).float()
+    vectors = whole.float()
+    assert torch.equal(vectors.long(), whole)
+    assert torch.equal(scan.by_library(codes, None, vectors), exact)
+    found = scan.row_products(codes, None, vectors)
+    assert found is not None
+    inner_products("nd,kd->nk", codes, vectors).check(found)
+
+
+def test_the_library_is_taken_where_there_are_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = scan.by_library
+
+    def spy(codes: Tensor, scales: Tensor | None, vectors: Tensor) -> Tensor:
+        asked.append(len(vectors))
+        return real(codes, scales, vectors)
+
+    monkeypatch.setattr(scan, "by_library", spy)
+    for amx in (False, True):
+        monkeypatch.setattr(scan, "_has_amx", lambda amx=amx: amx)
+        for count in (15, 16):
+            scan.row_products(codes_of(torch.int8, 4, 20), None, torch.randn(count, 20))
+            scan.row_products(codes_of(torch.float16, 4, 20), None, torch.randn(count, 20))
+    assert asked == [16]
+    broken = torch.randn(16, 20)
+    broken[2, 3], broken[4, 1] = torch.nan, torch.inf
+    found = scan.row_products(codes_of(torch.int8, 4, 20), None, broken)
+    assert found is not None
+    assert asked == [16]  # what has no digits goes another way
+    assert found[:, 2].isnan().all()
+    assert found[:, [0, 1, 3, *range(5, 16)]].isfinite().all()
+
+
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_columns_of_wider_rows(dtype: torch.dtype) -> None:
-    codes, vectors = codes_of(dtype, 33, 100), torch.randn(3, 41)
-    found = scan.row_products(codes[:, 30:71], None, vectors)
-    assert found is not None
-    inner_products("nd,kd->nk", codes[:, 30:71], vectors).check(found)
+    codes = codes_of(dtype, 33, 100)
+    for count in (3, 17):
+        vectors = torch.randn(count, 41)
+        found = scan.row_products(codes[:, 30:71], None, vectors)
+        assert found is not None
+        inner_products("nd,kd->nk", codes[:, 30:71], vectors).check(found)
 
 
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_rows_have_equal_products_wherever_they_lie(dtype: torch.dtype) -> None:
-    one, vectors = codes_of(dtype, 1, 333), torch.randn(6, 333)
+@pytest.mark.parametrize("vectors_each", [6, 17])
+def test_equal_rows_have_equal_products_wherever_they_lie(dtype: torch.dtype, vectors_each: int) -> None:
+    one, vectors = codes_of(dtype, 1, 333), torch.randn(vectors_each, 333)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):

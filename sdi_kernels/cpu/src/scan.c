@@ -9,31 +9,20 @@
 #include <immintrin.h>
 #endif
 
-#include "sketch.h"
+#include "scan_call.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define INT8 3               /* beside enum dtype */
-#define COLUMNS 4096         /* columns that are summed in one go */
 #define TASK_BYTES (1 << 18) /* codes that a worker takes at a time */
 #define TILE_BYTES (1 << 14) /* codes that all vectors are multiplied with before the next are read */
 #define AHEAD 8192           /* bytes that are asked for in advance, at least */
 #define MAX_THREADS 256
+#define MANY 16 /* vectors from which on int8 codes are multiplied as integers: with fewer, taking a sum's parts together
+                * costs what is saved */
 #ifdef __clang__
 #define SCAN_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define SCAN_UNROLL _Pragma("GCC unroll 16")
 #endif
-
-struct scan {
-  float *out;        /* (rows, count), dense */
-  const void *codes; /* (rows, d); rows `row_stride` codes apart */
-  int64_t row_stride, rows, d;
-  const float *scales;  /* (rows), or NULL for 1 */
-  const float *vectors; /* (count, d), dense */
-  int64_t count;
-  int32_t dtype, threads;
-  void *parallel; /* GOMP_parallel of the OpenMP runtime that torch runs on, or NULL */
-};
 
 const char *sdi_variant(void);
 
@@ -77,8 +66,18 @@ static kernel find(void) {
   return baseline_run;
 }
 
+/* Whether codes are multiplied as integers: many vectors, and no narrower instruction set was asked for. */
+static int by_integers(const struct scan *scan, kernel chosen) {
+#if defined(__x86_64__)
+  return scan->dtype == INT8 && scan->count >= MANY && chosen == avx512_run && sdi_scan_int8_serves();
+#else
+  return (void)scan, (void)chosen, 0;
+#endif
+}
+
 struct share {
   const struct scan *scan;
+  const struct digits *digits; /* of int8 codes where the machine multiplies integers, else NULL */
   kernel kernel;
   int64_t rows_each, tile;
   atomic_llong next;
@@ -89,7 +88,8 @@ static void work(void *argument) {
   int64_t rows = share->scan->rows;
   for (int64_t row; (row = atomic_fetch_add(&share->next, share->rows_each)) < rows;) {
     int64_t last = rows - row < share->rows_each ? rows : row + share->rows_each;
-    for (; row < last; row += share->tile)
+    if (share->digits) sdi_scan_int8_run(share->scan, share->digits, row, last);
+    else for (; row < last; row += share->tile)
       share->kernel(share->scan, row, last - row < share->tile ? last : row + share->tile);
   }
 }
@@ -106,6 +106,8 @@ EXPORT void sdi_scan(const struct scan *scan) {
   int64_t size = scan->dtype == INT8 ? 1 : scan->dtype == FLOAT32 ? 4 : 2;
   int64_t row_bytes = scan->d * size > 0 ? scan->d * size : 1;
   struct share share = {.scan = scan, .kernel = find()};
+  struct digits digits = {0};
+  if (by_integers(scan, share.kernel) && sdi_scan_int8_prepare(scan, &digits)) share.digits = &digits;
   /* Whole numbers of row blocks, so that only the last rows of a call go one by one. */
   share.tile = round_up(TILE_BYTES / row_bytes + 1, 4);
   share.rows_each = round_up(TASK_BYTES / row_bytes + 1, share.tile);
@@ -126,4 +128,5 @@ EXPORT void sdi_scan(const struct scan *scan) {
     work(&share);
     while (count > 0) pthread_join(started[--count], NULL);
   }
+  sdi_scan_int8_free(&digits);
 }
