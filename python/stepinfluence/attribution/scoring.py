@@ -18,6 +18,8 @@ from stepinfluence.attribution.alignment import aligned_to, require_repeatable
 from stepinfluence.attribution.checkpoints import Etas, PathLike, Reader
 from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected, one_each
 from stepinfluence.attribution.curvature.damping import Damping
+from stepinfluence.attribution.curvature.length import TrainingTime
+from stepinfluence.attribution.curvature.progress import training_time
 from stepinfluence.attribution.depth import added, lengths_of
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.result import Decompose, Influence
@@ -77,7 +79,9 @@ def influence(
         curvature: ``"none"``: the paper's estimator. ``"fisher"`` or ``"block"``: the query's features times
             ``(F + lambda)^-1`` of each checkpoint's train features (:mod:`stepinfluence.attribution.curvature`), which
             predicts retraining better; or what was fitted before, one per checkpoint.
-        damping: lambda, relative to the largest eigenvalue; chosen without retraining (``"auto"``) if not given.
+        damping: lambda, relative to the largest eigenvalue; chosen without retraining (``"auto"``) if not given; or one
+            over training's length, which predicts retraining better where it is known
+            (:class:`stepinfluence.curvature.TrainingTime`, one T per checkpoint).
         normalize: ``"train"`` or ``"both"``: divide an example's features by the norm of their sum over steps. A
             curvature is then fitted to the normalised rows, and needs a number as its damping.
 
@@ -217,7 +221,9 @@ def influence_over_checkpoints(
             :class:`~stepinfluence.Checkpoint` to a preconditioner. None: the capture's own, for all checkpoints.
         decompose: as for :func:`influence`; only the side that is decomposed is featurized per step.
         curvature, damping, normalize: as for :func:`influence`; each checkpoint has a curvature of its own, so that
-            none owns the sum because its gradients are large: see the result's ``shares``.
+            none owns the sum because its gradients are large: see the result's ``shares``. ``damping="training"`` reads
+            training's length by each checkpoint from its optimizer's state (:func:`.curvature.training_time`), for
+            which every file is read once more.
         ids: as for ``Capture.featurize``.
         progress: show progress bars.
         strict: False for checkpoints with a part of the weights, such as adapters only: all others stay as they are
@@ -238,12 +244,13 @@ def influence_over_checkpoints(
         if len(checkpoints) > 1 or (train is query and is_one_shot(train)):
             require_repeatable(loader, side, has_ids=ids is not None)
     curvatures = one_each(curvature, len(checkpoints))
+    dampings = _dampings(damping, capture, checkpoints, metric, reader)
     rows: list[Features] = []
     total: Influence | None = None
     # Closed at once, also after an error: only then the model has its own weights again.
     visits = visit_checkpoints(capture, checkpoints, etas, metric, progress=progress, strict=strict, reader=reader)
     with closing(visits) as visited:
-        for eta, one in zip(visited, curvatures, strict=True):
+        for eta, one, damp in zip(visited, curvatures, dampings, strict=True):
             sides = [
                 capture.featurize(loader, loss_fn, per_step=decompose in (side, "both"), ids=ids, progress=progress)
                 for side, loader in (("train", train), ("query", query))
@@ -253,12 +260,34 @@ def influence_over_checkpoints(
                 sides = [aligned_to(first, found, side) for first, found, side in pairs]
             else:  # what rows are told apart by, without their values
                 rows = [replace(found, values=found.values[:0]) for found in sides]
-            found = influence(
-                *sides, etas=eta, decompose=decompose, curvature=one, damping=damping, normalize=normalize
-            )
+            found = influence(*sides, etas=eta, decompose=decompose, curvature=one, damping=damp, normalize=normalize)
             total = _add(total, found)
     assert total is not None
     return total
+
+
+def _dampings(
+    damping: Damping | None,
+    capture: Featurizer,
+    checkpoints: Sequence[PathLike],
+    metric: Metric | None,
+    reader: Reader | None,
+) -> list[Damping | None]:
+    """The damping of each checkpoint.
+
+    Raises:
+        CheckpointError, ValueError: training's length is asked for and not known (says why), or not given for each.
+    """
+    if damping == "training":
+        if callable(metric) or (metric is None and capture.preconditioner is not None):
+            raise ValueError(
+                "damping: 'training' is known for metric='sgd' and 'adam', and this is one of your own; pass a "
+                "stepinfluence.curvature.TrainingTime"
+            )
+        damping = training_time(checkpoints, capture, metric=metric or "sgd", reader=reader)
+    if isinstance(damping, TrainingTime):
+        return [damping.at(k, len(checkpoints)) for k in range(len(checkpoints))]
+    return [damping] * len(checkpoints)
 
 
 def _add(total: Influence | None, one: Influence) -> Influence:

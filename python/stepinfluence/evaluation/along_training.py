@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from stepinfluence.attribution.curvature import Fisher, Segment, Unrolled
+from stepinfluence.attribution.curvature import Fisher, Progress, Segment, Unrolled
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.capture import attach
@@ -107,6 +108,9 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     ``1 / T`` would (early stopping; Ali et al., arXiv 1810.10082): directions with ``h T << 1`` have hardly moved, and
     the inverse of their curvature says nothing of what training did. No constant is to be chosen.
 
+    It takes the plain mean of the multipliers, which the root epsilon of these recipes allows;
+    :class:`stepinfluence.curvature.TrainingTime` (see :func:`progress_of`) takes a mean that any Adam allows.
+
     Raises:
         CannotScore: the problem has no recipe.
     """
@@ -124,6 +128,25 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     scores = (train.values @ damped.transform(query).values.T).double().numpy()
     width = train.values.shape[1] * train.values.element_size()
     return Scored(scores, None, time.process_time() - began, width)
+
+
+def progress_of(trained: Trained, updates: Sequence[int]) -> list[Progress]:
+    """What checkpoints after some updates tell of a training: as it is read from files
+    (:func:`stepinfluence.curvature.training_time`).
+
+    Raises:
+        CannotScore: the problem has no recipe.
+    """
+    training, recipe = trained.training, trained.training.recipe
+    capture = attach(trained.model, body=trained.problem.body(trained.model), sketch_size=16)
+    found = []
+    for update in updates:
+        corrected = trained.states[update].square / (1 - recipe.betas[1] ** update)
+        root = (corrected + recipe.root_epsilon).sqrt() if recipe.root_epsilon else corrected.sqrt() + recipe.epsilon
+        by_name = training.by_name(root)
+        mean = torch.cat([by_name[block.name].flatten() for block in capture.space().blocks]).double().mean()
+        found.append(Progress(update, recipe.rate(update - 1), float(1 / mean), recipe.learning_rate))
+    return found
 
 
 def exact_metagradients(trained: Trained) -> Scored:

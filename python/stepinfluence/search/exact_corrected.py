@@ -46,7 +46,8 @@ def corrected_scores(question: Question, exact: Recompute, *, progress: bool) ->
     """``(K / N + lambda)^-1 G phi_t`` times eta, summed over checkpoints.
 
     Args:
-        question: with a curvature; lambda is its damping times the largest eigenvalue of ``K / N``.
+        question: with a curvature; lambda is its damping times the largest eigenvalue of ``K / N``, or
+            one over training's length.
         exact, progress: as for :func:`stepinfluence.search.two_stage`.
 
     Returns:
@@ -64,7 +65,7 @@ def corrected_scores(question: Question, exact: Recompute, *, progress: bool) ->
             assert question.curvature is not None
             gram = _gram(rows, exact, progress=progress) / len(rows)
             values, vectors = torch.linalg.eigh(gram)
-            damping = question.curvature[checkpoint].damping * float(values[-1])
+            damping = question.curvature[checkpoint].absolute(float(values[-1]))
             products = _with_queries(rows, queries, exact, progress=progress)
             solved = vectors @ ((vectors.T @ products.flatten(1)) / (values + damping).unsqueeze(1))
             found = solved.view_as(products).transpose(0, 1).float() * eta

@@ -261,7 +261,7 @@ def _refitted(question: Question, curvature: Sequence[Curvature]) -> Tensor:
             space, columns = _half_space(source.spaces[checkpoint], parts, inside)
             left, right = (_half(values, parts, 1 - 2 * sign) for values in (everyone, asked))
             fitted = type(curvature[checkpoint]).fit(
-                _features(left[valid], losses[valid], space), damping=curvature[checkpoint].damping
+                _features(left[valid], losses[valid], space), damping=curvature[checkpoint].setting
             )
             scores[sign] += question.etas[checkpoint] * left @ (fitted.solve(right) * columns).T
     scores[:, ~valid] = torch.nan

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepinfluence.app.project import MapStyle, RowId
 from stepinfluence.app.runs.answers import Answered, answers_of, read_answers
+from stepinfluence.app.runs.curvatures import score_named
 from stepinfluence.app.runs.stored import StoredRun
 from stepinfluence.attribution.aggregation import Dominance, dominating, energy_shares, first_order_unit
 from stepinfluence.attribution.curvature import Choice, Curvature
@@ -24,9 +25,6 @@ from stepinfluence.store import Store
 
 CANDIDATES = 4
 """Rows that are recomputed exactly for each one that is wanted, unless told otherwise."""
-
-
-PLAIN = "SDI (eq. 5), without curvature"
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def answer(
     else:
         found, estimates = best(question, k, progress=progress), None
     energy = np.nan_to_num(checkpoint_energy(train, asked.features, parameters=parameters, curvature=corrections))
-    score = PLAIN if curvature is None else _named(curvature)
+    score = score_named(curvature)
     names = tuple(checkpoint.name for checkpoint in train.checkpoints)
     unit = first_order_unit([checkpoint.eta for checkpoint in train.checkpoints])
     agreements = _agreements(train, asked, question, found, curvature, parameters, survived)
@@ -241,9 +239,3 @@ def _hits(train: Store, found: TopK, q: int, estimates: Tensor | None) -> tuple[
         score, trajectory = float(found.scores[q, place]), found.trajectory(q, place).numpy()
         hits.append(Hit(row, info.id, info.text, score, trajectory, estimate))
     return tuple(hits)
-
-
-def _named(curvature: Sequence[Curvature]) -> str:
-    what = {"fisher": "the train features' Fisher", "block": "the train features' Fisher by parameter"}
-    dampings = ", ".join(f"{one.damping:.2g}" + (" (auto)" if one.damping == one.auto else "") for one in curvature)
-    return f"influence corrected by {what[curvature[0].kind]}, damping {dampings}"

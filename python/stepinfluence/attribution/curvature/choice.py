@@ -10,6 +10,7 @@ import torch
 
 from stepinfluence.attribution.curvature.damping import Damping
 from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, Fisher
+from stepinfluence.attribution.curvature.length import TrainingTime
 from stepinfluence.attribution.curvature.rows import TrainRows
 from stepinfluence.attribution.curvature.stored import StoredFeatures
 from stepinfluence.attribution.features import Features
@@ -62,8 +63,13 @@ def fitted(
         if damping is not None:
             raise ValueError("damping: goes with curvature='fisher' or 'block'")
         return None
-    kind, number = KINDS[str(curvature)], "auto" if damping is None else damping
-    return [kind.fit(rows, checkpoint=k if stored else 0, damping=number) for k, rows in enumerate(sides)]
+    kind, asked = KINDS[str(curvature)], "auto" if damping is None else damping
+    if isinstance(asked, TrainingTime):
+        each: list[Damping] = [asked.at(k, len(sides)) for k in range(len(sides))]
+    else:
+        each = [asked] * len(sides)
+    pairs = zip(sides, each, strict=True)
+    return [kind.fit(rows, checkpoint=k if stored else 0, damping=one) for k, (rows, one) in enumerate(pairs)]
 
 
 def unit_norm(features: Features) -> Features:
@@ -87,6 +93,7 @@ def corrected(
         train, query: as they were featurized.
         curvature: see :data:`Choice`; each checkpoint gets its own.
         damping: of a curvature that is fitted here; ``"auto"`` if not given, but a number for normalised rows.
+            Features do not know their training's length: a :class:`.TrainingTime` says it, one T per checkpoint.
         normalize: see :data:`Normalize`; a curvature is fitted to the normalised rows.
 
     Raises:
@@ -101,9 +108,10 @@ def corrected(
             raise ValueError("normalize: goes with curvature='fisher' or 'block', fitted to the normalised rows")
         trains = [unit_norm(features) for features in trains]
         queries = [unit_norm(features) for features in queries] if normalize == "both" else queries
-        if curvature != "none" and damping in (None, "auto"):
+        if curvature != "none" and (damping in (None, "auto", "training") or isinstance(damping, TrainingTime)):
             raise ValueError(
-                "damping: 'auto' chooses badly for normalised rows (docs/curvature.md); give a number, such as 1e-2"
+                "damping: 'auto' chooses badly for normalised rows, and training's length is not theirs "
+                "(docs/curvature.md); give a number, such as 1e-2"
             )
     found = fitted(trains, curvature, damping)
     if found is not None:

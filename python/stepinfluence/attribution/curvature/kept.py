@@ -62,6 +62,7 @@ def save(curvature: Curvature, path: str | Path, *, of: str = "") -> None:
         "of": of,
         "rows": curvature.rows,
         "damping": curvature.damping,
+        **({} if curvature.time is None else {"time": curvature.time}),
         "auto": curvature.auto,
         "errors": [None if math.isinf(error) else error for error in curvature.errors],
         "rest": [factor.rest for factor in curvature.factors],
@@ -123,4 +124,5 @@ def _parsed(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
         damping=float(content["damping"]),
         auto=content["auto"],
         errors=tuple(math.inf if error is None else float(error) for error in content["errors"]),
+        time=None if content.get("time") is None else float(content["time"]),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stepinfluence.app.runs.answers import Answered, read_answers
+from stepinfluence.app.runs.curvatures import curvature_named
 from stepinfluence.app.view.explore.examples import MOST_ROWS, Side
 from stepinfluence.app.view.explore.scored import CORRECTED, SDI, Array, Scored, What, leading
 from stepinfluence.attribution.aggregation import dominating, energy_shares, first_order_unit
@@ -153,7 +154,7 @@ class Explorer:
             "trainSteps": self.train.steps if self.train.per_step else 0,
             "labels": [visible(label) for label in self.query.step_labels],
             "checkpoints": [{"name": visible(c.name), "eta": c.eta} for c in self.train.checkpoints],
-            "scores": [{"key": key, "name": NAMES[key]} for key in self._curvatures],
+            "scores": [{"key": key, "name": self._name(key)} for key in self._curvatures],
             "uncorrected": visible(self.uncorrected),
             "unit": first_order_unit([c.eta for c in self.train.checkpoints]),
             "parameters": [visible(b.name) for b in space.blocks] if space.layout == "concat" else [],
@@ -162,6 +163,10 @@ class Explorer:
             "model": self.model is not None,
             "noModel": visible(self.no_model),
         }
+
+    def _name(self, score: str) -> str:
+        found = self.curvatures(score)
+        return NAMES[score] if found is None else f"{NAMES[score]}: {curvature_named(found)}"
 
     def queries(self, *, find: str = "", offset: int = 0, limit: int = 100) -> dict[str, Any]:
         """As :meth:`.Side.listed`."""
