@@ -16,10 +16,11 @@ from torch import Tensor
 
 from stepinfluence.attribution.alignment import aligned_to, require_repeatable
 from stepinfluence.attribution.checkpoints import Etas, PathLike, Reader
-from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected, one_each
+from stepinfluence.attribution.curvature.choice import SOURCE, Choice, Normalize, corrected, one_each
 from stepinfluence.attribution.curvature.damping import Damping
 from stepinfluence.attribution.curvature.length import TrainingTime
 from stepinfluence.attribution.curvature.progress import training_time
+from stepinfluence.attribution.curvature.unrolled import Unrolled
 from stepinfluence.attribution.depth import added, lengths_of
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.result import Decompose, Influence
@@ -78,7 +79,9 @@ def influence(
             ``<phi_t(z), grad(z')>`` (eq. 8); ``"both"``: ``<phi_s(z), phi_t(z')>`` (eq. 9).
         curvature: ``"none"``: the paper's estimator. ``"fisher"`` or ``"block"``: the query's features times
             ``(F + lambda)^-1`` of each checkpoint's train features (:mod:`stepinfluence.attribution.curvature`), which
-            predicts retraining better; or what was fitted before, one per checkpoint.
+            predicts retraining better; or what was fitted before, one per checkpoint. A fitted
+            :class:`stepinfluence.curvature.Unrolled` (SOURCE) goes through training: the query's last features are
+            transformed for every checkpoint, and ``etas`` stay 1. ``"source"`` is a store's to fit.
         damping: lambda, relative to the largest eigenvalue; chosen without retraining (``"auto"``) if not given; or one
             over training's length, which predicts retraining better where it is known
             (:class:`stepinfluence.curvature.TrainingTime`, one T per checkpoint).
@@ -103,6 +106,8 @@ def influence(
             raise ValueError(
                 f"{side}: features are summed over steps; featurize with per_step=True for decompose={decompose!r}"
             )
+    if isinstance(curvature, Unrolled) and any(eta != 1 for _, _, eta in pairs):
+        raise ValueError("etas: SOURCE weights checkpoints by their segments' learning rates; leave etas at 1")
     sides = corrected(
         [t for t, _, _ in pairs], [x for _, x, _ in pairs], curvature=curvature, damping=damping, normalize=normalize
     )
@@ -170,6 +175,8 @@ def self_influence(
     Raises:
         FeatureMismatchError, ValueError: as for :func:`influence`.
     """
+    if isinstance(curvature, Unrolled) or curvature == SOURCE:
+        raise ValueError("curvature: self-influence by SOURCE is not offered; use 'fisher' or 'block'")
     pairs = _aligned(train, train, etas)
     grads = [features.summed() for features, _, _ in pairs]
     _, solved = corrected([t for t, _, _ in pairs], grads, curvature=curvature, damping=damping)

@@ -15,7 +15,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from stepinfluence.attribution.curvature import Fisher
+from stepinfluence.attribution.curvature import Fisher, Unrolled
 from stepinfluence.attribution.curvature.factors import EXACT_SIDE
 from stepinfluence.search.question import Question
 from stepinfluence.search.recompute import Batches, Recompute, visited
@@ -29,7 +29,8 @@ def require_correctable(question: Question) -> None:
         ValueError: another curvature than :class:`~stepinfluence.Fisher`, some parameters only, or too many rows.
     """
     count = int(question.train.valid.sum())
-    if not all(isinstance(one, Fisher) for one in question.curvature or ()):
+    fitted = question.curvature
+    if isinstance(fitted, Unrolled) or not all(isinstance(one, Fisher) for one in fitted or ()):
         raise ValueError("curvature: exact scores are corrected for curvature='fisher' only; use that, or 'none'")
     if question.parameters is not None:
         raise ValueError(
@@ -62,7 +63,7 @@ def corrected_scores(question: Question, exact: Recompute, *, progress: bool) ->
     scores = torch.zeros(len(question.query_ids), len(question.train), question.steps)
     with closing(visited(question, rows, queries, exact)) as checkpoints:
         for checkpoint, eta in checkpoints:
-            assert question.curvature is not None
+            assert isinstance(question.curvature, tuple)
             gram = _gram(rows, exact, progress=progress) / len(rows)
             values, vectors = torch.linalg.eigh(gram)
             damping = question.curvature[checkpoint].absolute(float(values[-1]))

@@ -26,6 +26,8 @@ from stepinfluence.search.sources import RowSource
 from stepinfluence.search.topk import best_rows
 from stepinfluence.store.manifest import SketchSpec
 
+NOT_REFITTED = "SOURCE is not fitted again to halves of the columns"
+
 REFIT_BYTES = 256 << 20
 """Decoded rows of a store whose curvature is fitted again to halves of the columns, at most."""
 

@@ -20,8 +20,8 @@ from stepinfluence.app.cli._common import (
 )
 
 if TYPE_CHECKING:
+    from stepinfluence.app.runs.curvatures import Correction
     from stepinfluence.app.view.explore.model import RunModel
-    from stepinfluence.attribution.curvature import Curvature
     from stepinfluence.store import Store
 
 EXPLORE_HELP = """Look at a run in a browser: queries, the examples that helped or harmed, and at which loop step.
@@ -51,7 +51,8 @@ Kind = Annotated[
     typer.Option(
         "--curvature",
         metavar="KIND",
-        help="Corrected for curvature by fisher or block, beside SDI; none: SDI alone. \\[default: the run's setting]",
+        help="Corrected for curvature by fisher or block, or through training by source (of several checkpoints), "
+        "beside SDI; none: SDI alone. \\[default: the run's setting]",
     ),
 ]
 Device = Annotated[
@@ -144,9 +145,7 @@ def report(
         webbrowser.open(path.resolve().as_uri())
 
 
-def _curvatures(
-    run: Path, kind: str | None, damping: str | None
-) -> Callable[[Store], tuple[list[Curvature] | None, str]]:
+def _curvatures(run: Path, kind: str | None, damping: str | None) -> Callable[[Store], tuple[Correction | None, str]]:
     """What fits (or finds) the curvatures of a run's training store."""
     from stepinfluence.app.runs.curvatures import curvatures_to_show
 

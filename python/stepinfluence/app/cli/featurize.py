@@ -37,7 +37,9 @@ SPLIT_OPTIONS = ("per_step", "dtype", "batch_size", "shard_rows", "threads")
 
 CurvatureSetting = Annotated[
     str | None,
-    typer.Option("--curvature", help="What query and explore show first: fisher, block or none. \\[default: fisher]"),
+    typer.Option(
+        "--curvature", help="What query and explore show first: fisher, block, source or none. \\[default: fisher]"
+    ),
 ]
 DampingSetting = Annotated[
     str | None,

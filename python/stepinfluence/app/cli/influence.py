@@ -55,7 +55,10 @@ def run(
     ] = None,
     curvature: Annotated[
         str,
-        typer.Option(metavar="KIND", help="Corrected for curvature by fisher or block; none: the paper's SDI."),
+        typer.Option(
+            metavar="KIND",
+            help="Corrected for curvature by fisher or block, or through training by source; none: the paper's SDI.",
+        ),
     ] = "none",
     damping: DampingOption = None,
     train: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")] = "train",

@@ -60,9 +60,10 @@ def run(
         opened = StoredRun.open(folder)
         store = opened.store(train)
         if by == "leverage":
-            if curvature == "none":
-                fail("curvature: got 'none'; leverage needs fisher or block")
-            fitted = kept_curvatures(opened.path, store, curvature, number) or []
+            if curvature in ("none", "source"):
+                fail(f"curvature: got {curvature!r}; leverage needs fisher or block")
+            fitted = kept_curvatures(opened.path, store, curvature, number)
+            assert isinstance(fitted, list)
             found = outliers(store, k, by="leverage", curvature=fitted)
             shown = f"leverage under curvature {curvature}, {damping_named(fitted)}"
         else:

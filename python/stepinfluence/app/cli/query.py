@@ -40,6 +40,7 @@ Positive influence: training on the example lowers the query's loss. Steps count
   [cyan]sdi query run --id q17 --exact --curvature fisher[/cyan]   all rows, at most 4,096
   [cyan]sdi query run --id q17 --curvature none[/cyan]       SDI alone, as the paper has it
   [cyan]sdi query run --id q17 --damping training[/cyan]     or say why that is not known
+  [cyan]sdi query run --id q17 --curvature source[/cyan]     through training's checkpoints
   [cyan]sdi query run --input new.jsonl[/cyan]               examples that are in no store
   [cyan]sdi query run --row 0 --json | jq .[0].hits[0][/cyan]
 """.replace("[0]", r"\[0]")
@@ -72,8 +73,8 @@ def run(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="Only scores corrected for curvature, fisher or block (by parameter); or none: only SDI. "
-            "\\[default: the run's setting first, then SDI]",
+            help="Only scores corrected for curvature, fisher or block (by parameter); source: followed through "
+            "training, from checkpoints along it; or none: only SDI. \\[default: the run's setting first, then SDI]",
         ),
     ] = None,
     damping: DampingOption = None,

@@ -75,7 +75,8 @@ class RunConfig:
             depend on it in their last bits. None: :func:`stepinfluence.attach`'s for the device, recorded as a number.
         fold: add all checkpoints into one set of columns, under random signs.
         metric: the inner product that influence is taken under: ``"sgd"``, or an optimizer's second moments.
-        curvature: what the scores that people see first are corrected with: ``"fisher"``, ``"block"`` or ``"none"``.
+        curvature: what the scores that people see first are corrected with: ``"fisher"``, ``"block"``, ``"source"``
+            (of checkpoints along training) or ``"none"``.
         damping: of that curvature: ``"training"`` (by training's length), ``"auto"``, or a number relative to the
             largest eigenvalue. None: training's length where the stores know it, else ``"auto"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
@@ -93,7 +94,7 @@ class RunConfig:
     workspace: int | None = None
     fold: bool = False
     metric: Kind = "sgd"
-    curvature: Literal["fisher", "block", "none"] = "fisher"
+    curvature: Literal["fisher", "block", "source", "none"] = "fisher"
     damping: float | Literal["training", "auto"] | None = None
     device: str = "auto"
     on_error: OnFailure = "stop"
@@ -110,7 +111,7 @@ class RunConfig:
         if self.workspace is not None and self.workspace < 0:
             raise ConfigError(f"workspace: got {self.workspace}; give a number of bytes, 0 to sketch every use at once")
         _one_of("metric", self.metric, get_args(Kind))
-        _one_of("curvature", self.curvature, ("fisher", "block", "none"))
+        _one_of("curvature", self.curvature, ("fisher", "block", "source", "none"))
         if self.damping not in (None, "training"):
             try:
                 checked(self.damping)

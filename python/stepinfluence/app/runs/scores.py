@@ -8,11 +8,10 @@ count.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from pathlib import Path
 
-from stepinfluence.app.runs.curvatures import score_named
-from stepinfluence.attribution.curvature import Choice, Curvature
+from stepinfluence.app.runs.curvatures import Correction, score_named
+from stepinfluence.attribution.curvature import Choice
 from stepinfluence.attribution.features import Parameters
 from stepinfluence.errors import StoreError
 from stepinfluence.files import file_digest, read_sealed, remove, sealed, sync_folder, write_bytes
@@ -40,12 +39,12 @@ def write_scores(
     parameters: Parameters,
     device: str | None,
     progress: bool,
-    curvature: Sequence[Curvature] | None = None,
+    curvature: Correction | None = None,
 ) -> list[int]:
     """Write the influence of all rows of ``train`` on all of ``query`` to a ``.npy`` file and its description.
 
     Args:
-        curvature: of each checkpoint's training rows, that scores are corrected with; None for SDI.
+        curvature: that scores are corrected with; None for SDI.
         train, query, parameters, device, progress: as for :func:`stepinfluence.search.scores`.
 
     Killed at any moment, there are the scores and the description of one call, or no description.
@@ -85,7 +84,7 @@ def write_scores(
         "failed": "rows and columns of examples without features are NaN",
         "score": score_named(curvature),
         "parameters": parameters,
-        "etas": [c.eta for c in train.checkpoints],
+        "etas": list(result.etas),
         "train": {"store": train.path.name, "ids": list(train.ids)},
         "query": {"store": query.path.name, "ids": list(query.ids)},
     }

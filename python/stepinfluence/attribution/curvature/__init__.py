@@ -26,7 +26,7 @@ from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, F
 from stepinfluence.attribution.curvature.kept import load, save
 from stepinfluence.attribution.curvature.length import Progress, TrainingTime
 from stepinfluence.attribution.curvature.progress import training_time
-from stepinfluence.attribution.curvature.unrolled import Segment, Unrolled
+from stepinfluence.attribution.curvature.unrolled import Segment, Unrolled, segments_of
 
 __all__ = [
     "BlockFisher",
@@ -42,5 +42,6 @@ __all__ = [
     "corrected",
     "load",
     "save",
+    "segments_of",
     "training_time",
 ]

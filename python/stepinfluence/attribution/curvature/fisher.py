@@ -211,6 +211,9 @@ class BlockFisher(Curvature):
         return tuple(slice(block.start, block.stop) for block in space.blocks if block.stop > block.start)
 
 
+KINDS: dict[str, type[Curvature]] = {kind.kind: kind for kind in (Fisher, BlockFisher)}
+
+
 def factors_of(rows: FitRows | PooledRows, columns: Sequence[slice], rank: int | None, seed: int) -> list[Factor]:
     """A factor for each range of columns."""
     widths = [cut.stop - cut.start for cut in columns]

@@ -126,8 +126,18 @@ class TrainingTime:
         return TrainingTime(self.times[checkpoint])
 
 
-def known(checkpoints: Sequence[tuple[str, Progress | str]]) -> TrainingTime:
-    """Training's length by each of some checkpoints, of which name and progress are given, or why that is not known.
+def known(
+    checkpoints: Sequence[tuple[str, Progress | str]],
+    *,
+    asked: str = "damping: 'training'",
+    instead: str = "'auto' or a number",
+) -> list[Progress]:
+    """How far training had come at some checkpoints, of which name and progress are given, or why that is not known:
+    enough for :meth:`TrainingTime.of`.
+
+    Args:
+        asked: what needs it, in messages.
+        instead: what may be given instead.
 
     Raises:
         ValueError: it is not known at one of them (says why), or as for :meth:`TrainingTime.of`.
@@ -137,14 +147,14 @@ def known(checkpoints: Sequence[tuple[str, Progress | str]]) -> TrainingTime:
         if not isinstance(progress, Progress):
             why = progress or "the store was written by an earlier version, which did not record it; featurize again"
             raise ValueError(
-                f"damping: 'training' needs training's length, which is not known at checkpoint {name!r}: {why}; or "
-                "give 'auto' or a number"
+                f"{asked} needs training's length, which is not known at checkpoint {name!r}: {why}; or give {instead}"
             )
         found.append(progress)
     try:
-        return TrainingTime.of(found)
+        TrainingTime.of(found)
     except ValueError as error:
-        raise ValueError(f"damping: 'training' needs training's length: {error}") from None
+        raise ValueError(f"{asked} needs training's length: {error}") from None
+    return found
 
 
 def plain(progress: Progress | str) -> dict[str, float | None] | str:

@@ -148,6 +148,5 @@ def training_time(
             :meth:`.TrainingTime.of`.
     """
     paths = [checkpoints] if not isinstance(checkpoints, Sequence) or isinstance(checkpoints, str) else checkpoints
-    return known(
-        [(str(path), progress_at(load_checkpoint(path, reader=reader), body, metric=metric)) for path in paths]
-    )
+    found = [(str(path), progress_at(load_checkpoint(path, reader=reader), body, metric=metric)) for path in paths]
+    return TrainingTime.of(known(found))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from stepinfluence.attribution.curvature.length import TrainingTime, known
+from stepinfluence.attribution.curvature.length import Progress, TrainingTime, known
 from stepinfluence.attribution.features import Features
 
 
@@ -38,7 +38,17 @@ def known_time(store: StoredFeatures) -> TrainingTime:
     Raises:
         ValueError: it is not known (says why).
     """
-    return known([(checkpoint.name, checkpoint.progress) for checkpoint in store.checkpoints])
+    return TrainingTime.of(known([(checkpoint.name, checkpoint.progress) for checkpoint in store.checkpoints]))
+
+
+def known_progress(store: StoredFeatures) -> list[Progress]:
+    """How far training had come at each checkpoint of a store, for SOURCE.
+
+    Raises:
+        ValueError: it is not known (says why).
+    """
+    pairs = [(checkpoint.name, checkpoint.progress) for checkpoint in store.checkpoints]
+    return known(pairs, asked="curvature: 'source'", instead="'fisher'")
 
 
 def of_checkpoint(train: object, checkpoint: int, damping: Any) -> Any:

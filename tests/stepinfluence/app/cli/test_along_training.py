@@ -1,4 +1,4 @@
-"""``--damping training`` as a user types it: from checkpoints to scores, their names, and what is refused."""
+"""``--damping training`` and ``--curvature source`` as typed: from checkpoints to scores, their names, and refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepinfluence import Fisher, influence
 from stepinfluence.app.cli import app
 from stepinfluence.app.project import Project
 from stepinfluence.app.runs.config import RunConfig
-from stepinfluence.attribution.curvature import TrainingTime
+from stepinfluence.attribution.curvature import Segment, TrainingTime, Unrolled
 from stepinfluence.integrations.checkpointing import Saver
 from stepinfluence.search import top_k
 from stepinfluence.store import Store
@@ -233,3 +233,88 @@ def test_a_report_says_it(run: Path, tmp_path: Path) -> None:
     invoke("report", run, "--damping", "training", "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text().replace("\\u0027", "'")
     assert "corrected for curvature: Fisher, damping from training's length" in page
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# SOURCE
+
+
+def test_query_by_source(run: Path) -> None:
+    train, query = (Store.open(run / split) for split in ("train", "query"))
+    unrolled = Unrolled.fit(train, [Segment((0,), RATE, 10), Segment((1,), RATE, 30)])
+    rows = [train.features(k) for k in range(2)]
+    want = influence(rows, unrolled.transform(query.features(1, rows=[3]))).sdi[:, 0]
+    ask = ("query", run, "--row", "3", "--curvature", "source")
+    for _ in range(2):  # the second time it is read from the run's folder
+        (found,) = json.loads(invoke(*ask, "--json").stdout)
+        assert found["score"] == "influence through training by SOURCE, in 2 segments"
+        assert found["unit"] == "first order, per unit of an example's weight in training"
+        assert found["agreement"]["unknown"] == "SOURCE is not fitted again to halves of the columns"
+        assert [hit["row"] for hit in found["hits"]] == want.sum(1).topk(10).indices.tolist()
+        scale = float(want.abs().max())
+        for hit in found["hits"]:
+            # learning rates are divided and multiplied by numbers of updates, in float64; the rest is float32
+            assert hit["trajectory"] == pytest.approx(want[hit["row"]].tolist(), abs=1e-5 * scale)
+            assert sum(hit["trajectory"]) == pytest.approx(hit["total"], abs=1e-6 * scale)
+        assert sum(one["share"] for one in found["checkpoints"]) == pytest.approx(1)
+    assert (run / "curvature" / "train" / "source" / "fisher.json").is_file()
+    shown = invoke(*ask).stdout
+    assert "Score: influence through training by SOURCE, in 2 segments" in shown
+    assert "SDI (eq. 5)" not in shown
+
+
+def test_source_as_a_setting_and_in_tables(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("curvature: fisher", "curvature: source"))
+    shown = invoke("query", folder, "--row", "3").stdout
+    assert 0 < shown.index("by SOURCE") < shown.index("SDI (eq. 5)")
+    invoke("influence", run, "--curvature", "source", "-o", tmp_path / "scores.npy")
+    told = json.loads((tmp_path / "scores.json").read_text())
+    assert told["score"].startswith("influence through training by SOURCE")
+    assert told["etas"] == [1.0, 1.0]
+
+
+def test_source_in_report_and_explorer(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    from stepinfluence.app.runs.curvatures import curvatures_to_show
+    from stepinfluence.app.view.explore import Explorer
+    from stepinfluence.app.view.explore.agreement import agreement
+    from stepinfluence.app.view.explore.everything import reverse
+    from stepinfluence.app.view.explore.scored import What
+
+    invoke("report", run, "--curvature", "source", "--out", tmp_path / "report.html")
+    assert "SOURCE, 2 segments" in (tmp_path / "report.html").read_text()
+    explorer = Explorer.open(run, curvatures=lambda store: curvatures_to_show(run, store, "source"))
+    assert [one["name"] for one in explorer.overview()["scores"]] == ["SOURCE, 2 segments", "SDI (the paper's)"]
+    whole = explorer.scores(3)
+    scale = float(np.abs(whole).max())
+    alone = [explorer.scores(3, checkpoint=k) for k in range(2)]
+    np.testing.assert_allclose(alone[0] + alone[1], whole, atol=1e-5 * scale)
+    # One training example and all queries: followed to the end of training, instead of the queries being carried back.
+    leading = int(whole.sum(1).argmax())
+    entry = next(one for one in reverse(explorer, leading)["helpful"] if one["row"] == 3)
+    assert entry["sdi"] == pytest.approx(whole[leading].tolist(), abs=1e-5 * scale)
+    pair = explorer.pair(3, leading)
+    assert np.sum(pair["byCheckpoint"], 0) == pytest.approx(whole[leading], abs=1e-5 * scale)
+    assert agreement(explorer, What(3))["noHalves"] == "SOURCE is not fitted again to halves of the columns"
+
+
+def test_source_is_refused_where_it_cannot_be(run: Path, tmp_path: Path) -> None:
+    ask = ("query", run, "--row", "3", "--curvature", "source")
+    assert "damping: SOURCE has none" in line(invoke(*ask, "--damping", "training", code=2))
+    assert "for curvature='fisher' only" in line(invoke(*ask, "--exact", code=2))
+    said = line(invoke("outliers", run, "--by", "leverage", "--curvature", "source", code=2))
+    assert "curvature: got 'source'; leverage needs fisher or block" in said
+    project = run.parent / "my_project.py"
+    options = ("--checkpoints", run.parent / "saved" / "step-0000040.pt", "--out", tmp_path / "one")
+    invoke("featurize", "--project", project, *SPLITS, *options)
+    for command in (("query", tmp_path / "one", "--row", "3"), ("influence", tmp_path / "one")):
+        said = line(invoke(*command, "--curvature", "source", code=2))
+        assert "curvature: 'source' needs training's length" in said
+    config = tmp_path / "one" / "config.yaml"
+    config.write_text(config.read_text().replace("curvature: fisher", "curvature: source"))
+    shown = " ".join(invoke("query", tmp_path / "one", "--row", "3").stdout.split())
+    assert "Score: SDI (eq. 5)" in shown
+    assert "Not corrected for curvature: curvature: 'source' needs" in shown
