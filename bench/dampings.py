@@ -1,4 +1,4 @@
-"""LDS of curvature-corrected SDI for a grid of dampings, and for those that are chosen without retraining.
+"""LDS of curvature-corrected SDI for a grid of dampings, for those that are chosen without retraining, and of SOURCE.
 
     python -m bench.dampings adder --keep
 
@@ -16,7 +16,7 @@ import torch
 from stepinfluence import attach
 from stepinfluence.attribution.curvature import BlockFisher, Fisher, TrainingTime
 from stepinfluence.evaluation import linear_datamodeling_score
-from stepinfluence.evaluation.along_training import by_training_time, progress_of
+from stepinfluence.evaluation.along_training import by_training_time, progress_of, source_of_run
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.problems import PROBLEMS, make_problem
 from stepinfluence.evaluation.retraining import Retrainings, draws, training_seed
@@ -29,7 +29,7 @@ GRID = (1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Dampings relative to the largest eigenvalue."""
 
 CHECKPOINTS = 5
-"""That training's length is read from, evenly spaced, the last one at the end."""
+"""That training's length is read from, and that SOURCE is of: evenly spaced, the last one at the end."""
 
 
 def main() -> None:
@@ -58,7 +58,8 @@ def by_damping(
 ) -> dict[str, list[float]]:
     """LDS for each seed of SDI (m = 2048), plain and corrected: with every damping of :data:`GRID`, with the one that
     ``"auto"`` chooses, and with those that training's length says: as a run reads it from checkpoints (``training``),
-    and by all updates and the plain mean of Adam's multipliers (``training time``)."""
+    and by all updates and the plain mean of Adam's multipliers (``training time``); and of these checkpoints' SOURCE.
+    """
     trained = Retrainings(problem, folder)
     found: dict[str, list[float]] = {}
     for seed in seeds:
@@ -84,6 +85,7 @@ def by_damping(
                 values = train.values @ one.transform(query).values.T
                 scores[f"{kind.kind}, {name}"] = values.double().numpy()
         scores["fisher, training time"] = by_training_time(given).scores
+        scores["source of a run"] = source_of_run(given, count=CHECKPOINTS).scores
         for name, values in scores.items():
             lds = linear_datamodeling_score(values, np.mean(halves, axis=0), drawn.halves)
             found.setdefault(name, []).append(float(np.nanmean(lds)))

@@ -58,6 +58,18 @@ def _aligned(
     return list(zip(trains, queries, weights, strict=True))
 
 
+def _corrected(
+    pairs: list[tuple[Features, Features, float]], curvature: Choice, damping: Damping | None, normalize: Normalize
+) -> list[tuple[Features, Features, float]]:
+    """Pairs whose inner products are the scores that were asked for."""
+    if isinstance(curvature, Unrolled) and any(eta != 1 for _, _, eta in pairs):
+        raise ValueError("etas: SOURCE weights checkpoints by their segments' learning rates; leave etas at 1")
+    sides = corrected(
+        [t for t, _, _ in pairs], [x for _, x, _ in pairs], curvature=curvature, damping=damping, normalize=normalize
+    )
+    return [(t, x, eta) for t, x, (_, _, eta) in zip(*sides, pairs, strict=True)]
+
+
 def influence(
     train: FeatureList,
     query: FeatureList,
@@ -106,12 +118,7 @@ def influence(
             raise ValueError(
                 f"{side}: features are summed over steps; featurize with per_step=True for decompose={decompose!r}"
             )
-    if isinstance(curvature, Unrolled) and any(eta != 1 for _, _, eta in pairs):
-        raise ValueError("etas: SOURCE weights checkpoints by their segments' learning rates; leave etas at 1")
-    sides = corrected(
-        [t for t, _, _ in pairs], [x for _, x, _ in pairs], curvature=curvature, damping=damping, normalize=normalize
-    )
-    pairs = [(t, x, eta) for t, x, (_, _, eta) in zip(*sides, pairs, strict=True)]
+    pairs = _corrected(pairs, curvature, damping, normalize)
     first_train, first_query, _ = pairs[0]
     n, q = len(first_train), len(first_query)
     steps_train = max(t.values.shape[1] if decompose != "query" else 1 for t, _, _ in pairs)

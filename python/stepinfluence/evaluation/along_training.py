@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from stepinfluence.attribution.curvature import Fisher, Progress, Segment, Unrolled
+from stepinfluence.attribution.curvature import Fisher, Progress, Segment, Unrolled, segments_of
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.capture import attach
 from stepinfluence.evaluation.metagradient import metagradients
 from stepinfluence.evaluation.smoothness import smoothness
 from stepinfluence.evaluation.trained import Scored, Trained
+from stepinfluence.evaluation.training import checkpoint_updates
 
 ASKED = 8
 """Queries that metagradients are computed for: the first ones of a problem."""
@@ -147,6 +148,28 @@ def progress_of(trained: Trained, updates: Sequence[int]) -> list[Progress]:
         mean = torch.cat([by_name[block.name].flatten() for block in capture.space().blocks]).double().mean()
         found.append(Progress(update, recipe.rate(update - 1), float(1 / mean), recipe.learning_rate))
     return found
+
+
+def source_of_run(trained: Trained, *, count: int = 5, sketch_size: int = 2048) -> Scored:
+    """SOURCE as ``curvature="source"`` has it of a run's store: plain features at evenly spaced checkpoints, the last
+    one at the end, and segments that follow from them (:func:`stepinfluence.curvature.segments_of`).
+
+    Raises:
+        CannotScore: the problem has no recipe.
+    """
+    problem, training = trained.problem, trained.training
+    updates = checkpoint_updates(training.recipe.updates, count)
+    segments = segments_of(progress_of(trained, updates))
+    began, trains = time.process_time(), []
+    for update in updates:
+        model = training.model_at(trained.states[update])
+        capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
+        trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
+    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
+    asked = Unrolled.fit(trains, segments).transform(query)
+    scores = torch.stack([t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]).sum(0)
+    width = count * query.values.shape[1] * query.values.element_size()
+    return Scored(scores.double().numpy(), None, time.process_time() - began, width)
 
 
 def exact_metagradients(trained: Trained) -> Scored:
