@@ -1,4 +1,4 @@
-"""LDS of curvature-corrected SDI for a grid of dampings, and for those that are chosen without retraining.
+"""LDS of curvature-corrected SDI for a grid of dampings, for those that are chosen without retraining, and of SOURCE.
 
     python -m bench.dampings adder --keep
 
@@ -14,18 +14,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from stepinfluence import attach
-from stepinfluence.attribution.curvature import BlockFisher, Fisher
+from stepinfluence.attribution.curvature import BlockFisher, Fisher, TrainingTime
 from stepinfluence.evaluation import linear_datamodeling_score
-from stepinfluence.evaluation.along_training import by_training_time
+from stepinfluence.evaluation.along_training import by_training_time, progress_of, source_of_run
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.problems import PROBLEMS, make_problem
 from stepinfluence.evaluation.retraining import Retrainings, draws, training_seed
 from stepinfluence.evaluation.trained import Trained
+from stepinfluence.evaluation.training import checkpoint_updates
 
 from bench.provenance import Provenance, add_output, write
 
 GRID = (1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Dampings relative to the largest eigenvalue."""
+
+CHECKPOINTS = 5
+"""That training's length is read from, and that SOURCE is of: evenly spaced, the last one at the end."""
 
 
 def main() -> None:
@@ -53,7 +57,9 @@ def by_damping(
     problem: Problem, folder: Path, seeds: Sequence[int], subsets: int, repeats: int
 ) -> dict[str, list[float]]:
     """LDS for each seed of SDI (m = 2048), plain and corrected: with every damping of :data:`GRID`, with the one that
-    ``"auto"`` chooses, and with the one that training's length says."""
+    ``"auto"`` chooses, and with those that training's length says: as a run reads it from checkpoints (``training``),
+    and by all updates and the plain mean of Adam's multipliers (``training time``); and of these checkpoints' SOURCE.
+    """
     trained = Retrainings(problem, folder)
     found: dict[str, list[float]] = {}
     for seed in seeds:
@@ -62,6 +68,9 @@ def by_damping(
             [trained.outcome(seed, np.flatnonzero(half), repeat=r, what="half").losses for half in drawn.halves]
             for r in range(repeats)
         ]
+        given = Trained(problem, model, training_seed(seed, 0))
+        saved = checkpoint_updates(given.training.recipe.updates, CHECKPOINTS)
+        length = TrainingTime(TrainingTime.of(progress_of(given, saved)).times[-1])
         capture = attach(model, body=problem.body(model), sketch_size=2048)
         train, query = (
             capture.featurize(problem.batches(side), problem.loss, per_step=False, progress=False)
@@ -71,10 +80,12 @@ def by_damping(
         for kind in (Fisher, BlockFisher):
             auto = kind.fit(train, damping="auto")
             dampings = {"auto": auto, **{f"{damping:.0e}": auto.with_damping(damping) for damping in GRID}}
+            dampings["training"] = auto.with_damping(length)
             for name, one in dampings.items():
                 values = train.values @ one.transform(query).values.T
                 scores[f"{kind.kind}, {name}"] = values.double().numpy()
-        scores["fisher, training time"] = by_training_time(Trained(problem, model, training_seed(seed, 0))).scores
+        scores["fisher, training time"] = by_training_time(given).scores
+        scores["source of a run"] = source_of_run(given, count=CHECKPOINTS).scores
         for name, values in scores.items():
             lds = linear_datamodeling_score(values, np.mean(halves, axis=0), drawn.halves)
             found.setdefault(name, []).append(float(np.nanmean(lds)))

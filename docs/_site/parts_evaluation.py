@@ -87,11 +87,20 @@ def less(lds: dict[str, list[float]], name: str, other: str) -> Figure:
 def dampings() -> str:
     """LDS by damping, and what choosing it without retraining loses."""
     found = {problem: result["lds"] for problem, result in kept("dampings").items()}
-    names = next(iter(found.values()))
-    rows = [[f"`{name}`", *(f"{sum(lds[name]) / len(lds[name]):.3f}" for lds in found.values())] for name in names]
-    for name, kind in (("fisher, auto", "fisher"), ("fisher, training time", "fisher"), ("block, auto", "block")):
-        cells = [(less(lds, name, best_damping(lds, kind)), best_damping(lds, kind)) for lds in found.values()]
-        rows.append([f"*`{name}` less the best*", *(f"{_three(d)} ({best.split(', ')[1]})" for d, best in cells)])
+    names = list(dict.fromkeys(name for lds in found.values() for name in lds))
+
+    def mean(lds: dict[str, list[float]], name: str) -> str:
+        return f"{sum(lds[name]) / len(lds[name]):.3f}" if name in lds else MISSING
+
+    def lost(lds: dict[str, list[float]], name: str) -> str:
+        best = best_damping(lds, name.split(", ")[0])
+        return f"{_three(less(lds, name, best))} ({best.split(', ')[1]})" if name in lds else MISSING
+
+    rows = [[f"`{name}`", *(mean(lds, name) for lds in found.values())] for name in names]
+    chosen = ("fisher, auto", "fisher, training time", "fisher, training", "block, auto")
+    rows += [
+        [f"*`{name}` less the best*", *(lost(lds, name) for lds in found.values())] for name in chosen if name in names
+    ]
     texts = [source(f"dampings-{problem}.json", False, result) for problem, result in kept("dampings").items()]
     head = "LDS by damping, means over five seeds; in the last rows, less the best of the grid, with the 95 % interval:"
     return "\n\n".join([head, table(["damping", *found], rows), *texts])

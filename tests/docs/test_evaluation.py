@@ -97,6 +97,11 @@ def test_what_the_pages_read_of_dampings_holds() -> None:
     assert all(length[problem] > auto[problem] for problem in auto)
     assert min(length.values()) > -0.04
     assert length["adder"] > -0.03
+    assert lost("majority", "fisher, training").value > -0.005 > lost("majority", "fisher, training time").value
+    majority = {name: sum(values) / len(values) for name, values in load("dampings", "majority")["lds"].items()}
+    assert majority["block, training"] < majority["block, auto"]
+    assert majority["source of a run"] > max(value for name, value in majority.items() if name[-1].isdigit())
+    assert [name for name, value in majority.items() if round(value, 2) == 0.90] == ["source of a run"]
     parity = load("dampings", "parity")["lds"]
     means = [sum(values) / len(values) for name, values in parity.items() if name[-1].isdigit()]
     assert min(means) > 0.035

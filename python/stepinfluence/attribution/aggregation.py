@@ -51,6 +51,10 @@ class Dominance:
         )
 
 
+OF_AN_EXAMPLE = "first order, per unit of an example's weight in training"
+"""Unit of SOURCE, which has learning rates and numbers of updates in it."""
+
+
 def first_order_unit(etas: Sequence[float]) -> str:
     """Unit of a plain sum over checkpoints with these weights."""
     return UNWEIGHTED if all(eta == 1 for eta in etas) else FIRST_ORDER

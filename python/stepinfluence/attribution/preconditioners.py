@@ -171,12 +171,12 @@ def from_optimizer(
     parameters = {canonical_name(name): p for name, p in unwrap(model).named_parameters()}
     if not isinstance(optimizer, torch.optim.Optimizer | Mapping):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}; pass a torch optimizer or its state dict")
-    read = _adam if kind == "adam" else _adafactor
+    read = adam_root if kind == "adam" else _adafactor
     with border(f"optimizer: its state is not readable as {kind}'s"):
         if isinstance(optimizer, torch.optim.Optimizer):
             states = _of_object(optimizer, parameters)
         else:
-            states = _of_state_dict(optimizer, parameters, names)
+            states = of_state_dict(optimizer, parameters, names)
         roots = {name: read(name, parameters[name], group, state) for name, group, state in states if state}
     if not roots:
         raise CheckpointError(f"optimizer: holds no {kind} state of this model's parameters (has it taken a step?)")
@@ -195,7 +195,14 @@ def _of_object(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor
                 yield name_of[id(parameter)], group, optimizer.state.get(parameter, {})
 
 
-def _of_state_dict(content: Mapping[str, Any], parameters: Mapping[str, Tensor], given: Sequence[str] | None) -> States:
+def of_state_dict(
+    content: Mapping[str, Any], parameters: Mapping[str, Tensor], given: Sequence[str] | None = None
+) -> States:
+    """A state dict's parameters by name, with their group's options and their state.
+
+    Raises:
+        CheckpointError: it is no optimizer's, or the order of its parameters cannot be told.
+    """
     groups, states = content.get("param_groups"), content.get("state")
     if not isinstance(states, Mapping) or not isinstance(groups, list | tuple) or not groups:
         raise CheckpointError("optimizer: not an optimizer's state dict (no 'state' and 'param_groups')")
@@ -255,7 +262,12 @@ def _moment(name: str, state: Mapping[str, Any], key: str, shape: tuple[int, ...
     return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _adam(name: str, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Root:
+def adam_root(name: str, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Elementwise:
+    """Of one parameter, from Adam's options and state.
+
+    Raises:
+        CheckpointError: they are not Adam's (says what is missing).
+    """
     key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
     moment = _moment(name, state, key, tuple(parameter.shape), "Adam")
     if "betas" not in group or "eps" not in group:

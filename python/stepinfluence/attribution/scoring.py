@@ -16,8 +16,11 @@ from torch import Tensor
 
 from stepinfluence.attribution.alignment import aligned_to, require_repeatable
 from stepinfluence.attribution.checkpoints import Etas, PathLike, Reader
-from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected, one_each
+from stepinfluence.attribution.curvature.choice import SOURCE, Choice, Normalize, corrected, one_each
 from stepinfluence.attribution.curvature.damping import Damping
+from stepinfluence.attribution.curvature.length import TrainingTime
+from stepinfluence.attribution.curvature.progress import training_time
+from stepinfluence.attribution.curvature.unrolled import Unrolled
 from stepinfluence.attribution.depth import added, lengths_of
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.result import Decompose, Influence
@@ -55,6 +58,18 @@ def _aligned(
     return list(zip(trains, queries, weights, strict=True))
 
 
+def _corrected(
+    pairs: list[tuple[Features, Features, float]], curvature: Choice, damping: Damping | None, normalize: Normalize
+) -> list[tuple[Features, Features, float]]:
+    """Pairs whose inner products are the scores that were asked for."""
+    if isinstance(curvature, Unrolled) and any(eta != 1 for _, _, eta in pairs):
+        raise ValueError("etas: SOURCE weights checkpoints by their segments' learning rates; leave etas at 1")
+    sides = corrected(
+        [t for t, _, _ in pairs], [x for _, x, _ in pairs], curvature=curvature, damping=damping, normalize=normalize
+    )
+    return [(t, x, eta) for t, x, (_, _, eta) in zip(*sides, pairs, strict=True)]
+
+
 def influence(
     train: FeatureList,
     query: FeatureList,
@@ -76,8 +91,12 @@ def influence(
             ``<phi_t(z), grad(z')>`` (eq. 8); ``"both"``: ``<phi_s(z), phi_t(z')>`` (eq. 9).
         curvature: ``"none"``: the paper's estimator. ``"fisher"`` or ``"block"``: the query's features times
             ``(F + lambda)^-1`` of each checkpoint's train features (:mod:`stepinfluence.attribution.curvature`), which
-            predicts retraining better; or what was fitted before, one per checkpoint.
-        damping: lambda, relative to the largest eigenvalue; chosen without retraining (``"auto"``) if not given.
+            predicts retraining better; or what was fitted before, one per checkpoint. A fitted
+            :class:`stepinfluence.curvature.Unrolled` (SOURCE) goes through training: the query's last features are
+            transformed for every checkpoint, and ``etas`` stay 1. ``"source"`` is a store's to fit.
+        damping: lambda, relative to the largest eigenvalue; chosen without retraining (``"auto"``) if not given; or one
+            over training's length, which predicts retraining better where it is known
+            (:class:`stepinfluence.curvature.TrainingTime`, one T per checkpoint).
         normalize: ``"train"`` or ``"both"``: divide an example's features by the norm of their sum over steps. A
             curvature is then fitted to the normalised rows, and needs a number as its damping.
 
@@ -99,10 +118,7 @@ def influence(
             raise ValueError(
                 f"{side}: features are summed over steps; featurize with per_step=True for decompose={decompose!r}"
             )
-    sides = corrected(
-        [t for t, _, _ in pairs], [x for _, x, _ in pairs], curvature=curvature, damping=damping, normalize=normalize
-    )
-    pairs = [(t, x, eta) for t, x, (_, _, eta) in zip(*sides, pairs, strict=True)]
+    pairs = _corrected(pairs, curvature, damping, normalize)
     first_train, first_query, _ = pairs[0]
     n, q = len(first_train), len(first_query)
     steps_train = max(t.values.shape[1] if decompose != "query" else 1 for t, _, _ in pairs)
@@ -166,6 +182,8 @@ def self_influence(
     Raises:
         FeatureMismatchError, ValueError: as for :func:`influence`.
     """
+    if isinstance(curvature, Unrolled) or curvature == SOURCE:
+        raise ValueError("curvature: self-influence by SOURCE is not offered; use 'fisher' or 'block'")
     pairs = _aligned(train, train, etas)
     grads = [features.summed() for features, _, _ in pairs]
     _, solved = corrected([t for t, _, _ in pairs], grads, curvature=curvature, damping=damping)
@@ -217,7 +235,9 @@ def influence_over_checkpoints(
             :class:`~stepinfluence.Checkpoint` to a preconditioner. None: the capture's own, for all checkpoints.
         decompose: as for :func:`influence`; only the side that is decomposed is featurized per step.
         curvature, damping, normalize: as for :func:`influence`; each checkpoint has a curvature of its own, so that
-            none owns the sum because its gradients are large: see the result's ``shares``.
+            none owns the sum because its gradients are large: see the result's ``shares``. ``damping="training"`` reads
+            training's length by each checkpoint from its optimizer's state (:func:`.curvature.training_time`), for
+            which every file is read once more.
         ids: as for ``Capture.featurize``.
         progress: show progress bars.
         strict: False for checkpoints with a part of the weights, such as adapters only: all others stay as they are
@@ -238,12 +258,13 @@ def influence_over_checkpoints(
         if len(checkpoints) > 1 or (train is query and is_one_shot(train)):
             require_repeatable(loader, side, has_ids=ids is not None)
     curvatures = one_each(curvature, len(checkpoints))
+    dampings = _dampings(damping, capture, checkpoints, metric, reader)
     rows: list[Features] = []
     total: Influence | None = None
     # Closed at once, also after an error: only then the model has its own weights again.
     visits = visit_checkpoints(capture, checkpoints, etas, metric, progress=progress, strict=strict, reader=reader)
     with closing(visits) as visited:
-        for eta, one in zip(visited, curvatures, strict=True):
+        for eta, one, damp in zip(visited, curvatures, dampings, strict=True):
             sides = [
                 capture.featurize(loader, loss_fn, per_step=decompose in (side, "both"), ids=ids, progress=progress)
                 for side, loader in (("train", train), ("query", query))
@@ -253,12 +274,34 @@ def influence_over_checkpoints(
                 sides = [aligned_to(first, found, side) for first, found, side in pairs]
             else:  # what rows are told apart by, without their values
                 rows = [replace(found, values=found.values[:0]) for found in sides]
-            found = influence(
-                *sides, etas=eta, decompose=decompose, curvature=one, damping=damping, normalize=normalize
-            )
+            found = influence(*sides, etas=eta, decompose=decompose, curvature=one, damping=damp, normalize=normalize)
             total = _add(total, found)
     assert total is not None
     return total
+
+
+def _dampings(
+    damping: Damping | None,
+    capture: Featurizer,
+    checkpoints: Sequence[PathLike],
+    metric: Metric | None,
+    reader: Reader | None,
+) -> list[Damping | None]:
+    """The damping of each checkpoint.
+
+    Raises:
+        CheckpointError, ValueError: training's length is asked for and not known (says why), or not given for each.
+    """
+    if damping == "training":
+        if callable(metric) or (metric is None and capture.preconditioner is not None):
+            raise ValueError(
+                "damping: 'training' is known for metric='sgd' and 'adam', and this is one of your own; pass a "
+                "stepinfluence.curvature.TrainingTime"
+            )
+        damping = training_time(checkpoints, capture, metric=metric or "sgd", reader=reader)
+    if isinstance(damping, TrainingTime):
+        return [damping.at(k, len(checkpoints)) for k in range(len(checkpoints))]
+    return [damping] * len(checkpoints)
 
 
 def _add(total: Influence | None, one: Influence) -> Influence:

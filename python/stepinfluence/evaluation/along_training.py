@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from stepinfluence.attribution.curvature import Fisher, Segment, Unrolled
+from stepinfluence.attribution.curvature import Fisher, Progress, Segment, Unrolled, segments_of
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.capture import attach
 from stepinfluence.evaluation.metagradient import metagradients
 from stepinfluence.evaluation.smoothness import smoothness
 from stepinfluence.evaluation.trained import Scored, Trained
+from stepinfluence.evaluation.training import checkpoint_updates
 
 ASKED = 8
 """Queries that metagradients are computed for: the first ones of a problem."""
@@ -107,6 +109,9 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     ``1 / T`` would (early stopping; Ali et al., arXiv 1810.10082): directions with ``h T << 1`` have hardly moved, and
     the inverse of their curvature says nothing of what training did. No constant is to be chosen.
 
+    It takes the plain mean of the multipliers, which the root epsilon of these recipes allows;
+    :class:`stepinfluence.curvature.TrainingTime` (see :func:`progress_of`) takes a mean that any Adam allows.
+
     Raises:
         CannotScore: the problem has no recipe.
     """
@@ -124,6 +129,47 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     scores = (train.values @ damped.transform(query).values.T).double().numpy()
     width = train.values.shape[1] * train.values.element_size()
     return Scored(scores, None, time.process_time() - began, width)
+
+
+def progress_of(trained: Trained, updates: Sequence[int]) -> list[Progress]:
+    """What checkpoints after some updates tell of a training: as it is read from files
+    (:func:`stepinfluence.curvature.training_time`).
+
+    Raises:
+        CannotScore: the problem has no recipe.
+    """
+    training, recipe = trained.training, trained.training.recipe
+    capture = attach(trained.model, body=trained.problem.body(trained.model), sketch_size=16)
+    found = []
+    for update in updates:
+        corrected = trained.states[update].square / (1 - recipe.betas[1] ** update)
+        root = (corrected + recipe.root_epsilon).sqrt() if recipe.root_epsilon else corrected.sqrt() + recipe.epsilon
+        by_name = training.by_name(root)
+        mean = torch.cat([by_name[block.name].flatten() for block in capture.space().blocks]).double().mean()
+        found.append(Progress(update, recipe.rate(update - 1), float(1 / mean), recipe.learning_rate))
+    return found
+
+
+def source_of_run(trained: Trained, *, count: int = 5, sketch_size: int = 2048) -> Scored:
+    """SOURCE as ``curvature="source"`` has it of a run's store: plain features at evenly spaced checkpoints, the last
+    one at the end, and segments that follow from them (:func:`stepinfluence.curvature.segments_of`).
+
+    Raises:
+        CannotScore: the problem has no recipe.
+    """
+    problem, training = trained.problem, trained.training
+    updates = checkpoint_updates(training.recipe.updates, count)
+    segments = segments_of(progress_of(trained, updates))
+    began, trains = time.process_time(), []
+    for update in updates:
+        model = training.model_at(trained.states[update])
+        capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
+        trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
+    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
+    asked = Unrolled.fit(trains, segments).transform(query)
+    scores = torch.stack([t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]).sum(0)
+    width = count * query.values.shape[1] * query.values.element_size()
+    return Scored(scores.double().numpy(), None, time.process_time() - began, width)
 
 
 def exact_metagradients(trained: Trained) -> Scored:

@@ -15,7 +15,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from stepinfluence.attribution.curvature import Fisher
+from stepinfluence.attribution.curvature import Fisher, Unrolled
 from stepinfluence.attribution.curvature.factors import EXACT_SIDE
 from stepinfluence.search.question import Question
 from stepinfluence.search.recompute import Batches, Recompute, visited
@@ -29,7 +29,8 @@ def require_correctable(question: Question) -> None:
         ValueError: another curvature than :class:`~stepinfluence.Fisher`, some parameters only, or too many rows.
     """
     count = int(question.train.valid.sum())
-    if not all(isinstance(one, Fisher) for one in question.curvature or ()):
+    fitted = question.curvature
+    if isinstance(fitted, Unrolled) or not all(isinstance(one, Fisher) for one in fitted or ()):
         raise ValueError("curvature: exact scores are corrected for curvature='fisher' only; use that, or 'none'")
     if question.parameters is not None:
         raise ValueError(
@@ -46,7 +47,8 @@ def corrected_scores(question: Question, exact: Recompute, *, progress: bool) ->
     """``(K / N + lambda)^-1 G phi_t`` times eta, summed over checkpoints.
 
     Args:
-        question: with a curvature; lambda is its damping times the largest eigenvalue of ``K / N``.
+        question: with a curvature; lambda is its damping times the largest eigenvalue of ``K / N``, or
+            one over training's length.
         exact, progress: as for :func:`stepinfluence.search.two_stage`.
 
     Returns:
@@ -61,10 +63,10 @@ def corrected_scores(question: Question, exact: Recompute, *, progress: bool) ->
     scores = torch.zeros(len(question.query_ids), len(question.train), question.steps)
     with closing(visited(question, rows, queries, exact)) as checkpoints:
         for checkpoint, eta in checkpoints:
-            assert question.curvature is not None
+            assert isinstance(question.curvature, tuple)
             gram = _gram(rows, exact, progress=progress) / len(rows)
             values, vectors = torch.linalg.eigh(gram)
-            damping = question.curvature[checkpoint].damping * float(values[-1])
+            damping = question.curvature[checkpoint].absolute(float(values[-1]))
             products = _with_queries(rows, queries, exact, progress=progress)
             solved = vectors @ ((vectors.T @ products.flatten(1)) / (values + damping).unsqueeze(1))
             found = solved.view_as(products).transpose(0, 1).float() * eta

@@ -26,6 +26,8 @@ from stepinfluence.search.sources import RowSource
 from stepinfluence.search.topk import best_rows
 from stepinfluence.store.manifest import SketchSpec
 
+NOT_REFITTED = "SOURCE is not fitted again to halves of the columns"
+
 REFIT_BYTES = 256 << 20
 """Decoded rows of a store whose curvature is fitted again to halves of the columns, at most."""
 
@@ -261,7 +263,7 @@ def _refitted(question: Question, curvature: Sequence[Curvature]) -> Tensor:
             space, columns = _half_space(source.spaces[checkpoint], parts, inside)
             left, right = (_half(values, parts, 1 - 2 * sign) for values in (everyone, asked))
             fitted = type(curvature[checkpoint]).fit(
-                _features(left[valid], losses[valid], space), damping=curvature[checkpoint].damping
+                _features(left[valid], losses[valid], space), damping=curvature[checkpoint].setting
             )
             scores[sign] += question.etas[checkpoint] * left @ (fitted.solve(right) * columns).T
     scores[:, ~valid] = torch.nan

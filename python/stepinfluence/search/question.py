@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stepinfluence.attribution.curvature import Choice, Curvature, Damping
+from stepinfluence.attribution.curvature import Choice, Curvature, Damping, Unrolled
 from stepinfluence.attribution.curvature.choice import fitted
 from stepinfluence.attribution.features import Features, Parameters
 from stepinfluence.errors import FeatureMismatchError
@@ -37,7 +37,7 @@ class Question:
         per_step: whether each of them is ranked for itself, rather than their sum.
         summed: whether the queries' features are summed over steps.
         harmful: whether the lowest rows come first, rather than the highest.
-        curvature: of each checkpoint, that the queries were corrected with; None for SDI.
+        curvature: of each checkpoint, that the queries were corrected with, or SOURCE of all; None for SDI.
         valid: ``(Q,)``: False for queries that have no features.
         query_ids, etas: as in results.
         device: where to compute.
@@ -52,7 +52,7 @@ class Question:
     per_step: bool
     summed: bool
     harmful: bool
-    curvature: tuple[Curvature, ...] | None
+    curvature: tuple[Curvature, ...] | Unrolled | None
     valid: npt.NDArray[np.bool_]
     query_ids: tuple[Hashable, ...]
     etas: tuple[float, ...]
@@ -131,14 +131,18 @@ def _compare(given: tuple[Rows, Rows], train: RowSource, query: RowSource) -> No
         ours.require_equal(theirs)
 
 
-def corrections(train: Rows, curvature: Choice, damping: Damping | None) -> list[Curvature] | None:
-    """What each checkpoint's queries are multiplied by; None for nothing.
+def corrections(train: Rows, curvature: Choice, damping: Damping | None) -> list[Curvature] | Unrolled | None:
+    """What each checkpoint's queries are multiplied by, or those of the last are carried back by; None for nothing.
 
     Raises:
         FeatureMismatchError, ValueError, TypeError: it was fitted to other features, or is no curvature.
     """
     found = fitted([train] if isinstance(train, Features) else train, curvature, damping)
-    for one, space in zip(found or (), as_source("train", train).spaces, strict=False):
+    spaces = as_source("train", train).spaces
+    if isinstance(found, Unrolled):
+        found.require_fitted_to(spaces)
+        return found
+    for one, space in zip(found or (), spaces, strict=False):
         one.space.require_equal(space)
     return found
 
@@ -175,13 +179,19 @@ def ask(
     source: FeatureSource | StoreSource = as_source("train", train)
     asked = as_source("query", query)
     _compare((train, query), source, asked)
-    weights = resolved_etas(source, etas)
     if not asked.per_step and (per_step or steps is not None):
         raise ValueError(
             f"{'per_step' if per_step else 'steps'}: the queries' features are summed over steps; "
             "featurize them with per_step=True"
         )
     found = corrections(train, curvature, damping)
+    unrolled = isinstance(found, Unrolled)
+    weights = resolved_etas(source, 1.0 if unrolled and etas is None else etas)
+    if unrolled and not {*weights} <= {0.0, 1.0}:
+        raise ValueError(
+            "etas: SOURCE weights checkpoints by their segments' learning rates; leave etas out (or 0 for those that "
+            "are not to count)"
+        )
     if found is not None and any(space.curvature for space in asked.spaces):
         raise FeatureMismatchError("query: these features were transformed already; leave curvature='none'")
     space = source.spaces[0]
@@ -191,9 +201,17 @@ def ask(
     place = default_device(source) if device is None else torch.device(device)
     everyone = range(len(asked))
     vectors = []
+    carried = (
+        found.carried(asked.take(len(weights) - 1, everyone).to(place, source.dtype))
+        if isinstance(found, Unrolled)
+        else None
+    )
     for checkpoint, eta in enumerate(weights):
-        values = asked.take(checkpoint, everyone).to(place, source.dtype)
-        values = values if found is None else found[checkpoint].solve(values)
+        if carried is not None:
+            values = carried[checkpoint].clone()  # a segment's checkpoints share theirs, and columns are set to zero
+        else:
+            values = asked.take(checkpoint, everyone).to(place, source.dtype)
+            values = found[checkpoint].solve(values) if isinstance(found, list) else values
         values = (values if asked.per_step else values.unsqueeze(1)) * eta
         for block in outside:
             values[:, :, block.start : block.stop] = 0
@@ -210,7 +228,7 @@ def ask(
         per_step=per_step,
         summed=not asked.per_step,
         harmful=harmful,
-        curvature=None if found is None else tuple(found),
+        curvature=tuple(found) if isinstance(found, list) else found,
         valid=asked.valid,
         query_ids=asked.ids(),
         etas=weights,

@@ -72,8 +72,8 @@ def outliers(
     source = as_source("train", train)
     weights = resolved_etas(source, etas)
     found = corrections(train, curvature, damping) if by == "leverage" else None
-    if by == "leverage" and found is None:
-        raise ValueError("curvature: leverage needs one; use 'fisher' or 'block', or by='self-influence'")
+    if by == "leverage" and not isinstance(found, list):
+        raise ValueError("curvature: leverage needs a matrix; use 'fisher' or 'block', or by='self-influence'")
     steps: list[torch.Tensor] = []
     for first in range(0, len(source), BLOCK_ROWS):
         rows = range(first, min(len(source), first + BLOCK_ROWS))
@@ -82,7 +82,7 @@ def outliers(
             values = source.take(checkpoint, rows).double()
             values = values if source.per_step else values.unsqueeze(1)
             grad = values.sum(1)
-            grad = grad if found is None else found[checkpoint].solve(grad)
+            grad = found[checkpoint].solve(grad) if isinstance(found, list) else grad
             total = total.to(values) + eta * torch.einsum("nsd,nd->ns", values, grad)
         steps.append(total.cpu())
     by_step = torch.cat(steps)

@@ -104,9 +104,8 @@ def fold_manifest(manifest: Manifest, *, seed: int = 0) -> Manifest:
         for c in manifest.checkpoints
     ]
     name = f"fold of {len(etas)}"
-    return replace(
-        manifest, checkpoints=(StoredCheckpoint(name, 1.0, space),), fold={"seed": seed, "checkpoints": parts}
-    )
+    one = StoredCheckpoint(name, 1.0, space, "its checkpoints are folded into one; use the store that was folded")
+    return replace(manifest, checkpoints=(one,), fold={"seed": seed, "checkpoints": parts})
 
 
 def fold_store(path: str | Path, out: str | Path, *, seed: int = 0) -> Store:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from sdi_kernels import HASH_FORMAT, HashFamily, __version__
+from stepinfluence.attribution.curvature import length
+from stepinfluence.attribution.curvature.length import Progress
 from stepinfluence.attribution.features import Block, FeatureSpace
 from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.errors import StoreError
@@ -51,11 +53,14 @@ class StoredCheckpoint:
         eta: its weight in influence, usually its learning rate (paper, eq. 1).
         space: what the columns of its features mean; ``space.weights`` and ``space.model_weights`` tell which weights
             they were computed at, in the body and in the whole model.
+        progress: how far training had come; or, in words, why that is not known (empty for earlier versions' stores).
+            No feature depends on it: it is not compared, and not in the digest.
     """
 
     name: str
     eta: float
     space: FeatureSpace
+    progress: Progress | str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,12 @@ class SketchSpec:
         return cls({t.name: t.sketch.m for t in capture.targets}, capture.hashing, capture.seed)
 
 
-def checkpoint_of(capture: Capture | ExactCapture, name: str, eta: float) -> StoredCheckpoint:
+def checkpoint_of(
+    capture: Capture | ExactCapture, name: str, eta: float, progress: Progress | str = ""
+) -> StoredCheckpoint:
     """What a store tells of the weights (and the metric) that a capture's model has now."""
-    return StoredCheckpoint(name, eta, dataclasses.replace(capture.space(), model_weights=model_digest(capture.model)))
+    space = dataclasses.replace(capture.space(), model_weights=model_digest(capture.model))
+    return StoredCheckpoint(name, eta, space, progress)
 
 
 def versions() -> dict[str, str]:
@@ -204,7 +212,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all but the code versions, in hex: what ties a shard to its store."""
+        """SHA-256 of all but the code versions and progress, in hex: what ties a shard to its store."""
         return hashlib.sha256(canonical(_described(self))).hexdigest()
 
     def difference(self, other: Manifest) -> str | None:
@@ -219,7 +227,11 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The content of ``manifest.json``: the same for equal manifests of one version."""
-        return sealed({**_described(self), "versions": dict(self.versions)})
+        content = _described(self)
+        for described, checkpoint in zip(content["checkpoints"], self.checkpoints, strict=True):
+            if checkpoint.progress:
+                described["progress"] = length.plain(checkpoint.progress)
+        return sealed({**content, "versions": dict(self.versions)})
 
     @classmethod
     def read(cls, store: Path) -> Manifest:
@@ -285,7 +297,7 @@ def _check_blocks(space: FeatureSpace) -> None:
 
 
 def _described(manifest: Manifest) -> dict[str, Any]:
-    """A manifest as JSON values, without versions."""
+    """A manifest as JSON values, without versions and progress."""
     space, spec = manifest.space, manifest.sketch
     return {
         "format": FORMAT,
@@ -347,6 +359,7 @@ def _parsed(content: Mapping[str, Any]) -> Manifest:
                 _text(c["metric"]),
                 model_weights=_text(c["model_weights"]),
             ),
+            length.parsed(c.get("progress", "")),
         )
         for c in content["checkpoints"]
     )

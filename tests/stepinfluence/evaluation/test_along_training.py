@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from stepinfluence import attach, influence
-from stepinfluence.attribution.curvature import Segment, Unrolled
+from stepinfluence import Features, attach, influence
+from stepinfluence.attribution.curvature import Segment, TrainingTime, Unrolled, segments_of, training_time
 from stepinfluence.evaluation import along_training, evaluate
 from stepinfluence.evaluation.metagradient import Metagradients, metagradients
 from stepinfluence.evaluation.metrics import top_k_overlap
@@ -44,6 +45,42 @@ def test_source_is_that_of_the_library_summed_over_steps(trained: Trained) -> No
     np.testing.assert_allclose(found.scores, expected, atol=1e-4 * np.abs(expected).max())
     plain = along_training.source(trained, segments=2, each=1, sketch_size=256, adam=False)
     assert not np.allclose(plain.scores, found.scores, atol=1e-2 * np.abs(expected).max())
+
+
+def test_source_of_a_run_is_what_its_files_would_give(trained: Trained, tmp_path: Path) -> None:
+    """The states as checkpoints of Adam, read back by the library."""
+    problem, training, paths = trained.problem, trained.training, []
+    trains: list[Features] = []
+    for update in (2, 4, 6):
+        state, model = trained.states[update], training.model_at(trained.states[update])
+        squares = training.by_name(state.square)
+        optimizer = {
+            "state": {k: {"exp_avg_sq": v, "step": float(update)} for k, v in enumerate(squares.values())},
+            "param_groups": [
+                {
+                    "params": list(range(len(squares))),
+                    "param_names": list(squares),
+                    "lr": RECIPE.rate(update - 1),
+                    "initial_lr": RECIPE.learning_rate,
+                    "betas": RECIPE.betas,
+                    "eps": 0.0,
+                    "amsgrad": False,
+                }
+            ],
+        }
+        paths.append(tmp_path / f"step-{update}.pt")
+        torch.save({"model": model.state_dict(), "optimizer": optimizer}, paths[-1])
+        capture = attach(model, body=problem.body(model), sketch_size=256)
+        trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
+    query = capture.featurize(problem.batches("query"), problem.loss, progress=False)
+    told = along_training.progress_of(trained, (2, 4, 6))
+    # The recipe's root epsilon of 1e-6 is added inside Adam's root: it shows in entries with small gradients only.
+    times = training_time(paths, capture).times
+    assert TrainingTime.of(told).times == pytest.approx(times, rel=0.2)
+    asked = Unrolled.fit(trains, segments_of(told)).transform(query)
+    expected = influence(trains, asked).tracin.double().numpy()
+    found = along_training.source_of_run(trained, count=3, sketch_size=256)
+    np.testing.assert_allclose(found.scores, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_the_metric_is_adams_over_training(trained: Trained) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from stepinfluence import Features, FeatureSpace
+from stepinfluence.attribution.curvature import Progress
 from stepinfluence.attribution.features import Block
 from stepinfluence.store import Manifest, RowInfo, Store, StoredCheckpoint, StoreWriter
 from stepinfluence.store.shards import FailedRow
@@ -54,13 +55,15 @@ def store(
     dtype: str = "fp32",
     shard_rows: int = 8,
     failed: Sequence[int] = (),
+    progress: Sequence[Progress | str] = (),
     **fields: Any,
 ) -> Store:
     """A store of these features; rows in ``failed`` are written as failed."""
-    first = checkpoints[0]
+    first, known = checkpoints[0], progress or [""] * len(checkpoints)
     manifest = Manifest(
         checkpoints=tuple(
-            StoredCheckpoint(f"c{k}", eta, f.space) for k, (f, eta) in enumerate(zip(checkpoints, etas, strict=True))
+            StoredCheckpoint(f"c{k}", eta, f.space, one)
+            for k, (f, eta, one) in enumerate(zip(checkpoints, etas, known, strict=True))
         ),
         n_rows=len(first),
         shard_rows=shard_rows,

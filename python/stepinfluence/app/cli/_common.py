@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -176,14 +176,22 @@ def require_trust(run: Path, project: Path, *, trusted: bool) -> None:
     mark(run, project)
 
 
+DAMPING_HELP = (
+    "Of the curvature: training (1 / training's length), auto, or relative to the largest eigenvalue. "
+    "\\[default: the run's; else training where the store knows it, else auto]"
+)
+
+DampingOption = Annotated[str | None, typer.Option("--damping", metavar="X", help=DAMPING_HELP)]
+
+
 def damping_of(text: str | None) -> Any:
-    """``--damping``: a number, or ``"auto"`` where nothing or that was given."""
-    if text is None or text == "auto":
-        return "auto"
+    """``--damping``: a number, ``"auto"`` or ``"training"``; None where nothing was given."""
+    if text is None or text in ("auto", "training"):
+        return text
     try:
         return float(text)
     except ValueError:
-        fail(f"damping: got {text!r}; give a number relative to the largest eigenvalue, or auto")
+        fail(f"damping: got {text!r}; give training, auto, or a number relative to the largest eigenvalue")
 
 
 def console(*, json_output: bool = False) -> Console:

@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepinfluence.app.cli._common import TRUST_HELP, console, need_extra, require_run, require_trust
+from stepinfluence.app.cli._common import (
+    TRUST_HELP,
+    DampingOption,
+    console,
+    damping_of,
+    need_extra,
+    require_run,
+    require_trust,
+)
 
 if TYPE_CHECKING:
+    from stepinfluence.app.runs.curvatures import Correction
     from stepinfluence.app.view.explore.model import RunModel
-    from stepinfluence.attribution.curvature import Curvature
     from stepinfluence.store import Store
 
 EXPLORE_HELP = """Look at a run in a browser: queries, the examples that helped or harmed, and at which loop step.
@@ -43,7 +51,8 @@ Kind = Annotated[
     typer.Option(
         "--curvature",
         metavar="KIND",
-        help="Corrected for curvature by fisher or block, beside SDI; none: SDI alone. \\[default: the run's setting]",
+        help="Corrected for curvature by fisher or block, or through training by source (of several checkpoints), "
+        "beside SDI; none: SDI alone. \\[default: the run's setting]",
     ),
 ]
 Device = Annotated[
@@ -58,6 +67,7 @@ def explore(
     train: Train = "train",
     query: Query = "",
     curvature: Kind = None,
+    damping: DampingOption = None,
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0: any free one.")] = 0,
     host: Annotated[
         str, typer.Option(metavar="NAME", help="Address to listen on. Others than this machine can read the run then.")
@@ -78,7 +88,7 @@ def explore(
 
         model, why = _model(run, device, trusted=trust_project)
         explorer = Explorer.open(
-            run, train=train, query=query, curvatures=_curvatures(run, curvature), model=model, no_model=why
+            run, train=train, query=query, curvatures=_curvatures(run, curvature, damping), model=model, no_model=why
         )
 
     def ready(address: str) -> None:
@@ -97,6 +107,7 @@ def report(
     train: Train = "train",
     query: Query = "",
     curvature: Kind = None,
+    damping: DampingOption = None,
     queries: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many queries the file holds.")] = 50,
     exact: Annotated[
         bool, typer.Option("--exact", help="Also recompute the influence of the leading examples from the model.")
@@ -125,7 +136,7 @@ def report(
         from stepinfluence.app.view.explore import Explorer, write_page
 
         explorer = Explorer.open(
-            run, train=train, query=query, curvatures=_curvatures(run, curvature), model=model, no_model=why
+            run, train=train, query=query, curvatures=_curvatures(run, curvature, damping), model=model, no_model=why
         )
     path = out or run / "report.html"
     write_page(explorer, path, queries=queries, exactly=exact, by_token=tokens)
@@ -134,13 +145,12 @@ def report(
         webbrowser.open(path.resolve().as_uri())
 
 
-def _curvatures(run: Path, kind: str | None) -> Callable[[Store], tuple[list[Curvature] | None, str]]:
+def _curvatures(run: Path, kind: str | None, damping: str | None) -> Callable[[Store], tuple[Correction | None, str]]:
     """What fits (or finds) the curvatures of a run's training store."""
-    from stepinfluence.app.runs.curvatures import curvatures_if_any, kept_curvatures, shown_first
+    from stepinfluence.app.runs.curvatures import curvatures_to_show
 
-    if kind is not None:
-        return lambda store: (kept_curvatures(run, store, kind), "")
-    return lambda store: curvatures_if_any(run, store, shown_first(run))
+    number = damping_of(damping)
+    return lambda store: curvatures_to_show(run, store, kind, number)
 
 
 def _model(run: Path, device: str | None, *, trusted: bool) -> tuple[RunModel | None, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from stepinfluence.app.cli._common import TRUST_HELP, console, fail, interrupted, require_trust
+from stepinfluence.app.cli._common import TRUST_HELP, console, damping_of, fail, interrupted, require_trust
 
 if TYPE_CHECKING:
     from stepinfluence.app.runs import RunConfig, SplitReport, Worker
@@ -34,6 +34,22 @@ to the last bit. Several processes share the work: start the same command under 
 EPILOG = "Exit status: 0 done (or nothing left to do), 2 wrong use or input, 130 interrupted; stdout has only --json."
 
 SPLIT_OPTIONS = ("per_step", "dtype", "batch_size", "shard_rows", "threads")
+
+CurvatureSetting = Annotated[
+    str | None,
+    typer.Option(
+        "--curvature", help="What query and explore show first: fisher, block, source or none. \\[default: fisher]"
+    ),
+]
+DampingSetting = Annotated[
+    str | None,
+    typer.Option(
+        "--damping",
+        metavar="X",
+        help="Of that curvature: training (1 / training's length), auto, or relative to the largest eigenvalue. "
+        "\\[default: training where the checkpoints tell it, else auto]",
+    ),
+]
 
 
 def run(
@@ -91,10 +107,8 @@ def run(
     shard_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Examples per shard. \\[default: as many as make 128 MiB]")
     ] = None,
-    curvature: Annotated[
-        str | None,
-        typer.Option(help="What query and explore show first: fisher, block or none. \\[default: fisher]"),
-    ] = None,
+    curvature: CurvatureSetting = None,
+    damping: DampingSetting = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. \\[default: auto]")] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads of this process. \\[default: torch's]")
@@ -184,6 +198,8 @@ def _asked(given: dict[str, Any], base: RunConfig | None) -> RunConfig:
     project = given.get("project") or (base.project if base is not None else None)
     if project is None:
         raise ConfigError("project: missing; name the project file: --project my_project.py (sdi init writes one)")
+    if "damping" in given:
+        given = {**given, "damping": damping_of(given["damping"])}
     own = {name: given[name] for name in SPLIT_OPTIONS if name in given}
     splits = {}
     for name in names:

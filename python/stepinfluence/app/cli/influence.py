@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from stepinfluence.app.cli._common import console, fail, need_extra, require_run
+from stepinfluence.app.cli._common import DampingOption, console, damping_of, fail, need_extra, require_run
 
 if TYPE_CHECKING:
     from stepinfluence.search import TopK
@@ -30,6 +30,7 @@ lowers the query's loss.
   [cyan]sdi influence run --top-k 20 --format csv > top.csv[/cyan]
   [cyan]sdi influence run --top-k 20 --format parquet -o top.parquet[/cyan]
   [cyan]sdi influence run --top-k 5 --per-step --harmful[/cyan]  worst of each loop step
+  [cyan]sdi influence run --curvature fisher[/cyan]              corrected for curvature
 """
 EPILOG = "Exit status: 0 done, 2 wrong use or input (damaged or incomplete store), 130 interrupted."
 COLUMNS = (
@@ -52,6 +53,14 @@ def run(
     parameters: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Influence through these body parameters only: '*.mlp.*'.")
     ] = None,
+    curvature: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="Corrected for curvature by fisher or block, or through training by source; none: the paper's SDI.",
+        ),
+    ] = "none",
+    damping: DampingOption = None,
     train: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")] = "train",
     query: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. \\[default: the other one]")] = "",
     device: Annotated[str | None, typer.Option(help="Where to multiply. \\[default: a GPU if there is one]")] = None,
@@ -68,9 +77,13 @@ def run(
         need_extra("notebook", missing_modules(("pyarrow",)))
     if k is None and (per_step or harmful):
         fail("per-step, harmful: go with --top-k; the full matrix has every step and both signs")
+    if curvature == "none" and damping is not None:
+        fail("damping: goes with --curvature fisher or block")
+    number = damping_of(damping)
     require_run(folder)
     screen = console(json_output=True)
     with screen.status("reading"):
+        from stepinfluence.app.runs.curvatures import kept_curvatures, score_named
         from stepinfluence.app.runs.scores import SCORES, description_path, write_scores
         from stepinfluence.app.runs.stored import StoredRun
         from stepinfluence.search import top_k
@@ -78,6 +91,7 @@ def run(
         opened = StoredRun.open(folder)
         rows = opened.store(train)
         queries = opened.store(query or opened.other(train))
+        fitted = kept_curvatures(folder, rows, curvature, number)
     quiet = not sys.stderr.isatty()
     if k is not None:
         found = top_k(
@@ -87,22 +101,23 @@ def run(
             per_step=per_step,
             harmful=harmful,
             parameters=parameters,
+            curvature="none" if fitted is None else fitted,
             device=device,
             progress=not quiet,
         )
-        if fmt == "parquet":
-            assert out is not None
-            _write_parquet(out, found, rows, queries)
-            return
-        with _output(out) as file:
-            (_write_csv if fmt == "csv" else _write_json)(file, found, rows, queries)
+        _write_leading(out, fmt, found, rows, queries, score_named(fitted))
+        screen.print(f"[dim]{score_named(fitted)}[/]", soft_wrap=True)
         return
     path = out if out is not None else folder / SCORES
-    shape = write_scores(rows, queries, path, parameters=parameters, device=device, progress=not quiet)
+    shape = write_scores(
+        rows, queries, path, parameters=parameters, device=device, progress=not quiet, curvature=fitted
+    )
     beside = description_path(path)
     screen.print(f"wrote {path} {tuple(shape)} (n_train, n_query, steps), ids in {beside}", soft_wrap=True)
+    screen.print(f"[dim]{score_named(fitted)}[/]", soft_wrap=True)
     if as_json:
-        typer.echo(json.dumps({"scores": str(path), "ids": str(beside), "shape": shape}, indent=2))
+        told = {"scores": str(path), "ids": str(beside), "shape": shape, "score": score_named(fitted)}
+        typer.echo(json.dumps(told, indent=2))
 
 
 @contextlib.contextmanager
@@ -139,10 +154,23 @@ def _hits(found: TopK, train: Store) -> Iterator[tuple[int, int | None, list[dic
             yield q, step, hits
 
 
-def _write_json(file: TextIO, found: TopK, train: Store, query: Store) -> None:
+def _write_leading(out: Path | None, fmt: str, found: TopK, train: Store, query: Store, score: str) -> None:
+    if fmt == "parquet":
+        assert out is not None
+        _write_parquet(out, found, train, query)
+        return
+    with _output(out) as file:
+        if fmt == "csv":
+            _write_csv(file, found, train, query)
+        else:
+            _write_json(file, found, train, query, score)
+
+
+def _write_json(file: TextIO, found: TopK, train: Store, query: Store, score: str) -> None:
     entries = [
         {
             "query": {"row": q, "id": found.query_ids[q], "text": query.row(q).text},
+            "score": score,
             **({} if step is None else {"step": step + 1}),
             "hits": hits,
         }

@@ -12,6 +12,7 @@ import typer
 from stepinfluence.app.cli._common import console, damping_of, fail, require_run
 
 if TYPE_CHECKING:
+    from stepinfluence.attribution.curvature import Damping
     from stepinfluence.search import Outlier
 
 HELP = """Mislabelled or unusual training examples of a run, by their own loop steps.
@@ -34,7 +35,12 @@ def run(
     by: Annotated[str, typer.Option(metavar="SCORE", help="self-influence or leverage.")] = "self-influence",
     curvature: Annotated[str, typer.Option(metavar="KIND", help="Of the leverage: fisher or block.")] = "fisher",
     damping: Annotated[
-        str | None, typer.Option(metavar="X", help="Of the leverage: auto, or relative to the largest eigenvalue.")
+        str | None,
+        typer.Option(
+            metavar="X",
+            help="Of the leverage: auto, training (1 / training's length), or relative to the largest eigenvalue. "
+            "\\[default: auto]",
+        ),
     ] = None,
     train: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")] = "train",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
@@ -44,23 +50,22 @@ def run(
         fail(f"by: got {by!r}; use self-influence or leverage")
     if by != "leverage" and damping is not None:
         fail("damping: goes with --by leverage")
-    number = damping_of(damping)
+    number: Damping = "auto" if damping is None else damping_of(damping)
     require_run(folder)
     with console(json_output=True).status("reading"):
-        from stepinfluence.app.runs.curvatures import kept_curvatures
+        from stepinfluence.app.runs.curvatures import damping_named, kept_curvatures
         from stepinfluence.app.runs.stored import StoredRun
         from stepinfluence.search import outliers
 
         opened = StoredRun.open(folder)
         store = opened.store(train)
         if by == "leverage":
+            if curvature in ("none", "source"):
+                fail(f"curvature: got {curvature!r}; leverage needs fisher or block")
             fitted = kept_curvatures(opened.path, store, curvature, number)
-            if fitted is None:
-                fail("curvature: got 'none'; leverage needs fisher or block")
-            found = outliers(store, k, by="leverage", curvature=fitted)  # type: ignore[arg-type]
-            shown = (
-                f"leverage under curvature {curvature}, damping {', '.join(f'{c.damping:.2g}' for c in fitted or ())}"
-            )
+            assert isinstance(fitted, list)
+            found = outliers(store, k, by="leverage", curvature=fitted)
+            shown = f"leverage under curvature {curvature}, {damping_named(fitted)}"
         else:
             found = outliers(store, k)
             shown = "self-influence"

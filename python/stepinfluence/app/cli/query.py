@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepinfluence.app.cli._common import TRUST_HELP, console, damping_of, fail, require_run, require_trust
+from stepinfluence.app.cli._common import (
+    TRUST_HELP,
+    DampingOption,
+    console,
+    damping_of,
+    fail,
+    require_run,
+    require_trust,
+)
 
 if TYPE_CHECKING:
     from stepinfluence.app.runs.query import Answer, Asked
     from stepinfluence.app.runs.stored import StoredRun
-    from stepinfluence.attribution.curvature import Damping
     from stepinfluence.attribution.features import Features
     from stepinfluence.store import Store
 
@@ -32,6 +39,8 @@ Positive influence: training on the example lowers the query's loss. Steps count
   [cyan]sdi query run --id q17 --exact[/cyan]                a short list, without sketches
   [cyan]sdi query run --id q17 --exact --curvature fisher[/cyan]   all rows, at most 4,096
   [cyan]sdi query run --id q17 --curvature none[/cyan]       SDI alone, as the paper has it
+  [cyan]sdi query run --id q17 --damping training[/cyan]     or say why that is not known
+  [cyan]sdi query run --id q17 --curvature source[/cyan]     through training's checkpoints
   [cyan]sdi query run --input new.jsonl[/cyan]               examples that are in no store
   [cyan]sdi query run --row 0 --json | jq .[0].hits[0][/cyan]
 """.replace("[0]", r"\[0]")
@@ -64,14 +73,11 @@ def run(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="Only scores corrected for curvature, fisher or block (by parameter); or none: only SDI. "
-            "\\[default: the run's setting first, then SDI]",
+            help="Only scores corrected for curvature, fisher or block (by parameter); source: followed through "
+            "training, from checkpoints along it; or none: only SDI. \\[default: the run's setting first, then SDI]",
         ),
     ] = None,
-    damping: Annotated[
-        str | None,
-        typer.Option(metavar="X", help="With --curvature: auto, or relative to the largest eigenvalue."),
-    ] = None,
+    damping: DampingOption = None,
     train: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the training examples.")] = "train",
     query: Annotated[str, typer.Option(metavar="SPLIT", help="Split of the queries. \\[default: the other one]")] = "",
     device: Annotated[str | None, typer.Option(help="For --input and --exact. \\[default: the run's]")] = None,
@@ -82,7 +88,9 @@ def run(
     if sum(given is not None for given in (ids or rows, file)) != 1:
         fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
     require_run(folder)
-    number = _damping(curvature, damping)
+    if damping is not None and (curvature == "none" or (exact and curvature is None)):
+        fail("damping: goes with scores that are corrected for curvature: --curvature fisher or block")
+    number = damping_of(damping)
     screen = console(json_output=True)
     with screen.status("reading"):
         from stepinfluence.app.runs.curvatures import scores_to_show
@@ -118,13 +126,6 @@ def run(
     from stepinfluence.app.cli._answers import show
 
     show(console(), together, harmful=harmful, step=step, exact=exact, why=why)
-
-
-def _damping(curvature: str | None, damping: str | None) -> Damping:
-    if curvature in (None, "none") and damping is not None:
-        fail("damping: goes with --curvature fisher or block")
-    found: Damping = damping_of(damping)
-    return found
 
 
 def _new(opened: StoredRun, train: Store, file: str) -> Asked:

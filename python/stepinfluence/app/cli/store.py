@@ -85,10 +85,27 @@ def _facts(store: Store) -> dict[str, Any]:
         if m.sketch is None
         else {"sizes": sorted(set(m.sketch.sizes.values())), "hashing": m.sketch.hashing, "seed": m.sketch.seed},
         "checkpoints": [{"name": c.name, "eta": c.eta, "metric": bool(c.space.metric)} for c in store.checkpoints],
+        "training": _training(store),
         "fold": None if m.fold is None else [part["name"] for part in m.fold["checkpoints"]],
         "project": dict(m.project),
         "versions": dict(m.versions),
     }
+
+
+def _training(store: Store) -> dict[str, Any]:
+    """Training's length by each checkpoint, or why it is not known."""
+    from stepinfluence.attribution.curvature.stored import known_time
+
+    try:
+        return {"time": known_time(store).times, "unknown": None}
+    except ValueError as error:
+        return {"time": None, "unknown": str(error)}
+
+
+def _said(training: dict[str, Any]) -> str:
+    if training["time"] is None:
+        return f"length not known ({training['unknown']})"
+    return f"length {', '.join(f'{time:.3g}' for time in training['time'][:6])} (learning rates times Adam's gain)"
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -112,6 +129,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("checkpoints", names + (f" and {len(checkpoints) - 6} more" if len(checkpoints) > 6 else "")),
         *([("folded from", ", ".join(facts["fold"]))] if facts["fold"] else []),
+        ("training", _said(facts["training"])),
         ("metric", "an optimizer's second moments" if any(c["metric"] for c in checkpoints) else "plain gradients"),
         ("project", ", ".join(f"{key} {value}" for key, value in facts["project"].items()) or "unknown"),
         ("versions", ", ".join(f"{key} {value}" for key, value in facts["versions"].items())),

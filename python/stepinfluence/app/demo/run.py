@@ -272,7 +272,7 @@ def _scores(
             rows = capture.featurize(train, parity_loss, per_step=False, ids=_ids, progress=progress)
             plain.append(influence(rows, asked, etas=eta).sdi.numpy())
             found = fitted([rows], config.curvature)
-            if found is not None:
+            if isinstance(found, list):
                 damping.append(found[0].damping)
                 corrected.append(influence(rows, asked, etas=eta, curvature=found).sdi.numpy())
             etas.append(eta)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 import yaml
 
 from sdi_kernels import HashFamily
+from stepinfluence.attribution.curvature.damping import checked
 from stepinfluence.attribution.preconditioners import Kind
 from stepinfluence.capture.targets import Layout
 from stepinfluence.errors import ConfigError
@@ -74,7 +75,10 @@ class RunConfig:
             depend on it in their last bits. None: :func:`stepinfluence.attach`'s for the device, recorded as a number.
         fold: add all checkpoints into one set of columns, under random signs.
         metric: the inner product that influence is taken under: ``"sgd"``, or an optimizer's second moments.
-        curvature: what the scores that people see first are corrected with: ``"fisher"``, ``"block"`` or ``"none"``.
+        curvature: what the scores that people see first are corrected with: ``"fisher"``, ``"block"``, ``"source"``
+            (of checkpoints along training) or ``"none"``.
+        damping: of that curvature: ``"training"`` (by training's length), ``"auto"``, or a number relative to the
+            largest eigenvalue. None: training's length where the stores know it, else ``"auto"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         on_error: what to do with an example that cannot be featurized: ``"stop"``, or ``"skip"`` it and record why.
     """
@@ -90,11 +94,12 @@ class RunConfig:
     workspace: int | None = None
     fold: bool = False
     metric: Kind = "sgd"
-    curvature: Literal["fisher", "block", "none"] = "fisher"
+    curvature: Literal["fisher", "block", "source", "none"] = "fisher"
+    damping: float | Literal["training", "auto"] | None = None
     device: str = "auto"
     on_error: OnFailure = "stop"
 
-    EXECUTION = ("curvature", "device", "on_error")
+    EXECUTION = ("curvature", "damping", "device", "on_error")
     """Fields that may differ between calls of one run."""
 
     def __post_init__(self) -> None:
@@ -106,7 +111,12 @@ class RunConfig:
         if self.workspace is not None and self.workspace < 0:
             raise ConfigError(f"workspace: got {self.workspace}; give a number of bytes, 0 to sketch every use at once")
         _one_of("metric", self.metric, get_args(Kind))
-        _one_of("curvature", self.curvature, ("fisher", "block", "none"))
+        _one_of("curvature", self.curvature, ("fisher", "block", "source", "none"))
+        if self.damping not in (None, "training"):
+            try:
+                checked(self.damping)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         _one_of("on_error", self.on_error, get_args(OnFailure))
         if not self.splits:
             raise ConfigError("splits: got none; give at least one (--split train)")
@@ -255,6 +265,7 @@ TYPES: dict[str, tuple[Any, ...]] = {
     "project": (str,),
     "checkpoints": (list,),
     "eta": (float, int, type(None)),
+    "damping": (str, float, int, type(None)),
     "splits": (Mapping,),
     **dict.fromkeys(("sketch_size", "seed", "batch_size"), (int,)),
     **dict.fromkeys(("shard_rows", "threads", "workspace"), (int, type(None))),

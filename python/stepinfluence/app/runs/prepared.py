@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from stepinfluence.app.project import Project
 from stepinfluence.app.runs.config import RunConfig
 from stepinfluence.attribution.checkpoints import Checkpoint, is_checkpoint, load_checkpoint
+from stepinfluence.attribution.curvature.progress import progress_at
 from stepinfluence.attribution.preconditioners import from_optimizer
 from stepinfluence.capture import Capture, attach
 from stepinfluence.errors import CheckpointError, ConfigError
@@ -22,6 +23,9 @@ from stepinfluence.store import StoredCheckpoint, checkpoint_of
 
 PRESENT = "model()"
 """The name of the only checkpoint of a run without checkpoint files."""
+
+NO_FILE = "the weights are those that the project's model() returns; name checkpoint files with --checkpoints"
+"""Why it is not known how long such weights were trained."""
 
 
 def expand(patterns: Sequence[str], *, any_path: bool = False) -> tuple[Path, ...]:
@@ -121,7 +125,7 @@ class Prepared:
         """
         if self._at != index:
             eta = 1.0 if self.config.eta is None else self.config.eta
-            name = PRESENT
+            name, progress = PRESENT, None
             if self.paths:
                 self._at = None  # should loading fail half-way
                 checkpoint = load_checkpoint(self.paths[index], reader=self.project.reader)
@@ -130,9 +134,11 @@ class Prepared:
                     from_optimizer(checkpoint.optimizer, self.capture.model, self.config.metric)
                 )  # fmt: skip
                 eta, name = self._eta(checkpoint), self._names[index]
+                if index not in self._known:
+                    progress = progress_at(checkpoint, self.capture, metric=self.config.metric)
             self._at = index
             if index not in self._known:
-                self._known[index] = checkpoint_of(self.capture, name, eta)
+                self._known[index] = checkpoint_of(self.capture, name, eta, progress or NO_FILE)
         return self._known[index]
 
     def _eta(self, checkpoint: Checkpoint) -> float:

@@ -11,22 +11,20 @@ from torch import Tensor
 
 from stepinfluence.app.project import MapStyle, RowId
 from stepinfluence.app.runs.answers import Answered, answers_of, read_answers
+from stepinfluence.app.runs.curvatures import Correction, score_named
 from stepinfluence.app.runs.stored import StoredRun
-from stepinfluence.attribution.aggregation import Dominance, dominating, energy_shares, first_order_unit
-from stepinfluence.attribution.curvature import Choice, Curvature
+from stepinfluence.attribution.aggregation import OF_AN_EXAMPLE, Dominance, dominating, energy_shares, first_order_unit
+from stepinfluence.attribution.curvature import Choice, Unrolled
 from stepinfluence.attribution.features import Features
 from stepinfluence.display.table import Hit
 from stepinfluence.errors import StoreError
 from stepinfluence.search import Question, TopK, ask, checkpoint_energy, two_stage
-from stepinfluence.search.noise import halves, standard_errors, why_no_errors, why_no_halves
+from stepinfluence.search.noise import NOT_REFITTED, halves, standard_errors, why_no_errors, why_no_halves
 from stepinfluence.search.topk import best, best_rows
 from stepinfluence.store import Store
 
 CANDIDATES = 4
 """Rows that are recomputed exactly for each one that is wanted, unless told otherwise."""
-
-
-PLAIN = "SDI (eq. 5), without curvature"
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def answer(
     exact: bool = False,
     candidates: int | None = None,
     parameters: str | None = None,
-    curvature: Sequence[Curvature] | None = None,
+    curvature: Correction | None = None,
     progress: bool = True,
 ) -> list[Answer]:
     """The k training rows that help (or harm) each query most.
@@ -152,8 +150,8 @@ def answer(
         exact: recompute the influence of a short list without sketches, and rank by that.
         candidates: length of the short list; 4 k if not given.
         parameters: restrict influence to body parameters, ``*`` and ``?`` allowed.
-        curvature: of each checkpoint's training rows, to correct influence with. With ``exact`` all training rows are
-            recomputed, and corrected for the Fisher of their exact gradients.
+        curvature: to correct influence with. With a Fisher and ``exact``, all training rows are recomputed, and
+            corrected for the Fisher of their exact gradients.
 
     Raises:
         StepInfluenceError, ValueError: as for :func:`stepinfluence.search.top_k` and
@@ -173,16 +171,16 @@ def answer(
     else:
         found, estimates = best(question, k, progress=progress), None
     energy = np.nan_to_num(checkpoint_energy(train, asked.features, parameters=parameters, curvature=corrections))
-    score = PLAIN if curvature is None else _named(curvature)
+    score = score_named(curvature)
     names = tuple(checkpoint.name for checkpoint in train.checkpoints)
-    unit = first_order_unit([checkpoint.eta for checkpoint in train.checkpoints])
+    unit = OF_AN_EXAMPLE if isinstance(curvature, Unrolled) else first_order_unit([c.eta for c in train.checkpoints])
     agreements = _agreements(train, asked, question, found, curvature, parameters, survived)
     answers = []
     for q, query_id in enumerate(asked.ids):
         hits = _hits(train, found, q, estimates)
         loss = float(asked.features[-1].losses[q])
         shares = tuple(energy_shares(energy[:, q]).tolist())
-        owner = dominating(energy[:, q], names)
+        owner = None if isinstance(curvature, Unrolled) else dominating(energy[:, q], names)
         said = asked.answered[q] if asked.answered else Answered()
         answers.append(
             Answer(query_id, asked.texts[q], loss, hits, names, shares, owner, unit, score, said, agreements[q])
@@ -195,7 +193,7 @@ def _agreements(
     asked: Asked,
     question: Question,
     found: TopK,
-    curvature: Sequence[Curvature] | None,
+    curvature: Correction | None,
     parameters: str | None,
     survived: list[int] | None,
 ) -> list[Agreement]:
@@ -207,6 +205,8 @@ def _agreements(
     plain = replace(plain, ranked=question.ranked, harmful=question.harmful)
     no_errors = why_no_errors(plain.train, corrected=curvature is not None)
     no_halves = why_no_halves(plain.train, corrected=curvature is not None)
+    if isinstance(curvature, Unrolled):
+        no_halves, curvature = NOT_REFITTED, None
     errors = None if no_errors else standard_errors(plain, found.rows)[0]
     half = None if no_halves else halves(plain, found.rows.shape[1], found.rows, curvature=curvature)
     agreements = []
@@ -241,9 +241,3 @@ def _hits(train: Store, found: TopK, q: int, estimates: Tensor | None) -> tuple[
         score, trajectory = float(found.scores[q, place]), found.trajectory(q, place).numpy()
         hits.append(Hit(row, info.id, info.text, score, trajectory, estimate))
     return tuple(hits)
-
-
-def _named(curvature: Sequence[Curvature]) -> str:
-    what = {"fisher": "the train features' Fisher", "block": "the train features' Fisher by parameter"}
-    dampings = ", ".join(f"{one.damping:.2g}" + (" (auto)" if one.damping == one.auto else "") for one in curvature)
-    return f"influence corrected by {what[curvature[0].kind]}, damping {dampings}"

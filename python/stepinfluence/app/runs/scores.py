@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from stepinfluence.app.runs.curvatures import Correction, score_named
+from stepinfluence.attribution.curvature import Choice
 from stepinfluence.attribution.features import Parameters
 from stepinfluence.errors import StoreError
 from stepinfluence.files import file_digest, read_sealed, remove, sealed, sync_folder, write_bytes
@@ -30,9 +32,20 @@ def description_path(path: Path) -> Path:
 
 
 def write_scores(
-    train: Store, query: Store, path: Path, *, parameters: Parameters, device: str | None, progress: bool
+    train: Store,
+    query: Store,
+    path: Path,
+    *,
+    parameters: Parameters,
+    device: str | None,
+    progress: bool,
+    curvature: Correction | None = None,
 ) -> list[int]:
     """Write the influence of all rows of ``train`` on all of ``query`` to a ``.npy`` file and its description.
+
+    Args:
+        curvature: that scores are corrected with; None for SDI.
+        train, query, parameters, device, progress: as for :func:`stepinfluence.search.scores`.
 
     Killed at any moment, there are the scores and the description of one call, or no description.
 
@@ -48,7 +61,10 @@ def write_scores(
     remove_leftovers(path.parent)
     made, beside = aside(path), description_path(path)
     try:
-        result = scores(train, query, out=made, parameters=parameters, device=device, progress=progress)
+        choice: Choice = "none" if curvature is None else curvature
+        result = scores(
+            train, query, out=made, parameters=parameters, curvature=choice, device=device, progress=progress
+        )
         shape = list(result.sdi.shape)
         file = {"name": path.name, "bytes": made.stat().st_size, "sha256": file_digest(made)}
         remove(beside)
@@ -66,8 +82,9 @@ def write_scores(
         "axes": ["n_train", "n_query", "steps"],
         "sign": "positive score = training on the row lowers the query's loss",
         "failed": "rows and columns of examples without features are NaN",
+        "score": score_named(curvature),
         "parameters": parameters,
-        "etas": [c.eta for c in train.checkpoints],
+        "etas": list(result.etas),
         "train": {"store": train.path.name, "ids": list(train.ids)},
         "query": {"store": query.path.name, "ids": list(query.ids)},
     }

@@ -26,11 +26,13 @@ class Checkpoint:
         path: where it came from.
         model: the model's state dict, names without wrapper prefixes.
         optimizer: the optimizer's state dict, if there was one; of several optimizers their groups and states together.
+        updates: that had been made, where the file counts them (``step``, ``global_step``); else None.
     """
 
     path: Path
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Any] | None
+    updates: int | None = None
 
     @property
     def learning_rate(self) -> float:

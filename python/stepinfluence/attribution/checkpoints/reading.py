@@ -35,6 +35,11 @@ WEIGHT_FILES = (
 )  # fmt: skip
 """What folders call their weights, in the order in which they are looked for."""
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
+STATE_FILE = "trainer_state.json"
+"""What the Trainer of ``transformers`` keeps beside the weights."""
+STATE_LIMIT = 1 << 30
+COUNT_KEYS = ("step", "global_step")
+"""Where files count the optimizer's updates."""
 CONVERT = "torch.save({'model': obj.state_dict(), 'optimizer': opt.state_dict()}, 'converted.pt')"
 
 
@@ -49,7 +54,8 @@ def load_checkpoint(path: PathLike, *, reader: Reader | None = None) -> Checkpoi
     Args:
         path: a file, an index of shards, or a folder that holds one of these (``optimizer.pt`` beside is read, too).
         reader: a function of yours that reads it instead, for any other format: it gets the path and returns a state
-            dict, or a dict with ``model`` (and ``optimizer``). Only then is anything run that is not this library's.
+            dict, or a dict with ``model`` (and ``optimizer``, and ``step``, the updates made). Only then is anything
+            run that is not this library's.
 
     Raises:
         CheckpointError: the file is missing, damaged, holds arbitrary pickled objects (named), or no model state.
@@ -67,7 +73,7 @@ def _loaded(path: Path, reader: Reader | None) -> Checkpoint:
             raise
         except Exception as error:
             raise CheckpointError(f"{path}: the reader failed ({type(error).__name__}: {reason(error)})") from error
-    weights, optimizer = path, None
+    weights, optimizer, updates = path, None, None
     if path.is_dir():
         found = _weights_in(path)
         if found is None:
@@ -76,17 +82,17 @@ def _loaded(path: Path, reader: Reader | None) -> Checkpoint:
     if not weights.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint")
     if weights.name in WEIGHT_FILES:
-        optimizer = _optimizer_beside(weights.parent)
+        optimizer, updates = _optimizer_beside(weights.parent), _updates_beside(weights.parent)
     if weights.name.endswith(".index.json"):
-        checkpoint = Checkpoint(path, _clean(_shards(weights)), optimizer)
+        checkpoint = Checkpoint(path, _clean(_shards(weights)), optimizer, updates)
     elif weights.suffix == ".safetensors":
-        checkpoint = Checkpoint(path, _clean(_safetensors(weights)), optimizer)
+        checkpoint = Checkpoint(path, _clean(_safetensors(weights)), optimizer, updates)
     elif weights.suffix == ".json":
         raise CheckpointError(f"{path}: is JSON, which holds no weights; give the weights, or their .index.json")
     else:
         checkpoint = _from_content(path, _torch_file(weights))
         if checkpoint.optimizer is None and optimizer is not None:
-            checkpoint = Checkpoint(path, checkpoint.model, optimizer)
+            checkpoint = Checkpoint(path, checkpoint.model, optimizer, checkpoint.updates or updates)
     if not checkpoint.model:
         raise CheckpointError(f"{path}: no model state in it; it holds no tensor")
     return checkpoint
@@ -135,6 +141,26 @@ def _optimizer_beside(folder: Path) -> Mapping[str, Any] | None:
     if found is None:
         raise CheckpointError(f"{path}: holds no optimizer's state dict; remove it, or give the weights' file and etas")
     return found
+
+
+def _updates_beside(folder: Path) -> int | None:
+    """The updates that ``trainer_state.json`` counts; None where there is none to be read."""
+    path = folder / STATE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size < STATE_LIMIT else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return _updates(content) if isinstance(content, Mapping) else None
+
+
+def _updates(content: Mapping[Any, Any]) -> int | None:
+    """The updates that a checkpoint counts, if it does."""
+    for key in COUNT_KEYS:
+        value = content.get(key)
+        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
 
 
 def _shards(index: Path) -> dict[str, Tensor]:
@@ -200,15 +226,15 @@ def _foreign(path: Path) -> str:
 def _from_content(path: Path, content: Any) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds {type(content).__name__}; save a state dict, or a dict with 'model'")
-    optimizer = find_optimizer(content)
+    optimizer, updates = find_optimizer(content), _updates(content)
     for key in MODEL_KEYS:
         if _is_state(content.get(key)):
-            return Checkpoint(path, _clean(content[key]), optimizer)
+            return Checkpoint(path, _clean(content[key]), optimizer, updates)
     if _is_state(content):
         return Checkpoint(path, _clean(content), None)
     others = [key for key, value in content.items() if _is_state(value)]
     if len(others) == 1:
-        return Checkpoint(path, _clean(content[others[0]]), optimizer)
+        return Checkpoint(path, _clean(content[others[0]]), optimizer, updates)
     if others:
         raise CheckpointError(
             f"{path}: holds several models ({', '.join(map(repr, others[:4]))}); save the one that is meant under "

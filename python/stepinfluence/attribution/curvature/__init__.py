@@ -11,7 +11,8 @@ takes features (scores, top-k scans over stores of any dtype, tables, checkpoint
 
 :class:`Fisher` is one matrix over all columns, :class:`BlockFisher` one for each parameter tensor. Both are held by
 their eigenvectors, in float64, so that another damping needs no second fit. Damping is relative to the largest
-eigenvalue (of each block, for blocks); ``"auto"`` chooses it without retraining (:mod:`.damping`).
+eigenvalue (of each block, for blocks); ``"auto"`` chooses it without retraining (:mod:`.damping`), and training's
+length says it where it is known (:mod:`.length`).
 
 :class:`Unrolled` (SOURCE) goes through segments of training instead of looking at its end alone.
 
@@ -23,7 +24,9 @@ from stepinfluence.attribution.curvature.choice import Choice, Normalize, correc
 from stepinfluence.attribution.curvature.damping import Damping
 from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, Fisher
 from stepinfluence.attribution.curvature.kept import load, save
-from stepinfluence.attribution.curvature.unrolled import Segment, Unrolled
+from stepinfluence.attribution.curvature.length import Progress, TrainingTime
+from stepinfluence.attribution.curvature.progress import training_time
+from stepinfluence.attribution.curvature.unrolled import Segment, Unrolled, segments_of
 
 __all__ = [
     "BlockFisher",
@@ -32,9 +35,13 @@ __all__ = [
     "Damping",
     "Fisher",
     "Normalize",
+    "Progress",
     "Segment",
+    "TrainingTime",
     "Unrolled",
     "corrected",
     "load",
     "save",
+    "segments_of",
+    "training_time",
 ]

@@ -9,29 +9,39 @@ from typing import Literal, TypeAlias
 import torch
 
 from stepinfluence.attribution.curvature.damping import Damping
-from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, Fisher
+from stepinfluence.attribution.curvature.fisher import KINDS, Curvature
+from stepinfluence.attribution.curvature.length import TrainingTime
 from stepinfluence.attribution.curvature.rows import TrainRows
-from stepinfluence.attribution.curvature.stored import StoredFeatures
+from stepinfluence.attribution.curvature.stored import StoredFeatures, known_progress
+from stepinfluence.attribution.curvature.unrolled import Unrolled, segments_of
 from stepinfluence.attribution.features import Features
 
-Choice: TypeAlias = Literal["none", "fisher", "block"] | Curvature | Sequence[Curvature]
-"""A kind, fitted to each checkpoint's train features; or what was fitted before, one per checkpoint."""
+Choice: TypeAlias = Literal["none", "fisher", "block", "source"] | Curvature | Sequence[Curvature] | Unrolled
+"""A kind, fitted to each checkpoint's train features; or what was fitted before, one per checkpoint. ``"source"``, and
+:class:`.Unrolled`, is of all checkpoints together."""
+
+SOURCE = "source"
 
 Normalize: TypeAlias = Literal["train", "both"] | None
 """Whose features are divided by their norms: all steps of an example by the norm of their sum."""
-
-KINDS: dict[str, type[Curvature]] = {kind.kind: kind for kind in (Fisher, BlockFisher)}
 
 
 def one_each(curvature: Choice, count: int) -> list[Choice]:
     """What each of ``count`` checkpoints is corrected with.
 
     Raises:
-        ValueError, TypeError: none of :data:`Choice`, or not one per checkpoint.
+        ValueError, TypeError: none of :data:`Choice`, not one per checkpoint, or of all together.
     """
+    if isinstance(curvature, Unrolled) or curvature == SOURCE:
+        raise ValueError(
+            "curvature: SOURCE is of all checkpoints together, and here one is looked at after the other; featurize "
+            "them into a store (sdi featurize) and ask that, or fit stepinfluence.curvature.Unrolled to their features"
+        )
     if isinstance(curvature, str):
         if curvature != "none" and curvature not in KINDS:
-            raise ValueError(f"curvature: got {curvature!r}; use 'none', {', '.join(map(repr, KINDS))} or a fitted one")
+            raise ValueError(
+                f"curvature: got {curvature!r}; use 'none', {', '.join(map(repr, KINDS))}, 'source' or a fitted one"
+            )
         return [curvature] * count
     given = [curvature] if isinstance(curvature, Curvature) else list(curvature)
     if not all(isinstance(one, Curvature) for one in given):
@@ -43,13 +53,16 @@ def one_each(curvature: Choice, count: int) -> list[Choice]:
 
 def fitted(
     train: StoredFeatures | Sequence[Features], curvature: Choice, damping: Damping | None = None
-) -> list[Curvature] | None:
-    """The curvature of each checkpoint; None for ``"none"``.
+) -> list[Curvature] | Unrolled | None:
+    """The curvature of each checkpoint, or SOURCE of all; None for ``"none"``.
 
     Raises:
-        ValueError, TypeError: as for :func:`one_each`, or a damping was given for one that is fitted already. Errors of
-            :meth:`.Curvature.fit` pass through.
+        ValueError, TypeError: as for :func:`one_each`, or a damping was given for one that is fitted already, or for
+            SOURCE; SOURCE of features in memory, or of a store that does not know how training went. Errors of
+            :meth:`.Curvature.fit` and :meth:`.Unrolled.fit` pass through.
     """
+    if isinstance(curvature, Unrolled) or curvature == SOURCE:
+        return _unrolled(train, curvature, damping)
     stored = isinstance(train, StoredFeatures)
     sides: Sequence[TrainRows] = [train] * len(train.checkpoints) if isinstance(train, StoredFeatures) else train
     chosen = one_each(curvature, len(sides))
@@ -62,8 +75,26 @@ def fitted(
         if damping is not None:
             raise ValueError("damping: goes with curvature='fisher' or 'block'")
         return None
-    kind, number = KINDS[str(curvature)], "auto" if damping is None else damping
-    return [kind.fit(rows, checkpoint=k if stored else 0, damping=number) for k, rows in enumerate(sides)]
+    kind, asked = KINDS[str(curvature)], "auto" if damping is None else damping
+    if isinstance(asked, TrainingTime):
+        each: list[Damping] = [asked.at(k, len(sides)) for k in range(len(sides))]
+    else:
+        each = [asked] * len(sides)
+    pairs = zip(sides, each, strict=True)
+    return [kind.fit(rows, checkpoint=k if stored else 0, damping=one) for k, (rows, one) in enumerate(pairs)]
+
+
+def _unrolled(train: StoredFeatures | Sequence[Features], curvature: Choice, damping: Damping | None) -> Unrolled:
+    if damping is not None:
+        raise ValueError("damping: SOURCE has none: how long training went on is in its segments; leave it out")
+    if isinstance(curvature, Unrolled):
+        return curvature
+    if not isinstance(train, StoredFeatures):
+        raise ValueError(
+            "curvature: 'source' needs to know how training went, and features in memory do not say; pass the store, "
+            "or fit stepinfluence.curvature.Unrolled"
+        )
+    return Unrolled.fit(train, segments_of(known_progress(train)))
 
 
 def unit_norm(features: Features) -> Features:
@@ -87,6 +118,7 @@ def corrected(
         train, query: as they were featurized.
         curvature: see :data:`Choice`; each checkpoint gets its own.
         damping: of a curvature that is fitted here; ``"auto"`` if not given, but a number for normalised rows.
+            Features do not know their training's length: a :class:`.TrainingTime` says it, one T per checkpoint.
         normalize: see :data:`Normalize`; a curvature is fitted to the normalised rows.
 
     Raises:
@@ -99,13 +131,19 @@ def corrected(
     if normalize is not None:
         if not isinstance(curvature, str):
             raise ValueError("normalize: goes with curvature='fisher' or 'block', fitted to the normalised rows")
+        if curvature == SOURCE:
+            raise ValueError("normalize: not offered with SOURCE, whose segments are those of plain gradients")
         trains = [unit_norm(features) for features in trains]
         queries = [unit_norm(features) for features in queries] if normalize == "both" else queries
-        if curvature != "none" and damping in (None, "auto"):
+        if curvature != "none" and (damping in (None, "auto", "training") or isinstance(damping, TrainingTime)):
             raise ValueError(
-                "damping: 'auto' chooses badly for normalised rows (docs/curvature.md); give a number, such as 1e-2"
+                "damping: 'auto' chooses badly for normalised rows, and training's length is not theirs "
+                "(docs/curvature.md); give a number, such as 1e-2"
             )
     found = fitted(trains, curvature, damping)
-    if found is not None:
+    if isinstance(found, Unrolled):
+        found.require_fitted_to([features.space for features in trains])
+        queries = found.transform(queries[-1])
+    elif found is not None:
         queries = [one.transform(features) for one, features in zip(found, queries, strict=True)]
     return trains, queries

@@ -26,10 +26,12 @@ from typing import Literal, TypeAlias
 import torch
 
 from stepinfluence.attribution.curvature.factors import Factor
+from stepinfluence.attribution.curvature.length import TrainingTime
 from stepinfluence.attribution.curvature.rows import FitRows
 
-Damping: TypeAlias = float | Literal["auto"]
-"""Relative to the largest eigenvalue, or chosen by :func:`choose`."""
+Damping: TypeAlias = float | Literal["auto", "training"] | TrainingTime
+"""Relative to the largest eigenvalue; chosen by :func:`choose`; or by training's length, which a store knows
+(``"training"``) or which is given (:class:`.TrainingTime`)."""
 
 SMALLEST = 1e-12
 """Below, float64 has nothing left to divide by."""
@@ -41,16 +43,25 @@ CAUTION = 1.4
 """How much more than in plain cross-validation a dimension costs."""
 
 
-def checked(damping: object) -> float | None:
-    """A relative damping as a number; None for ``"auto"``.
+def checked(damping: object) -> float | TrainingTime | None:
+    """A relative damping as a number, or training's length; None for ``"auto"``.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these, or ``"training"``, which only a store can say.
     """
     if damping == "auto":
         return None
+    if damping == "training":
+        raise ValueError(
+            "damping: 'training' needs to know how long training went on, and features in memory do not say; pass the "
+            "store, or stepinfluence.curvature.TrainingTime(T)"
+        )
+    if isinstance(damping, TrainingTime):
+        return damping.at(0, 1)
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not math.isfinite(damping):
-        raise ValueError(f"damping: got {damping!r}; give a number relative to the largest eigenvalue, or 'auto'")
+        raise ValueError(
+            f"damping: got {damping!r}; give a number relative to the largest eigenvalue, 'auto' or 'training'"
+        )
     if damping < SMALLEST:
         raise ValueError(f"damping: got {damping!r}; give a positive number, at least {SMALLEST:g}, or 'auto'")
     return float(damping)

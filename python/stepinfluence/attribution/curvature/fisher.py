@@ -14,7 +14,9 @@ from torch import Tensor
 from stepinfluence.attribution.curvature import factors as of
 from stepinfluence.attribution.curvature.damping import Damping, checked, choose
 from stepinfluence.attribution.curvature.factors import Factor
+from stepinfluence.attribution.curvature.length import TrainingTime
 from stepinfluence.attribution.curvature.rows import FitRows, PooledRows, TrainRows
+from stepinfluence.attribution.curvature.stored import of_checkpoint
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
 from stepinfluence.errors import FeatureMismatchError
 
@@ -30,7 +32,8 @@ class Curvature(ABC):
         rows: how many these were, N.
         factors: of each range of ``columns``.
         columns: ranges of a feature row, each with a matrix of its own.
-        damping: relative to the largest eigenvalue (of each range).
+        damping: relative to the largest eigenvalue (of each range; of all with ``time``).
+        time: training's length T, where the damping is ``1 / T`` (of every range); else None.
         auto: the damping that ``"auto"`` chose; None if it was not asked.
         errors: the criterion's value for each of :data:`.damping.GRID`; empty if ``"auto"`` was not asked.
     """
@@ -42,6 +45,7 @@ class Curvature(ABC):
     damping: float
     auto: float | None = None
     errors: tuple[float, ...] = ()
+    time: float | None = None
 
     kind: ClassVar[str]
 
@@ -69,55 +73,65 @@ class Curvature(ABC):
             train: features of one checkpoint, per step or summed, or a store, read in bounded memory: rows of 32 MiB,
                 and eigenvectors and matrices of up to 3 GiB.
             checkpoint: of a store, 0-based.
-            damping: relative to the largest eigenvalue, or ``"auto"`` (:mod:`.damping`).
+            damping: relative to the largest eigenvalue, ``"auto"`` (:mod:`.damping`), or by training's length
+                (:mod:`.length`): ``"training"`` of a store that knows it, or a :class:`.TrainingTime`.
             rank: leading eigenvectors at most; by memory if not given.
             seed: of the random start.
 
         Raises:
             FeatureMismatchError: features that were transformed already, or folded checkpoints.
             StoreError: the store is incomplete or damaged.
-            ValueError, TypeError: no rows, values that are not finite or all zero, or an argument is none of those.
+            ValueError, TypeError: no rows, values that are not finite or all zero, training's length is not known, or
+                an argument is none of those.
         """
-        given = checked(damping)
+        given = checked(of_checkpoint(train, checkpoint, damping))
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank: got {rank!r}; give a positive number of eigenvectors, or None")
         rows = FitRows.of(train, checkpoint)
         columns = cls.ranges(rows.space)
         factors = factors_of(rows, columns, rank, seed)
         chosen = choose(rows, factors, columns) if given is None else None
-        return cls(
-            space=rows.space,
-            rows=rows.count,
-            factors=tuple(factors),
-            columns=columns,
-            damping=given if chosen is None else chosen.damping,  # type: ignore[arg-type]
-            auto=None if chosen is None else chosen.damping,
-            errors=() if chosen is None else chosen.errors,
-        )
+        auto = None if chosen is None else chosen.damping
+        errors = () if chosen is None else chosen.errors
+        fitted = cls(rows.space, rows.count, tuple(factors), columns, auto or 1.0, auto, errors)
+        return fitted if given is None else fitted.with_damping(given)
 
     def with_damping(self: Fitted, damping: Damping) -> Fitted:
         """The same matrix with another damping; nothing is fitted again.
 
         Raises:
-            ValueError: not a positive number, or ``"auto"`` where it was not asked for at the fit.
+            ValueError: not a positive number, ``"auto"`` where it was not asked for at the fit, or ``"training"``,
+                which is a store's to say: pass a :class:`.TrainingTime`.
         """
         number = checked(damping)
         number = self.auto if number is None else number
         if number is None:
             raise ValueError("damping: 'auto' was not chosen when this was fitted; fit with damping='auto'")
-        return replace(self, damping=number)
+        if isinstance(number, TrainingTime):
+            (time,) = number.times
+            return replace(self, damping=1 / (time * max(factor.largest for factor in self.factors)), time=time)
+        return replace(self, damping=number, time=None)
+
+    @property
+    def setting(self) -> Damping:
+        """The damping as it can be given to another fit."""
+        return self.damping if self.time is None else TrainingTime(self.time)
+
+    def absolute(self, largest: float) -> float:
+        """lambda of a matrix with this largest eigenvalue."""
+        return self.damping * largest if self.time is None else 1 / self.time
 
     @property
     def digest(self) -> str:
         """Of everything that scores depend on: equal for equal fits on one machine."""
-        parts = (self.kind, self.space, self.rows, self.damping, [f.rest for f in self.factors])
+        parts = (self.kind, self.space, self.rows, self.damping, self.time, [f.rest for f in self.factors])
         tensors = [t for f in self.factors for t in (f.basis, f.values)]
         return hashlib.blake2b(f"{parts!r} {weights_digest(tensors)}".encode(), digest_size=16).hexdigest()
 
     @property
     def effective_dimension(self) -> float:
         """``trace of F (F + lambda)^-1``: how many directions count more than the damping."""
-        found = [f.values / (f.values + self.damping * f.largest) for f in self.factors if f.largest > 0]
+        found = [f.values / (f.values + self.absolute(f.largest)) for f in self.factors if f.largest > 0]
         return float(sum(part.sum() for part in found))
 
     def solve(self, values: Tensor) -> Tensor:
@@ -132,7 +146,7 @@ class Curvature(ABC):
         for factor, cut in zip(self.factors, self.columns, strict=True):
             if factor.largest > 0:
                 factor = factor.to(flat.device)
-                out[:, cut] = factor.solve(flat[:, cut], self.damping * factor.largest).to(flat)
+                out[:, cut] = factor.solve(flat[:, cut], self.absolute(factor.largest)).to(flat)
         return out.view_as(values)
 
     def transform(self, query: Features) -> Features:
@@ -195,6 +209,9 @@ class BlockFisher(Curvature):
                 "layout='concat'"
             )
         return tuple(slice(block.start, block.stop) for block in space.blocks if block.stop > block.start)
+
+
+KINDS: dict[str, type[Curvature]] = {kind.kind: kind for kind in (Fisher, BlockFisher)}
 
 
 def factors_of(rows: FitRows | PooledRows, columns: Sequence[slice], rank: int | None, seed: int) -> list[Factor]:

@@ -22,7 +22,8 @@ Only the query is transformed, once for each checkpoint: whatever takes features
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -30,9 +31,9 @@ import torch
 from torch import Tensor
 
 from stepinfluence.arguments import one_of, positive_float, positive_int
-from stepinfluence.attribution.curvature.choice import KINDS
 from stepinfluence.attribution.curvature.factors import Factor
-from stepinfluence.attribution.curvature.fisher import factors_of
+from stepinfluence.attribution.curvature.fisher import KINDS, factors_of
+from stepinfluence.attribution.curvature.length import Progress, TrainingTime
 from stepinfluence.attribution.curvature.rows import FitRows, PooledRows
 from stepinfluence.attribution.curvature.stored import StoredFeatures
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
@@ -72,6 +73,43 @@ class Segment:
         small = values * time < torch.finfo(values.dtype).tiny
         safe = torch.where(small, torch.ones_like(values), values)
         return torch.where(small, torch.full_like(values, time), -torch.expm1(-time * safe) / safe)
+
+
+SEGMENTS = 3
+"""That training is cut into where nobody says; fewer where there are fewer checkpoints."""
+
+
+def segments_of(progress: Sequence[Progress], count: int = SEGMENTS) -> list[Segment]:
+    """Segments of training that checkpoints tell of: each ends at a checkpoint, and has about as many as the others.
+
+    The learning rate of a segment is the mean over its updates of the learning rate times what the optimizer multiplies
+    a gradient with, as :meth:`.TrainingTime.of` has it.
+
+    Args:
+        progress: at each checkpoint, in the order of training.
+        count: how many segments, at most one for each checkpoint.
+
+    Raises:
+        ValueError: fewer than two checkpoints, a segment without a learning rate, or as for :meth:`.TrainingTime.of`.
+    """
+    positive_int("count", count)
+    places = len(progress)
+    if places < 2:
+        raise ValueError(
+            f"curvature: 'source' follows training from checkpoint to checkpoint, and there is {places}; featurize at "
+            "several (three or more, along training), or use 'fisher'"
+        )
+    times = (0.0, *TrainingTime.of(progress).times)
+    updates = (0, *(one.updates for one in progress))
+    count = min(count, places)
+    cuts = [round(places * k / count) for k in range(count + 1)]
+    found = []
+    for first, last in itertools.pairwise(cuts):
+        length = updates[last] - updates[first]
+        if times[last] <= times[first]:
+            raise ValueError(f"checkpoints: the learning rate is 0 from update {updates[first]} to {updates[last]}")
+        found.append(Segment(tuple(range(first, last)), (times[last] - times[first]) / length, length))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,21 +206,52 @@ class Unrolled:
         good = ~torch.isnan(query.losses.to(query.values.device))
         if not bool(torch.isfinite(query.values[good]).all()):
             raise ValueError("query: features with values that are not finite; featurize these examples again")
-        carried = query.values.detach().reshape(-1, first.width).double()
-        digest, found = self.digest, []
-        for segment, factors in zip(reversed(self.segments), reversed(self.factors), strict=True):
-            pulled, before = torch.empty_like(carried), torch.empty_like(carried)
-            for factor, cut in zip(factors, self.columns, strict=True):
-                there = factor.to(carried.device)
-                pulled[:, cut] = there.apply(carried[:, cut], segment.gathered)
-                before[:, cut] = there.apply(carried[:, cut], segment.kept)
-            values = (pulled / len(segment.checkpoints)).to(query.values.dtype).view_as(query.values)
-            found += [(k, values) for k in segment.checkpoints]
-            carried = before
+        digest = self.digest
         return [
             replace(query, values=values, space=replace(self.spaces[k], curvature=digest))
-            for k, values in sorted(found, key=lambda one: one[0])
+            for k, values in enumerate(self.carried(query.values))
         ]
+
+    def carried(self, values: Tensor) -> list[Tensor]:
+        """``R_l S_(l+1) ... S_L`` over the number of its segment's checkpoints, times each row of ``values (..., D)``,
+        for each checkpoint; computed in float64, in the dtype of ``values``."""
+        left = values.detach().reshape(-1, self.spaces[0].width).double()
+        found: dict[int, Tensor] = {}
+        for segment, factors in zip(reversed(self.segments), reversed(self.factors), strict=True):
+            part = self._applied(factors, left, segment.gathered) / len(segment.checkpoints)
+            found.update(dict.fromkeys(segment.checkpoints, part.to(values.dtype).view_as(values)))
+            left = self._applied(factors, left, segment.kept)
+        return [found[k] for k in range(len(self.spaces))]
+
+    def gathered(self, rows: Sequence[Tensor]) -> Tensor:
+        """What train rows ``(n, D)`` at each checkpoint have become at the end of training: its inner product with a
+        query's features there is their influence. The transpose of :meth:`carried`, for few rows and many queries."""
+        total = torch.zeros_like(rows[0], dtype=torch.float64)
+        for segment, factors in zip(self.segments, self.factors, strict=True):
+            mean = torch.stack([rows[k].detach().double() for k in segment.checkpoints]).sum(0)
+            pulled = self._applied(factors, mean, segment.gathered) / len(segment.checkpoints)
+            total = self._applied(factors, total, segment.kept) + pulled
+        return total.to(rows[0].dtype)
+
+    def _applied(self, factors: Sequence[Factor], rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        out = torch.empty_like(rows)
+        for factor, cut in zip(factors, self.columns, strict=True):
+            out[:, cut] = factor.to(rows.device).apply(rows[:, cut], function)
+        return out
+
+    def require_fitted_to(self, spaces: Sequence[FeatureSpace]) -> None:
+        """Raise unless these are the spaces, by checkpoint, of the features that it was fitted to.
+
+        Raises:
+            FeatureMismatchError: they are not (says what differs).
+        """
+        if len(spaces) != len(self.spaces):
+            raise FeatureMismatchError(
+                f"curvature: SOURCE was fitted to {len(self.spaces)} checkpoints, and these are features of "
+                f"{len(spaces)}; fit it to these"
+            )
+        for mine, other in zip(self.spaces, spaces, strict=True):
+            mine.require_equal(other)
 
 
 def _same_columns(first: FeatureSpace, other: FeatureSpace) -> None:

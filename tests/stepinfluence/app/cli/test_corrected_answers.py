@@ -152,7 +152,7 @@ def test_outliers(run: Path) -> None:
     ("arguments", "words"),
     [
         (("query", "--row", "3", "--curvature", "hessian"), "curvature: got 'hessian'"),
-        (("query", "--row", "3", "--damping", "0.1"), "damping: goes with --curvature"),
+        (("query", "--row", "3", "--curvature", "none", "--damping", "0.1"), "damping: goes with scores"),
         (("query", "--row", "3", "--curvature", "fisher", "--damping", "much"), "damping: got 'much'"),
         (("query", "--row", "3", "--curvature", "block", "--exact"), "for curvature='fisher' only"),
         (("outliers", "--by", "size"), "by: got 'size'"),

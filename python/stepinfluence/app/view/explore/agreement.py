@@ -11,7 +11,8 @@ import torch
 from stepinfluence.app.view.explore.answers import Explorer
 from stepinfluence.app.view.explore.examples import number
 from stepinfluence.app.view.explore.scored import What, leading
-from stepinfluence.search.noise import half_scores, standard_errors, why_no_errors, why_no_halves
+from stepinfluence.attribution.curvature import Unrolled
+from stepinfluence.search.noise import NOT_REFITTED, half_scores, standard_errors, why_no_errors, why_no_halves
 from stepinfluence.search.question import Question
 
 SIDES = ("helpful", "harmful")
@@ -44,6 +45,8 @@ def agreement(
         curvatures = explorer.curvatures(what.score)
         no_errors = why_no_errors(question.train, corrected=curvatures is not None)
         no_halves = why_no_halves(question.train, corrected=curvatures is not None)
+        if isinstance(curvatures, Unrolled):
+            no_halves, curvatures = NOT_REFITTED, None
         found: dict[str, Any] = {"noErrors": no_errors, "noHalves": no_halves, "noise": None, "sides": {}}
         squares: list[float] = []
         both = None if no_halves else half_scores(question, curvature=curvatures)[:, :, 0].numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from stepinfluence.app.runs.answers import Answered, read_answers
+from stepinfluence.app.runs.curvatures import Correction, curvature_named
 from stepinfluence.app.view.explore.examples import MOST_ROWS, Side
 from stepinfluence.app.view.explore.scored import CORRECTED, SDI, Array, Scored, What, leading
-from stepinfluence.attribution.aggregation import dominating, energy_shares, first_order_unit
-from stepinfluence.attribution.curvature import Choice, Curvature
+from stepinfluence.attribution.aggregation import OF_AN_EXAMPLE, dominating, energy_shares, first_order_unit
+from stepinfluence.attribution.curvature import Choice, Curvature, Unrolled
 from stepinfluence.attribution.features import Features
 from stepinfluence.display.words import visible
 from stepinfluence.errors import StoreError
@@ -46,7 +47,7 @@ class Explorer:
         query: Store,
         *,
         title: str = "",
-        curvatures: Sequence[Curvature] | None = None,
+        curvatures: Correction | None = None,
         uncorrected: str = "",
         answers: Mapping[int, Answered] | None = None,
         model: RunModel | None = None,
@@ -56,7 +57,7 @@ class Explorer:
 
         Args:
             title: of the page.
-            curvatures: of the training rows at each checkpoint; scores corrected with them are then shown first.
+            curvatures: of the training rows at each checkpoint, or SOURCE; scores corrected so are then shown first.
             uncorrected: why there are none, where they were wanted.
             answers: of the model to the queries, by row.
             model, no_model: as above.
@@ -84,7 +85,8 @@ class Explorer:
         self.model, self.no_model = model, no_model
         self._curvatures: dict[str, Choice] = {SDI: "none"}
         if curvatures is not None:
-            self._curvatures = {CORRECTED: list(curvatures), SDI: "none"}
+            fitted = curvatures if isinstance(curvatures, Unrolled) else list(curvatures)
+            self._curvatures = {CORRECTED: fitted, SDI: "none"}
         self.scored = Scored(train, query, self._curvatures)
 
     @classmethod
@@ -94,7 +96,7 @@ class Explorer:
         *,
         train: str = "train",
         query: str = "",
-        curvatures: Callable[[Store], tuple[Sequence[Curvature] | None, str]] = lambda _: (None, ""),
+        curvatures: Callable[[Store], tuple[Correction | None, str]] = lambda _: (None, ""),
         model: RunModel | None = None,
         no_model: str = "",
     ) -> Explorer:
@@ -153,15 +155,26 @@ class Explorer:
             "trainSteps": self.train.steps if self.train.per_step else 0,
             "labels": [visible(label) for label in self.query.step_labels],
             "checkpoints": [{"name": visible(c.name), "eta": c.eta} for c in self.train.checkpoints],
-            "scores": [{"key": key, "name": NAMES[key]} for key in self._curvatures],
+            "scores": [{"key": key, "name": self._name(key)} for key in self._curvatures],
             "uncorrected": visible(self.uncorrected),
-            "unit": first_order_unit([c.eta for c in self.train.checkpoints]),
+            "unit": self._unit(),
             "parameters": [visible(b.name) for b in space.blocks] if space.layout == "concat" else [],
             "sketched": space.kind == "sketch",
             "folded": self.train.manifest.fold is not None,
             "model": self.model is not None,
             "noModel": visible(self.no_model),
         }
+
+    def _unit(self) -> str:
+        own = first_order_unit([c.eta for c in self.train.checkpoints])
+        through = any(isinstance(one, Unrolled) for one in self._curvatures.values())
+        return f"{own} (SOURCE: {OF_AN_EXAMPLE})" if through else own
+
+    def _name(self, score: str) -> str:
+        found = self.curvatures(score)
+        if found is None or isinstance(found, Unrolled):
+            return NAMES[score] if found is None else curvature_named(found)
+        return f"{NAMES[score]}: {curvature_named(found)}"
 
     def queries(self, *, find: str = "", offset: int = 0, limit: int = 100) -> dict[str, Any]:
         """As :meth:`.Side.listed`."""
@@ -256,12 +269,13 @@ class Explorer:
         by_block: dict[str, npt.NDArray[np.float64]] = {}
         matrix: Tensor | None = None
         taken = self.taken(row)
-        asked, etas = self._asked(row, score), self.scored.etas(checkpoint)
+        asked, etas = self._asked(row, score), self.scored.etas(checkpoint, score)
+        whole = self.scored.etas(None, score)
         parts = []
         for k, one in enumerate(self.train.checkpoints):
             left = self.train.features(k, [train]).values[0]
             summed = left.sum(0) if left.dim() == 2 else left
-            parts.append((asked[k].values[0, taken] @ summed * one.eta).tolist())
+            parts.append((asked[k].values[0, taken] @ summed * whole[k]).tolist())
             if checkpoint is not None and k != checkpoint:
                 continue
             right = asked[k].values[0, taken] * etas[k]
@@ -318,20 +332,22 @@ class Explorer:
         """
         return self.scored.scores(What(row, score, checkpoint, parameters))
 
-    def curvatures(self, score: str) -> list[Curvature] | None:
-        """The curvature of each checkpoint that a score is corrected with; None for SDI.
+    def curvatures(self, score: str) -> Correction | None:
+        """What a score is corrected with; None for SDI.
 
         Raises:
             ValueError: there is no such score.
         """
         choice = self.scored.choice(score)
-        return None if isinstance(choice, str) else list(choice)  # type: ignore[arg-type]
+        return None if isinstance(choice, str | Curvature) else choice
 
     def _asked(self, row: int, score: str) -> list[Features]:
         """A query's features as its scores are made of, one per checkpoint."""
         self.scored.require_query(row)
         plain = [self.query.features(k, [row]) for k in range(len(self.query.checkpoints))]
         found = self.curvatures(score)
+        if isinstance(found, Unrolled):
+            return found.transform(plain[-1])
         return plain if found is None else [c.transform(f) for c, f in zip(found, plain, strict=True)]
 
     def _energy(self, what: What) -> npt.NDArray[np.float64]:

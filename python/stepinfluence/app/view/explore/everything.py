@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from stepinfluence.app.view.explore.answers import Explorer
 from stepinfluence.app.view.explore.examples import MOST_ROWS
 from stepinfluence.app.view.explore.scored import ALIKE, What, leading
+from stepinfluence.attribution.curvature import Unrolled
 
 
 def overall(
@@ -76,11 +78,14 @@ def reverse(
 def _on_queries(explorer: Explorer, row: int, score: str, checkpoint: int | None) -> npt.NDArray[np.float32]:
     """``(n_query, steps)``: influence of one training row on every query; NaN for queries that failed.
 
-    The training row is corrected for curvature instead of the queries: the correction is symmetric.
+    The training row is corrected for curvature instead of the queries: the correction is symmetric. With SOURCE it is
+    followed to the end of training instead of the queries being carried back.
     """
     curvatures = explorer.curvatures(score)
+    if isinstance(curvatures, Unrolled):
+        return _at_the_end(explorer, curvatures, row, explorer.scored.etas(checkpoint, score))
     found = np.zeros((len(explorer.query), explorer.query.steps), np.float32)
-    for k, eta in enumerate(explorer.scored.etas(checkpoint)):
+    for k, eta in enumerate(explorer.scored.etas(checkpoint, score)):
         if not eta:
             continue
         values = explorer.train.features(k, [row]).values[0]
@@ -90,5 +95,19 @@ def _on_queries(explorer: Explorer, row: int, score: str, checkpoint: int | None
         with torch.no_grad():
             for start, block in explorer.query.blocks(k):
                 found[start : start + len(block)] += (block.float() @ summed.float()).numpy()
+    found[list(explorer.sides["query"].failed)] = np.nan
+    return found
+
+
+def _at_the_end(explorer: Explorer, unrolled: Unrolled, row: int, etas: Sequence[float]) -> npt.NDArray[np.float32]:
+    rows = []
+    for k, eta in enumerate(etas):
+        values = explorer.train.features(k, [row]).values
+        rows.append((values.sum(1) if values.dim() == 3 else values) * eta)
+    there = unrolled.gathered(rows)[0].float()
+    found = np.zeros((len(explorer.query), explorer.query.steps), np.float32)
+    with torch.no_grad():
+        for start, block in explorer.query.blocks(len(etas) - 1):
+            found[start : start + len(block)] = (block.float() @ there).numpy()
     found[list(explorer.sides["query"].failed)] = np.nan
     return found

@@ -65,7 +65,7 @@ class RunModel:
                 one = self._tokens[row]
                 sdi = one.influence(
                     query,
-                    etas=explorer.scored.etas(what.checkpoint),
+                    etas=explorer.scored.etas(what.checkpoint, what.score),
                     parameters=what.parameters or None,
                     curvature=explorer.scored.choice(what.score),
                 )

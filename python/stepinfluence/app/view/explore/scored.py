@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from stepinfluence import search
-from stepinfluence.attribution.curvature import Choice
+from stepinfluence.attribution.curvature import Choice, Unrolled
 from stepinfluence.search.question import Question
 from stepinfluence.search.scan import score_blocks
 from stepinfluence.store import Store
@@ -95,13 +95,15 @@ class Scored:
             raise ValueError(f"score: got {score!r}; use {' or '.join(self._curvatures)}")
         return self._curvatures[score or next(iter(self._curvatures))]
 
-    def etas(self, checkpoint: int | None) -> list[float]:
-        """The weight of each checkpoint: its own, or zero where another one alone is looked at.
+    def etas(self, checkpoint: int | None, score: str) -> list[float]:
+        """The weight of each checkpoint in a score: its own (1 for SOURCE, which has learning rates in it), or zero
+        where another one alone is looked at.
 
         Raises:
             ValueError: there is no such checkpoint.
         """
-        etas = [c.eta for c in self._train.checkpoints]
+        through = isinstance(self.choice(score), Unrolled)
+        etas = [1.0 if through else c.eta for c in self._train.checkpoints]
         if checkpoint is None:
             return etas
         if not 0 <= checkpoint < len(etas):
@@ -140,7 +142,7 @@ class Scored:
         return search.ask(
             self._train,
             features,
-            etas=self.etas(what.checkpoint),
+            etas=self.etas(what.checkpoint, what.score if corrected else SDI),
             parameters=what.parameters or None,
             curvature=self.choice(what.score) if corrected else "none",
         )
