@@ -33,12 +33,15 @@ from stepinfluence.evaluation.retraining import Retrainings, draws, training_see
 from stepinfluence.evaluation.trained import Trained
 from torch import Tensor, nn
 
-from bench.dampings import GRID
+from bench import dampings as sketched
 from bench.kronecker.factors import FORMS, SHARINGS, Basis, Kronecker, Weight, gradients_of, products, record
 from bench.provenance import Provenance, add_output, write
 
 SUBSETS = {"adder": 8, "majority": 12, "language": 12, "trm": 10}
 """Problems, with the halves of a seed that ``bench.dampings`` was kept with."""
+
+GRID = (*sketched.GRID, 1e-6, 1e-7)
+"""Dampings relative to the largest eigenvalue; further down than for sketches, as Kronecker factors want less."""
 
 SKETCH_SIZE = 2048
 HEURISTIC = 0.1
