@@ -112,9 +112,10 @@ def cost() -> str:
 
 
 COMPARED = {
-    "with the damping of training's length": ("training time", "training time"),
+    "with the damping of training's length": (kron.LENGTH, kron.LENGTH),
     "with the best damping of the grid, chosen for each": (None, None),
     "with dampings that know nothing of training, a tenth of each block's mean against `auto`": (kron.MEAN, "auto"),
+    "with a tenth of each block's mean against training's length": (kron.MEAN, kron.LENGTH),
 }
 """What is given to Kronecker factors, and to the sketched Fisher; None for the best of the grid."""
 
@@ -160,6 +161,7 @@ def kronecker() -> str:
             less_by = differences(found, method, dampings)
             rows.append([method, *(f"{d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}]" for d in less_by.values())])
         texts += [f"LDS {title}; of all others less that of the sketched Fisher:", table(["", *found], rows)]
+    texts.append(_settings(results))
     every = [d for w in COMPARED.values() for m in kron.KRONECKER for d in differences(found, m, w).values()]
     above, below = sum(d.low > 0 for d in every), sum(d.high < 0 for d in every)
     texts.append(
@@ -171,6 +173,14 @@ def kronecker() -> str:
     texts.append(table(["", *found], [[name, *(_cost(result, name) for result in results.values())] for name in COSTS]))
     texts += [source(f"kronecker-{problem}.json", False, result) for problem, result in results.items()]
     return "\n\n".join(texts)
+
+
+def _settings(results: Mapping[str, Any]) -> str:
+    """How much was trained."""
+    halves = {problem: f"{result['settings']['subsets']} halves on {problem}" for problem, result in results.items()}
+    (seeds,) = {result["settings"]["seeds"] for result in results.values()}
+    (repeats,) = {result["settings"]["repeats"] for result in results.values()}
+    return f"{seeds} seeds, each with {', '.join(halves.values())}, each trained from {repeats} initialisations."
 
 
 def _cost(result: Mapping[str, Any], name: str) -> str:
