@@ -7,8 +7,8 @@
 Needs the extras ``bench``, ``hf`` and ``index``. Each command runs in a process of its own; one that fails is named at
 the end and does not take the others along. Some are run only if asked for: ``attack`` and ``soak``, an hour each;
 ``curvature-cost``, which writes 10 GB; ``large``, which needs 13 GiB of memory; ``paper-batch``, half an hour;
-``ladder`` and ``steps-removed``, which train models again; and ``peers``, which needs an environment of its own
-(``make bench-peers``) and ``--python .venv-peers/bin/python``.
+``ladder``, ``steps-removed`` and ``kronecker``, which train models again; and ``peers``, which needs an environment of
+its own (``make bench-peers``) and ``--python .venv-peers/bin/python``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ from pathlib import Path
 
 from bench.provenance import RESULTS, ROOT
 
+PROBLEMS = {
+    "ladder": ("language", "majority"),
+    "steps_removed": ("language", "majority"),
+    "kronecker": ("adder", "language", "majority", "trm"),
+}
 RETRAINED = {
     f"{name.replace('_', '-')}-{problem}": ["-m", f"bench.{name}", problem, "--keep"]
-    for name in ("ladder", "steps_removed")
-    for problem in ("language", "majority")
+    for name, problems in PROBLEMS.items()
+    for problem in problems
 }
 
 COMMANDS: dict[str, list[str]] = {

@@ -1,4 +1,4 @@
-"""Figures of docs/curvature.md: the ladder, and what steps mean."""
+"""Figures of docs/curvature.md: the ladder, what steps mean, what a fit costs, and Kronecker factors."""
 
 # ruff: noqa: E501  # sentences of the page
 from __future__ import annotations
@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 from kept import Parts, load, machines, source, table
-from stepinfluence.evaluation import Evaluation, over_seeds
+from parts_evaluation import kept, less
+from stepinfluence.evaluation import Evaluation, Figure, over_seeds
 
 from bench import steps_removed as removed
+from bench.kronecker import __main__ as kron
+from bench.kronecker.factors import FORMS
 
 LADDER = ("majority", "language")
 REMOVED = ("majority", "language")
@@ -108,4 +111,82 @@ def cost() -> str:
     return "\n\n".join(texts)
 
 
-PARTS: Parts = {"curvature-cost": cost, "ladder": ladder, "steps-removed": steps_removed}
+COMPARED = {
+    "with the damping of training's length": (kron.LENGTH, kron.LENGTH),
+    "with the best damping of the grid, chosen for each": (None, None),
+    "with dampings that know nothing of training, a tenth of each block's mean against `auto`": (kron.MEAN, "auto"),
+    "with a tenth of each block's mean against training's length": (kron.MEAN, kron.LENGTH),
+}
+"""What is given to Kronecker factors, and to the sketched Fisher; None for the best of the grid."""
+
+COSTS = (
+    f"{kron.SKETCHED}: auto",
+    f"{kron.SKETCHED}: {kron.LENGTH}",
+    f"{kron.SKETCHED_BLOCKS}: auto",
+    kron.EXACT,
+    kron.EXACT_BLOCKS,
+    *(f"{form}, expand" for form in FORMS),
+)
+
+
+def with_damping(lds: Mapping[str, list[float]], method: str, damping: str | None) -> str:
+    """The key of a method with a damping, or with that of the grid that has the highest mean."""
+    if damping is not None:
+        return f"{method}: {damping}"
+    grid = [name for name in lds if name.startswith(f"{method}: ") and name.endswith((" of all", " of a block"))]
+    return max(grid, key=lambda name: sum(lds[name]))
+
+
+def differences(
+    found: Mapping[str, dict[str, list[float]]], method: str, dampings: tuple[str | None, str | None]
+) -> dict[str, Figure]:
+    """LDS of a method less that of the sketched Fisher, by problem."""
+    return {
+        problem: less(lds, with_damping(lds, method, dampings[0]), with_damping(lds, kron.SKETCHED, dampings[1]))
+        for problem, lds in found.items()
+    }
+
+
+def kronecker() -> str:
+    """LDS of Kronecker factors less that of the sketched Fisher, and what both cost."""
+    results = kept("kronecker")
+    found = {problem: result["lds"] for problem, result in results.items()}
+    texts = []
+    for title, dampings in COMPARED.items():
+        lds = {p: np.mean(one[with_damping(one, kron.SKETCHED, dampings[1])]) for p, one in found.items()}
+        rows = [[f"*{kron.SKETCHED}*", *(f"*{value:.2f}*" for value in lds.values())]]
+        # A tenth of the mean is no damping for a matrix of as many zeros as an exact Fisher has.
+        exact = () if dampings[0] == kron.MEAN else (kron.EXACT, kron.EXACT_BLOCKS)
+        for method in (*exact, *kron.KRONECKER):
+            less_by = differences(found, method, dampings)
+            rows.append([method, *(f"{d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}]" for d in less_by.values())])
+        texts += [f"LDS {title}; of all others less that of the sketched Fisher:", table(["", *found], rows)]
+    texts.append(_settings(results))
+    every = [d for w in COMPARED.values() for m in kron.KRONECKER for d in differences(found, m, w).values()]
+    above, below = sum(d.low > 0 for d in every), sum(d.high < 0 for d in every)
+    texts.append(
+        f"Of the {len(every)} differences of Kronecker factors {above} have an interval above zero and {below} one below."
+    )
+    texts.append(
+        "Processor seconds of the pass over all examples + the fit + one query side transformed and multiplied; and numbers that are kept of the curvature:"
+    )
+    texts.append(table(["", *found], [[name, *(_cost(result, name) for result in results.values())] for name in COSTS]))
+    texts += [source(f"kronecker-{problem}.json", False, result) for problem, result in results.items()]
+    return "\n\n".join(texts)
+
+
+def _settings(results: Mapping[str, Any]) -> str:
+    """How much was trained."""
+    halves = {problem: f"{result['settings']['subsets']} halves on {problem}" for problem, result in results.items()}
+    (seeds,) = {result["settings"]["seeds"] for result in results.values()}
+    (repeats,) = {result["settings"]["repeats"] for result in results.values()}
+    return f"{seeds} seeds, each with {', '.join(halves.values())}, each trained from {repeats} initialisations."
+
+
+def _cost(result: Mapping[str, Any], name: str) -> str:
+    """Of a method on one problem."""
+    seconds = (f"{result['seconds'][name][part]:.2f}" for part in ("pass", "fit", "apply"))
+    return f"{' + '.join(seconds)}; {result['numbers'][name]['curvature']:,}"
+
+
+PARTS: Parts = {"curvature-cost": cost, "kronecker": kronecker, "ladder": ladder, "steps-removed": steps_removed}

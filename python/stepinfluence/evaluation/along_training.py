@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -101,6 +101,13 @@ def mean_metric(trained: Trained) -> dict[str, Elementwise]:
     return {name: Elementwise(part) for name, part in training.by_name((total / weight).sqrt()).items()}
 
 
+def training_time(trained: Trained, metric: Mapping[str, Elementwise], names: Iterable[str]) -> float:
+    """The learning rates of all updates, added up, times the mean of :func:`mean_metric`'s squares over parameters."""
+    scale = float(torch.cat([metric[name].sqrt.flatten() ** 2 for name in names]).mean())
+    recipe = trained.training.recipe
+    return scale * sum(recipe.rate(update) for update in range(recipe.updates))
+
+
 def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     """SDI corrected by the Fisher with the damping that training's length says: ``1 / T``, where T adds up the learning
     rates of all updates, each times the mean over the body's parameters of what Adam multiplies a gradient with.
@@ -121,9 +128,7 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
     train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
     query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
-    scale = float(torch.cat([metric[block.name].sqrt.flatten() ** 2 for block in train.space.blocks]).mean())
-    recipe = trained.training.recipe
-    total = scale * sum(recipe.rate(update) for update in range(recipe.updates))
+    total = training_time(trained, metric, [block.name for block in train.space.blocks])
     fisher = Fisher.fit(train, damping=1.0)
     damped = fisher.with_damping(1 / (total * fisher.factors[0].largest))
     scores = (train.values @ damped.transform(query).values.T).double().numpy()
