@@ -276,7 +276,8 @@ def tight(config: Config) -> dict[str, Any]:
     """
     part, m = config.lemma, config.sketch_size
     side, limit = part.tight_size, 4 / m**2 + 6 / m
-    ones, found = torch.ones(side, side), {}
+    ones = torch.ones(side, side)
+    found: dict[str, Any] = {}
     for hashing in FAMILIES:
         drawn = []
         for seed in range(config.seed, config.seed + part.tight_draws):

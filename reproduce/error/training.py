@@ -94,7 +94,7 @@ def make_model(config: Config, seed: int, *, kind: str = "adapter", active: int 
         model: LoopedGPT = KINDS[kind](config.model)
     if active is not None:
         for block in model.core.blocks:
-            block.mlp = SparseMLP(block.mlp, active)
+            block.mlp = SparseMLP(block.mlp, active)  # type: ignore[arg-type]
     model.eval()
     return model
 
