@@ -40,6 +40,10 @@ EXPERIMENTS = {
         "reproduce.planted",
         "Does influence meet known algorithm steps and planted examples? (a summary's claims)",
     ),
+    "error": Entry(
+        "reproduce.error",
+        "Is sketching biased where a summary doubts it, and does Lemma 1 hold? (eq. 12)",
+    ),
 }
 
 SCALES = {

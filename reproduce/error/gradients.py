@@ -98,33 +98,56 @@ def sketch(gradients: Gradients, m: int, hashing: HashFamily, seed: int) -> Tens
 
 def scores(train: Tensor, query: Tensor) -> Tensor:
     """``<g, p_t>`` of whole vectors ``(N, D)`` with step vectors ``(Q, steps, D)``: float64 ``(N, Q, steps)``."""
-    # Products in float64: what is compared are sketches, not the rounding of their sums.
-    flat = train.double() @ query.double().flatten(0, 1).T
-    return flat.view(len(train), *query.shape[:2])
+    # Products in float64: what is compared are sketches, not the rounding of their sums. A query at a time, as the
+    # steps of all of them in float64 would take twice the memory of the gradients.
+    left = train.double()
+    return torch.stack([left @ one.double().T for one in query], 1)
 
 
-def bound(train: Gradients, query: Gradients, m: int, hashing: HashFamily) -> Tensor:
-    """What the variance of each score cannot exceed: ``sum_w c_w |g_w|^2 |p_{t,w}|^2``, float64 ``(N, Q, steps)``.
+class Pairs:
+    """Training gradients beside the step gradients of queries, and what is known of their scores exactly.
 
-    ``c_w`` is a family's own constant for a parameter's shape (docs/design.md), the lemma's 6/m + 4/m^2 for ``iid``.
+    Attributes:
+        train: ``(N, D)``.
+        query: ``(Q, steps, D)``.
+        truth: ``<g, p_t>``, float64 ``(N, Q, steps)``.
+        sizes: ``|g| |p_t|``, the same shape.
     """
-    total = torch.zeros(len(train.values), *query.values.shape[:2], dtype=torch.float64)
-    for block in train.blocks:
-        left, right = (part.of(block).flatten(-len(block.shape)).double().square().sum(-1) for part in (train, query))
-        total += variance_bound(block.shape, m, hashing) * left[:, None, None] * right
-    return total
+
+    def __init__(self, train: Gradients, query: Gradients) -> None:
+        self.train, self.query = train, query
+        self.truth = scores(train.values, query.values)
+        # By parameter: squared norms, (N,) and (Q, steps).
+        self._squares = [tuple(_squares(side.of(block), len(block.shape)) for side in (train, query))
+                         for block in train.blocks]  # fmt: skip
+        whole = [sum(parts) for parts in zip(*self._squares, strict=True)]
+        self.sizes = (whole[0][:, None, None] * whole[1]).sqrt()
+
+    def bound(self, m: int, hashing: HashFamily) -> Tensor:
+        """What the variance of each score cannot exceed: ``sum_w c_w |g_w|^2 |p_{t,w}|^2``, ``(N, Q, steps)``.
+
+        ``c_w`` is a family's own constant for a parameter's shape (docs/design.md), the lemma's 6/m + 4/m^2 for ``iid``
+        matrices.
+        """
+        total = torch.zeros_like(self.truth)
+        for block, (left, right) in zip(self.train.blocks, self._squares, strict=True):
+            total += variance_bound(block.shape, m, hashing) * left[:, None, None] * right
+        return total
+
+    def sketched(self, m: int, hashing: HashFamily, seed: int) -> Tensor:
+        """Scores of sketches, ``(N, Q, steps)``."""
+        return scores(sketch(self.train, m, hashing, seed), sketch(self.query, m, hashing, seed))
+
+    def errors(self, m: int, hashing: HashFamily, seeds: Sequence[int]) -> Tensor:
+        """Sketched minus exact scores for each seed of the tables: ``(seeds, N, Q, steps)``."""
+        return torch.stack([self.sketched(m, hashing, s) - self.truth for s in seeds])
 
 
-def norms(train: Tensor, query: Tensor) -> Tensor:
-    """``|g| |p_t|``, float64 ``(N, Q, steps)``."""
-    left, right = (side.double().square().sum(-1).sqrt() for side in (train, query))
-    return left[:, None, None] * right
-
-
-def errors(train: Gradients, query: Gradients, m: int, hashing: HashFamily, seeds: Sequence[int]) -> Tensor:
-    """Sketched minus exact scores for each seed of the tables: float64 ``(seeds, N, Q, steps)``."""
-    truth = scores(train.values, query.values)
-    return torch.stack([scores(sketch(train, m, hashing, s), sketch(query, m, hashing, s)) - truth for s in seeds])
+def _squares(values: Tensor, dims: int) -> Tensor:
+    """Squared norms over the last ``dims`` dimensions, summed in float64."""
+    axes = tuple(range(-dims, 0))
+    norm: Tensor = torch.linalg.vector_norm(values, dim=axes, dtype=torch.float64)
+    return norm.square()
 
 
 def rounding(model: LoopedGPT, batch: Batch, gradients: Gradients, m: int, hashing: HashFamily) -> float:

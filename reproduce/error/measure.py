@@ -14,17 +14,7 @@ from torch import Tensor
 
 from reproduce.arrays import Array
 from reproduce.error.config import FAMILIES, Config, LemmaConfig
-from reproduce.error.gradients import (
-    Gradients,
-    blocks_of,
-    bound,
-    errors,
-    exact,
-    norms,
-    rounding,
-    scores,
-    sketch,
-)
+from reproduce.error.gradients import Gradients, Pairs, blocks_of, exact, rounding, scores, sketch
 from reproduce.error.statistics import effective_number, recall, slope_through_zero
 from reproduce.error.training import Checkpoint, accuracy, examples, make_model, train
 from sdi_kernels import HashFamily, TensorSketch, sketch_matrix_grads, variance_bound
@@ -48,7 +38,7 @@ class Models:
         return train(self.config, model, self.seed, checkpoints=max(self.config.lemma.checkpoints))
 
 
-def error_numbers(train_side: Gradients, query: Gradients, m: int, hashing: HashFamily, seeds: range) -> dict[str, Any]:
+def error_numbers(pairs: Pairs, m: int, hashing: HashFamily, seeds: range) -> dict[str, Any]:
     """What is kept of the errors of one family.
 
     Returns:
@@ -57,8 +47,8 @@ def error_numbers(train_side: Gradients, query: Gradients, m: int, hashing: Hash
         ``bound_normalised`` and ``bound_relative``, what the first and the relative error cannot exceed in expectation;
         ``kurtosis`` of normalised errors (3 for a normal distribution) and ``zeros``, the share that are zero.
     """
-    truth, found = scores(train_side.values, query.values), errors(train_side, query, m, hashing, seeds)
-    size, limit = norms(train_side.values, query.values), bound(train_side, query, m, hashing)
+    truth, size = pairs.truth, pairs.sizes
+    found, limit = pairs.errors(m, hashing, seeds), pairs.bound(m, hashing)
     cross = ~torch.eye(*truth.shape[:2], dtype=torch.bool)
     counted = size > NEGLIGIBLE * size.max()
     unit = (found / size)[:, counted]
@@ -74,10 +64,10 @@ def error_numbers(train_side: Gradients, query: Gradients, m: int, hashing: Hash
     }
 
 
-def by_family(train_side: Gradients, query: Gradients, config: Config, draws: int) -> dict[str, dict[str, Any]]:
+def by_family(pairs: Pairs, config: Config, draws: int) -> dict[str, dict[str, Any]]:
     """:func:`error_numbers` of every family at the config's sketch size."""
     seeds = range(config.seed, config.seed + draws)
-    return {h: error_numbers(train_side, query, config.sketch_size, h, seeds) for h in FAMILIES}
+    return {h: error_numbers(pairs, config.sketch_size, h, seeds) for h in FAMILIES}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -110,14 +100,13 @@ def depth(config: Config, kind: str, *, trained: bool, seed: int) -> dict[str, A
             query = exact(model, batch, loops=loops)
         else:
             query = _independent(blocks_of(model), loops, part.examples, generator)
-        whole = query.summed()
-        truth, size = scores(whole.values, query.values), norms(whole.values, query.values)
+        pairs = Pairs(query.summed(), query)
         levels.append(
             {
                 "loops": loops,
-                "families": by_family(whole, query, config, part.draws),
-                "effective": effective_number(query.values.double().square().sum(-1).numpy()),
-                "cosine": float(truth.norm() / size.norm()),
+                "families": by_family(pairs, config, part.draws),
+                "effective": effective_number(query.values.square().sum(-1).double().numpy()),
+                "cosine": float(pairs.truth.norm() / pairs.sizes.norm()),
                 "accuracy": accuracy(model, batch, loops=loops) if modelled else None,
                 "rounding": rounding(model, batch, query, config.sketch_size, "balanced") if modelled else None,
             }
@@ -171,12 +160,12 @@ def active(models: Models) -> dict[str, Any]:
 
 
 def _sparse_numbers(left: Gradients, right: Gradients, config: Config) -> dict[str, Any]:
-    truth, size = scores(left.values, right.values), norms(left.values, right.values)
+    pairs = Pairs(left, right)
     return {
         "kept": float((right.values != 0).double().mean()),
         "kept_summed": float((left.values != 0).double().mean()),
-        "cosine": float(truth.norm() / size.norm()),
-        "families": by_family(left, right, config, config.sparsity.draws),
+        "cosine": float(pairs.truth.norm() / pairs.sizes.norm()),
+        "families": by_family(pairs, config, config.sparsity.draws),
     }
 
 
@@ -220,27 +209,23 @@ def lemma(models: Models) -> dict[str, Any]:
     config, part = models.config, models.config.lemma
     batch, count = examples(config, 2 * part.examples), part.examples
     points = models.checkpoints
-    # All checkpoints side by side, so that a draw of the tables sketches them at once.
     sides = [exact(c.model, batch) for c in points]
-    values = torch.stack([g.values for g in sides])
-    left = Gradients(values[:, :count].sum(2), sides[0].blocks)
-    right = Gradients(values[:, count:], sides[0].blocks)
+    each = [Pairs(Gradients(g.values[:count].sum(1), g.blocks), Gradients(g.values[count:], g.blocks)) for g in sides]
+    # All checkpoints side by side, so that a draw of the tables sketches them at once.
+    left = replace(each[0].train, values=torch.stack([p.train.values for p in each]))
+    right = replace(each[0].query, values=torch.stack([p.query.values for p in each]))
     etas = torch.tensor([c.eta for c in points], dtype=torch.float64)[:, None, None, None]
     m, seeds = config.sketch_size, range(config.seed, config.seed + part.draws)
     result: dict[str, Any] = {"etas": etas.flatten().tolist()}
-    sizes = torch.stack([norms(a, b) for a, b in zip(left.values, right.values, strict=True)])
+    sizes, truth = (torch.stack([getattr(p, name) for p in each]) for name in ("sizes", "truth"))
     factor = 4 / m**2 + 6 / m
     result["lemma"] = np.stack([factor * (etas * sizes)[c].sum(0).square().flatten().numpy() for c in _chosen(part)])
-    truth = _scores_of_each(left.values, right.values)
     for hashing in FAMILIES:
         # (draws, checkpoints, N, Q, steps): the same draw has the same tables at every checkpoint.
         found = torch.stack(
             [_scores_of_each(sketch(left, m, hashing, s), sketch(right, m, hashing, s)) - truth for s in seeds]
         )
-        limits = torch.stack(
-            [bound(replace(left, values=a), replace(right, values=b), m, hashing) for a, b in zip(left.values,
-             right.values, strict=True)]
-        ).sqrt()  # fmt: skip
+        limits = torch.stack([p.bound(m, hashing) for p in each]).sqrt()
         kept: dict[str, list[Array]] = {name: [] for name in ("mse", "se", "independent", "own")}
         for c in _chosen(part):
             weighted = (etas * found)[:, c]
@@ -311,8 +296,9 @@ def search(models: Models, *, trained: bool) -> dict[str, Any]:
     batch = examples(config, part.train + part.queries)
     whole = exact(model, {k: v[: part.train] for k, v in batch.items()}, per_step=False)
     query = exact(model, {k: v[part.train :] for k, v in batch.items()})
-    truth, size = scores(whole.values, query.values), norms(whole.values, query.values)
-    cosine = torch.where(size > 0, truth.abs() / size, 0.0)
+    pairs = Pairs(whole, query)
+    truth = pairs.truth
+    cosine = torch.where(pairs.sizes > 0, truth.abs() / pairs.sizes, 0.0)
     bins = torch.bucketize(cosine, torch.tensor(part.cosines, dtype=torch.float64))
     count = len(part.cosines) + 1
     result: dict[str, Any] = {"pairs": np.bincount(bins.flatten().numpy(), minlength=count) / bins.numel()}
@@ -320,8 +306,8 @@ def search(models: Models, *, trained: bool) -> dict[str, Any]:
         rows: dict[str, list[Any]] = {name: [] for name in ("recall", "recall_steps", "error", "limit", "union")}
         for m in part.sizes:
             seeds = range(config.seed, config.seed + part.draws)
-            found = torch.stack([scores(sketch(whole, m, hashing, s), sketch(query, m, hashing, s)) for s in seeds])
-            squares = (found - truth).square().mean(0), bound(whole, query, m, hashing)
+            found = torch.stack([pairs.sketched(m, hashing, s) for s in seeds])
+            squares = (found - truth).square().mean(0), pairs.bound(m, hashing)
             for name, values in zip(("error", "limit"), squares, strict=True):
                 rows[name].append([_ratio(values, truth, bins == b) for b in range(count)])
             sums = [recall(one.sum(-1).numpy(), truth.sum(-1).numpy(), part.top, part.candidates) for one in found]
