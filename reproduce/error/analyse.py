@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from stepinfluence.evaluation import Estimate
 
 from reproduce.base import Comparison, Outcome, Result, Run
 from reproduce.error import figures
@@ -23,7 +24,6 @@ from reproduce.error.readings import (
     series,
     size_slope,
 )
-from reproduce.error.statistics import Estimate, loglog_slope
 from reproduce.error.verdicts import (
     DEEP,
     Verdict,
@@ -35,6 +35,7 @@ from reproduce.error.verdicts import (
     sparse_bias,
     sparsity_verdicts,
 )
+from reproduce.fidelity.statistics import loglog_slope
 from reproduce.template import fill
 
 ORTHOGONAL_BELOW = 0.1
@@ -102,8 +103,8 @@ def depth_rows(stages: Sequence[Result], config: Config) -> list[dict[str, Any]]
                 "cosine": float(np.mean([s["levels"][k]["cosine"] for s in stages])),
                 "relative": {h: series(stages, h, "relative")[k] for h in FAMILIES},
                 "cross": series(stages, "balanced", "relative_cross")[k],
-                "normalised": {h: series(stages, h, "normalised")[k].mean for h in FAMILIES},
-                "bound": {h: series(stages, h, "bound_normalised")[k].mean for h in FAMILIES},
+                "normalised": {h: series(stages, h, "normalised")[k].value for h in FAMILIES},
+                "bound": {h: series(stages, h, "bound_normalised")[k].value for h in FAMILIES},
             }
         )
     return rows
@@ -120,10 +121,10 @@ def sparsity_rows(stages: Sequence[Result]) -> list[dict[str, Any]]:
                 "active": level.get("active"),
                 "cosine": float(np.mean([s["levels"][k]["cosine"] for s in stages])),
                 "relative": {h: series(stages, h, "relative")[k] for h in FAMILIES},
-                "normalised": {h: series(stages, h, "normalised")[k].mean for h in FAMILIES},
-                "bound": {h: series(stages, h, "bound_normalised")[k].mean for h in FAMILIES},
-                "kurtosis": series(stages, "iid", "kurtosis")[k].mean,
-                "zeros": series(stages, "iid", "zeros")[k].mean,
+                "normalised": {h: series(stages, h, "normalised")[k].value for h in FAMILIES},
+                "bound": {h: series(stages, h, "bound_normalised")[k].value for h in FAMILIES},
+                "kurtosis": series(stages, "iid", "kurtosis")[k].value,
+                "zeros": series(stages, "iid", "zeros")[k].value,
             }
         )
     return rows
@@ -168,7 +169,7 @@ def search_verdicts(found: Mapping[str, Any], config: Config) -> list[Verdict]:
     at = part.sizes.index(config.sketch_size)
     steep = {name: _angle_slope(one["errors"]["balanced"][at], part.cosines) for name, one in models.items()}
     gains = {name: one["gains"][-1] for name, one in models.items()}
-    complete = [name for name, one in models.items() if one["recall"]["balanced"][at][-1].mean >= 0.99]
+    complete = [name for name, one in models.items() if one["recall"]["balanced"][at][-1].value >= 0.99]
     return [
         Verdict(f"for pairs of a cosine below {ORTHOGONAL_BELOW} the error falls as one over the root of m", "theory",
                 "; ".join(f"{name} {interval(slope)}" for name, slope in slopes.items()),
@@ -189,7 +190,7 @@ def _angle_slope(errors: Sequence[float], cosines: Sequence[float]) -> float:
     """Log-log slope of error over score on the cosine, by the middles of the bins that hold pairs."""
     middles = [(low * high) ** 0.5 for low, high in pairwise(cosines)]
     kept = [(m, e) for m, e in zip(middles, errors[1:], strict=False) if np.isfinite(e) and e > 0]
-    return loglog_slope([m for m, _ in kept], [e for _, e in kept]) if len(kept) > 1 else float("nan")
+    return loglog_slope([m for m, _ in kept], [e for _, e in kept])[0] if len(kept) > 1 else float("nan")
 
 
 def comparisons(
@@ -221,11 +222,11 @@ def comparisons(
                            "could be significant", "summary", "all families, four kinds of sparsity"))  # fmt: skip
     for name, stages in structures.items():
         parts = [
-            f"{h} {series(stages, h, 'normalised')[0].mean:.3f} → {series(stages, h, 'normalised')[-1].mean:.3f}"
+            f"{h} {series(stages, h, 'normalised')[0].value:.3f} → {series(stages, h, 'normalised')[-1].value:.3f}"
             for h in FAMILIES
         ]
         kept = [sparsity_rows(stages)[k]["kept"] for k in (0, -1)]
-        tails = [series(stages, "iid", "kurtosis")[k].mean for k in (0, -1)]
+        tails = [series(stages, "iid", "kurtosis")[k].value for k in (0, -1)]
         rows.append(
             Comparison(
                 f"error over the gradients' norms, {name}: {percent(kept[0])} → {percent(kept[1])} not zero",
@@ -252,7 +253,7 @@ def comparisons(
                 None,
                 "",
                 "re-ranked exactly: "
-                + ", ".join(f"{table[j].mean:.2f} with {c} candidates" for j, c in enumerate(part.candidates) if j),
+                + ", ".join(f"{table[j].value:.2f} with {c} candidates" for j, c in enumerate(part.candidates) if j),
             )
         )
     return tuple(rows)

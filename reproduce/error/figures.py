@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from stepinfluence.evaluation import Estimate, over_seeds
 
 from reproduce.base import Result
 from reproduce.error.config import FAMILIES, Config
 from reproduce.error.readings import bin_errors, lemma_numbers, recall_table, series
-from reproduce.error.statistics import Estimate, estimate
 from reproduce.style import SERIES, SOFT, figure
 
 if TYPE_CHECKING:
@@ -26,27 +26,27 @@ def depth(stages: Mapping[str, Sequence[Result]], config: Config) -> Figure:
     loops = config.depth.loops
     for colour, (name, one) in zip(SERIES, stages.items(), strict=False):
         _band(axes[0], loops, series(one, "balanced", "relative"), colour, name)
-        limits = [e.mean for e in series(one, "balanced", "bound_relative")]
+        limits = [e.value for e in series(one, "balanced", "bound_relative")]
         axes[0].plot(loops, limits, color=colour, linestyle=":", linewidth=0.9)
-    start = series(stages[list(stages)[-1]], "balanced", "relative")[0].mean
+    start = series(stages[list(stages)[-1]], "balanced", "relative")[0].value
     axes[0].plot(loops, start * (np.asarray(loops) / loops[0]) ** 0.5, color=SOFT, linestyle="--", label="slope 1/2")
-    _logarithmic(axes[0], loops, "loop steps τ", "error over score (balanced)\ndotted: bound")
+    _doubling(axes[0], loops, "loop steps τ", "error over score (balanced)\ndotted: bound")
+    axes[0].set_yscale("log")
     deepest = list(stages)[-2]
     for hashing in FAMILIES:
         _band(axes[1], loops, series(stages[deepest], hashing, "normalised"), COLOURS[hashing], hashing)
-        limits = [e.mean for e in series(stages[deepest], hashing, "bound_normalised")]
+        limits = [e.value for e in series(stages[deepest], hashing, "bound_normalised")]
         axes[1].plot(loops, limits, color=COLOURS[hashing], linestyle=":", linewidth=0.9)
-    _logarithmic(axes[1], loops, "loop steps τ", f"error over |g| |p| ({deepest})\ndotted: bound")
+    _doubling(axes[1], loops, "loop steps τ", f"error over |g| |p| ({deepest})\ndotted: bound")
     axes[1].set_ylim(bottom=0)
     for colour, (name, one) in zip(SERIES, stages.items(), strict=False):
         values = [np.mean([s["levels"][k]["families"]["balanced"]["bias"] for s in one], 0) for k in range(len(loops))]
-        _band(axes[2], loops, [estimate(v) for v in values], colour, name)
+        _band(axes[2], loops, [over_seeds(v) for v in values], colour, name)
     axes[2].axhline(0, color=SOFT, linewidth=0.8)
-    axes[2].set_xscale("log", base=2)
-    axes[2].set_xticks(loops, [str(t) for t in loops])
-    axes[2].set(xlabel="loop steps τ", ylabel="bias, share of the score (balanced)")
+    _doubling(axes[2], loops, "loop steps τ", "bias, share of the score (balanced)")
     axes[0].legend(fontsize=7)
     axes[1].legend(fontsize=7)
+    _plain(axes[:1])
     return made
 
 
@@ -58,7 +58,7 @@ def sparsity(structures: Mapping[str, Sequence[Result]]) -> Figure:
     kept = _kept(entries)
     for hashing in FAMILIES:
         _band(axes[0], kept, series(entries, hashing, "normalised"), COLOURS[hashing], hashing)
-        limits = [e.mean for e in series(entries, hashing, "bound_normalised")]
+        limits = [e.value for e in series(entries, hashing, "bound_normalised")]
         axes[0].plot(kept, limits, color=COLOURS[hashing], linestyle=":", linewidth=0.9)
     axes[0].set(xscale="log", ylim=(0, None), xlabel="share of entries that are not zero",
                 ylabel="error over |g| |p| (largest entries)\ndotted: bound")  # fmt: skip
@@ -72,6 +72,7 @@ def sparsity(structures: Mapping[str, Sequence[Result]]) -> Figure:
                 ylabel="kurtosis of the errors (iid)\nline: normal distribution")  # fmt: skip
     for axis in axes[:2]:
         axis.legend(fontsize=7)
+    _plain(axes)
     return made
 
 
@@ -105,6 +106,7 @@ def lemma(stages: Sequence[Result], config: Config) -> Figure:
         axis.legend(fontsize=7)
     for axis in axes[1:]:
         axis.set_xticks(counts)
+    _plain(axes[:1])
     return made
 
 
@@ -120,7 +122,8 @@ def search(trained: Sequence[Result], untrained: Sequence[Result], config: Confi
         axes[0].plot(part.sizes, error[:, b], color=colour, marker="o", markersize=3,
                      label=f"cosine {borders[b]:g} to {borders[b + 1]:g}")  # fmt: skip
         axes[0].plot(part.sizes, limit[:, b], color=colour, linestyle=":", linewidth=0.9)
-    _logarithmic(axes[0], part.sizes, "sketch size m", "error over score (balanced, trained)\ndotted: bound")
+    _doubling(axes[0], part.sizes, "sketch size m", "error over score (balanced, trained)\ndotted: bound")
+    axes[0].set_yscale("log")
     axes[0].axhline(1, color=SOFT, linewidth=0.8)
     table = recall_table(trained, "recall_balanced")
     for colour, j in zip(SERIES, range(len(part.candidates)), strict=False):
@@ -131,11 +134,11 @@ def search(trained: Sequence[Result], untrained: Sequence[Result], config: Confi
             values = [row[0] for row in recall_table(stages, f"recall_steps_{hashing}")]
             _band(axes[2], part.sizes, values, COLOURS[hashing], f"{hashing}, {of}", line)
     for axis, what in ((axes[1], "sums (balanced, trained)"), (axes[2], "single steps, sketches alone")):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(part.sizes, [str(m) for m in part.sizes])
-        axis.set(xlabel="sketch size m", ylabel=f"recall of the top {part.top}: {what}", ylim=(0, 1.02))
+        _doubling(axis, part.sizes, "sketch size m", f"recall of the top {part.top}: {what}")
+        axis.set_ylim(0, 1.02)
     for axis in axes:
         axis.legend(fontsize=7)
+    _plain(axes[:1])
     return made
 
 
@@ -148,11 +151,23 @@ def _band(axis: Any, x: Sequence[float], values: Sequence[Estimate], colour: str
     """A line with its interval."""
     low, high = (np.array([getattr(v, end) for v in values]) for end in ("low", "high"))
     axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.plot(x, [v.mean for v in values], color=colour, marker="o", markersize=3, linestyle=line, label=name)
+    axis.plot(x, [v.value for v in values], color=colour, marker="o", markersize=3, linestyle=line, label=name)
 
 
-def _logarithmic(axis: Any, x: Sequence[int], across: str, up: str) -> None:
+def _plain(axes: Any) -> None:
+    """Tick labels of logarithmic axes as plain numbers: math text is off, as labels hold data."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    for axis in axes:
+        for side in (axis.xaxis, axis.yaxis):
+            if side.get_scale() == "log":
+                if side.get_transform().base != 2:
+                    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                side.set_minor_formatter(NullFormatter())
+
+
+def _doubling(axis: Any, x: Sequence[int], across: str, up: str) -> None:
+    """A logarithmic axis with a tick at each value."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(x, [str(v) for v in x])
-    axis.set_yscale("log")
     axis.set(xlabel=across, ylabel=up)

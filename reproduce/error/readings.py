@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from stepinfluence.evaluation import Estimate, over_seeds
 
 from reproduce.arrays import Array
 from reproduce.base import Result
 from reproduce.error.config import FAMILIES, Config
-from reproduce.error.statistics import Estimate, estimate, familywise, loglog_slope, p_of_mean
+from reproduce.error.statistics import familywise, p_of_mean
+from reproduce.fidelity.statistics import loglog_slope
 
 Levels = Sequence[Mapping[str, Any]]
 BEYOND = 3.0
@@ -19,7 +21,7 @@ BEYOND = 3.0
 
 def of_models(stages: Sequence[Result], read: Callable[[Any], float]) -> Estimate:
     """A number of each model, with its interval."""
-    return estimate([read(stage) for stage in stages])
+    return over_seeds([read(stage) for stage in stages])
 
 
 def family_value(level: Mapping[str, Any], hashing: str, name: str) -> float:
@@ -38,7 +40,7 @@ def level_slope(stages: Sequence[Result], hashing: str, name: str, axis: str) ->
 
     def one(stage: Result) -> float:
         levels = stage["levels"]
-        return loglog_slope([lv[axis] for lv in levels], [family_value(lv, hashing, name) for lv in levels])
+        return loglog_slope([lv[axis] for lv in levels], [family_value(lv, hashing, name) for lv in levels])[0]
 
     return of_models(stages, one)
 
@@ -66,11 +68,11 @@ def bias_test(values: Sequence[Sequence[float]]) -> dict[str, Any]:
     Returns:
         ``tests``, ``significant``, ``largest`` (mean of largest size) and its interval ``low``, ``high``.
     """
-    largest = estimate(max(values, key=lambda v: abs(float(np.mean(v)))))
+    largest = over_seeds(max(values, key=lambda v: abs(float(np.mean(v)))))
     return {
         "tests": len(values),
         "significant": familywise([p_of_mean(v) for v in values]),
-        "largest": largest.mean,
+        "largest": largest.value,
         "low": largest.low,
         "high": largest.high,
     }
@@ -79,7 +81,7 @@ def bias_test(values: Sequence[Sequence[float]]) -> dict[str, Any]:
 def above_bound(groups: Sequence[Sequence[Result]]) -> tuple[int, int, float]:
     """How many root mean square errors (mean over models) exceed their bound, of how many, and the largest ratio."""
     ratios = [
-        error.mean / limit.mean
+        error.value / limit.value
         for stages in groups
         for hashing in FAMILIES
         for error, limit in zip(
@@ -131,7 +133,7 @@ def lemma_numbers(stages: Sequence[Result], config: Config) -> dict[str, list[di
                     "own": float(max((a / b).max() for a, b in zip(mse, own, strict=True))),
                     "exceeds": int(beyond.sum()),
                     "pairs": len(ratios),
-                    "shared": estimate([float(a.sum() / b.sum()) for a, b in zip(mse, alone, strict=True)]),
+                    "shared": over_seeds([float(a.sum() / b.sum()) for a, b in zip(mse, alone, strict=True)]),
                 }
             )
     return found
@@ -149,7 +151,7 @@ def mean_over_draws(stage: Result, name: str) -> Array:
 def recall_table(stages: Sequence[Result], name: str) -> list[list[Estimate]]:
     """Recall by size and number of candidates."""
     tables = np.stack([mean_over_draws(s, name) for s in stages])
-    return [[estimate(tables[:, i, j]) for j in range(tables.shape[2])] for i in range(tables.shape[1])]
+    return [[over_seeds(tables[:, i, j]) for j in range(tables.shape[2])] for i in range(tables.shape[1])]
 
 
 def bin_errors(stages: Sequence[Result], name: str) -> Array:
@@ -167,7 +169,7 @@ def size_slope(stages: Sequence[Result], hashing: str, sizes: Sequence[int], bin
     def one(stage: Result) -> float:
         table = np.asarray(stage[f"error_{hashing}"], dtype=np.float64)
         full = [b for b in bins if np.isfinite(table[:, b]).all() and (table[:, b] > 0).all()]
-        return float(np.mean([loglog_slope(sizes, table[:, b].tolist()) for b in full])) if full else float("nan")
+        return float(np.mean([loglog_slope(sizes, table[:, b].tolist())[0] for b in full])) if full else float("nan")
 
     return of_models(stages, one)
 
@@ -175,6 +177,6 @@ def size_slope(stages: Sequence[Result], hashing: str, sizes: Sequence[int], bin
 def same_recall(table: Sequence[Sequence[Estimate]], sizes: Sequence[int], size: int, candidates: int) -> int | None:
     """The smallest m whose sketches alone have the recall of ``size`` with re-ranking (columns of ``table``); None
     if no size that was tried has."""
-    wanted = table[sizes.index(size)][candidates].mean
-    reached = [m for m, row in zip(sizes, table, strict=True) if row[0].mean >= wanted]
+    wanted = table[sizes.index(size)][candidates].value
+    reached = [m for m, row in zip(sizes, table, strict=True) if row[0].value >= wanted]
     return min(reached) if reached else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,38 +11,9 @@ from scipy import stats
 from reproduce.arrays import Array
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with a 95 % interval (Student's t) and how many independent values it is of."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-
-def estimate(values: ArrayLike) -> Estimate:
-    """Mean of independent values ``(n,)``, n >= 2, with its 95 % interval.
-
-    Raises:
-        ValueError: fewer than two values.
-    """
-    given = np.asarray(values, dtype=np.float64)
-    if given.ndim != 1 or len(given) < 2:
-        raise ValueError(f"values: got shape {given.shape}; an interval needs two or more, in one dimension")
-    mean, error = float(given.mean()), float(stats.sem(given))
-    half = float(stats.t.ppf(0.975, len(given) - 1)) * error
-    return Estimate(mean, mean - half, mean + half, len(given))
-
-
 def slope_through_zero(x: Array, y: Array) -> float:
     """Least-squares slope of ``y`` on ``x`` through the origin: by which share of the score an estimate is off."""
     return float((x * y).sum() / np.square(x).sum())
-
-
-def loglog_slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Least-squares slope of ``log(y)`` on ``log(x)``."""
-    return float(stats.linregress(np.log(x), np.log(y)).slope)
 
 
 def effective_number(weights: Array) -> float:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stepinfluence.evaluation import Estimate
+
 from reproduce.base import Result
 from reproduce.error.config import FAMILIES, Config
 from reproduce.error.readings import above_bound, bias_test, biases, growth, lemma_numbers, level_slope
-from reproduce.error.statistics import Estimate
 
 DEEP = 20
 """The summary doubts loops of many more steps than this."""
@@ -34,7 +35,7 @@ class Verdict:
 
 def interval(value: Estimate, digits: int = 2) -> str:
     """``mean [low, high]``."""
-    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
 def bias_text(found: Mapping[str, Any]) -> str:
@@ -80,11 +81,11 @@ def depth_verdicts(depth: Mapping[str, Sequence[Result]], config: Config) -> lis
         Verdict(f"the error relative to the scores grows from τ = {loops[first]} to {loops[-1]} (by a tenth or more)",
                 "summary", spans, "for " + ", ".join(grows) if grows else "no"),
         Verdict("it grows with the square root of τ at most", "theory",
-                f"largest log-log slope {max(s.mean for s in slopes.values()):.2f}",
+                f"largest log-log slope {max(s.value for s in slopes.values()):.2f}",
                 "yes" if max(s.low for s in slopes.values()) <= 0.5 else "no"),
         Verdict("the error relative to the gradients' norms does not grow with τ", "theory",
-                f"log-log slopes {min(s.mean for s in flat):.3f} to {max(s.mean for s in flat):.3f}",
-                "yes" if max(s.mean for s in flat) < 0.05 else "no"),
+                f"log-log slopes {min(s.value for s in flat):.3f} to {max(s.value for s in flat):.3f}",
+                "yes" if max(s.value for s in flat) < 0.05 else "no"),
         Verdict("it stays below each family's bound at every τ", "theory",
                 f"{over} of {of} above; largest share of the bound {worst:.2f}", "no" if over else "yes"),
     ]  # fmt: skip
