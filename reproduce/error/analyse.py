@@ -81,9 +81,9 @@ def outcome(
         body=text.body,
         numbers={
             "verdicts": [asdict(v) for v in verdicts],
-            "depth": {name: list(stages) for name, stages in depth.items()},
-            "sparsity": {name: [dict(s) for s in stages] for name, stages in structures.items()},
-            "lemma": {h: [{**one, "shared": asdict(one["shared"])} for one in rows] for h, rows in lemma.items()},
+            "depth": plain(values["depth"]),
+            "sparsity": plain(values["structures"]),
+            "lemma": plain(lemma),
             "tight": dict(tight),
             "search": plain(found),
         },

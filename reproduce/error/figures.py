@@ -123,7 +123,7 @@ def search(trained: Sequence[Result], untrained: Sequence[Result], config: Confi
                      label=f"cosine {borders[b]:g} to {borders[b + 1]:g}")  # fmt: skip
         axes[0].plot(part.sizes, limit[:, b], color=colour, linestyle=":", linewidth=0.9)
     _doubling(axes[0], part.sizes, "sketch size m", "error over score (balanced, trained)\ndotted: bound")
-    axes[0].set_yscale("log")
+    axes[0].set(yscale="log", ylim=(None, 30 * float(np.nanmax(limit))))  # room for the legend
     axes[0].axhline(1, color=SOFT, linewidth=0.8)
     table = recall_table(trained, "recall_balanced")
     for colour, j in zip(SERIES, range(len(part.candidates)), strict=False):
@@ -136,8 +136,9 @@ def search(trained: Sequence[Result], untrained: Sequence[Result], config: Confi
     for axis, what in ((axes[1], "sums (balanced, trained)"), (axes[2], "single steps, sketches alone")):
         _doubling(axis, part.sizes, "sketch size m", f"recall of the top {part.top}: {what}")
         axis.set_ylim(0, 1.02)
-    for axis in axes:
-        axis.legend(fontsize=7)
+    axes[0].legend(fontsize=7, ncols=2)
+    for axis in axes[1:]:
+        axis.legend(fontsize=7, handlelength=3)
     _plain(axes[:1])
     return made
 

@@ -24,7 +24,7 @@ class Verdict:
         claim: in words.
         whose: the paper's, the summary's, or ours (theory).
         measured: the numbers that decide.
-        holds: ``"yes"``, ``"no"`` or in which cases.
+        holds: ``"yes"``, ``"no"`` or in which cases; ``"not seen"`` where the numbers neither show nor exclude it.
     """
 
     claim: str
@@ -69,7 +69,6 @@ def depth_verdicts(depth: Mapping[str, Sequence[Result]], config: Config) -> lis
     """On deep loops."""
     first, loops = shallow(config), config.depth.loops
     grown = {name: growth(stages, "balanced", "relative", first) for name, stages in depth.items()}
-    grows = [name for name, one in grown.items() if one.low > 1.1]
     slopes = {name: level_slope(stages, "balanced", "relative", "loops") for name, stages in depth.items()}
     flat = [level_slope(stages, h, "normalised", "loops") for stages in depth.values() for h in FAMILIES]
     over, of, worst = above_bound(list(depth.values()))
@@ -79,7 +78,7 @@ def depth_verdicts(depth: Mapping[str, Sequence[Result]], config: Config) -> lis
         Verdict(f"sketches are biased in loops of more than {DEEP} steps", "summary", bias_text(bias),
                 _in_some(bias["significant"], bias["tests"])),
         Verdict(f"the error relative to the scores grows from τ = {loops[first]} to {loops[-1]} (by a tenth or more)",
-                "summary", spans, "for " + ", ".join(grows) if grows else "no"),
+                "summary", spans, _grown(grown)),
         Verdict("it grows with the square root of τ at most", "theory",
                 f"largest log-log slope {max(s.value for s in slopes.values()):.2f}",
                 "yes" if max(s.low for s in slopes.values()) <= 0.5 else "no"),
@@ -97,19 +96,17 @@ def sparsity_verdicts(structures: Mapping[str, Sequence[Result]]) -> list[Verdic
     over, of, worst = above_bound(list(structures.values()))
     grown = {name: growth(stages, "iid", "normalised", 0) for name, stages in structures.items()}
     tails = {name: growth(stages, "iid", "kurtosis", 0) for name, stages in structures.items()}
-    heavier = [name for name, one in tails.items() if one.low > 1]
-    larger = [name for name, one in grown.items() if one.low > 1.1]
     return [
         Verdict("sketches are biased where gradients are highly sparse", "summary", bias_text(bias),
                 _in_some(bias["significant"], bias["tests"])),
         Verdict("sparsity makes the error larger, relative to the gradients' norms (iid, by a tenth or more)",
                 "summary", "; ".join(f"{name} × {interval(one)}" for name, one in grown.items()),
-                "for " + ", ".join(larger) if larger else "no"),
+                _grown(grown)),
         Verdict("the bound of each family holds at every sparsity", "theory",
                 f"{over} of {of} above; largest share of the bound {worst:.2f}", "no" if over else "yes"),
-        Verdict("sparsity makes large errors rarer and larger: the kurtosis grows (iid)", "theory",
+        Verdict("sparsity makes large errors rarer and larger: the kurtosis grows (iid, by a tenth or more)", "theory",
                 "; ".join(f"{name} × {interval(one, 1)}" for name, one in tails.items()),
-                "for " + ", ".join(heavier) if heavier else "no"),
+                _grown(tails)),
     ]  # fmt: skip
 
 
@@ -133,9 +130,17 @@ def lemma_verdicts(stages: Sequence[Result], tight: Result, config: Config) -> l
                 "no" if others else "yes"),
         Verdict(f"errors of checkpoints that share hashes add up: at K = {last} more than those of independent ones",
                 "paper", f"mean squared error × {interval(shared)} (iid), at most {last}",
-                "yes" if shared.low > 1 else "no"),
+                "yes" if shared.low > 1 else "not seen"),
     ]  # fmt: skip
 
 
 def _in_some(count: int, tests: int) -> str:
-    return f"in {count} of {tests} cases" if count else "no"
+    return f"in {count} of {tests} cases" if count else "not seen"
+
+
+def _grown(factors: Mapping[str, Estimate], least: float = 1.1) -> str:
+    """For which something grew by a factor of ``least`` or more."""
+    names = [name for name, one in factors.items() if one.low > least]
+    if names:
+        return "for " + ", ".join(names)
+    return "no" if all(one.high < least for one in factors.values()) else "not seen"
