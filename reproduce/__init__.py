@@ -40,6 +40,14 @@ EXPERIMENTS = {
         "reproduce.planted",
         "Does influence meet known algorithm steps and planted examples? (a summary's claims)",
     ),
+    "error": Entry(
+        "reproduce.error",
+        "Is sketching biased where a summary doubts it, and does Lemma 1 hold? (eq. 12)",
+    ),
+    "uses": Entry(
+        "reproduce.uses",
+        "Late wrong examples, probes, curriculum: does influence by step help? (a summary's uses)",
+    ),
 }
 
 SCALES = {

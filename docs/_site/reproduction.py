@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1]
-ORDER = ("fidelity", "parity", "sudoku", "nanochat", "planted")
+ORDER = ("fidelity", "parity", "sudoku", "nanochat", "planted", "error")
 
 HEAD = """# Reproduction
 
@@ -19,7 +19,7 @@ The paper's experiments (Kaissis et al., arXiv 2602.10097), each by one command,
 tables below are taken from the `results.json` of runs that are kept under `docs/results`; each has a report with figures
 and an analysis of what differs. The experiments are not installed: run them from a clone of the repository.
 
-    python -m reproduce {fidelity,parity,sudoku,nanochat,planted} --scale cpu
+    python -m reproduce {fidelity,parity,sudoku,nanochat,planted,error} --scale cpu
     python -m reproduce ... --scale paper            # the paper's configuration, as far as it states one; not run so far
 
 **What was run**: the `cpu` scale of each experiment below, once, on two cores of an AMD EPYC that was shared with other
@@ -32,8 +32,9 @@ the end and time of every stage. {missing} New runs write them, each stage with 
 """
 
 TAIL = """
-The last table has no paper behind it: a summary of the paper claims results on algorithmic tasks that the paper itself
-does not have, without a protocol. We define one and report what comes out.
+The last two tables have no experiment of the paper behind them. *planted*: a summary of the paper claims results on algorithmic tasks that
+the paper itself does not have, without a protocol. *error*: the same summary fears for deep loops and sparse gradients, and the paper bounds the error of
+checkpoints that share their hashes without measuring it. We define protocols and report what comes out.
 """
 
 
@@ -61,7 +62,7 @@ Row by row; "smaller" rows are in the tables above at another size than the pape
 | Fig. 3, D.5: 328.3M-parameter recursive nanochat, three training stages, 82 and 71 checkpoints | smaller: {nanochat}; one stage, text of Python's documentation |
 | §4, D.5: GSM8K, SmolTalk, MMLU, ARC, SpellingBee; 1024 conversations of 2048 tokens; mid-training and fine-tuning | not done: no chat data, no supervised fine-tuning, no assistant-only mask |
 | §4: task accuracy on GSM8K plateaus beyond τ = 4 | not done: held-out loss of the small model instead |
-| Appendices B, C: lemmas on CountSketch and TensorSketch | derived anew with exact variances, tested by enumeration ([design.md](design.md)) |
+| Appendices B, C: lemmas on CountSketch and TensorSketch | derived anew with exact variances, tested by enumeration ([design.md](design.md)); Lemma 1 by Monte Carlo (*error*, above) |
 | comparison with other attribution methods | the paper has none; ours are in [peers.md](peers.md) and [evaluation.md](evaluation.md) |
 """
 

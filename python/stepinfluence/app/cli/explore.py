@@ -36,11 +36,13 @@ by token" run the model: of a run that was not written here, only with [cyan]--t
 REPORT_HELP = """Write a run's influence into one HTML file, to keep or to send.
 
 The file needs no network and no server. It holds the leading examples of the first queries; for all of them use
-[cyan]sdi explore[/cyan].
+[cyan]sdi explore[/cyan]. It names the stores it was made from by their digests.
 
 [bold]Examples[/bold]
   [cyan]sdi report my-run --out influence.html[/cyan]
   [cyan]sdi report my-run --queries 5 --exact --tokens[/cyan]   and what the model computes
+  [cyan]sdi report my-run --id q17 --out q17.html[/cyan]        one answer's audit trail:
+  [cyan]sdi store verify my-run --report q17.html[/cyan]        does it fit the stores?
 """
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")]
@@ -109,6 +111,7 @@ def report(
     curvature: Kind = None,
     damping: DampingOption = None,
     queries: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many queries the file holds.")] = 50,
+    ids: Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="This query only; repeatable.")] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Also recompute the influence of the leading examples from the model.")
     ] = False,
@@ -139,7 +142,8 @@ def report(
             run, train=train, query=query, curvatures=_curvatures(run, curvature, damping), model=model, no_model=why
         )
     path = out or run / "report.html"
-    write_page(explorer, path, queries=queries, exactly=exact, by_token=tokens)
+    rows = [explorer.query.find(i) for i in ids] if ids else None
+    write_page(explorer, path, queries=queries, rows=rows, exactly=exact, by_token=tokens)
     screen.print(f"Open {path}")
     if open_:
         webbrowser.open(path.resolve().as_uri())

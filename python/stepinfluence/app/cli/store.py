@@ -19,6 +19,7 @@ HELP = """Feature stores: what they hold, whether they are whole, merging and ex
 [bold]Examples[/bold]
   [cyan]sdi store info run[/cyan]                              all stores of a run
   [cyan]sdi store verify run/train[/cyan]                      read every byte
+  [cyan]sdi store verify run --report run/report.html[/cyan]   and check a report
   [cyan]sdi store merge part-a/train part-b/train --out run/train[/cyan]
   [cyan]sdi store export run/train train.npz[/cyan]            for numpy
 """
@@ -141,9 +142,18 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     cls=SubCommand,
     help="Read every byte of stores, and of a run's score table; exit status 1 and one line per problem, if any.",
 )
-def verify(stores: Stores, as_json: Json = False) -> None:
+def verify(
+    stores: Stores,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also check a file of sdi report against the (one) run."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Print problems on stdout, one a line."""
     folders = _stores(stores)
+    if report is not None and (len(stores) != 1 or folders == stores):
+        fail("report: goes with one run's folder, the one that the report was made from")
     with console(json_output=True).status("starting"):
         from stepinfluence.app.runs.scores import SCORES, description_path, scores_problem
         from stepinfluence.store import verify as find_problems
@@ -154,6 +164,8 @@ def verify(stores: Stores, as_json: Json = False) -> None:
         if table.is_file() or description_path(table).is_file():
             problem = scores_problem(table)
             found[str(table)] = [] if problem is None else [problem]
+    if report is not None:
+        found[str(report)] = _report_problems(stores[0], report)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -164,6 +176,15 @@ def verify(stores: Stores, as_json: Json = False) -> None:
                 console(json_output=True).print(f"{name}: all well", soft_wrap=True)
     if any(found.values()):
         raise typer.Exit(FAILED_CHECK)
+
+
+def _report_problems(run: Path, report: Path) -> list[str]:
+    """What of a report does not fit a run's stores."""
+    from stepinfluence.app.view.explore import Explorer
+    from stepinfluence.app.view.explore.audit import problems, splits
+
+    train, query = splits(report)
+    return problems(Explorer.open(run, train=train, query=query), report)
 
 
 @app.command(

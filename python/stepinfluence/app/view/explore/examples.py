@@ -79,13 +79,19 @@ class Side:
         if offset < 0 or not 1 <= limit <= MOST_ROWS:
             raise ValueError(f"limit: got offset {offset} and limit {limit}; use 0 or more, and 1 to {MOST_ROWS}")
         rows = self._matching(find) if find else range(len(self))
-        items = []
-        for row in rows[offset : offset + limit]:
-            said = self._answers.get(row)
-            right = None if said is None else said.right
-            loss = number(self.losses[-1][row])
-            items.append({**self.short(row), "loss": loss, "failed": row in self.failed, "right": right})
+        items = [self.entry(row) for row in rows[offset : offset + limit]]
         return {"total": len(rows), "more": bool(find) and len(rows) >= MOST_FOUND, "items": items}
+
+    def entry(self, row: int) -> dict[str, Any]:
+        """One example as a list shows it."""
+        said = self._answers.get(row)
+        right = None if said is None else said.right
+        return {
+            **self.short(row),
+            "loss": number(self.losses[-1][row]),
+            "failed": row in self.failed,
+            "right": right,
+        }
 
     def _matching(self, find: str) -> list[int]:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from stepinfluence.app.view.explore import everything
 from stepinfluence.app.view.explore.agreement import agreement, errors
 from stepinfluence.app.view.explore.answers import Explorer
+from stepinfluence.app.view.explore.audit import DIGESTS, SPLITS, sealed_overview
 from stepinfluence.app.view.explore.examples import MOST_ROWS
 from stepinfluence.app.view.explore.model import exact
 from stepinfluence.app.view.explore.scored import ALIKE, BY_SIZE, What
@@ -41,11 +43,18 @@ def render_page(overview: dict[str, Any], answers: dict[str, Any] | None = None)
     """
     reach = "'none'" if answers else "'self'"
     data = {"overview": overview, "answers": answers}
-    return render(__package__, "explore", data, scripts=SCRIPTS, reach=reach, title=overview["title"])
+    values = {name: overview.get(name, {}) for name in (SPLITS, DIGESTS)}
+    return render(__package__, "explore", data, scripts=SCRIPTS, reach=reach, title=overview["title"], **values)
 
 
 def saved_answers(
-    explorer: Explorer, *, queries: int = 50, exactly: bool = False, by_token: bool = False, progress: bool = True
+    explorer: Explorer,
+    *,
+    queries: int = 50,
+    rows: Sequence[int] | None = None,
+    exactly: bool = False,
+    by_token: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """The answers that a page without a server needs, for the first queries that have features.
 
@@ -53,16 +62,22 @@ def saved_answers(
     the full trajectories of these. Filtering in the page ranks these examples only.
 
     Args:
+        queries: how many.
+        rows: these queries instead.
         exactly: also recompute the influence of the leading examples from the model.
         by_token: also compute the influence of the tokens of the first examples, from the model.
 
     Raises:
+        ValueError: a query has no features, or there is no such row.
         StepInfluenceError: the model must not be run, or as for :mod:`.model`.
     """
     if not 1 <= queries <= MOST_ROWS:
         raise ValueError(f"queries: got {queries}; use 1 to {MOST_ROWS}")
     side = explorer.sides["query"]
-    rows = [row for row in range(min(MOST_ROWS, len(side))) if row not in side.failed][:queries]
+    if rows is None:
+        rows = [row for row in range(min(MOST_ROWS, len(side))) if row not in side.failed][:queries]
+    for row in rows:
+        explorer.scored.require_query(row)
     scores = [score["key"] for score in explorer.overview()["scores"]]
     kept: dict[str, Any] = {}
     for row in tqdm(rows, desc="queries", delay=2, disable=not progress):
@@ -77,10 +92,8 @@ def saved_answers(
     together = {
         score: {w: everything.overall(explorer, score=score, weights=w) for w in (ALIKE, BY_SIZE)} for score in scores
     }
-    wanted = set(rows)
-    items = [e for e in explorer.queries(limit=MOST_ROWS)["items"] if e["row"] in wanted]
     return {
-        "queries": items,
+        "queries": [side.entry(row) for row in sorted(rows)],
         "of": len(explorer.query),
         "byQuery": kept,
         "overall": together,
@@ -163,10 +176,14 @@ def write_page(
     path: Path,
     *,
     queries: int = 50,
+    rows: Sequence[int] | None = None,
     exactly: bool = False,
     by_token: bool = False,
     progress: bool = True,
 ) -> None:
-    """Write a self-contained page; arguments and errors as for :func:`saved_answers` and :func:`render_page`."""
-    answers = saved_answers(explorer, queries=queries, exactly=exactly, by_token=by_token, progress=progress)
-    path.write_text(render_page(explorer.overview(), answers), encoding="utf-8")
+    """Write a self-contained page; arguments and errors as for :func:`saved_answers` and :func:`render_page`.
+
+    The page names the run's stores by their digests: :func:`.audit.problems` checks it against them.
+    """
+    answers = saved_answers(explorer, queries=queries, rows=rows, exactly=exactly, by_token=by_token, progress=progress)
+    path.write_text(render_page(sealed_overview(explorer, answers), answers), encoding="utf-8")
