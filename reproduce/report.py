@@ -71,6 +71,8 @@ def number(value: float | str) -> str:
 
 def _results(run: Run[Any], outcome: Outcome, command: str) -> dict[str, Any]:
     config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+    if config["config"].get("data"):  # the name of the user's data, not where it lies
+        config["config"]["data"] = Path(config["config"]["data"]).name
     return {
         **config,
         "command": command,

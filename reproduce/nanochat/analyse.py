@@ -11,7 +11,7 @@ import numpy as np
 from stepinfluence.models.gpt import LoopedGPTConfig
 
 from reproduce.arrays import Array
-from reproduce.base import Comparison, Outcome, Run
+from reproduce.base import Comparison, Outcome, Result, Run
 from reproduce.nanochat import figures
 from reproduce.nanochat.config import Config, Variant
 from reproduce.nanochat.corpus import Corpus
@@ -39,16 +39,21 @@ class Found:
     Attributes:
         variant: which.
         history: update, training loss (nats), loop count.
-        sdi: loop count -> ``(N, Q, steps)``.
+        scores: loop count -> what :func:`.measure.influence_by_step` returns.
         loss: of the queries at 1, 2, ... loop steps, last checkpoint; nats per token.
         loop: contraction of the loop and weight of its state (:func:`.dynamics.dynamics`).
     """
 
     variant: Variant
     history: list[list[float]]
-    sdi: Mapping[int, Array]
+    scores: Mapping[int, Result]
     loss: list[float]
     loop: Mapping[str, float]
+
+    @property
+    def sdi(self) -> dict[int, Array]:
+        """Loop count -> ``(N, Q, steps)``."""
+        return {steps: found["sdi"] for steps, found in self.scores.items()}
 
 
 def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Outcome:
