@@ -34,6 +34,11 @@ class Variant:
     trained: bool = True
     horizons: tuple[int, ...] = ()
 
+    @property
+    def key(self) -> str:
+        """The name as files and stages have it."""
+        return self.name.replace(" ", "-")
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -160,19 +165,19 @@ CONFIGS = {
     "gsm8k": Config(
         model=_model(96, 4, 320, vocab_size=4096),
         pretraining=StageConfig(updates=700, checkpoints=1),
-        mid_training=StageConfig(updates=1300, checkpoints=1),
-        fine_tuning=StageConfig(updates=2000, checkpoints=20),
+        mid_training=StageConfig(updates=800, checkpoints=1),
+        fine_tuning=StageConfig(updates=1200, checkpoints=20),
         questions_as_text=True,
         spelling_tasks=4000,
         tokenizer="bpe",
         batch=1,
         embedding_lr=0.05,
-        horizons=(2, 3, 4, 8, 12, 16),
+        horizons=(2, 4, 8, 16),
         stride=5,
         dense=(4,),
         curvature=True,
-        train_examples=16,
-        query_examples=20,
+        train_examples=14,
+        query_examples=16,
         variants=(Variant("protocol"), Variant("untrained", adapter="random", trained=False)),
     ),
     # Mid-training and fine-tuning of the paper are one stage here, on the conversations of the user's file.

@@ -150,6 +150,13 @@ class Corpus:
             chosen.append(_rows(rows, rows["tokens"].ne(IGNORED).sum(1).argsort(stable=True)))
         return chosen[0], chosen[1]
 
+    def mean_tokens(self, stage: Stage) -> float:
+        """Tokens that an example of a stage has, padding not counted."""
+        if stage == "pretraining":
+            return float(self.config.model.sequence_len)
+        source = self.mixture if stage == "mid-training" else self.rendered[0]
+        return float(source.rows["tokens"].ne(IGNORED).sum(1).float().mean())
+
     def counts(self) -> dict[str, dict[str, int]]:
         """By split: conversations given, used, and dropped as they do not fit into a sequence."""
         if not self.fine_tuned:

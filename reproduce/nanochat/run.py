@@ -25,7 +25,7 @@ def run(run: Run[Config]) -> Outcome:
         raise ValueError("data: the text has changed since this run began; choose another folder, or pass --fresh")
     found: dict[str, Found] = {}
     for variant in config.variants:
-        key = variant.name.replace(" ", "-")
+        key = variant.key
         train = partial(training.train, config, variant, corpus, run.checkpoints, run.announce)
         trained = run.stage(f"training-{key}", train)
         paths = [run.checkpoints / name for name in trained["checkpoints"]]

@@ -59,7 +59,7 @@ def train(
     Raises:
         ValueError: training diverged.
     """
-    model, key = make_model(config, variant), variant.name.replace(" ", "-")
+    model, key = make_model(config, variant), variant.key
     if not variant.trained:
         _save(folder / f"{key}.pt", model, make_optimizers(model, config)[0], 0)
         return {"history": [], "checkpoints": [f"{key}.pt"]}
