@@ -65,7 +65,8 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.all(np.abs(sdi).sum((0, 1)) > 0)  # full backpropagation: no step is cut off
     assert numbers["loss_by_depth"]["protocol"][3] < math.log(MINUTE.model.vocab_size)  # it has learned something
     assert {row[2] for row in numbers["history"]["protocol"]} <= set(range(1, MINUTE.max_loops + 1))
-    rates = [load_checkpoint(p).learning_rate for p in sorted((folder / "checkpoints").glob("protocol-pretraining-*.pt"))]
+    paths = sorted((folder / "checkpoints").glob("protocol-pretraining-*.pt"))
+    rates = [load_checkpoint(path).learning_rate for path in paths]
     assert rates == [pytest.approx(0.02), pytest.approx(0.02 / 1.2)]
 
     monkeypatch.setattr(training, "train", pytest.fail)  # a second run trains nothing
@@ -95,7 +96,8 @@ def test_fine_tuning_on_the_user_s_conversations(tmp_path: Path, conversations: 
             assert bytes(t - 4 for t in answer[:-1]).decode().isdigit()
     folder, results = finish(config, tmp_path / "run")
     assert len(results["numbers"]["history"]["protocol"]) == 10
-    assert all("fine-tuning" in path.name for path in (folder / "checkpoints").glob("*-0*.pt") if "pre" not in path.name)
+    saved = {path.stem.rpartition("-")[0] for path in (folder / "checkpoints").glob("*-0*.pt")}
+    assert saved == {"protocol-pretraining", "protocol-fine-tuning"}
     made = np.load(folder / "stages" / "sdi-protocol-3.npz")
     assert made["sdi"].shape == made["corrected"].shape == (6, 5, 3)
     assert not np.allclose(made["sdi"], made["corrected"], rtol=0.5)
