@@ -90,4 +90,6 @@ def _seconds(run: Run[Config], prefix: str) -> float:
 
 def millions(count: float) -> str:
     """``1.7M``, ``435k``."""
+    if count < 1e3:
+        return f"{count:.0f}"
     return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"

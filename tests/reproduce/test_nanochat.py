@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ from stepinfluence.attribution.checkpoints import load_checkpoint
 from stepinfluence.attribution.scoring import influence_over_checkpoints
 from stepinfluence.capture import attach
 from stepinfluence.models import LoopedGPT
+from typer.testing import CliRunner
 
+from reproduce.__main__ import app
 from reproduce.base import Run
 from reproduce.nanochat import training
 from reproduce.nanochat.analyse import body_parameters, parameters
 from reproduce.nanochat.config import CONFIGS, Config, StageConfig, Variant
 from reproduce.nanochat.corpus import batches, load
+from reproduce.nanochat.distance import distances
 from reproduce.nanochat.measure import dynamics, influence_by_step
 from reproduce.nanochat.run import run
 from reproduce.nanochat.text import ASSISTANT, DOCUMENT, END
@@ -114,6 +118,31 @@ def test_fine_tuning_on_the_user_s_conversations(tmp_path: Path, conversations: 
     assert numbers["data"]["conversations"]["train"] == {"given": 7, "used": 7, "dropped": 0}
     assert results["config"]["data"] == "sums.jsonl"
     assert str(tmp_path) not in text + json.dumps(results)
+
+
+def test_results_do_not_say_where_data_lies(tmp_path: Path, conversations: str) -> None:
+    arguments = ["nanochat", "--scale", "minute", "--data", conversations, "--out", str(tmp_path / "run"), "--json"]
+    made = CliRunner().invoke(app, arguments)
+    assert made.exit_code == 0, made.output
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["command"] == "python -m reproduce nanochat --scale minute --seed 0 --data sums.jsonl"
+    for name in ("results.json", "report.md", "report.html"):
+        assert str(tmp_path) not in (tmp_path / "run" / name).read_text()
+
+
+def test_distance_from_the_paper_by_hand() -> None:
+    timings = {
+        name: {"cpu_seconds": s} for name, s in (("sdi-protocol-2", 3.8), ("sdi-protocol-4", 5.0), ("sdi-x-2", 9))
+    }
+    run = SimpleNamespace(config=MINUTE, timings=timings)
+    scores = {2: {"checkpoints": ["a", "b"]}, 4: {"checkpoints": ["b"]}}
+    rows = {d.what: d for d in distances(run, load(MINUTE), scores, 1000)}  # type: ignore[arg-type]
+    # 8.8 s for (2 x 2 + 4 x 1) x 11 steps of examples; the paper has 135 x 71 x 2048.
+    assert rows["loop counts"].needed.endswith("would take 545 hours")
+    assert rows["checkpoints of the last stage"].here == "2 (and 1 at most loop counts)"
+    assert rows["training"].here == "576 tokens in 6 updates (6 pretraining)"  # batches of 4 passages of 24 tokens
+    assert rows["parameters"].needed.startswith("328335 times")
+    assert "conversations that do not fit" not in rows
 
 
 def test_byte_pair_encoding(tmp_path: Path) -> None:
