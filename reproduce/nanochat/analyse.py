@@ -128,6 +128,7 @@ def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Out
         "lasts": [row.last.value for row in rows[protocol.variant.name].values()],
         "verdict": sentence(tested),
         "deep": deep,
+        "spread": {t: _spread(part["by_checkpoint"]) for t, part in protocol.scores.items()},
         "several": any(len(part["checkpoints"]) > 1 for part in protocol.scores.values()),
         "others": [n for n in found if n != protocol.variant.name and deep in rows[n]],
         "common": sorted(set.intersection(*(set(rows[n]) for n in found))),
@@ -228,6 +229,14 @@ def _stages(config: Config, corpus: Corpus, history: list[list[float]]) -> list[
         })  # fmt: skip
         begin += updates
     return made
+
+
+def _spread(by_checkpoint: Array) -> dict[str, float]:
+    """Of absolute influence ``(K, steps)``: the largest checkpoint's share in the sum, and the median over checkpoints
+    of the last step's share."""
+    each = np.asarray(by_checkpoint, dtype=np.float64)
+    totals = each.sum(1)
+    return {"largest": float(totals.max() / totals.sum()), "last": float(np.median(each[:, -1] / totals))}
 
 
 def _row(sdi: Array, seed: int) -> Row:

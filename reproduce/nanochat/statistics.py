@@ -58,8 +58,9 @@ class Verdict:
         half: of these, where the interval of the last step's signed share lies above one half.
         grows: where absolute influence grows by one rate (:attr:`Growth.shown`).
         compared: tested loop counts at which the untrained model was measured, too.
-        faster, larger: of these, where the rate and the last step's absolute share exceed the untrained model's, the
-            interval of the difference being above zero.
+        faster, slower: of these, where the rate is above or below the untrained model's, the interval of the difference
+            of logarithms lying on one side of zero.
+        larger: of these, where the last step's absolute share is above the untrained model's, in the same sense.
     """
 
     steps: tuple[int, ...]
@@ -67,6 +68,7 @@ class Verdict:
     grows: tuple[int, ...]
     compared: tuple[int, ...]
     faster: tuple[int, ...]
+    slower: tuple[int, ...]
     larger: tuple[int, ...]
 
     @property
@@ -190,7 +192,7 @@ def verdict(sdi: Mapping[int, Array], untrained: Mapping[int, Array], *, seed: i
         seed: of the draws of queries.
     """
     steps = tuple(sorted(t for t in sdi if t >= FIT_STEPS))
-    half, grows, faster, larger = [], [], [], []
+    half, grows, faster, slower, larger = [], [], [], [], []
     for t in steps:
         drawn = draws(sdi[t].shape[1], seed=seed)
         energy = energy_by_query(sdi[t])
@@ -201,12 +203,14 @@ def verdict(sdi: Mapping[int, Array], untrained: Mapping[int, Array], *, seed: i
             grows.append(t)
         if t in untrained:
             other = energy_by_query(untrained[t])
-            if np.all(drawn @ other > 0) and difference(energy, other, log_rate, drawn).low > 0:
-                faster.append(t)
+            if np.all(drawn @ energy > 0) and np.all(drawn @ other > 0):
+                rate = difference(energy, other, log_rate, drawn)
+                faster += [t] * (rate.low > 0)
+                slower += [t] * (rate.high < 0)
             if difference(energy, other, last_share, drawn).low > 0:
                 larger.append(t)
     compared = tuple(t for t in steps if t in untrained)
-    return Verdict(steps, tuple(half), tuple(grows), compared, tuple(faster), tuple(larger))
+    return Verdict(steps, tuple(half), tuple(grows), compared, tuple(faster), tuple(slower), tuple(larger))
 
 
 def _estimate(value: float, resampled: Array) -> Estimate:
@@ -227,10 +231,11 @@ def sentence(tested: Verdict) -> str:
         f"lies above 1, R² is at least {GOOD_FIT})."
     )
     if tested.compared:
+        where = tested.compared
         said += (
-            f" Against the untrained model, at τ = {_listed(tested.compared)}, the rate is larger at "
-            f"{_which(tested.faster, tested.compared)} and the last step's absolute share at "
-            f"{_which(tested.larger, tested.compared)} (the interval of the difference lies above 0)."
+            f" Against the untrained model, at τ = {_listed(where)}, the rate is larger at "
+            f"{_which(tested.faster, where)} and smaller at {_which(tested.slower, where)}, the last step's absolute share "
+            f"larger at {_which(tested.larger, where)} (the interval of the difference lies on that side of 0)."
         )
     return said
 

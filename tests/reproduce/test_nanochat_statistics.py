@@ -100,13 +100,15 @@ def made(rate: float, steps: int, *, seed: int = 0) -> np.ndarray:
 def test_verdict_of_growth_put_in() -> None:
     sdi = {t: made(3.0, t) for t in (2, 4, 8)}
     found = verdict(sdi, {4: made(1.5, 4), 16: made(1.5, 16)}, seed=0)
-    assert found == Verdict((4, 8), (4, 8), (4, 8), (4,), (4,), (4,))
+    assert found == Verdict((4, 8), (4, 8), (4, 8), (4,), (4,), (), (4,))
     assert found.appears
     assert "growth appears**: of τ = 4, 8" in sentence(found)
-    assert "at τ = 4, the rate is larger at all" in sentence(found)
+    assert "at τ = 4, the rate is larger at all and smaller at none, the last step's" in sentence(found)
     same = verdict(sdi, {t: made(3.0, t, seed=1) for t in (4, 8)}, seed=0)
     assert same.appears
-    assert (same.faster, same.larger) == ((), ())
+    assert (same.faster, same.slower, same.larger) == ((), (), ())
+    less = verdict(sdi, {t: made(9.0, t) for t in (4, 8)}, seed=0)
+    assert (less.faster, less.slower, less.larger) == ((), (4, 8), ())
     assert "the rate is larger at none" in sentence(same)
 
 
