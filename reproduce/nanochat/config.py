@@ -176,8 +176,8 @@ CONFIGS = {
         stride=5,
         dense=(4,),
         curvature=True,
-        train_examples=24,
-        query_examples=28,
+        train_examples=14,
+        query_examples=16,
         variants=(Variant("protocol"), Variant("untrained", adapter="random", trained=False)),
     ),
     # Mid-training and fine-tuning of the paper are one stage here, on the conversations of the user's file.

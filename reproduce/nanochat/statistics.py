@@ -234,8 +234,8 @@ def sentence(tested: Verdict) -> str:
         where = tested.compared
         said += (
             f" Against the untrained model, at τ = {_listed(where)}, the rate is larger at "
-            f"{_which(tested.faster, where)} and smaller at {_which(tested.slower, where)}, the last step's absolute share "
-            f"larger at {_which(tested.larger, where)} (the interval of the difference lies on that side of 0)."
+            f"{_which(tested.faster, where)} and smaller at {_which(tested.slower, where)}, the last step's absolute "
+            f"share larger at {_which(tested.larger, where)} (the interval of the difference lies on that side of 0)."
         )
     return said
 
