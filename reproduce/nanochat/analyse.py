@@ -134,6 +134,7 @@ def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Out
         "common": sorted(set.intersection(*(set(rows[n]) for n in found))),
         "beside": beside,
         "corrected": CORRECTED,
+        "dampings": [d for part in protocol.scores.values() for d in part.get("dampings", [])],
         "distances": distances(run, corpus, protocol.scores, parameters(config.model)),
         "some_untrained": bool(untrained),
         "variants_said": [VARIANTS_SAID[name] for name in found if name in VARIANTS_SAID],
