@@ -62,7 +62,8 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Instead of the profile's seed.")] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Your own data, where the experiment takes some (see docs).")
+        Path | None,
+        typer.Option(metavar="PATH", help="Your own file or folder, where the experiment takes some."),
     ] = None,
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="torch threads.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away an earlier run in the folder first.")] = False,
@@ -101,7 +102,7 @@ def run(
         with styled():
             outcome = module.run(task)
         command = f"{PROGRAM} {experiment} --scale {scale} --seed {config.seed}"
-        command += f" --data {data}" if data else ""
+        command += f" --data {data.name}" if data else ""  # where it lies is nobody else's concern
         report = write_report(task, outcome, command)
     finally:
         torch.set_num_threads(before)

@@ -50,6 +50,7 @@ class Outcome:
         comparisons: our numbers beside the paper's.
         body: Markdown of all sections, figures shown as ``![name](figures/name.png)``.
         numbers: everything else worth keeping in ``results.json`` (plain values only).
+        tells_differences: the body has a table of its own of what differs from the paper.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Outcome:
     comparisons: tuple[Comparison, ...]
     body: str
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    tells_differences: bool = False
 
 
 class Run(Generic[ConfigT]):

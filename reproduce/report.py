@@ -59,7 +59,7 @@ def markdown(run: Run[Any], outcome: Outcome, command: str) -> str:
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     lines += [outcome.body.strip(), ""]
-    lines += _below_the_paper(run)
+    lines += [] if outcome.tells_differences else _below_the_paper(run)
     lines += ["## How it was run", "", f"Machine: {machine}.", ""]
     lines += [f"Computing took {wall:.0f} s by the clock and {cpu:.0f} s of processor time:", ""]
     lines += ["| stage | seconds | processor seconds |", "|---|---|---|"]
@@ -86,6 +86,8 @@ def number(value: float | str) -> str:
 
 def _results(run: Run[Any], outcome: Outcome, command: str) -> dict[str, Any]:
     config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+    if config["config"].get("data"):  # the name of the user's data, not where it lies
+        config["config"]["data"] = Path(config["config"]["data"]).name
     return {
         **config,
         "command": command,

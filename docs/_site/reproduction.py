@@ -20,9 +20,11 @@ tables below are taken from the `results.json` of runs that are kept under `docs
 and an analysis of what differs. The experiments are not installed: run them from a clone of the repository.
 
     python -m reproduce {fidelity,parity,sudoku,nanochat,planted,error} --scale cpu
+    python -m reproduce nanochat --scale gsm8k --data FOLDER    # GSM8K's train.jsonl and test.jsonl
+    python -m reproduce {parity,sudoku} --scale hours
     python -m reproduce ... --scale paper            # the paper's configuration, as far as it states one; not run so far
 
-**What was run**: the `cpu` scale of each experiment below, once, on two cores of an AMD EPYC that was shared with other
+**What was run**: the `cpu` scale of each experiment below and the `gsm8k` scale of nanochat, once, on two cores of an AMD EPYC that was shared with other
 work (times by the clock are of that). Where something is trained, models and tasks are smaller
 than the paper's: directions and ratios can be compared, absolute values cannot. **What was not run**: the `paper` scale
 of any. [What of the paper is not done](#what-of-the-paper-is-not-done) is listed at the end.
@@ -59,9 +61,10 @@ Row by row; "smaller" rows are in the tables above at another size than the pape
 | Fig. 2B: energy curves by difficulty | smaller; at most checkpoints the slower decay is not there (report) |
 | Table 1, D.4: 512 + 512 puzzles | smaller: 256 + 256, all rows |
 | D.4: centre of mass and CDF crossings ("auxiliary") | the paper prints no numbers |
-| Fig. 3, D.5: 328.3M-parameter recursive nanochat, three training stages, 82 and 71 checkpoints | smaller: {nanochat}; one stage, text of Python's documentation |
-| §4, D.5: GSM8K, SmolTalk, MMLU, ARC, SpellingBee; 1024 conversations of 2048 tokens; mid-training and fine-tuning | not done: no chat data, no supervised fine-tuning, no assistant-only mask |
-| §4: task accuracy on GSM8K plateaus beyond τ = 4 | not done: held-out loss of the small model instead |
+| Fig. 3, D.5: 328.3M-parameter recursive nanochat, three training stages, 82 and 71 checkpoints | smaller: {nanochat}; {gsm8k} |
+| §4, D.5: GSM8K, SmolTalk, MMLU, ARC, SpellingBee; 1024 conversations of 2048 tokens; mid-training and fine-tuning | smaller: GSM8K and spelling tasks made here, {examples} of {tokens} tokens, both stages; no SmolTalk, MMLU, ARC |
+| Fig. 3 in the mid-training stage | the fine-tuning stage, as §4's text has it |
+| §4: task accuracy on GSM8K plateaus beyond τ = 4 | not done: held-out loss of the small models instead; they do not solve problems |
 | Appendices B, C: lemmas on CountSketch and TensorSketch | derived anew with exact variances, tested by enumeration ([design.md](design.md)); Lemma 1 by Monte Carlo (*error*, above) |
 | comparison with other attribution methods | the paper has none; ours are in [peers.md](peers.md) and [evaluation.md](evaluation.md) |
 """
@@ -88,18 +91,34 @@ def page() -> str:
 
 def _not_done(kept: dict[str, Any]) -> str:
     checkpoints = len(kept["parity"]["config"]["training"]["checkpoint_digits"]) + 1
-    parameters = next(c["note"] for c in kept["nanochat"]["comparisons"] if "parameters" in c["note"]).partition(" ")[0]
-    updates = kept["nanochat"]["config"]["pretraining"]["updates"]
-    text = NOT_DONE.replace("{parity}", f"{checkpoints} checkpoints")
-    return text.replace("{nanochat}", f"{parameters} parameters, {updates} updates")
+    talk = kept["nanochat-gsm8k"]["config"]
+    stages = [talk[name]["updates"] for name in ("pretraining", "mid_training", "fine_tuning")]
+    parts = {
+        "parity": f"{checkpoints} checkpoints",
+        "nanochat": f"{_parameters(kept['nanochat'])}, {kept['nanochat']['config']['pretraining']['updates']} updates of one "
+        "stage, text of Python's documentation",
+        "gsm8k": f"{_parameters(kept['nanochat-gsm8k'])}, {sum(stages):,} updates of three stages, "
+        f"{talk['fine_tuning']['checkpoints']} checkpoints",
+        "examples": f"{talk['train_examples']} + {talk['query_examples']} conversations",
+        "tokens": str(talk["model"]["sequence_len"]),
+    }
+    text = NOT_DONE
+    for name, part in parts.items():
+        text = text.replace(f"{{{name}}}", part)
+    return text
+
+
+def _parameters(results: dict[str, Any]) -> str:
+    note: str = next(c["note"] for c in results["comparisons"] if "parameters" in c["note"])
+    return f"{note.partition(' ')[0]} parameters"
 
 
 def _section(folder: str, results: dict[str, Any]) -> str:
     scale = results["scale"]
     name = folder.removesuffix(f"-{scale}")
-    data = " --data FILE" if results["config"].get("data") else ""
     cpu = sum(t["cpu_seconds"] for t in results["timings"].values())
     wall = sum(t["seconds"] for t in results["timings"].values())
+    data = f" --data {results['config']['data']}" if results["config"].get("data") else ""
     took = f"{cpu / 60:.0f} minutes of processor time, {wall / 60:.0f} by the clock"
     lines = [
         f"\n## {name}{'' if scale == 'cpu' else f', scale `{scale}`'}\n",

@@ -1,4 +1,4 @@
-"""Settings of the looped language model experiment: smoke test, two-core machine, the paper's GPU run."""
+"""Settings of the looped language model experiment: smoke test, two-core machine, GSM8K on it, the paper's GPU run."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ class Variant:
     trained: bool = True
     horizons: tuple[int, ...] = ()
 
+    @property
+    def key(self) -> str:
+        """The name as files and stages have it."""
+        return self.name.replace(" ", "-")
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -54,17 +59,25 @@ class Config:
 
     Attributes:
         model: architecture; ``vocab_size`` must be the tokenizer's.
+        questions_as_text: pretrain on what the users of the training conversations say, too.
+        spelling_tasks: made for mid-training (:mod:`reproduce.nanochat.spelling`).
         tokenizer: ``"bytes"``, or ``"bpe"`` trained on the data.
         pretraining: on documents.
-        fine_tuning: on conversations, where the user's file has some.
+        mid_training: on the conversations and spelling tasks, next-token loss over all tokens.
+        fine_tuning: on conversations, where the user's data has some; only what the assistant says counts.
         batch: examples per update.
         mean_loops, max_loops: of the Poisson-log-normal loop counts in training.
         matrix_lr, embedding_lr, head_lr: nanochat's, the last two for a width of 768 and scaled from there.
         horizons: loop counts (tau) that SDI is computed at.
+        stride: influence is summed over every ``stride``-th checkpoint, counted from the last.
+        dense: loop counts at which it is summed over all checkpoints, whatever the stride.
+        curvature: score by the damped Fisher of each checkpoint, too (docs/curvature.md).
         train_examples, query_examples: sampled for influence; 1024 each in the paper.
+        score_batch: examples at a time when influence is computed.
         sketch_size: m.
         variants: the protocol first, then what it is compared with.
-        data: JSON lines of the user (:mod:`reproduce.nanochat.text`); Python's language reference without.
+        data: JSON lines of the user, or a folder of them (:mod:`reproduce.nanochat.text`); Python's language reference
+            without.
         device: where.
         seed: of everything.
     """
@@ -72,6 +85,9 @@ class Config:
     model: LoopedGPTConfig
     pretraining: StageConfig
     fine_tuning: StageConfig
+    mid_training: StageConfig = StageConfig(0, 0)
+    questions_as_text: bool = False
+    spelling_tasks: int = 0
     tokenizer: Literal["bytes", "bpe"] = "bytes"
     batch: int = 16
     mean_loops: float = 4.0
@@ -80,8 +96,12 @@ class Config:
     embedding_lr: float = 0.2
     head_lr: float = 0.004
     horizons: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16)
+    stride: int = 1
+    dense: tuple[int, ...] = ()
+    curvature: bool = False
     train_examples: int = 64
     query_examples: int = 48
+    score_batch: int = 8
     sketch_size: int = 2048
     variants: tuple[Variant, ...] = (Variant("protocol"),)
     data: str | None = None
@@ -99,11 +119,13 @@ class Config:
             raise ValueError("variants: the first is the protocol; it must be trained")
         if min(self.horizons) < 1 or self.pretraining.updates < 1:
             raise ValueError("horizons, pretraining: loop counts and updates begin at 1")
+        if self.stride < 1 or self.spelling_tasks < 0:
+            raise ValueError("stride, spelling_tasks: pass a stride of at least 1 and no negative number of tasks")
 
 
-def _bytes_model(d_model: int, n_heads: int, tokens: int) -> LoopedGPTConfig:
+def _model(d_model: int, n_heads: int, tokens: int, vocab_size: int = ByteTokenizer.vocab_size) -> LoopedGPTConfig:
     return LoopedGPTConfig(
-        vocab_size=ByteTokenizer.vocab_size, d_model=d_model, n_heads=n_heads, sequence_len=tokens, steps=4,
+        vocab_size=vocab_size, d_model=d_model, n_heads=n_heads, sequence_len=tokens, steps=4,
         initial_state="prelude", norm_state=False, zero_init=True,
     )  # fmt: skip
 
@@ -118,7 +140,7 @@ CONTROLS = (
 
 CONFIGS = {
     "minute": Config(
-        model=_bytes_model(16, 2, 24),
+        model=_model(16, 2, 24),
         pretraining=StageConfig(updates=6, checkpoints=2),
         fine_tuning=StageConfig(updates=4, checkpoints=2),
         batch=4,
@@ -130,13 +152,33 @@ CONFIGS = {
         variants=(Variant("protocol"), Variant("untrained", adapter="random", trained=False)),
     ),
     "cpu": Config(
-        model=_bytes_model(64, 4, 96),
+        model=_model(64, 4, 96),
         pretraining=StageConfig(updates=320, checkpoints=3),
         fine_tuning=StageConfig(updates=120, checkpoints=3),
         batch=12,
         train_examples=48,
         query_examples=36,
         variants=(Variant("protocol"), *CONTROLS),
+    ),
+    # The paper's three stages in miniature. One conversation a batch makes many updates of little time; nanochat's
+    # learning rate of the embedding is too large for so small a batch.
+    "gsm8k": Config(
+        model=_model(96, 4, 320, vocab_size=4096),
+        pretraining=StageConfig(updates=700, checkpoints=1),
+        mid_training=StageConfig(updates=800, checkpoints=1),
+        fine_tuning=StageConfig(updates=1200, checkpoints=20),
+        questions_as_text=True,
+        spelling_tasks=4000,
+        tokenizer="bpe",
+        batch=1,
+        embedding_lr=0.05,
+        horizons=(2, 3, 4, 6, 8, 12, 16),
+        stride=5,
+        dense=(4,),
+        curvature=True,
+        train_examples=14,
+        query_examples=16,
+        variants=(Variant("protocol"), Variant("untrained", adapter="random", trained=False)),
     ),
     # Mid-training and fine-tuning of the paper are one stage here, on the conversations of the user's file.
     "paper": Config(

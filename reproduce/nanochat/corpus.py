@@ -6,27 +6,33 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reproduce.nanochat.config import Config
+from reproduce.nanochat.spelling import spelling_tasks, words
 from reproduce.nanochat.text import (
+    IGNORED,
     BPETokenizer,
     ByteTokenizer,
     Conversation,
     Document,
+    Rendered,
     Tokenizer,
     document_stream,
     python_reference,
     read_records,
     render,
+    trimmed,
     windows,
 )
 
 Batch = dict[str, Tensor]
+Stage = Literal["pretraining", "mid-training", "fine-tuning"]
 HELD_OUT = 0.1
 RecordT = TypeVar("RecordT", Document, Conversation)
 
@@ -47,9 +53,18 @@ class Corpus:
     conversations: tuple[list[Conversation], list[Conversation]]
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those of the configuration that there is data for; influence is measured along the last one."""
+        config, made = self.config, ["pretraining"]
+        if self.conversations[0]:
+            made += ["mid-training"] * (config.mid_training.updates > 0)
+            made += ["fine-tuning"] * (config.fine_tuning.updates > 0)
+        return tuple(made)  # type: ignore[arg-type]  # mypy takes the literals for str
+
+    @property
     def fine_tuned(self) -> bool:
-        """Whether there is a stage on conversations; influence is then theirs."""
-        return bool(self.conversations[0]) and self.config.fine_tuning.updates > 0
+        """Whether there is a stage on conversations alone; influence is then theirs."""
+        return "fine-tuning" in self.stages
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -60,13 +75,23 @@ class Corpus:
         return BPETokenizer(texts, self.config.model.vocab_size)
 
     @cached_property
+    def questions(self) -> list[Document]:
+        """What the users of the training conversations say, as documents, where the configuration pretrains on it."""
+        if not self.config.questions_as_text:
+            return []
+        return [
+            Document(c.source, content) for c in self.conversations[0] for role, content in c.turns if role == "user"
+        ]
+
+    @cached_property
     def streams(self) -> tuple[Tensor, Tensor]:
-        """Tokens of the training and of the held-out documents.
+        """Tokens of the training documents (and questions) and of the held-out documents.
 
         Raises:
             ValueError: too little text for one passage.
         """
-        made = tuple(document_stream(part, self.tokenizer) for part in self.documents)
+        parts = ([*self.documents[0], *self.questions], self.documents[1])
+        made = tuple(document_stream(part, self.tokenizer) for part in parts)
         for which, stream in zip(("training", "held-out"), made, strict=True):
             if len(stream) < self.config.model.sequence_len + 2:
                 raise ValueError(
@@ -75,50 +100,94 @@ class Corpus:
         return made[0], made[1]
 
     @cached_property
-    def rendered(self) -> tuple[Batch, Batch]:
-        """All training and test conversations as rows."""
+    def spelling(self) -> list[Conversation]:
+        """Tasks made from the words of the training conversations."""
+        if not self.config.spelling_tasks:
+            return []
+        known = words(content for c in self.conversations[0] for _, content in c.turns)
+        return spelling_tasks(known, self.config.spelling_tasks, seed=self.config.seed)
+
+    @cached_property
+    def rendered(self) -> tuple[Rendered, Rendered]:
+        """Training and test conversations as rows, without those that do not fit."""
         train, test = (render(part, self.tokenizer, self.config.model.sequence_len) for part in self.conversations)
         return train, test
 
-    def draw(self, *, fine_tuning: bool, size: int, generator: torch.Generator) -> Batch:
-        """A random batch to train on."""
-        if fine_tuning:
-            return _rows(self.rendered[0], torch.randint(len(self.rendered[0]["tokens"]), (size,), generator=generator))
-        return self._passages(0, size, generator)
+    @cached_property
+    def mixture(self) -> Rendered:
+        """What mid-training draws from: training conversations and spelling tasks, all tokens counting."""
+        mixed = [*self.conversations[0], *self.spelling]
+        return render(mixed, self.tokenizer, self.config.model.sequence_len, all_tokens=True)
+
+    @cached_property
+    def tokens_digest(self) -> str:
+        """Of the token ids trained on: a tokenizer that learned otherwise would go on with other training."""
+        made = hashlib.blake2b(self.streams[0].numpy().tobytes(), digest_size=8)
+        if self.fine_tuned:
+            made.update(self.rendered[0].rows["tokens"].numpy().tobytes())
+        return made.hexdigest()
+
+    def draw(self, stage: Stage, *, size: int, rng: np.random.Generator) -> Batch:
+        """A random batch to train on in a stage, no longer than its longest row."""
+        if stage == "pretraining":
+            return self._passages(0, size, rng)
+        source = self.mixture if stage == "mid-training" else self.rendered[0]
+        return trimmed(_rows(source.rows, torch.from_numpy(rng.integers(len(source), size=size))))
 
     def examples(self) -> tuple[Batch, Batch]:
         """The fixed training examples and queries whose influence is measured: conversations of the sources that the
-        test conversations come from, or passages of documents."""
-        generator = torch.Generator().manual_seed(self.config.seed + 2**33)
+        test conversations come from, the shortest first, or passages of documents."""
+        rng = np.random.default_rng((self.config.seed, 3))
         sizes = (self.config.train_examples, self.config.query_examples)
         if not self.fine_tuned:
-            return self._passages(0, sizes[0], generator), self._passages(1, sizes[1], generator)
+            return self._passages(0, sizes[0], rng), self._passages(1, sizes[1], rng)
         sources = {c.source for c in self.conversations[1]}
-        length = self.config.model.sequence_len
-        own = render([c for c in self.conversations[0] if c.source in sources], self.tokenizer, length)
+        own = [c for c in self.conversations[0] if c.source in sources]
+        pools = (render(own, self.tokenizer, self.config.model.sequence_len), self.rendered[1])
         chosen = []
-        for rows, size in zip((own, self.rendered[1]), sizes, strict=True):
-            order = torch.randperm(len(rows["tokens"]), generator=generator)[:size]
-            chosen.append(_rows(rows, order.sort().values))
+        for pool, size in zip(pools, sizes, strict=True):
+            rows = _rows(pool.rows, torch.from_numpy(rng.permutation(len(pool))[:size]))
+            chosen.append(_rows(rows, rows["tokens"].ne(IGNORED).sum(1).argsort(stable=True)))
         return chosen[0], chosen[1]
 
-    def _passages(self, which: int, size: int, generator: torch.Generator) -> Batch:
+    def mean_tokens(self, stage: Stage) -> float:
+        """Tokens that an example of a stage has, padding not counted."""
+        if stage == "pretraining":
+            return float(self.config.model.sequence_len)
+        source = self.mixture if stage == "mid-training" else self.rendered[0]
+        return float(source.rows["tokens"].ne(IGNORED).sum(1).float().mean())
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """By split: conversations given, used, and dropped as they do not fit into a sequence."""
+        if not self.fine_tuned:
+            return {}
+        return {
+            split: {"given": len(given), "used": len(found), "dropped": found.dropped}
+            for split, given, found in zip(("train", "test"), self.conversations, self.rendered, strict=True)
+        }
+
+    def _passages(self, which: int, size: int, rng: np.random.Generator) -> Batch:
         stream, length = self.streams[which], self.config.model.sequence_len
-        return windows(stream, torch.randint(len(stream) - length, (size,), generator=generator), length)
+        return windows(stream, torch.from_numpy(rng.integers(len(stream) - length, size=size)), length)
 
 
 def load(config: Config) -> Corpus:
-    """The user's file, or Python's language reference.
+    """The user's data, or Python's language reference.
 
     Raises:
-        ValueError: the file is damaged, or lacks what the configuration trains on.
+        ValueError: the data is damaged, or lacks what the configuration trains on.
     """
-    documents, conversations = read_records(config.data) if config.data else (python_reference(), [])
     if config.tokenizer == "bpe" and not config.data:
-        raise ValueError("data: this scale trains a vocabulary of its own; pass a file of documents and conversations")
-    name = "the user's file" if config.data else "Python's language reference (pydoc_data.topics)"
-    if not documents:
-        documents, name = python_reference(), f"{name}, after Python's language reference"
+        raise ValueError(
+            "data: this scale trains a vocabulary of its own; pass --data with a folder of train.jsonl and test.jsonl, "
+            "such as GSM8K's (github.com/openai/grade-school-math, grade_school_math/data), or a file of JSON lines"
+        )
+    documents, conversations = read_records(config.data) if config.data else (python_reference(), [])
+    name = "Python's language reference (pydoc_data.topics)"
+    if documents and config.data:
+        name = f"`{Path(config.data).name}`"
+    elif config.data:
+        documents, name = python_reference(), f"`{Path(config.data).name}`, after {name}"
     rng = np.random.default_rng(config.seed)
     train, test = _split(documents, rng)
     asked = _split(conversations, rng)
@@ -127,9 +196,10 @@ def load(config: Config) -> Corpus:
 
 
 def batches(rows: Batch, size: int, device: str) -> list[Batch]:
-    """Consecutive batches of at most ``size`` rows."""
-    count = len(rows["tokens"])
-    return [{k: v[i : i + size].to(device) for k, v in rows.items()} for i in range(0, count, size)]
+    """Consecutive batches of at most ``size`` rows, each no longer than its longest row."""
+    starts = range(0, len(rows["tokens"]), size)
+    parts = [trimmed({k: v[i : i + size] for k, v in rows.items()}) for i in starts]
+    return [{k: v.to(device) for k, v in part.items()} for part in parts]
 
 
 def _split(records: Sequence[RecordT], rng: np.random.Generator) -> tuple[list[RecordT], list[RecordT]]:

@@ -4,12 +4,15 @@ treats its own state: what the adapter lets in, and how fast changes of the stat
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from stepinfluence.attribution.checkpoints import load_checkpoint
-from stepinfluence.attribution.scoring import influence_over_checkpoints
+from stepinfluence.attribution.curvature import Fisher
+from stepinfluence.attribution.scoring import influence
+from stepinfluence.attribution.visiting import visit_checkpoints
 from stepinfluence.capture import attach
 from stepinfluence.models.gpt import LoopedGPT
 from torch import Tensor
@@ -25,18 +28,51 @@ SETTLE = 4
 def influence_by_step(
     config: Config, variant: Variant, corpus: Corpus, paths: list[Path], steps: int
 ) -> dict[str, Any]:
-    """``sdi``: influence summed over the checkpoints, ``(N, Q, steps)``."""
+    """Influence summed over the checkpoints that this loop count takes, with their learning rates.
+
+    Returns:
+        ``sdi``: float32 ``(N, Q, steps)``; ``by_checkpoint``: the sum of absolute influence of each checkpoint and
+        step, ``(K, steps)``; ``checkpoints``: their file names. With a curvature, ``corrected`` and
+        ``corrected_by_checkpoint`` are the same of corrected scores; ``dampings``: relative, one each.
+    """
     model = make_model(config, variant)
     capture = attach(model, body="core", sketch_size=config.sketch_size, seed=config.seed)
-    train, query = (batches(rows, config.batch, config.device) for rows in corpus.examples())
-    scores = influence_over_checkpoints(capture, paths, train, query, at_depth(steps), progress=False)
-    return {"sdi": scores.sdi.cpu().numpy()}
+    train, query = (batches(rows, config.score_batch, config.device) for rows in corpus.examples())
+    chosen, loss_fn = checkpoints_at(config, paths, steps), at_depth(steps)
+    plain: list[Tensor] = []
+    corrected: list[Tensor] = []
+    dampings: list[float] = []
+    with closing(visit_checkpoints(capture, chosen, "optimizer")) as etas:
+        for eta in etas:
+            rows = capture.featurize(train, loss_fn, per_step=False, progress=False)
+            asked = capture.featurize(query, loss_fn, progress=False)
+            plain.append(influence(rows, asked, etas=eta).sdi)
+            if config.curvature:
+                fisher = Fisher.fit(rows)
+                dampings.append(fisher.damping)
+                corrected.append(influence(rows, asked, etas=eta, curvature=fisher).sdi)
+    found: dict[str, Any] = {"checkpoints": [path.name for path in chosen], **_added("sdi", "by_checkpoint", plain)}
+    if config.curvature:
+        found |= {"dampings": dampings, **_added("corrected", "corrected_by_checkpoint", corrected)}
+    return found
+
+
+def _added(total: str, each: str, parts: list[Tensor]) -> dict[str, Any]:
+    return {
+        total: torch.stack(parts).sum(0).cpu().numpy(),
+        each: torch.stack([part.abs().sum((0, 1)) for part in parts]).cpu().numpy(),
+    }
+
+
+def checkpoints_at(config: Config, paths: list[Path], steps: int) -> list[Path]:
+    """Every ``stride``-th checkpoint up to the last; all of them at the loop counts that are to be dense."""
+    return paths if steps in config.dense else paths[:: -config.stride][::-1]
 
 
 @torch.no_grad()
 def loss_by_depth(config: Config, variant: Variant, corpus: Corpus, path: Path) -> dict[str, Any]:
     """``loss``: of the queries, in nats per token, at each loop count up to the largest horizon, at one checkpoint."""
-    model, parts = load(config, variant, path), batches(corpus.examples()[1], config.batch, config.device)
+    model, parts = load(config, variant, path), batches(corpus.examples()[1], config.score_batch, config.device)
     found = []
     for steps in range(1, max(config.horizons) + 1):
         losses = torch.cat([at_depth(steps)(model, part) for part in parts])
@@ -46,7 +82,7 @@ def loss_by_depth(config: Config, variant: Variant, corpus: Corpus, path: Path) 
 
 def dynamics_of(config: Config, variant: Variant, corpus: Corpus, path: Path) -> dict[str, float]:
     """:func:`dynamics` of a checkpoint on the first batch of the queries."""
-    rows = {key: value[: config.batch] for key, value in corpus.examples()[1].items()}
+    rows = batches(corpus.examples()[1], config.score_batch, "cpu")[0]
     return dynamics(load(config, variant, path), rows, seed=config.seed)
 
 

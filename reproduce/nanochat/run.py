@@ -20,21 +20,21 @@ def run(run: Run[Config]) -> Outcome:
 
     config = run.config
     corpus = load(config)
-    known = run.stage("data", lambda: {"digest": corpus.digest})
-    if known["digest"] != corpus.digest:
+    known = run.stage("data", lambda: {"digest": corpus.digest, "tokens": corpus.tokens_digest})
+    if (known["digest"], known.get("tokens")) != (corpus.digest, corpus.tokens_digest):
         raise ValueError("data: the text has changed since this run began; choose another folder, or pass --fresh")
     found: dict[str, Found] = {}
     for variant in config.variants:
-        key = variant.name.replace(" ", "-")
+        key = variant.key
         train = partial(training.train, config, variant, corpus, run.checkpoints, run.announce)
         trained = run.stage(f"training-{key}", train)
         paths = [run.checkpoints / name for name in trained["checkpoints"]]
-        sdi = {}
+        scores = {}
         for steps in variant.horizons or config.horizons:
-            sdi[steps] = run.stage(
+            scores[steps] = run.stage(
                 f"sdi-{key}-{steps}", partial(measure.influence_by_step, config, variant, corpus, paths, steps)
-            )["sdi"]
+            )
         depth = run.stage(f"loss-by-depth-{key}", partial(measure.loss_by_depth, config, variant, corpus, paths[-1]))
         loop = run.stage(f"dynamics-{key}", partial(measure.dynamics_of, config, variant, corpus, paths[-1]))
-        found[variant.name] = Found(variant, trained["history"], sdi, depth["loss"], loop)
+        found[variant.name] = Found(variant, trained["history"], scores, depth["loss"], loop)
     return outcome(run, corpus, found)

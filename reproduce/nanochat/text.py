@@ -7,14 +7,15 @@ English that every user has. A file of the user's is JSON lines, one record a li
     {"question": ..., "answer": ...}                    a conversation of one turn (GSM8K as it is published)
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
 
-each optionally with ``"source"`` (a name) and ``"split"`` (``"train"`` or ``"test"``).
+each optionally with ``"source"`` (a name) and ``"split"`` (``"train"`` or ``"test"``). A folder's ``train.jsonl`` and
+``test.jsonl`` are the two splits.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -119,36 +120,48 @@ def python_reference() -> list[Document]:
 
 
 def read_records(path: Path | str) -> tuple[list[Document], list[Conversation]]:
-    """Documents and conversations of a JSON-lines file (see the module's description).
+    """Documents and conversations of a JSON-lines file, or of a folder's ``train.jsonl`` and ``test.jsonl`` (see the
+    module's description).
 
     Raises:
-        ValueError: the file cannot be read, or a line is none of the kinds of record; names the line.
+        ValueError: a file cannot be read, or a line is none of the kinds of record; names the line.
     """
     path = Path(path)
+    files: list[tuple[Path, Split]] = [(path, "")]
+    if path.is_dir():
+        files = [(path / "train.jsonl", "train"), (path / "test.jsonl", "test")]
     documents: list[Document] = []
     conversations: list[Conversation] = []
+    for file, split in files:
+        for made in _read(file):
+            # A file of a split is of that split, whatever its records say.
+            marked = replace(made, split=split) if split else made
+            if isinstance(marked, Document):
+                documents.append(marked)
+            else:
+                conversations.append(marked)
+    if not documents and not conversations:
+        raise ValueError(f"data: {path} holds no records; pass a file of JSON lines")
+    return documents, conversations
+
+
+def _read(path: Path) -> list[Document | Conversation]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would break lines within strings
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data: {path} cannot be read ({error}); pass a file of JSON lines") from error
+    records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            made = _record(record, f"{path.stem}:{number}")
+            records.append(_record(json.loads(line), f"{path.stem}:{number}"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f'data: line {number} of {path} is no record ({error}); use {{"text": ...}}, {{"question": ..., '
                 f'"answer": ...}} or {{"messages": [...]}}'
             ) from error
-        if isinstance(made, Document):
-            documents.append(made)
-        else:
-            conversations.append(made)
-    if not documents and not conversations:
-        raise ValueError(f"data: {path} holds no records; pass a file of JSON lines")
-    return documents, conversations
+    return records
 
 
 def _record(record: Mapping[str, Any], name: str) -> Document | Conversation:
@@ -197,15 +210,35 @@ def document_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> Tens
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def render(conversations: Sequence[Conversation], tokenizer: Tokenizer, length: int) -> dict[str, Tensor]:
-    """Conversations as rows of tokens, cut off at ``length`` tokens; only what the assistant says counts (paper, D.5).
+@dataclass(frozen=True)
+class Rendered:
+    """Conversations as rows of tokens.
 
-    Returns:
-        ``tokens``, ``targets`` and ``mask``, ``(B, T)``; the mask is 1 where the target belongs to the assistant.
-        Conversations whose answer lies behind the cut are left out.
+    Attributes:
+        rows: ``tokens``, ``targets`` and ``mask``, int64 ``(B, T)``; the mask is 1 where a target counts.
+        dropped: how many conversations are not among the rows, as they do not fit.
+    """
+
+    rows: dict[str, Tensor]
+    dropped: int
+
+    def __len__(self) -> int:
+        return len(self.rows["tokens"])
+
+
+def render(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, length: int, *, all_tokens: bool = False
+) -> Rendered:
+    """Conversations as rows of at most ``length`` tokens. What does not fit as a whole is dropped and counted: of a
+    conversation that is cut off, the answer would be missing or half.
+
+    Args:
+        conversations, tokenizer: what to write, and in which tokens.
+        length: T.
+        all_tokens: count all targets, as in mid-training; otherwise only what the assistant says (paper, D.5).
 
     Raises:
-        ValueError: none is left.
+        ValueError: none fits.
     """
     rows = []
     for conversation in conversations:
@@ -213,16 +246,24 @@ def render(conversations: Sequence[Conversation], tokenizer: Tokenizer, length: 
         for role, content in conversation.turns:
             said = [*tokenizer.encode(content), END]
             ids += [ROLES[role], *said]
-            own += [0, *[int(role == "assistant")] * len(said)]
-        ids, own = ids[: length + 1], own[: length + 1]
-        if any(own[1:]):
+            own += [int(all_tokens), *[int(all_tokens or role == "assistant")] * len(said)]
+        if len(ids) <= length + 1:
             rows.append((ids, own))
     if not rows:
-        raise ValueError(f"length: no conversation's answer begins within {length} tokens; use longer sequences")
+        raise ValueError(
+            f"length: none of {len(conversations)} conversations fits into {length} tokens; use longer sequences"
+        )
     tokens = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
     targets, mask = tokens.clone(), torch.zeros_like(tokens)
     for k, (ids, own) in enumerate(rows):
         end = len(ids) - 1
         tokens[k, :end], targets[k, :end] = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
         mask[k, :end] = torch.tensor(own[1:])
-    return {"tokens": tokens, "targets": targets, "mask": mask}
+    return Rendered({"tokens": tokens, "targets": targets, "mask": mask}, len(conversations) - len(rows))
+
+
+def trimmed(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows without the columns behind the last target that counts in any of them, which causal attention makes
+    irrelevant to the loss."""
+    end = int(rows["mask"].any(0).nonzero().max()) + 1
+    return {key: value[:, :end].contiguous() for key, value in rows.items()}

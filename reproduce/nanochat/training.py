@@ -7,17 +7,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from stepinfluence.files import write_atomically
 from stepinfluence.models.gpt import LoopedGPT, gpt_loss, sample_loop_counts
 from torch import Tensor, nn
 
 from reproduce.nanochat.config import Config, StageConfig, Variant
-from reproduce.nanochat.corpus import Batch, Corpus
+from reproduce.nanochat.corpus import Batch, Corpus, Stage
 
 WARMDOWN = 0.2
 """Share of the updates in which the learning rates fall linearly to zero, as in nanochat."""
+KEEP_EVERY = 100
+"""Updates between two states that a killed run goes on from."""
+Optimizers: TypeAlias = tuple[torch.optim.Optimizer, torch.optim.Optimizer]
 
 
 def make_model(config: Config, variant: Variant) -> LoopedGPT:
@@ -38,7 +43,9 @@ def make_model(config: Config, variant: Variant) -> LoopedGPT:
 def train(
     config: Config, variant: Variant, corpus: Corpus, folder: Path, announce: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Train a variant, saving checkpoints of the last stage.
+    """Train a variant stage by stage, saving checkpoints. A run that was killed goes on from the state that it keeps
+    aside: batches and loop counts are functions of the seed, the stage and the update, so that it comes to the same
+    numbers (to the last bit on one machine and thread count).
 
     Args:
         config, variant, corpus: the run.
@@ -46,57 +53,96 @@ def train(
         announce: told the loss ten times a stage.
 
     Returns:
-        ``history``: update, loss in nats and loop count; ``checkpoints``: file names, in order. An untrained variant
-        has one checkpoint and no history.
+        ``history``: update, loss in nats and loop count; ``checkpoints``: file names of the last stage, in order. An
+        untrained variant has one checkpoint and no history.
 
     Raises:
         ValueError: training diverged.
     """
-    model = make_model(config, variant)
+    model, key = make_model(config, variant), variant.key
     if not variant.trained:
-        names = [f"{variant.name.replace(' ', '-')}.pt"]
-        _save(folder / names[0], model, make_optimizers(model, config)[0], 0)
-        return {"history": [], "checkpoints": names}
-    generator = torch.Generator().manual_seed(config.seed + 2**32)  # not the stream that made the weights
-    history: list[list[float]] = []
-    names = []
-    stages = [("pretraining", config.pretraining, False)]
-    if corpus.fine_tuned:
-        stages.append(("fine-tuning", config.fine_tuning, True))
-    for name, stage, fine_tuning in stages:
-        names = []  # influence is summed over the last stage's
+        _save(folder / f"{key}.pt", model, make_optimizers(model, config)[0], 0)
+        return {"history": [], "checkpoints": [f"{key}.pt"]}
+    aside = folder / f"{key}-state.pt"
+    begun = torch.load(aside, map_location="cpu", weights_only=True) if aside.exists() else None
+    history: list[list[float]] = begun["history"] if begun else []
+    if begun:
+        model.load_state_dict(begun["model"])
+    names: list[str] = []
+    for index, name in enumerate(corpus.stages):
+        stage = stage_config(config, name)
+        names = [f"{key}-{name}-{u:06d}.pt" for u in sorted(checkpoint_updates(stage))]
+        if begun and index < begun["stage"]:
+            continue
         optimizers = make_optimizers(model, config)
-        base = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-        counts = sample_loop_counts(
-            config.mean_loops, stage.updates, maximum=config.max_loops, generator=generator
-        ).tolist()
-        for update in range(1, stage.updates + 1):
+        base = [group["lr"] for group in _groups(optimizers)]
+        done = 0
+        if begun and index == begun["stage"]:
+            done = begun["update"]
+            for optimizer, state in zip(optimizers, begun["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        counts = _loop_counts(config, index, stage.updates)
+        for update in range(done + 1, stage.updates + 1):
             factor = learning_rate_factor(update, stage.updates)
-            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            for group, rate in zip(groups, base, strict=True):
+            for group, rate in zip(_groups(optimizers), base, strict=True):
                 group["lr"] = factor * rate
-            batch = corpus.draw(fine_tuning=fine_tuning, size=config.batch, generator=generator)
-            batch = {key: value.to(config.device) for key, value in batch.items()}
-            steps = counts[update - 1]
-            forward = partial(model, steps=steps, bptt_k=variant.bptt_k)
-            loss = gpt_loss(forward, batch).mean()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            history.append([len(history) + 1, float(loss.detach()), steps])
-            if not math.isfinite(history[-1][1]):
+            rng = np.random.default_rng((config.seed, 1, index, update))
+            batch = corpus.draw(name, size=config.batch, rng=rng)
+            loss = _update(model, optimizers, batch, counts[update - 1], variant.bptt_k, config.device)
+            history.append([len(history) + 1, loss, counts[update - 1]])
+            if not math.isfinite(loss):
                 raise ValueError(f"seed: training diverged at update {update} of {name}; try another seed")
             if update in checkpoint_updates(stage):
-                names.append(f"{variant.name.replace(' ', '-')}-{name}-{update:06d}.pt")
-                _save(folder / names[-1], model, optimizers[0], update)
+                _save(folder / f"{key}-{name}-{update:06d}.pt", model, optimizers[0], update)
             if update % max(1, stage.updates // 10) == 0:
                 recent = [row[1] for row in history[-max(1, stage.updates // 10) :]]
                 announce(f"{variant.name}: {name} {update}/{stage.updates}, loss {sum(recent) / len(recent):.3f}")
+            if update % KEEP_EVERY == 0 or update == stage.updates:
+                kept = {
+                    "model": model.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "stage": index, "update": update, "history": history,
+                }  # fmt: skip
+                write_atomically(aside, partial(torch.save, kept))
     return {"history": history, "checkpoints": names}
 
 
-def make_optimizers(model: LoopedGPT, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+def stage_config(config: Config, name: Stage) -> StageConfig:
+    """Settings of a stage."""
+    by_name = {
+        "pretraining": config.pretraining,
+        "mid-training": config.mid_training,
+        "fine-tuning": config.fine_tuning,
+    }
+    return by_name[name]
+
+
+def _update(
+    model: LoopedGPT, optimizers: Optimizers, batch: Batch, steps: int, bptt_k: int | None, device: str
+) -> float:
+    """One update; returns the batch's loss in nats."""
+    batch = {key: value.to(device) for key, value in batch.items()}
+    loss = gpt_loss(partial(model, steps=steps, bptt_k=bptt_k), batch).mean()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def _loop_counts(config: Config, stage: int, updates: int) -> list[int]:
+    """Loop counts of a stage's updates."""
+    seed = int(np.random.SeedSequence((config.seed, 2, stage)).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(seed)
+    counts = sample_loop_counts(config.mean_loops, updates, maximum=config.max_loops, generator=generator)
+    return [int(count) for count in counts]
+
+
+def _groups(optimizers: Optimizers) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def make_optimizers(model: LoopedGPT, config: Config) -> Optimizers:
     """Muon for the matrices of all blocks and the adapter, AdamW for embedding and head, with nanochat's settings."""
     outside = {id(model.embedding.weight), id(model.head.weight)}
     matrices = [p for p in model.parameters() if id(p) not in outside]
@@ -133,4 +179,5 @@ def at_depth(steps: int) -> Callable[[nn.Module, Batch], Tensor]:
 def _save(path: Path, model: LoopedGPT, body_optimizer: torch.optim.Optimizer, update: int) -> None:
     # Of the optimizer only the learning rate is needed again: momentum would double the file.
     optimizer = {"state": {}, "param_groups": body_optimizer.state_dict()["param_groups"]}
-    torch.save({"model": model.state_dict(), "optimizer": optimizer, "update": update}, path)
+    content = {"model": model.state_dict(), "optimizer": optimizer, "update": update}
+    write_atomically(path, partial(torch.save, content))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from reproduce.nanochat.spelling import SOURCES, spelling_tasks, words
 from reproduce.nanochat.text import (
     ASSISTANT,
     DOCUMENT,
@@ -21,6 +23,7 @@ from reproduce.nanochat.text import (
     python_reference,
     read_records,
     render,
+    trimmed,
     windows,
 )
 
@@ -86,19 +89,69 @@ def test_stream_and_windows() -> None:
 
 def test_render_counts_the_assistant_only() -> None:
     talk = Conversation("", (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
-    rows = render([talk], ByteTokenizer(), 14)
+    rows = render([talk], ByteTokenizer(), 14).rows
     a, b, c, d = (ord(x) + 4 for x in "abcd")
     whole = [DOCUMENT, USER, a, END, ASSISTANT, b, END, USER, c, END, ASSISTANT, d, END]
     assert rows["tokens"][0].tolist() == [*whole[:-1], 0, 0]
     assert rows["targets"][0].tolist() == [*whole[1:], 0, 0]
     assert rows["targets"][0][rows["mask"][0].bool()].tolist() == [b, END, d, END]
-    short = render([talk, Conversation("", (("user", "a" * 9), ("assistant", "b")))], ByteTokenizer(), 5)
-    assert len(short["tokens"]) == 1  # the other's answer is behind the cut
-    assert short["targets"][0][short["mask"][0].bool()].tolist() == [b]
-    with pytest.raises(ValueError, match="length: no conversation's answer begins within 3 tokens"):
-        render([talk], ByteTokenizer(), 3)
+    everything = render([talk], ByteTokenizer(), 14, all_tokens=True).rows
+    assert everything["mask"][0].tolist() == [1] * 12 + [0, 0]
+    assert torch.equal(everything["tokens"], rows["tokens"])
+
+
+def test_render_drops_what_does_not_fit() -> None:
+    talks = [Conversation("", (("user", "a" * n), ("assistant", "b"))) for n in (1, 9, 2, 3)]
+    found = render(talks, ByteTokenizer(), 8)  # nine tokens with three of the user, the last of them only a target
+    assert (len(found), found.dropped) == (3, 1)
+    assert found.rows["targets"][2].tolist()[-2:] == [ord("b") + 4, END]  # the longest that fits is whole
+    with pytest.raises(ValueError, match="length: none of 4 conversations fits into 3 tokens"):
+        render(talks, ByteTokenizer(), 3)
+
+
+def test_trimmed_rows_end_with_the_longest() -> None:
+    talks = [Conversation("", (("user", "a" * n), ("assistant", "b"))) for n in (1, 3)]
+    rows = render(talks, ByteTokenizer(), 20).rows
+    short = trimmed(rows)
+    assert {value.shape for value in short.values()} == {(2, 8)}
+    assert torch.equal(short["mask"], rows["mask"][:, :8])
+    assert int(rows["mask"][:, 8:].sum()) == 0
+
+
+def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        record = json.dumps({"question": f"{name}\u2028?", "answer": "2"}, ensure_ascii=False)
+        (tmp_path / f"{name}.jsonl").write_text(record + "\n", encoding="utf-8")
+    _, conversations = read_records(tmp_path)
+    assert [(c.turns[0][1], c.split) for c in conversations] == [("train\u2028?", "train"), ("test\u2028?", "test")]
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"test.jsonl cannot be read"):
+        read_records(tmp_path)
 
 
 def test_bpe_needs_room_for_bytes() -> None:
     with pytest.raises(ValueError, match="vocab_size: got 100"):
         BPETokenizer(["text"], 100)
+
+
+def test_spelling_tasks_are_right() -> None:
+    known = words(["A bee saw 3 strawberries;", "the bee, the sea. Under_score"])
+    assert known == ["bee", "saw", "sea", "strawberries", "the"]
+    made = spelling_tasks(known, 200, seed=0)
+    assert made == spelling_tasks(known, 200, seed=0) != spelling_tasks(known, 200, seed=1)
+    assert {c.source for c in made} == set(SOURCES)
+    absent = 0
+    for talk in made:
+        (_, question), (_, answer) = talk.turns
+        if talk.source == "spelling":
+            word = question.removeprefix("Spell the word: ")
+            assert answer == f"{word}:{','.join(word)}"
+            continue
+        asked = re.fullmatch(r"How many (\w) are in the word (\w+)\?", question)
+        assert asked is not None
+        assert answer.endswith(f"#### {asked[2].count(asked[1])}")
+        assert answer.count("hit!") == asked[2].count(asked[1])
+        absent += asked[1] not in asked[2]
+    assert 0 < absent < 20
+    with pytest.raises(ValueError, match="data: the training texts have no words"):
+        spelling_tasks([], 3, seed=0)
