@@ -12,6 +12,7 @@ from stepinfluence.evaluation import Figure
 
 from bench.kronecker import __main__ as command
 
+LOST = ("adder", "majority", "language")
 LENGTH, BEST, HEURISTIC, MIXED = parts.COMPARED.values()
 
 
@@ -33,12 +34,12 @@ def each(results: dict[str, Any], problem: str, how: tuple[str | None, str | Non
 def test_with_the_same_damping_none_is_above(results: dict[str, Any]) -> None:
     for problem in results:
         assert not any(d.low > 0 for d in each(results, problem, LENGTH)), problem
-    for problem in ("adder", "majority"):
+    for problem in LOST:
         assert all(d.high < 0 for d in each(results, problem, LENGTH))
 
 
 def test_none_is_above_where_the_fisher_matters(results: dict[str, Any]) -> None:
-    for problem, how in ((p, h) for p in ("adder", "majority") for h in parts.COMPARED.values()):
+    for problem, how in ((p, h) for p in LOST for h in parts.COMPARED.values()):
         assert not any(d.low > 0 for d in each(results, problem, how)), problem
     assert all(d.high < 0 for d in each(results, "majority", BEST))
 
@@ -54,7 +55,7 @@ def test_on_trm_some_are_above(results: dict[str, Any]) -> None:
 
 def test_sketches_lose_nothing_and_blocks_do(results: dict[str, Any]) -> None:
     for problem, difference in less(results, command.EXACT, LENGTH).items():
-        assert abs(difference.value) < 0.01, problem
+        assert abs(difference.value) < 0.02, problem
     assert less(results, command.EXACT_BLOCKS, LENGTH)["majority"].high < 0
 
 
