@@ -26,7 +26,7 @@ from stepinfluence.attribution.curvature import BlockFisher, Curvature, Fisher
 from stepinfluence.attribution.curvature.factors import Factor, of_rows
 from stepinfluence.capture import ExactCapture
 from stepinfluence.evaluation import linear_datamodeling_score
-from stepinfluence.evaluation.along_training import mean_metric, training_time
+from stepinfluence.evaluation.along_training import mean_metric, time_by_all_updates
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.retraining import Retrainings, draws, training_seed
@@ -89,7 +89,7 @@ def score(trained: Trained) -> Found:
     found, problem, model = Found(), trained.problem, trained.model
     capture = attach(model, body=problem.body(model), sketch_size=SKETCH_SIZE)
     metric = mean_metric(trained)
-    length = 1 / training_time(trained, metric, [target.name for target in capture.targets])
+    length = 1 / time_by_all_updates(trained, metric, [target.name for target in capture.targets])
     _sketched(found, trained, length)
     with found.timing("recorded", "pass"):
         train, query = (record(capture, problem, side) for side in ("train", "query"))

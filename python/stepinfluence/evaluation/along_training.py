@@ -101,7 +101,7 @@ def mean_metric(trained: Trained) -> dict[str, Elementwise]:
     return {name: Elementwise(part) for name, part in training.by_name((total / weight).sqrt()).items()}
 
 
-def training_time(trained: Trained, metric: Mapping[str, Elementwise], names: Iterable[str]) -> float:
+def time_by_all_updates(trained: Trained, metric: Mapping[str, Elementwise], names: Iterable[str]) -> float:
     """The learning rates of all updates, added up, times the mean of :func:`mean_metric`'s squares over parameters."""
     scale = float(torch.cat([metric[name].sqrt.flatten() ** 2 for name in names]).mean())
     recipe = trained.training.recipe
@@ -128,7 +128,7 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
     train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
     query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
-    total = training_time(trained, metric, [block.name for block in train.space.blocks])
+    total = time_by_all_updates(trained, metric, [block.name for block in train.space.blocks])
     fisher = Fisher.fit(train, damping=1.0)
     damped = fisher.with_damping(1 / (total * fisher.factors[0].largest))
     scores = (train.values @ damped.transform(query).values.T).double().numpy()
