@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1]
-ORDER = ("fidelity", "parity", "sudoku", "nanochat", "planted", "error")
+ORDER = ("fidelity", "parity", "sudoku", "nanochat", "planted", "error", "uses")
 
 HEAD = """# Reproduction
 
@@ -19,12 +19,12 @@ The paper's experiments (Kaissis et al., arXiv 2602.10097), each by one command,
 tables below are taken from the `results.json` of runs that are kept under `docs/results`; each has a report with figures
 and an analysis of what differs. The experiments are not installed: run them from a clone of the repository.
 
-    python -m reproduce {fidelity,parity,sudoku,nanochat,planted,error} --scale cpu
+    python -m reproduce {fidelity,parity,sudoku,nanochat,planted,error,uses} --scale cpu
     python -m reproduce nanochat --scale gsm8k --data FOLDER    # GSM8K's train.jsonl and test.jsonl
     python -m reproduce {parity,sudoku} --scale hours
     python -m reproduce ... --scale paper            # the paper's configuration, as far as it states one; not run so far
 
-**What was run**: the `cpu` scale of each experiment below and the `gsm8k` scale of nanochat, once, on two cores of an AMD EPYC that was shared with other
+**What was run**: the `cpu` scale of each experiment below, the `hours` scale of parity and sudoku and the `gsm8k` scale of nanochat, each once, on two cores of an AMD EPYC that was shared with other
 work (times by the clock are of that). Where something is trained, models and tasks are smaller
 than the paper's: directions and ratios can be compared, absolute values cannot. **What was not run**: the `paper` scale
 of any. [What of the paper is not done](#what-of-the-paper-is-not-done) is listed at the end.
@@ -34,9 +34,9 @@ the end and time of every stage. {missing} New runs write them, each stage with 
 """
 
 TAIL = """
-The last two tables have no experiment of the paper behind them. *planted*: a summary of the paper claims results on algorithmic tasks that
+The last three tables have no experiment of the paper behind them. *planted*: a summary of the paper claims results on algorithmic tasks that
 the paper itself does not have, without a protocol. *error*: the same summary fears for deep loops and sparse gradients, and the paper bounds the error of
-checkpoints that share their hashes without measuring it. We define protocols and report what comes out.
+checkpoints that share their hashes without measuring it. *uses*: what the summary says influence by step is good for. We define protocols and report what comes out.
 """
 
 

@@ -67,36 +67,37 @@ def late_numbers(stages: Sequence[Result]) -> dict[str, Any]:
         }
         for what, kinds in first.items()
     }
-    gains: dict[str, dict[str, Estimate]] = {}
-    for of in ("self", "queries"):
-        gains[of] = {
-            other: _over(stages, lambda s, o=of, n=other: s["auc"][LATE][o]["late steps"] - s["auc"][LATE][o][n])  # type: ignore[misc]
-            for other in ("all steps", "early steps")
-        }
-        gains[of]["loss"] = _over(
-            stages,
-            lambda s, o=of: s["auc"][LATE][o]["late steps"] - s["auc"][LATE]["loss"]["loss"],  # type: ignore[misc]
-        )
+    gains = {
+        what: {of: _gains(stages, what, of) for of in ("self", "queries")} for what in (LATE, f"{LATE} against {EARLY}")
+    }
     return {"auc": auc, "gains": gains, "accuracy": _over(stages, lambda s: s["accuracy"])}
 
 
+def _gains(stages: Sequence[Result], what: str, of: str) -> dict[str, Estimate]:
+    """AUC by late steps less that by all steps, by early ones, and by the loss."""
+    others = {"all steps": (of, "all steps"), "early steps": (of, "early steps"), "the loss": ("loss", "loss")}
+    return {
+        name: _over(stages, lambda s, k=kind, o=other: s["auc"][what][of]["late steps"] - s["auc"][what][k][o])  # type: ignore[misc]
+        for name, (kind, other) in others.items()
+    }
+
+
 def late_rows(late: Mapping[str, Any]) -> list[Comparison]:
-    """Rows beside the summary's claim."""
-    names = {"self": "self-influence", "queries": "influence on held-out queries"}
-    rows = [
-        Comparison(
-            f"examples that are wrong late, found by late steps: AUC more than by {other}, {names[of]}",
-            str(gain), "they are spotted", "summary", f"late steps better: {holds(gain)}",
-        )
-        for of, gains in late["gains"].items()
-        for other, gain in gains.items()
-    ]  # fmt: skip
-    told = late["auc"][f"{LATE} against {EARLY}"]
-    rows.append(
-        Comparison("wrong late told from wrong early: AUC by late steps, self-influence",
-                   str(told["self"]["late steps"]), None, "",
-                   f"all steps {told['self']['all steps']}, loss {told['loss']['loss']}")
-    )  # fmt: skip
+    """Rows beside the summary's claim: found among right ones, and told from examples that are wrong early."""
+    names = {"self": "self-influence", "queries": "harm to held-out queries"}
+    asked = {
+        LATE: "examples that are wrong late among right ones",
+        f"{LATE} against {EARLY}": "examples that are wrong late among those that are wrong early",
+    }
+    rows = []
+    for what, question in asked.items():
+        for of, name in names.items():
+            value, gains = late["auc"][what][of]["late steps"], late["gains"][what][of]
+            told = "; ".join(f"than {other} {gain}: {holds(gain)}" for other, gain in gains.items())
+            rows.append(
+                Comparison(f"{question}: AUC by {name} at late steps", str(value), "they are spotted", "summary",
+                           f"more {told}")
+            )  # fmt: skip
     return rows
 
 

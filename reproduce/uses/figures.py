@@ -60,6 +60,8 @@ def probes(stages: Sequence[Result]) -> Figure:
 
 def curriculum(stages: Sequence[Result]) -> Figure:
     """Held-out loss in the course of training, and its difference from the random order's."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     made: Figure
     made, axes = figure(1, 2, width=10.0, height=3.8)
     looks = range(1, len(stages[0][ORDERS[0]]["losses"]) + 1)
@@ -69,6 +71,8 @@ def curriculum(stages: Sequence[Result]) -> Figure:
         _band(axes[0], shares, runs.T.tolist(), colour, order)
         _band(axes[1], shares, (runs - np.array([s["random"]["losses"] for s in stages])).T.tolist(), colour, order)
     axes[0].set(xlabel="share of training", ylabel="held-out loss of the answer, nats", yscale="log")
+    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # math text is off
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[1].set(xlabel="share of training", ylabel="the same, less the random order's")
     axes[0].legend(fontsize=8)
     return made
