@@ -70,7 +70,7 @@ def variants(sdi: Mapping[str, Mapping[int, Array]], losses: Mapping[str, Array]
     axes[0].set_xlabel("loop steps τ")
     axes[0].set_ylabel("share of absolute influence")
     axes[0].set_title("The last step's share", loc="left")
-    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="upper right")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="best")
     if bptt_k is not None:
         axes[1].axvline(bptt_k, color=SOFT, linewidth=0.8, linestyle="--")
     axes[1].set_xlabel("loop steps τ")
