@@ -22,10 +22,10 @@ from stepinfluence.models._parity_data import (
     make_heldout_set,
     make_train_set,
 )
+from stepinfluence.models._parity_resume import HistoryRow
 from stepinfluence.models._parity_training import (
     CheckpointCallback,
     Curriculum,
-    HistoryRow,
     ParityTrainConfig,
     TrainResult,
     train_parity,
