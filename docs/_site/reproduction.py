@@ -62,7 +62,7 @@ Row by row; "smaller" rows are in the tables above at another size than the pape
 | Fig. 3, D.5: 328.3M-parameter recursive nanochat, three training stages, 82 and 71 checkpoints | smaller: {nanochat}; {gsm8k} |
 | §4, D.5: GSM8K, SmolTalk, MMLU, ARC, SpellingBee; 1024 conversations of 2048 tokens; mid-training and fine-tuning | smaller: GSM8K and spelling tasks made here, {examples} of {tokens} tokens, both stages; no SmolTalk, MMLU, ARC |
 | Fig. 3 in the mid-training stage | the fine-tuning stage, as §4's text has it |
-| §4: task accuracy on GSM8K plateaus beyond τ = 4 | not done: held-out loss of the small models instead; they do not solve problems |
+| §4: task accuracy on GSM8K plateaus beyond τ = 4 | not done: held-out loss of the small models instead |
 | Appendices B, C: lemmas on CountSketch and TensorSketch | derived anew with exact variances, tested by enumeration ([design.md](design.md)) |
 | comparison with other attribution methods | the paper has none; ours are in [peers.md](peers.md) and [evaluation.md](evaluation.md) |
 """
@@ -118,7 +118,7 @@ def _section(name: str, results: dict[str, Any]) -> str:
     took = f"{cpu / 60:.0f} minutes of processor time, {wall / 60:.0f} by the clock"
     lines = [
         f"\n## {name}\n",
-        f"`python -m reproduce {results['experiment']} --scale {results['scale']} --seed {results['config']['seed']}{data}`: {took}. [Report with figures](results/{name}/report.md).\n",
+        f"`python -m reproduce {name.partition('-')[0]} --scale {results['scale']} --seed {results['config']['seed']}{data}`: {took}. [Report with figures](results/{name}/report.md).\n",
         "| quantity | ours | paper | where | remark |",
         "|---|---|---|---|---|",
     ]
