@@ -29,7 +29,8 @@ than the paper's: directions and ratios can be compared, absolute values cannot.
 of any. [What of the paper is not done](#what-of-the-paper-is-not-done) is listed at the end.
 
 **Where the kept runs come from.** Each `results.json` has command (then `sdi reproduce`), configuration, seed, versions, CPU, threads, load at
-the end and time of every stage. {missing} New runs write them, each stage with its commit.
+the end and time of every stage. {missing} New runs write them, each stage with its commit. nanochat's
+`cpu` run is of the time before batches were drawn by the number of the update: the command now trains on other batches of the same text.
 """
 
 TAIL = """
