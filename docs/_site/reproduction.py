@@ -30,7 +30,8 @@ than the paper's: directions and ratios can be compared, absolute values cannot.
 of any. [What of the paper is not done](#what-of-the-paper-is-not-done) is listed at the end.
 
 **Where the kept runs come from.** Each `results.json` has command (then `sdi reproduce`), configuration, seed, versions, CPU, threads, load at
-the end and time of every stage. {missing} New runs write them, each stage with its commit.
+the end and time of every stage. {missing} New runs write them, each stage with its commit. nanochat's
+`cpu` run is of the time before batches were drawn by the number of the update: the command now trains on other batches of the same text.
 """
 
 TAIL = """
@@ -64,7 +65,7 @@ Row by row; "smaller" rows are in the tables above at another size than the pape
 | Fig. 3, D.5: 328.3M-parameter recursive nanochat, three training stages, 82 and 71 checkpoints | smaller: {nanochat}; {gsm8k} |
 | §4, D.5: GSM8K, SmolTalk, MMLU, ARC, SpellingBee; 1024 conversations of 2048 tokens; mid-training and fine-tuning | smaller: GSM8K and spelling tasks made here, {examples} of {tokens} tokens, both stages; no SmolTalk, MMLU, ARC |
 | Fig. 3 in the mid-training stage | the fine-tuning stage, as §4's text has it |
-| §4: task accuracy on GSM8K plateaus beyond τ = 4 | not done: held-out loss of the small models instead; they do not solve problems |
+| §4: task accuracy on GSM8K plateaus beyond τ = 4 | not done: held-out loss of the small models instead |
 | Appendices B, C: lemmas on CountSketch and TensorSketch | derived anew with exact variances, tested by enumeration ([design.md](design.md)); Lemma 1 by Monte Carlo (*error*, above) |
 | comparison with other attribution methods | the paper has none; ours are in [peers.md](peers.md) and [evaluation.md](evaluation.md) |
 """

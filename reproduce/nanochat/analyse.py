@@ -19,6 +19,7 @@ from reproduce.nanochat.statistics import (
     GOOD_FIT,
     Estimate,
     Growth,
+    Verdict,
     cancellation,
     draws,
     energy_by_query,
@@ -26,11 +27,13 @@ from reproduce.nanochat.statistics import (
     estimate,
     growth,
     last_share,
+    listed,
     sentence,
     shares,
     signed_by_query,
     signed_profile,
     verdict,
+    which,
 )
 from reproduce.nanochat.training import stage_config
 from reproduce.template import fill
@@ -147,7 +150,7 @@ def outcome(run: Run[Config], corpus: Corpus, found: Mapping[str, Found]) -> Out
     return Outcome(
         title="Where influence sits in a looped language model",
         summary=text.summary,
-        comparisons=_comparisons(config, protocol, rows[protocol.variant.name]),
+        comparisons=_comparisons(config, protocol, rows[protocol.variant.name], tested),
         numbers=_numbers(corpus, found, sets, rows)
         | {"verdict": {**vars(tested), "appears": tested.appears, "sentence": sentence(tested)}},
         body=text.body,
@@ -162,7 +165,7 @@ def _sets(found: Mapping[str, Found]) -> dict[str, dict[int, Array]]:
     return {**sets, CORRECTED: corrected} if corrected else sets
 
 
-def _comparisons(config: Config, protocol: Found, own: Rows) -> tuple[Comparison, ...]:
+def _comparisons(config: Config, protocol: Found, own: Rows, tested: Verdict) -> tuple[Comparison, ...]:
     deep = max(own)
     four = [row.last_four for t, row in own.items() if t > 4]
     here = f"{millions(parameters(config.model))} parameters against 328.3M, {len(protocol.history)} updates"
@@ -176,6 +179,14 @@ def _comparisons(config: Config, protocol: Found, own: Rows) -> tuple[Comparison
                    "half on the last step is a growth of 2; the core shrinks changes of its state by "
                    f"{1 / protocol.loop['contraction']:.2g}"),
     ]  # fmt: skip
+    if tested.steps:
+        comparisons.append(
+            Comparison("τ at which more than half is on the last step, and at which growth has one rate",
+                       f"{which(tested.half, tested.steps)}; {which(tested.grows, tested.steps)} (of "
+                       f"{listed(tested.steps)})", "all", "Fig. 3",
+                       f"an untrained model's rate is exceeded at {which(tested.faster, tested.compared)}"
+                       if tested.compared else "")
+        )  # fmt: skip
     if four:
         comparisons.append(
             Comparison("share of the last four steps, signed, by τ > 4", _range(four), "almost all", "§4",

@@ -225,26 +225,28 @@ def sentence(tested: Verdict) -> str:
         return f"No loop count of {FIT_STEPS} or more was measured, so that nothing is said of Figure 3's growth."
     how = "appears" if tested.appears else "appears in part" if tested.half or tested.grows else "does not appear"
     said = (
-        f"**Figure 3's growth {how}**: of τ = {_listed(tested.steps)}, the last step holds more than half of the "
-        f"signed influence at {_which(tested.half, tested.steps)} (its 95 % interval over queries lies above {HALF}), "
-        f"and absolute influence grows geometrically at {_which(tested.grows, tested.steps)} (the interval of the rate "
+        f"**Figure 3's growth {how}**: of τ = {listed(tested.steps)}, the last step holds more than half of the "
+        f"signed influence at {which(tested.half, tested.steps)} (its 95 % interval over queries lies above {HALF}), "
+        f"and absolute influence grows geometrically at {which(tested.grows, tested.steps)} (the interval of the rate "
         f"lies above 1, R² is at least {GOOD_FIT})."
     )
     if tested.compared:
         where = tested.compared
         said += (
-            f" Against the untrained model, at τ = {_listed(where)}, the rate is larger at "
-            f"{_which(tested.faster, where)} and smaller at {_which(tested.slower, where)}, the last step's absolute "
-            f"share larger at {_which(tested.larger, where)} (the interval of the difference lies on that side of 0)."
+            f" Against the untrained model, at τ = {listed(where)}, the rate is larger at "
+            f"{which(tested.faster, where)} and smaller at {which(tested.slower, where)}, the last step's absolute "
+            f"share larger at {which(tested.larger, where)} (the interval of the difference lies on that side of 0)."
         )
     return said
 
 
-def _which(some: Sequence[int], tested: Sequence[int]) -> str:
+def which(some: Sequence[int], tested: Sequence[int]) -> str:
+    """``"none"``, ``"all"`` of what was tested, or the numbers themselves."""
     if not some:
         return "none"
-    return "all" if list(some) == list(tested) else _listed(some)
+    return "all" if list(some) == list(tested) else listed(some)
 
 
-def _listed(some: Sequence[int]) -> str:
+def listed(some: Sequence[int]) -> str:
+    """Numbers with commas between them."""
     return ", ".join(map(str, some))
