@@ -44,7 +44,7 @@ class Found:
 
     Attributes:
         multiple: puzzles with more than one solution.
-        training, accuracy: results of the stages.
+        training, accuracy, blanks_right: results of the stages.
         evaluations: of the same model, each on puzzles of its own; the report is of the first.
         exact: sketched and exact influence at the last checkpoint.
     """
@@ -52,6 +52,7 @@ class Found:
     multiple: int
     training: Result
     accuracy: Result
+    blanks_right: Result
     evaluations: Sequence[Evaluation]
     exact: Result
 
@@ -162,7 +163,8 @@ def checkpoints(config: Config, found: Found) -> list[Checkpoint]:
 
 
 def accuracies(config: Config, found: Found) -> list[dict[str, Any]]:
-    """Share of boards solved with each budget of loop steps: of each test bin, all test puzzles, training puzzles."""
+    """Share of boards solved with each budget of loop steps: of each test bin, all test puzzles, training puzzles; and
+    of the test puzzles' blanks."""
     blanks, solved = found.split.test.blanks, found.accuracy["test"]
     overall, train = solved.mean(0), found.accuracy["train"]
     return [
@@ -171,6 +173,7 @@ def accuracies(config: Config, found: Found) -> list[dict[str, Any]]:
             "by_bin": [solved[st.in_bin(blanks, b), k].mean() for b in config.bins],
             "all": overall[k],
             "train": train[:, k].mean(),
+            "blanks": found.blanks_right["test"][:, k].mean(),
         }
         for k, budget in enumerate(config.budgets)
     ]
@@ -257,6 +260,7 @@ def outcome(run: Run[Config], found: Found) -> Outcome:
             "result": result,
             "accuracy": accuracy,
             "best": max(accuracy, key=lambda row: row["all"]),
+            "best_blanks": max(accuracy, key=lambda row: row["blanks"]),
             "train_boards": len(found.accuracy["train"]),
             "energies": energy_rows(config, result),
             "checkpoints": each,
@@ -317,6 +321,7 @@ def numbers(config: Config, found: Found, result: Analysis) -> dict[str, Any]:
     return {
         "budgets": list(config.budgets),
         "test_board_accuracy": {**curves, "all": found.accuracy["test"].mean(0).tolist()},
+        "test_blanks_right": found.blanks_right["test"].mean(0).tolist(),
         "train_board_accuracy": found.accuracy["train"].mean(0).tolist(),
         "energy_low_median_high": bands,
         "self_influence": [asdict(q) for q in table.self_influence],

@@ -198,13 +198,13 @@ def equal_quotas(capacities: Sequence[int], total: int) -> list[int]:
 
 
 @torch.no_grad()
-def solved_by_steps(
+def blanks_right_by_steps(
     model: SudokuTransformer, data: SudokuSet, budgets: Sequence[int], *, batch_size: int = 256
-) -> npt.NDArray[np.bool_]:
-    """Which boards are solved after which number of loop steps (paper D.3).
+) -> npt.NDArray[np.float64]:
+    """Share of each board's blank cells that is right after which number of loop steps.
 
-    A board is solved if all its blank cells are right. One pass serves all budgets: a state does not depend on the
-    steps that follow it, so reading it out is the same as running the model with that budget.
+    One pass serves all budgets: a state does not depend on the steps that follow it, so reading it out is the same as
+    running the model with that budget.
 
     Args:
         model: the model, on any device.
@@ -213,7 +213,7 @@ def solved_by_steps(
         batch_size: boards per pass.
 
     Returns:
-        bool ``(N, len(budgets))``.
+        float64 ``(N, len(budgets))``.
 
     Raises:
         ValueError: no budget, or one that is not positive.
@@ -226,15 +226,27 @@ def solved_by_steps(
         [
             np.stack([right[b] for b in budgets], axis=1)
             for batch in data.batches(batch_size, device)
-            for right in [dict(_solved(model, batch, wanted))]
+            for right in [dict(_blanks_right(model, batch, wanted))]
         ]
     )
 
 
-def _solved(
+def solved_by_steps(
+    model: SudokuTransformer, data: SudokuSet, budgets: Sequence[int], *, batch_size: int = 256
+) -> npt.NDArray[np.bool_]:
+    """Which boards are solved, all blanks right, after which number of loop steps (paper D.3): bool ``(N, budgets)``.
+
+    Arguments and errors are those of :func:`blanks_right_by_steps`.
+    """
+    solved: npt.NDArray[np.bool_] = blanks_right_by_steps(model, data, budgets, batch_size=batch_size) == 1
+    return solved
+
+
+def _blanks_right(
     model: SudokuTransformer, batch: dict[str, Tensor], wanted: set[int]
-) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+    blank = batch["tokens"] == 0
     for step, state in enumerate(model.states(batch["tokens"], max(wanted)), start=1):
         if step in wanted:
-            right = model.read_out(state).argmax(-1) + 1 == batch["solution"]
-            yield step, (right | (batch["tokens"] != 0)).all(1).cpu().numpy()
+            right = (model.read_out(state).argmax(-1) + 1 == batch["solution"]) & blank
+            yield step, (right.sum(1).double() / blank.sum(1)).cpu().numpy()

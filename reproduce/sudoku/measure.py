@@ -17,6 +17,7 @@ from reproduce.sudoku.task import (
     SudokuSet,
     SudokuTrainConfig,
     blank_counts,
+    blanks_right_by_steps,
     count_multiple,
     generate,
     load_satnet,
@@ -110,6 +111,11 @@ def accuracy(config: Config, path: Path, split: Parts) -> Arrays:
         "test": solved_by_steps(model, split.test, config.budgets),
         "train": solved_by_steps(model, some, config.budgets),
     }
+
+
+def blanks_right(config: Config, path: Path, split: Parts) -> Arrays:
+    """Share of each test board's blanks that is right after each number of loop steps."""
+    return {"test": blanks_right_by_steps(load_model(config, path), split.test, config.budgets)}
 
 
 def influence_at(config: Config, path: Path, split: Parts, evaluation: int = 0) -> Arrays:

@@ -35,10 +35,11 @@ def run(run: Run[Config]) -> Outcome:
     training = run.stage("training", partial(measure.train, config, split.train, run.checkpoints))
     paths = [run.checkpoints / name for name in training["checkpoints"]]
     accuracy = run.stage("accuracy", partial(measure.accuracy, config, paths[-1], split))
+    blanks = run.stage("blanks-right", partial(measure.blanks_right, config, paths[-1], split))
     rates = training["learning_rates"][-len(config.influence_updates) :]
     evaluations = [_evaluate(run, data, paths[-len(rates) :], rates, number) for number in range(config.evaluations)]
     exact = run.stage("exact", partial(measure.against_exact, config, paths[-1], split))
-    return outcome(run, Found(int(made["multiple"]), training, accuracy, evaluations, exact))
+    return outcome(run, Found(int(made["multiple"]), training, accuracy, blanks, evaluations, exact))
 
 
 def _evaluate(

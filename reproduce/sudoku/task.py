@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from reproduce.sudoku.data import (
     SudokuSet,
+    blanks_right_by_steps,
     equal_quotas,
     load_satnet,
     solved_by_steps,
@@ -25,6 +26,7 @@ __all__ = [
     "SudokuTrainConfig",
     "SudokuTraining",
     "blank_counts",
+    "blanks_right_by_steps",
     "count_multiple",
     "equal_quotas",
     "generate",

@@ -17,6 +17,7 @@ from reproduce.sudoku.task import (
     SudokuSet,
     SudokuTrainConfig,
     blank_counts,
+    blanks_right_by_steps,
     count_multiple,
     equal_quotas,
     generate,
@@ -274,3 +275,6 @@ def test_a_board_is_solved_when_all_its_blanks_are_right(small: SudokuSet) -> No
     model = Oracle(SudokuConfig(2, 3, d_model=8, n_heads=2), small, needed)
     found = solved_by_steps(model, small, [4, 1, 6], batch_size=7)
     np.testing.assert_array_equal(found, needed.numpy()[:, None] <= np.array([4, 1, 6]))
+    shares = blanks_right_by_steps(model, small, [4, 1, 6], batch_size=7)
+    blanks = (small.puzzles == 0).sum(1)[:, None]
+    np.testing.assert_array_equal(shares, np.where(found, 1, (blanks - 1) / blanks))  # the oracle errs in one blank
