@@ -193,18 +193,22 @@ def reproduction() -> str:
             ),
         ],
         [
-            "parity: period of the influence profile on 0101…, of the logit margin",
-            "4; 4",
+            "parity, at the paper's width: accuracy at 40 bits; period of the influence profile on 0101…, of the logit margin",
+            "100 %; 4; 4",
             (
-                f"{comparison('parity', 'period of the summed SDI profile, all checkpoints, loop steps')} over all checkpoints, "
-                f"{comparison('parity', 'period of the summed SDI profile, from the end of the curriculum')} over those from the end "
-                f"of the curriculum on; {comparison('parity', 'period of the logit margin, loop steps')}"
+                f"{comparison('parity-hours', 'accuracy at 40 bits')}; "
+                f"{comparison('parity-hours', 'period of the summed SDI profile, from the end of the curriculum')} from the end of the "
+                f"curriculum on ({comparison('parity-hours', 'period of the summed SDI profile, all checkpoints, loop steps')} over all "
+                f"checkpoints); {comparison('parity-hours', 'period of the logit margin, loop steps')}"
             ),
         ],
         [
-            "Sudoku (6 × 6 here): self-influence of hard over easy training puzzles, medians",
+            "Sudoku: self-influence of hard over easy training puzzles, medians",
             "2.00",
-            comparison("sudoku", "self-influence, hard / easy median"),
+            (
+                f"6 × 6 boards: {comparison('sudoku', 'self-influence, hard / easy median')}; 9 × 9, trained for a twentieth, which "
+                f"solves none: {comparison('sudoku-hours', 'self-influence, hard / easy median')}"
+            ),
         ],
         [
             "language model (435k parameters here): share of the last loop step, signed",

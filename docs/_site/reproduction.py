@@ -26,7 +26,7 @@ and an analysis of what differs. The experiments are not installed: run them fro
 
 **What was run**: the `cpu` scale of each experiment below, the `hours` scale of parity and sudoku and the `gsm8k` scale of nanochat, each once, on two cores of an AMD EPYC that was shared with other
 work (times by the clock are of that). Where something is trained, models and tasks are smaller
-than the paper's: directions and ratios can be compared, absolute values cannot. **What was not run**: the `paper` scale
+than the paper's, or trained for less: directions and ratios can be compared, absolute values cannot. **What was not run**: the `paper` scale
 of any. [What of the paper is not done](#what-of-the-paper-is-not-done) is listed at the end.
 
 **Where the kept runs come from.** Each `results.json` has command (then `sdi reproduce`), configuration, seed, versions, CPU, threads, load at
@@ -53,14 +53,14 @@ Row by row; "smaller" rows are in the tables above at another size than the pape
 | D.1: overhead of featurizing over a plain backward pass on CUDA | not on a GPU; on CPUs in the README's table |
 | §4: "a 1B-parameter model" in FLOPs, 135.1M parameters, 132 effective blocks | errors and conservation at this size; no training (the paper's inputs are random, too) |
 | Fig. 4: errors for six sketch sizes, ten seeds, SDI and TracIn | done at the paper's size, batch 4 (the paper does not state the batch of this figure) |
-| Fig. 1A, D.2: SDI profile of the probe 0101…, 512 training examples, all checkpoints | smaller: width 48 for 256, {parity}; the choice of checkpoints is not stated in the paper and decides the period |
+| Fig. 1A, D.2: SDI profile of the probe 0101…, 512 training examples, all checkpoints | at the paper's width with a fiftieth of the training (`hours`), and width 48, {parity}; the choice of checkpoints is not stated in the paper and decides the period |
 | D.2: the second probe, 1010… | read by the proxy (table in the report); no profile of it is shown, here or in the paper |
-| Fig. 1B: phase portrait and transition matrix | smaller model; drawn in the report |
+| Fig. 1B: phase portrait and transition matrix | done at the paper's width; drawn in the report |
 | D.2: 384 test strings of 40 bits, calibration and evaluation of the proxy | done; there are fewer alternating strings than the paper's counts of them |
-| §4: 100 % at 40 bits | not reached (above); three seeds |
-| Fig. 2A, D.3: board accuracy at 4 to 64 loops, SATNet's 9 × 9 puzzles, width 128, mean of 32 loops | smaller: 6 × 6 boards that we generate, width 64, mean of 8 loops |
+| §4: 100 % at 40 bits | reached at the paper's width, one seed; not by the smaller model, three seeds |
+| Fig. 2A, D.3: board accuracy at 4 to 64 loops, SATNet's 9 × 9 puzzles, width 128, mean of 32 loops | 9 × 9 boards that we generate, width 128, mean of 32 loops (`hours`): trained for a twentieth, it solves none; smaller: 6 × 6, width 64, mean of 8 loops |
 | Fig. 2B: energy curves by difficulty | smaller; at most checkpoints the slower decay is not there (report) |
-| Table 1, D.4: 512 + 512 puzzles | smaller: 256 + 256, all rows |
+| Table 1, D.4: 512 + 512 puzzles | done of the model that solves none; smaller: 256 + 256, all rows |
 | D.4: centre of mass and CDF crossings ("auxiliary") | the paper prints no numbers |
 | Fig. 3, D.5: 328.3M-parameter recursive nanochat, three training stages, 82 and 71 checkpoints | smaller: {nanochat}; {gsm8k} |
 | §4, D.5: GSM8K, SmolTalk, MMLU, ARC, SpellingBee; 1024 conversations of 2048 tokens; mid-training and fine-tuning | smaller: GSM8K and spelling tasks made here, {examples} of {tokens} tokens, both stages; no SmolTalk, MMLU, ARC |
