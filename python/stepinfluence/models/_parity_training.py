@@ -254,21 +254,12 @@ def train_parity(
         ValueError: ``resume`` is of a run with other settings.
     """
     began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = ParityTransformer(config.model)
-    model.to(device)
     train_set = make_train_set(config.max_digits, config.train_per_length, seed=config.seed)
     sampler = _BatchSampler(train_set, config)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
-    curriculum = Curriculum(
-        config.start_digits, config.max_digits, threshold=config.threshold, min_steps=config.min_steps
-    )
-    state = TrainState(config, model, optimizer, curriculum, sampler.generator, final_from=config.max_steps + 1)
+    state = _beginning(config, sampler.generator, device)
     if resume is not None and resume.exists():
         state.take_up(resume)
+    model, optimizer, curriculum = state.model, state.optimizer, state.curriculum
     history = state.history
     parts = config.final_checkpoints + 1
     spread = {round(config.final_steps * part / parts) for part in range(1, parts)} - {0}  # steps of the final phase
@@ -311,6 +302,21 @@ def train_parity(
         checkpoint(config.max_digits if curriculum.complete else curriculum.max_digits - 1)
     model.eval()
     return TrainResult(model, train_set, history, state.checkpoints, curriculum.complete, time.perf_counter() - began)
+
+
+def _beginning(config: ParityTrainConfig, generator: torch.Generator, device: torch.device | str) -> TrainState:
+    """The state before the first step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = ParityTransformer(config.model)
+    model.to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    curriculum = Curriculum(
+        config.start_digits, config.max_digits, threshold=config.threshold, min_steps=config.min_steps
+    )
+    return TrainState(config, model, optimizer, curriculum, generator, final_from=config.max_steps + 1)
 
 
 def _learning_rate(config: ParityTrainConfig, step: int, final_step: int) -> float:
