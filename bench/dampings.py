@@ -7,12 +7,10 @@ On the models that ``python -m bench.evaluate`` has trained (``--folder``); what
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from stepinfluence import attach
 from stepinfluence.attribution.curvature import BlockFisher, Fisher, TrainingTime
 from stepinfluence.evaluation import linear_datamodeling_score
@@ -23,7 +21,8 @@ from stepinfluence.evaluation.retraining import Retrainings, draws, training_see
 from stepinfluence.evaluation.trained import Trained
 from stepinfluence.evaluation.training import checkpoint_updates
 
-from bench.provenance import Provenance, add_output, write
+from bench.of_problem import begun, parser_of
+from bench.provenance import write
 
 GRID = (1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Dampings relative to the largest eigenvalue."""
@@ -34,19 +33,11 @@ CHECKPOINTS = 5
 
 def main() -> None:
     """One problem."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problem", choices=tuple(PROBLEMS))
-    parser.add_argument("--seeds", type=int, default=5, help="independent runs (5)")
+    parser = parser_of(__doc__, PROBLEMS, folder="evaluate")
     parser.add_argument("--subsets", type=int, default=8, help="halves of a seed (8)")
     parser.add_argument("--repeats", type=int, default=2, help="initialisations of every retraining (2)")
-    parser.add_argument("--folder", type=Path, help="of trained models (evaluate-PROBLEM)")
-    known, _ = parser.parse_known_args()
-    add_output(parser, f"dampings-{known.problem}")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # tensors are small: a second thread only waits
-    came_from = Provenance()
-    folder = args.folder or Path(f"evaluate-{args.problem}")
-    found = by_damping(make_problem(args.problem), folder, range(args.seeds), args.subsets, args.repeats)
+    args, came_from = begun(parser, lambda known: f"dampings-{known.problem}", "evaluate")
+    found = by_damping(make_problem(args.problem), args.folder, range(args.seeds), args.subsets, args.repeats)
     for name, values in found.items():
         print(f"{name:20} {np.mean(values):.3f}  {' '.join(f'{value:.3f}' for value in values)}")
     settings = {"seeds": args.seeds, "subsets": args.subsets, "repeats": args.repeats}

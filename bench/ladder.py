@@ -14,14 +14,11 @@ Models that ``python -m bench.evaluate`` has trained are not trained again: give
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import stats
 from stepinfluence import attach, influence
 from stepinfluence.evaluation import evaluate
@@ -32,7 +29,8 @@ from stepinfluence.evaluation.problems import PROBLEMS, make_problem
 from stepinfluence.evaluation.retraining import Retrainings, training_seed
 from stepinfluence.evaluation.trained import Scored, Trained
 
-from bench.provenance import Provenance, add_output, write
+from bench.of_problem import begun, parser_of
+from bench.provenance import write
 
 RUNGS = (
     "SDI, m=2048",
@@ -86,18 +84,11 @@ def by_step(trained: Trained, asked: Sequence[int]) -> dict[str, list[list[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problem", choices=PROBLEMS)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = parser_of(__doc__, PROBLEMS, folder="evaluate")
     parser.add_argument("--subsets", type=int, default=12, help="halves of a seed")
     parser.add_argument("--by-step", type=int, default=2, help="queries of a seed that are asked by loop step")
-    parser.add_argument("--folder", type=Path, help="of trained models (evaluate-PROBLEM)")
-    known, _ = parser.parse_known_args()
-    add_output(parser, f"ladder-{known.problem}")
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # tensors are small: a second thread only waits
-    provenance, problem = Provenance(), make_problem(options.problem)
-    folder = options.folder or Path(f"evaluate-{options.problem}")
+    options, provenance = begun(parser, lambda known: f"ladder-{known.problem}", "evaluate")
+    problem = make_problem(options.problem)
     known = available()
     found = evaluate(
         problem,
@@ -107,12 +98,12 @@ def main() -> None:
         left_out=2,
         flips=0,
         repeats=1,
-        folder=folder,
+        folder=options.folder,
     )
     print(found.markdown())
     agreement = []
     for seed in found.seeds:
-        model = Retrainings(problem, folder).model(seed)
+        model = Retrainings(problem, options.folder).model(seed)
         trained = Trained(problem, model, training_seed(seed, 0))
         agreement.append(by_step(trained, range(options.by_step)))
         print(f"seed {seed}: {json.dumps(agreement[-1])}", flush=True)

@@ -16,7 +16,6 @@ p-value is from permuting, in each seed, which set belongs to which step. Every 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from stepinfluence import attach, influence
 from stepinfluence.evaluation import logit_lens, over_seeds, step_counterfactual
 from stepinfluence.evaluation.metagradient import metagradients
@@ -34,7 +32,8 @@ from stepinfluence.evaluation.retraining import draws, training_seed
 from stepinfluence.evaluation.training import Training
 from torch import nn
 
-from bench.provenance import Provenance, add_output, write
+from bench.of_problem import begun, parser_of
+from bench.provenance import write
 
 Array = npt.NDArray[np.float64]
 MEASURES = ("use", "lens")
@@ -171,20 +170,16 @@ def overlap(records: Sequence[dict[str, Any]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problem", choices=PROBLEMS)
+    parser = parser_of(__doc__, PROBLEMS, folder="steps-removed")
     parser.add_argument("--by", choices=CHOOSERS, default="fisher", help="scores that choose what is left out")
-    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--queries", type=int, default=4, help="of a seed")
-    parser.add_argument("--folder", type=Path, help="of finished trainings (steps-removed-PROBLEM)")
-    known, _ = parser.parse_known_args()
-    add_output(parser, f"steps-removed-{known.problem}{'' if known.by == 'fisher' else f'-{known.by}'}")
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # tensors are small: a second thread only waits
-    provenance = Provenance()
-    folder = options.folder or Path(f"steps-removed-{options.problem}")
+    options, provenance = begun(
+        parser,
+        lambda known: f"steps-removed-{known.problem}{'' if known.by == 'fisher' else f'-{known.by}'}",
+        "steps-removed",
+    )
     problem = make_problem(options.problem)
-    records = run(problem, options.seeds, options.queries, options.by, folder)
+    records = run(problem, options.seeds, options.queries, options.by, options.folder)
     for measure in MEASURES:
         effects = by_seed(records, measure)
         print(f"{measure}: {over_seeds(specificity(effects))}, p = {permutation_p(effects):.4f}")

@@ -10,7 +10,6 @@ the largest eigenvalue, of all blocks or of each; a tenth of each block's mean; 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,8 @@ from torch import Tensor, nn
 
 from bench import dampings as sketched
 from bench.kronecker.factors import FORMS, SHARINGS, Basis, Kronecker, Weight, gradients_of, products, record
-from bench.provenance import Provenance, add_output, write
+from bench.of_problem import begun, parser_of
+from bench.provenance import write
 
 SUBSETS = {"adder": 8, "majority": 12, "language": 12, "trm": 10}
 """Problems, with the halves of a seed that ``bench.dampings`` was kept with."""
@@ -254,20 +254,12 @@ def _losses(trained: Retrainings, seed: int, halves: npt.NDArray[np.bool_], repe
 
 def main() -> None:
     """One problem."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problem", choices=tuple(SUBSETS))
-    parser.add_argument("--seeds", type=int, default=5, help="independent runs (5)")
+    parser = parser_of(__doc__, SUBSETS, folder="evaluate")
     parser.add_argument("--subsets", type=int, help="halves of a seed (as bench.dampings)")
     parser.add_argument("--repeats", type=int, default=2, help="initialisations of every retraining (2)")
-    parser.add_argument("--folder", type=Path, help="of trained models (evaluate-PROBLEM)")
-    known, _ = parser.parse_known_args()
-    add_output(parser, f"kronecker-{known.problem}")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # tensors are small: a second thread only waits
-    came_from = Provenance()
-    folder = args.folder or Path(f"evaluate-{args.problem}")
+    args, came_from = begun(parser, lambda known: f"kronecker-{known.problem}", "evaluate")
     subsets = args.subsets or SUBSETS[args.problem]
-    found = measure(make_problem(args.problem), folder, range(args.seeds), subsets, args.repeats)
+    found = measure(make_problem(args.problem), args.folder, range(args.seeds), subsets, args.repeats)
     for name, values in found["lds"].items():
         print(f"{name:40} {np.mean(values):.3f}  {' '.join(f'{value:.3f}' for value in values)}")
     for name, parts in found["seconds"].items():
