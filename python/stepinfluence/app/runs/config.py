@@ -29,6 +29,7 @@ SUMMED_SPLIT = "train"
 CONFIG_LIMIT = 16 << 20
 
 OnFailure: TypeAlias = Literal["stop", "skip"]
+CurvatureKind: TypeAlias = Literal["fisher", "block", "source", "none"]
 T = TypeVar("T")
 
 
@@ -94,7 +95,7 @@ class RunConfig:
     workspace: int | None = None
     fold: bool = False
     metric: Kind = "sgd"
-    curvature: Literal["fisher", "block", "source", "none"] = "fisher"
+    curvature: CurvatureKind = "fisher"
     damping: float | Literal["training", "auto"] | None = None
     device: str = "auto"
     on_error: OnFailure = "stop"
@@ -111,7 +112,7 @@ class RunConfig:
         if self.workspace is not None and self.workspace < 0:
             raise ConfigError(f"workspace: got {self.workspace}; give a number of bytes, 0 to sketch every use at once")
         _one_of("metric", self.metric, get_args(Kind))
-        _one_of("curvature", self.curvature, ("fisher", "block", "source", "none"))
+        _one_of("curvature", self.curvature, get_args(CurvatureKind))
         if self.damping not in (None, "training"):
             try:
                 checked(self.damping)
