@@ -195,11 +195,11 @@ def over_evaluations(config: Config, results: Sequence[Analysis]) -> dict[str, l
     }
 
 
-def core_hours(config: Config, cpu_seconds: float) -> float:
-    """Of the paper's training, at the rate of this one for a board and loop step (at another width: unknown, NaN)."""
+def core_hours(config: Config, cpu_seconds: float) -> float | None:
+    """Of the paper's training, at the rate of this one for a board and loop step (None: at another width)."""
     paper = CONFIGS["paper"].train
     if (config.train.model.d_model, config.train.model.cells) != (paper.model.d_model, paper.model.cells):
-        return float("nan")
+        return None
     work, whole = (int(train.loop_counts().sum()) * train.batch_size for train in (config.train, paper))
     return cpu_seconds / work * whole / 3600
 
@@ -267,6 +267,7 @@ def outcome(run: Run[Config], found: Found) -> Outcome:
             "more_on_hardest": sum(one.hard > one.easy for one in each),
             "exact": against_exact(found),
             "over": over_evaluations(config, results),
+            "paper_updates": CONFIGS["paper"].train.updates,
             "core_hours": core_hours(config, run.timings["training"]["cpu_seconds"]),
         },
         {"percent": percent, "p_value": p_value, "label": label, "loop_steps": _loop_steps, "span": _span},
