@@ -53,7 +53,7 @@ EXPERIMENTS = {
 SCALES = {
     "minute": "a smoke test in seconds to a minute; the numbers mean nothing",
     "cpu": "smaller than the paper (the report says in what); up to 20 minutes of one core's processor time",
-    "gsm8k": "nanochat in three stages on GSM8K (--data FOLDER); up to 30 minutes of one core's processor time",
+    "gsm8k": "nanochat in three stages on GSM8K (--data FOLDER); up to 60 minutes of one core's processor time",
     "hours": "nearer to the paper (the report says how near); up to 150 minutes of one core's processor time",
     "paper": "the paper's configuration, or what its text leaves of it; meant for a GPU, not run so far",
 }
