@@ -1,4 +1,4 @@
-"""Figures of docs/curvature.md: the ladder, what steps mean, what a fit costs, and Kronecker factors."""
+"""Figures of docs/curvature.md (what a fit costs) and docs/curvature-evidence.md: ladder, steps, Kronecker factors."""
 
 # ruff: noqa: E501  # sentences of the page
 from __future__ import annotations

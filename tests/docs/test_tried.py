@@ -1,4 +1,4 @@
-"""What docs/curvature.md reads of the trial of Kronecker factors holds for what is kept of it."""
+"""What docs/curvature-evidence.md reads of the trial of Kronecker factors holds for what is kept of it."""
 
 from __future__ import annotations
 
