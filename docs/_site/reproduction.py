@@ -86,7 +86,7 @@ def page() -> str:
         else ""
     )
     parts = [HEAD.replace("{missing}", missing)]
-    parts += [_section(folder, results) for folder, results in kept.items()]
+    parts += [_section(folder, results, _repeats(folder)) for folder, results in kept.items()]
     return "".join([*parts, TAIL, _not_done(kept)])
 
 
@@ -114,23 +114,32 @@ def _parameters(results: dict[str, Any]) -> str:
     return f"{note.partition(' ')[0]} parameters"
 
 
-def _section(folder: str, results: dict[str, Any]) -> str:
+def _repeats(folder: str) -> list[dict[str, Any]]:
+    """Results of the same command with other seeds, which have no report here."""
+    paths = sorted((DOCS / "results" / folder / "seeds").glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _section(folder: str, results: dict[str, Any], repeats: list[dict[str, Any]]) -> str:
     scale = results["scale"]
     name = folder.removesuffix(f"-{scale}")
     cpu = sum(t["cpu_seconds"] for t in results["timings"].values())
     wall = sum(t["seconds"] for t in results["timings"].values())
     data = f" --data {results['config']['data']}" if results["config"].get("data") else ""
     took = f"{cpu / 60:.0f} minutes of processor time, {wall / 60:.0f} by the clock"
+    columns = ["ours", *(f"seed {repeat['config']['seed']}" for repeat in repeats), "paper", "where", "remark"]
     lines = [
         f"\n## {name}{'' if scale == 'cpu' else f', scale `{scale}`'}\n",
         f"`python -m reproduce {name} --scale {scale} --seed {results['config']['seed']}{data}`: {took}. [Report with figures](results/{folder}/report.md).\n",
-        "| quantity | ours | paper | where | remark |",
-        "|---|---|---|---|---|",
+        f"| quantity | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
     ]
+    again = [{c["name"]: c["ours"] for c in repeat["comparisons"]} for repeat in repeats]
     for c in results["comparisons"]:
         cells = (
             c["name"],
             _number(c["ours"]),
+            *(_number(values.get(c["name"], "–")) for values in again),
             "–" if c["paper"] is None else _number(c["paper"]),
             c["where"],
             c["note"],
