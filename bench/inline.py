@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.capture import CASES, SKETCH_SIZE, Case, loss_fn, make
-from bench.provenance import Provenance, add_output, machine_line, write
+from bench.provenance import Provenance, add_output, machine_line, machine_slug, write
 
 PLAIN, INLINE, BESIDE = "plain step", "step with inline features", "step, then a featurize call"
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
-    add_output(parser, "inline")
+    add_output(parser, f"inline-{machine_slug()}")
     options = parser.parse_args()
     torch.set_num_threads(1)
     provenance, found = Provenance(), {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 
-from kept import Parts, load, source, table
+from kept import Parts, load, machines, source, table
 
 
 def models() -> str:
@@ -26,16 +26,15 @@ def workspace() -> str:
 
 def inline() -> str:
     """docs/capture.md: what inline features add to a training step."""
-    result = load("inline.json")
-    names = list(next(iter(result["cases"].values()))["ratio"])
-    rows = []
-    for case in result["cases"].values():
-        shape = f"d = {case['d_model']}, {case['steps']} steps, batch {case['batch']}"
-        rows.append([shape, *(f"{case['ratio'][name]:.2f}" for name in names[1:])])
-    return (
-        f"Processor time over a plain forward and backward pass, one thread. {source('inline.json', False, result)}\n\n"
-        + table(["model of bench.capture", *names[1:]], rows)
-    )
+    parts = ["Processor time over a plain forward and backward pass, one thread."]
+    for name, result in machines("inline"):
+        contestants = list(next(iter(result["cases"].values()))["ratio"])[1:]
+        rows = []
+        for case in result["cases"].values():
+            shape = f"d = {case['d_model']}, {case['steps']} steps, batch {case['batch']}"
+            rows.append([shape, *(f"{case['ratio'][contestant]:.2f}" for contestant in contestants)])
+        parts += [source(name, False, result), table(["model of bench.capture", *contestants], rows)]
+    return "\n\n".join(parts)
 
 
 def torch_calls() -> str:
