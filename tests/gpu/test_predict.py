@@ -49,3 +49,10 @@ def test_measured_over_predicted() -> None:
     }
     assert report.over_predicted(record, predict.kept()) == {"fft": f"1.50 ({row['routes']['fft']['bound']})"}
     assert report.over_predicted({**record, "m": 3}, predict.kept()) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_looped_gpt_trades_a_product_for_a_sketch(dtype: torch.dtype) -> None:
+    found = predict.looped_gpt(dtype)
+    assert 2 / 3 < found["predicted"]
+    assert found["met"] == (found["predicted"] <= 1)
