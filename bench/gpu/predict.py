@@ -118,9 +118,8 @@ def predicted(case: Case) -> dict[str, Any]:
 
 
 def looped_gpt(dtype: torch.dtype) -> dict[str, Any]:
-    """Featurizing the paper's looped GPT (135.1M parameters, 32 steps, 128 tokens, m = 2048) over a training step of it,
-    by the products of the linear layers of its body alone: plain training has three of each, featurizing two and a
-    sketch. What both do beside (attention, norms, the layers outside of the loop) brings the ratio nearer to 1."""
+    """Featurizing the paper's looped GPT (135.1M parameters, 32 steps, 128 tokens, m = 2048) over a training step, by the
+    products of the linear layers of its body alone: plain training has three of each, featurizing two and a sketch. What both do beside (attention, norms, the layers outside of the loop) brings the ratio nearer to 1."""
     from stepinfluence.models.gpt import LoopedGPT, LoopedGPTConfig
 
     config = LoopedGPTConfig.paper()
@@ -134,7 +133,7 @@ def looped_gpt(dtype: torch.dtype) -> dict[str, Any]:
             product += row["baselines_ms"]["weight_gradient_gemm"] / tokens
             sketch += min(found["ms"] for found in row["routes"].values()) / tokens
     name = str(dtype)[6:]
-    return {"goal": f"{name}: featurizing the 135.1M looped GPT (32 steps) at most 1.0 of its forward and backward pass",
+    return {"goal": f"{name}: featurizing the 135.1M looped GPT (32 steps) at most 1.0 training step",
             "predicted": (2 * product + sketch) / (3 * product), "met": sketch <= product}  # fmt: skip
 
 
