@@ -118,8 +118,11 @@ def predicted(case: Case) -> dict[str, Any]:
 
 
 def looped_gpt(dtype: torch.dtype) -> dict[str, Any]:
-    """Featurizing the paper's looped GPT (135.1M parameters, 32 steps, 128 tokens, m = 2048) over a training step, by the
-    products of the linear layers of its body alone: plain training has three of each, featurizing two and a sketch. What both do beside (attention, norms, the layers outside of the loop) brings the ratio nearer to 1."""
+    """Featurizing the paper's looped GPT (135.1M parameters, 32 steps, 128 tokens, m = 2048) over a training step.
+
+    By the products of the linear layers of its body alone: plain training has three of each, featurizing two and a
+    sketch. What both do beside (attention, norms, layers outside of the loop) brings the ratio nearer to 1.
+    """
     from stepinfluence.models.gpt import LoopedGPT, LoopedGPTConfig
 
     config = LoopedGPTConfig.paper()
