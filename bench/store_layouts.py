@@ -21,8 +21,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from stepinfluence import ExactCapture, Features, FeatureSpace, allocate_sizes, attach, influence
-from stepinfluence.capture.sketching import make_blocks
-from stepinfluence.capture.targets import Target, make_targets
+from stepinfluence.capture.body.targets import Target, make_targets
+from stepinfluence.capture.recording.sketching import make_blocks
 from stepinfluence.store import STORE_DTYPES, StoreDtype, bytes_per_row, decode, encode, fold
 from torch import Tensor
 

@@ -225,6 +225,22 @@ def test_no_floor_imports_what_is_above_it(floor: str, above: tuple[str, ...]) -
     assert offenders == []
 
 
+def test_the_floors_of_capture_are_in_order() -> None:
+    """docs/architecture.md names them; what lies in ``capture`` itself is on top of all."""
+    floors = ("body", "owners", "uses", "recording", "sharded")
+    home = LIBRARY / "capture"
+    assert {path.parent.name for path in home.glob("*/__init__.py")} == set(floors)
+    offenders = [
+        f"{file.relative_to(home)}: {module}.{name}"
+        for k, floor in enumerate(floors)
+        for file in sorted((home / floor).glob("*.py"))
+        for module, name in architecture.imported(ast.parse(file.read_text(encoding="utf-8")), types=True)
+        if f"{module}.{name}".startswith("stepinfluence.capture")
+        and f"{module}.{name}".split(".")[2] not in floors[: k + 1]
+    ]
+    assert offenders == []
+
+
 @pytest.mark.parametrize("of", ["files", "rooms"])
 def test_imports_go_in_no_circle(of: str) -> None:
     graph = architecture.imports() if of == "files" else architecture.rooms()

@@ -23,8 +23,8 @@ from sdi_kernels import HashFamily
 from stepinfluence.attribution.alignment import places_of, require_repeatable
 from stepinfluence.attribution.checkpoints import load_checkpoint
 from stepinfluence.capture import Capture, ExactCapture, LossFn, attach
-from stepinfluence.capture.batches import infer_batch_size
-from stepinfluence.capture.targets import body_parameters, canonical_name, unwrap
+from stepinfluence.capture.body.batches import infer_batch_size
+from stepinfluence.capture.body.targets import body_parameters, canonical_name, unwrap
 from stepinfluence.errors import BodyError, FeatureMismatchError, LossError
 from stepinfluence.progress import tqdm
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from stepinfluence.app.project_file import checked, describe, kind_of, run_file
-from stepinfluence.capture.targets import Body
+from stepinfluence.capture.body.targets import Body
 from stepinfluence.errors import ProjectError, StepInfluenceError
 
 REQUIRED = {

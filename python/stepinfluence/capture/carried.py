@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stepinfluence.capture.calls import EXPANSIONS, OUTSIDE, STRUCTURE_FACTORIES, changes_in_place
-from stepinfluence.capture.rows import gains_examples
-from stepinfluence.capture.sources import TensorSet, base_of, tensors_in
-from stepinfluence.capture.steps import StepTracker
+from stepinfluence.capture.body.sources import TensorSet, base_of, tensors_in
+from stepinfluence.capture.body.steps import StepTracker
+from stepinfluence.capture.owners.calls import EXPANSIONS, OUTSIDE, STRUCTURE_FACTORIES, changes_in_place
+from stepinfluence.capture.owners.rows import gains_examples
 
 SEVERAL = -2
 """In place of a step: computed from what belongs to several."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepinfluence.capture.state import running
+from stepinfluence.capture.body.state import running
 from stepinfluence.errors import BodyError, LayoutError, LossError, StepInfluenceError, UnsupportedUseError
 
 UNDERFLOW = "in half precision (fp16); multiply the loss by a constant (its scale is yours), or use bfloat16 or float32"

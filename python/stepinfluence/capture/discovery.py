@@ -14,8 +14,8 @@ from torch import nn
 
 from stepinfluence.attribution.features import Features
 from stepinfluence.capture import session
-from stepinfluence.capture.batches import infer_batch_size, length_of, usable
-from stepinfluence.capture.steps import StepTracker
+from stepinfluence.capture.body.batches import infer_batch_size, length_of, usable
+from stepinfluence.capture.body.steps import StepTracker
 from stepinfluence.errors import BodyError
 from stepinfluence.loaders import LossFn
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from stepinfluence.attribution.features import Block, FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, Root, prepare
 from stepinfluence.capture import diagnosis, session
-from stepinfluence.capture.batches import infer_batch_size
-from stepinfluence.capture.calls import OUTSIDE
+from stepinfluence.capture.body.batches import infer_batch_size
+from stepinfluence.capture.body.hooks import read_factors, with_factors
+from stepinfluence.capture.body.steps import Loop, StepTracker
+from stepinfluence.capture.body.targets import Body, body_parameters, find_body, single_device, unwrap
 from stepinfluence.capture.carried import Carried
-from stepinfluence.capture.hooks import read_factors, with_factors
-from stepinfluence.capture.sharding import Sharding
-from stepinfluence.capture.steps import Loop, StepTracker
-from stepinfluence.capture.targets import Body, body_parameters, find_body, single_device, unwrap
+from stepinfluence.capture.owners.calls import OUTSIDE
+from stepinfluence.capture.sharded.layout import Sharding
 from stepinfluence.errors import BodyError, UnsupportedUseError
 
 

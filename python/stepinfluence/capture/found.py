@@ -15,13 +15,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from stepinfluence.capture.calls import OUTSIDE
+from stepinfluence.capture.body.sources import Source
 from stepinfluence.capture.diagnosis import not_finite, not_proportional
-from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.owners import Owners
-from stepinfluence.capture.rows import REDUCED, Use
-from stepinfluence.capture.sinks import GradientSink
-from stepinfluence.capture.sources import Source
+from stepinfluence.capture.owners.calls import OUTSIDE
+from stepinfluence.capture.owners.rows import REDUCED, Use
+from stepinfluence.capture.uses.interceptor import Interceptor
+from stepinfluence.capture.uses.sinks import GradientSink
 from stepinfluence.errors import LayoutError
 
 MAX_EXPONENT = {torch.float16: 3}

@@ -19,17 +19,17 @@ from torch.utils.hooks import RemovableHandle
 
 from stepinfluence.attribution.features import FeatureBuilder, Features
 from stepinfluence.capture import session
-from stepinfluence.capture.batches import fingerprints, infer_batch_size, leaves
+from stepinfluence.capture.body.batches import fingerprints, infer_batch_size, leaves
+from stepinfluence.capture.body.hooks import Hooks
+from stepinfluence.capture.body.sources import Piece, Source
+from stepinfluence.capture.body.taps import has_tap
+from stepinfluence.capture.body.targets import Target
+from stepinfluence.capture.body.threads import one_thread
 from stepinfluence.capture.found import followed_to
-from stepinfluence.capture.hooks import Hooks
-from stepinfluence.capture.recorder import SketchRecorder
-from stepinfluence.capture.rows import Use
+from stepinfluence.capture.owners.rows import Use
+from stepinfluence.capture.recording.recorder import SketchRecorder
+from stepinfluence.capture.recording.sketching import Sketching
 from stepinfluence.capture.sketched_run import VERIFIED_SHARE
-from stepinfluence.capture.sketching import Sketching
-from stepinfluence.capture.sources import Piece, Source
-from stepinfluence.capture.taps import has_tap
-from stepinfluence.capture.targets import Target
-from stepinfluence.capture.threads import one_thread
 from stepinfluence.errors import BodyError, LayoutError, LossError, StepInfluenceError, UnsupportedUseError
 
 if TYPE_CHECKING:

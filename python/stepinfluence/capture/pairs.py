@@ -25,13 +25,13 @@ from sdi_kernels import pairwise_linear_influence
 from stepinfluence.attribution.features import FeatureBuilder
 from stepinfluence.attribution.preconditioners import Elementwise, Factored
 from stepinfluence.capture import session
-from stepinfluence.capture.batches import usable
-from stepinfluence.capture.dense import DenseSink
-from stepinfluence.capture.rows import Use
+from stepinfluence.capture.body.batches import usable
+from stepinfluence.capture.body.sources import Piece, Source
+from stepinfluence.capture.body.targets import Target
+from stepinfluence.capture.owners.rows import Use
+from stepinfluence.capture.recording.dense import DenseSink
 from stepinfluence.capture.sketched import Capture
 from stepinfluence.capture.sketched_run import SketchedRun
-from stepinfluence.capture.sources import Piece, Source
-from stepinfluence.capture.targets import Target
 
 PairRoute: TypeAlias = Literal["auto", "tokens", "gradients"]
 ROUTES: tuple[str, ...] = get_args(PairRoute)

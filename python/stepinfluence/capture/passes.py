@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.capture import diagnosis, session
-from stepinfluence.capture.batches import infer_batch_size, leaves
+from stepinfluence.capture.body.batches import infer_batch_size, leaves
+from stepinfluence.capture.body.sources import ModelTensors
+from stepinfluence.capture.body.steps import StepTracker
+from stepinfluence.capture.body.targets import Target
 from stepinfluence.capture.found import find, how_told
-from stepinfluence.capture.interceptor import Interceptor
-from stepinfluence.capture.row_by_row import per_row
-from stepinfluence.capture.rows import Use
-from stepinfluence.capture.sharding import Sharding
-from stepinfluence.capture.sinks import GradientSink
-from stepinfluence.capture.sources import ModelTensors
-from stepinfluence.capture.steps import StepTracker
-from stepinfluence.capture.tapping import Tapping, nested
-from stepinfluence.capture.targets import Target
-from stepinfluence.capture.usage import Usage
-from stepinfluence.capture.uses import RULES, expand_to_batch
+from stepinfluence.capture.owners.rows import Use
+from stepinfluence.capture.sharded.layout import Sharding
+from stepinfluence.capture.uses.interceptor import Interceptor
+from stepinfluence.capture.uses.row_by_row import per_row
+from stepinfluence.capture.uses.rules import RULES, expand_to_batch
+from stepinfluence.capture.uses.sinks import GradientSink
+from stepinfluence.capture.uses.tapping import Tapping, nested
+from stepinfluence.capture.uses.usage import Usage
 from stepinfluence.errors import LayoutError, UnsupportedUseError
 
 Told: TypeAlias = Literal["followed", "found"]

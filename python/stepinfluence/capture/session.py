@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.attribution.features import FeatureBuilder, Features, FeatureSpace, weights_digest
-from stepinfluence.capture import state
-from stepinfluence.capture.batches import expected_rows, fingerprints, length_of, usable
+from stepinfluence.capture.body import state
+from stepinfluence.capture.body.batches import expected_rows, fingerprints, length_of, usable
+from stepinfluence.capture.body.threads import one_thread
 from stepinfluence.capture.diagnosis import check_parameters
-from stepinfluence.capture.sharding import Sharding
-from stepinfluence.capture.threads import one_thread
+from stepinfluence.capture.sharded.layout import Sharding
 from stepinfluence.errors import BodyError, ExampleLossError, LossError, LossFunctionError
 from stepinfluence.loaders import IdsOf as IdsOf
 from stepinfluence.loaders import LossFn as LossFn
@@ -30,7 +30,7 @@ FeaturizeBatch: TypeAlias = Callable[[FeatureBuilder, Any, "Sequence[Hashable] |
 @contextmanager
 def isolated(model: nn.Module, *, training: bool, sharding: Sharding | None = None) -> Iterator[None]:
     """Run the model without leaving a trace in it: modes, buffers, attributes, weights, gradients, hooks and random
-    state come back as they were (:mod:`stepinfluence.capture.state`).
+    state come back as they were (:mod:`stepinfluence.capture.body.state`).
 
     ``torch.compile``d parts run eagerly within: their parameters' uses could not be seen otherwise.
 
@@ -71,13 +71,13 @@ def begin_pass(model: nn.Module, seed: int, index: int) -> None:
 
 
 def watched(model: nn.Module, watcher: state.Watcher | None = None) -> AbstractContextManager[object]:
-    """Around every forward pass, see :meth:`stepinfluence.capture.state.ModelState.watched`."""
+    """Around every forward pass, see :meth:`stepinfluence.capture.body.state.ModelState.watched`."""
     kept = state.running(model)
     return nullcontext() if kept is None else kept.watched(watcher)
 
 
 def one_batch(model: nn.Module) -> AbstractContextManager[object]:
-    """Around all passes of one batch, see :meth:`stepinfluence.capture.state.ModelState.batch`."""
+    """Around all passes of one batch, see :meth:`stepinfluence.capture.body.state.ModelState.batch`."""
     kept = state.running(model)
     return nullcontext() if kept is None else kept.batch()
 

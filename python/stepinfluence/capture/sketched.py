@@ -14,15 +14,9 @@ from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, prepare
 from stepinfluence.capture import session
-from stepinfluence.capture.discovery import PendingCapture
-from stepinfluence.capture.hooks import read_factors, with_factors
-from stepinfluence.capture.inline import Inline
-from stepinfluence.capture.passes import TappedModel, Told
-from stepinfluence.capture.sharding import Sharding
-from stepinfluence.capture.sketched_run import SketchedRun
-from stepinfluence.capture.sketching import Sketching
-from stepinfluence.capture.steps import Loop, StepTracker
-from stepinfluence.capture.targets import (
+from stepinfluence.capture.body.hooks import read_factors, with_factors
+from stepinfluence.capture.body.steps import Loop, StepTracker
+from stepinfluence.capture.body.targets import (
     Body,
     Layout,
     Target,
@@ -32,7 +26,13 @@ from stepinfluence.capture.targets import (
     single_device,
     unwrap,
 )
-from stepinfluence.capture.threads import one_thread
+from stepinfluence.capture.body.threads import one_thread
+from stepinfluence.capture.discovery import PendingCapture
+from stepinfluence.capture.inline import Inline
+from stepinfluence.capture.passes import TappedModel, Told
+from stepinfluence.capture.recording.sketching import Sketching
+from stepinfluence.capture.sharded.layout import Sharding
+from stepinfluence.capture.sketched_run import SketchedRun
 from stepinfluence.capture.told import Ledger, Uses
 from stepinfluence.capture.verified import Memory
 from stepinfluence.shards import data_pointer
@@ -323,7 +323,7 @@ def attach(
             ``route="shear"`` is for).
         seed: of the hash tables; features are comparable only for equal seeds.
         loop: how steps are counted: ``"entries"``, ``"timeline"`` or ``"manual"`` (see
-            :class:`~stepinfluence.capture.steps.StepTracker`).
+            :class:`~stepinfluence.capture.body.steps.StepTracker`).
         outside: what to do with uses of body parameters outside the loop: ``"error"``, or ``"ignore"`` to leave them
             out (then the steps add up to the gradient through the loop only).
         batch_dim: the dimension that holds the examples in the batch's tensors and in the model's activations.

@@ -14,10 +14,10 @@ from stepinfluence.attribution.features import FeatureBuilder, FeatureSpace
 from stepinfluence.capture import session
 from stepinfluence.capture.discovery import warn_if_the_loop_is_elsewhere
 from stepinfluence.capture.passes import TappedModel, Told
-from stepinfluence.capture.recorder import SketchRecorder
-from stepinfluence.capture.sketching import Sketching
+from stepinfluence.capture.recording.recorder import SketchRecorder
+from stepinfluence.capture.recording.sketching import Sketching
 from stepinfluence.capture.told import Ledger
-from stepinfluence.capture.usage import Usage
+from stepinfluence.capture.uses.usage import Usage
 from stepinfluence.capture.verification import Verification
 from stepinfluence.capture.verified import Checked
 

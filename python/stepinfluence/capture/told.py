@@ -6,8 +6,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stepinfluence.capture.calls import OUTSIDE
-from stepinfluence.capture.rows import Use
+from stepinfluence.capture.owners.calls import OUTSIDE
+from stepinfluence.capture.owners.rows import Use
 
 
 @dataclass(frozen=True)

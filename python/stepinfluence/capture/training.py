@@ -25,7 +25,7 @@ from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import Elementwise, Preconditioner, from_optimizer
 from stepinfluence.attribution.result import Influence
 from stepinfluence.attribution.tally import Tally, Updates
-from stepinfluence.capture.hooks import read_factors
+from stepinfluence.capture.body.hooks import read_factors
 from stepinfluence.capture.inline import Inline, sizes
 from stepinfluence.capture.sketched import Capture
 from stepinfluence.capture.sketched_run import VERIFIED_SHARE

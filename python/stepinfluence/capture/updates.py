@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from stepinfluence.arguments import one_of
+from stepinfluence.capture.body.targets import Target
 from stepinfluence.capture.inline import first_beyond, sketch_of_gradients
-from stepinfluence.capture.sketching import Sketching
-from stepinfluence.capture.targets import Target
+from stepinfluence.capture.recording.sketching import Sketching
 from stepinfluence.errors import LayoutError
 
 Metric: TypeAlias = Literal["sgd", "adam"]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.passes import TappedModel, TappedPass
-from stepinfluence.capture.recorder import SketchRecorder
-from stepinfluence.capture.sketching import Sketching
+from stepinfluence.capture.recording.recorder import SketchRecorder
+from stepinfluence.capture.recording.sketching import Sketching
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from stepinfluence.capture.targets import Body
+from stepinfluence.capture.body.targets import Body
 from stepinfluence.evaluation.training import Recipe, Training
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stepinfluence.attribution.curvature import Fisher
 from stepinfluence.attribution.scoring import influence
 from stepinfluence.capture import ExactCapture, attach
-from stepinfluence.capture.targets import Body, body_parameters, find_body
+from stepinfluence.capture.body.targets import Body, body_parameters, find_body
 from stepinfluence.evaluation.metrics import Estimate, bootstrap
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.loaders import LossFn

@@ -13,7 +13,7 @@ from stepinfluence.attribution.alignment import require_repeatable
 from stepinfluence.attribution.features import Parameters
 from stepinfluence.attribution.result import Influence
 from stepinfluence.capture import Capture
-from stepinfluence.capture.batches import fingerprints, length_of
+from stepinfluence.capture.body.batches import fingerprints, length_of
 from stepinfluence.capture.pairs import BatchGradients, PairCapture, PairRoute
 from stepinfluence.capture.session import isolated
 from stepinfluence.errors import FeatureMismatchError

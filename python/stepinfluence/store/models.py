@@ -7,7 +7,7 @@ import hashlib
 from torch import Tensor, nn
 
 from stepinfluence.attribution.features import weights_digest
-from stepinfluence.capture.targets import canonical_name
+from stepinfluence.capture.body.targets import canonical_name
 
 
 def model_fingerprint(model: nn.Module) -> str:

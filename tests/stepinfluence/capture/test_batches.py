@@ -14,7 +14,7 @@ import zoo
 from compare import relative
 from oracle import sketched, step_gradients
 from stepinfluence import ExactCapture, UnsupportedUseError, attach
-from stepinfluence.capture.batches import fingerprints, infer_batch_size, length_of
+from stepinfluence.capture.body.batches import fingerprints, infer_batch_size, length_of
 from stepinfluence.loaders import is_one_shot, random_sampler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset

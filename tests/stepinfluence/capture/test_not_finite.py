@@ -9,7 +9,7 @@ import torch
 import zoo
 from stepinfluence import LossError, attach
 from stepinfluence.capture.passes import TappedPass
-from stepinfluence.capture.recorder import SketchRecorder
+from stepinfluence.capture.recording.recorder import SketchRecorder
 from torch import Tensor
 
 BATCH = zoo.make_batch(4)

@@ -17,7 +17,7 @@ import torch
 import zoo
 from stepinfluence import StepInfluenceError, attach
 from stepinfluence.attribution.features import weights_digest
-from stepinfluence.capture.interceptor import Interceptor
+from stepinfluence.capture.uses.interceptor import Interceptor
 from torch import Tensor, nn
 
 from bench.fuzz.build import build, loss_fn

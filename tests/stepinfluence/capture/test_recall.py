@@ -10,12 +10,12 @@ import torch
 import zoo
 from compare import compare
 from stepinfluence import attach
-from stepinfluence.capture.dense import DenseSink
+from stepinfluence.capture.body.sources import ModelTensors, Provenance
+from stepinfluence.capture.body.targets import as_matrix, make_targets
 from stepinfluence.capture.owners import RULES, Follower, Memories, Memory
 from stepinfluence.capture.owners.memory import MOST_SIZES
-from stepinfluence.capture.recall import Recall
-from stepinfluence.capture.sources import ModelTensors, Provenance
-from stepinfluence.capture.targets import as_matrix, make_targets
+from stepinfluence.capture.recording.dense import DenseSink
+from stepinfluence.capture.uses.recall import Recall
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import Core, D, linear, normal

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from compare import compare
-from stepinfluence.capture import dense
+from stepinfluence.capture.recording import dense
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -264,7 +264,7 @@ def test_a_gradient_that_is_changed_in_place_is_refused() -> None:
 
 def test_a_use_on_another_stream_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it was used on may be overwritten there before the others are sketched."""
-    monkeypatch.setattr("stepinfluence.capture.waiting.stream_of", lambda tensor: object())
+    monkeypatch.setattr("stepinfluence.capture.recording.waiting.stream_of", lambda tensor: object())
     assert calls_of(Two(), zoo.make_batch(B, T)) == [1] * 2 * STEPS
 
 

@@ -16,7 +16,7 @@ import yaml
 from sdi_kernels import HashFamily
 from stepinfluence.attribution.curvature.damping import checked
 from stepinfluence.attribution.preconditioners import Kind
-from stepinfluence.capture.targets import Layout
+from stepinfluence.capture.body.targets import Layout
 from stepinfluence.errors import ConfigError
 from stepinfluence.files import make_folder, read_within, write_bytes
 from stepinfluence.store import StoreDtype

@@ -26,7 +26,7 @@ from stepinfluence.app.runs.sources import sources_of
 from stepinfluence.app.runs.workers import Worker
 from stepinfluence.attribution.features import weights_digest
 from stepinfluence.attribution.sameness import losses_differ, precision
-from stepinfluence.capture.batches import leaves
+from stepinfluence.capture.body.batches import leaves
 from stepinfluence.errors import StoreError
 from stepinfluence.files import read_sealed, sealed, write_bytes
 from stepinfluence.machine import arithmetic

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepinfluence.capture.body.sources import tensors_in
 from stepinfluence.capture.owners.follow import Follower, Found, Part, Rule, arguments
 from stepinfluence.capture.owners.indexing import lookup
 from stepinfluence.capture.owners.intervals import Owners
-from stepinfluence.capture.sources import tensors_in
 
 
 def pointwise(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:

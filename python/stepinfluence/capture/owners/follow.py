@@ -21,10 +21,10 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from stepinfluence.capture.body.sources import TensorSet, base_of
+from stepinfluence.capture.body.taps import TAPS
 from stepinfluence.capture.owners.intervals import NOBODY, UNKNOWN, Owners, filled, meet
 from stepinfluence.capture.owners.memory import Memory
-from stepinfluence.capture.sources import TensorSet, base_of
-from stepinfluence.capture.taps import TAPS
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Memory:
 
     Attributes:
         made: what was made of them, by function, owners and arguments.
-        outcomes: of whole calls, by all that decides them (:mod:`stepinfluence.capture.recall`).
+        outcomes: of whole calls, by all that decides them (:mod:`stepinfluence.capture.uses.recall`).
     """
 
     def __init__(self) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepinfluence.capture.calls import GROUPED
 from stepinfluence.capture.owners.arithmetic import everything, functions_named, reduced
+from stepinfluence.capture.owners.calls import GROUPED
 from stepinfluence.capture.owners.follow import Follower, Found, Part, Rule, arguments
 from stepinfluence.capture.owners.indexing import lookup
 from stepinfluence.capture.owners.intervals import Owners

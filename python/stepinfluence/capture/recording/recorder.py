@@ -14,19 +14,19 @@ from sdi_kernels import (
     sketch_vector_grads,
 )
 from stepinfluence.attribution.preconditioners import Elementwise, Factored
-from stepinfluence.capture.dense import DenseSink, product_dtype
-from stepinfluence.capture.rows import Use
-from stepinfluence.capture.sketching import Sketching
-from stepinfluence.capture.sources import Piece, Source
-from stepinfluence.capture.targets import Target
-from stepinfluence.capture.waiting import Layer, WaitingUses
+from stepinfluence.capture.body.sources import Piece, Source
+from stepinfluence.capture.body.targets import Target
+from stepinfluence.capture.owners.rows import Use
+from stepinfluence.capture.recording.dense import DenseSink, product_dtype
+from stepinfluence.capture.recording.sketching import Sketching
+from stepinfluence.capture.recording.waiting import Layer, WaitingUses
 
 
 class SketchRecorder(DenseSink):
     """Adds the sketches of one backward pass to a buffer ``(B, steps, D)``, or ``(B, D)`` summed over steps.
 
     Uses of linear layers wait for each other as far as the capture's workspace goes
-    (:mod:`stepinfluence.capture.waiting`); all else is sketched at once.
+    (:mod:`stepinfluence.capture.recording.waiting`); all else is sketched at once.
 
     Args:
         sketching: of the capture.

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from stepinfluence.capture.hooks import Hooks
+from stepinfluence.capture.body.hooks import Hooks
 from stepinfluence.errors import BodyError
 from stepinfluence.wrappers import canonical_name
 

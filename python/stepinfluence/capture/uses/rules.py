@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepinfluence.capture.bags import embedding_bag
-from stepinfluence.capture.calls import EXPANSIONS, GROUPED, changes_in_place
-from stepinfluence.capture.composed import batched_product, convolution, einsum, grouped_product
-from stepinfluence.capture.interceptor import Interceptor
+from stepinfluence.capture.body.sources import Source
 from stepinfluence.capture.owners import Owners
-from stepinfluence.capture.recurrent import cell, recurrent
-from stepinfluence.capture.rows import gains_examples
-from stepinfluence.capture.sources import Source
+from stepinfluence.capture.owners.calls import EXPANSIONS, GROUPED, changes_in_place
+from stepinfluence.capture.owners.rows import gains_examples
+from stepinfluence.capture.uses.bags import embedding_bag
+from stepinfluence.capture.uses.composed import batched_product, convolution, einsum, grouped_product
+from stepinfluence.capture.uses.interceptor import Interceptor
+from stepinfluence.capture.uses.recurrent import cell, recurrent
 
 Rule: TypeAlias = Callable[[Interceptor, Any, tuple[Any, ...], dict[str, Any]], Any]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stepinfluence.capture.calls import OUTSIDE, changes_in_place
-from stepinfluence.capture.interceptor import Interceptor
-from stepinfluence.capture.sources import Source
-from stepinfluence.capture.steps import in_backward
+from stepinfluence.capture.body.sources import Source
+from stepinfluence.capture.body.steps import in_backward
+from stepinfluence.capture.owners.calls import OUTSIDE, changes_in_place
+from stepinfluence.capture.uses.interceptor import Interceptor
 
 
 def per_row(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

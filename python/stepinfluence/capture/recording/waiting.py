@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import Route, TensorSketch, sketch_linear_grads
-from stepinfluence.capture.rows import Use
-from stepinfluence.capture.sources import Piece
-from stepinfluence.capture.targets import Target
+from stepinfluence.capture.body.sources import Piece
+from stepinfluence.capture.body.targets import Target
+from stepinfluence.capture.owners.rows import Use
 from stepinfluence.errors import UnsupportedUseError
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepinfluence.capture.interceptor import Interceptor
+from stepinfluence.capture.body.sources import Source
 from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.owners.intervals import NOBODY
-from stepinfluence.capture.sources import Source
+from stepinfluence.capture.uses.interceptor import Interceptor
 
 Window: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int]], Sequence[int]]
 """Kernel, stride, padding at both ends, and dilation, of each place dimension."""

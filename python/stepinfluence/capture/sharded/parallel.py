@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
-from stepinfluence.capture.company import Company
-from stepinfluence.capture.interceptor import Interceptor
-from stepinfluence.capture.sources import Piece, Source
-from stepinfluence.capture.steps import in_backward
-from stepinfluence.capture.targets import Target
+from stepinfluence.capture.body.sources import Piece, Source
+from stepinfluence.capture.body.steps import in_backward
+from stepinfluence.capture.body.targets import Target
+from stepinfluence.capture.sharded.company import Company
+from stepinfluence.capture.uses.interceptor import Interceptor
 from stepinfluence.errors import BodyError, UnsupportedUseError
 from stepinfluence.shards import is_sharded, local
 
@@ -257,7 +257,7 @@ class Parallel:
         """All processes have the same batch.
 
         Args:
-            numbers: that tell its examples (:func:`~stepinfluence.capture.batches.fingerprints`).
+            numbers: that tell its examples (:func:`~stepinfluence.capture.body.batches.fingerprints`).
 
         Raises:
             BodyError: they have not.

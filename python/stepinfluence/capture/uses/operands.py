@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stepinfluence.capture.sources import Provenance, Source
+from stepinfluence.capture.body.sources import Provenance, Source
 
 
 class Operands:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sdi_kernels import CountSketch, TensorSketch
-from stepinfluence.capture.targets import Target
+from stepinfluence.capture.body.targets import Target
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.owners import Owners, meet
+from stepinfluence.capture.uses.interceptor import Interceptor
 
 KINDS: dict[Any, str] = {
     torch.gru: "gru", torch.lstm: "lstm", torch.rnn_tanh: "tanh", torch.rnn_relu: "relu",

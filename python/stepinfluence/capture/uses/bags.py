@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stepinfluence.capture.interceptor import Interceptor
+from stepinfluence.capture.uses.interceptor import Interceptor
 
 NAMES = (
     "weight", "indices", "offsets", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights",

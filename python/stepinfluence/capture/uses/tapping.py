@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from stepinfluence.capture.body.sources import ModelTensors
+from stepinfluence.capture.body.steps import StepTracker
 from stepinfluence.capture.owners import Memories
-from stepinfluence.capture.sources import ModelTensors
-from stepinfluence.capture.steps import StepTracker
 from stepinfluence.errors import UnsupportedUseError
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stepinfluence.capture.body.sources import Provenance
+from stepinfluence.capture.body.steps import in_backward
 from stepinfluence.capture.owners import RULES, Follower, Memory, Owners, meet
-from stepinfluence.capture.sources import Provenance
-from stepinfluence.capture.steps import in_backward
 
 
 class Ownership:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepinfluence.capture.batches import fingerprints
-from stepinfluence.capture.company import Company
-from stepinfluence.capture.gathered import Gathered
-from stepinfluence.capture.parallel import Parallel
-from stepinfluence.capture.targets import Target
+from stepinfluence.capture.body.batches import fingerprints
+from stepinfluence.capture.body.targets import Target
+from stepinfluence.capture.sharded.company import Company
+from stepinfluence.capture.sharded.gathered import Gathered
+from stepinfluence.capture.sharded.parallel import Parallel
 from stepinfluence.errors import BodyError
 from stepinfluence.shards import is_sharded
 

@@ -5,7 +5,7 @@ projections, tied weights and functional calls are all the same here. For a call
 computed from them) among its arguments, the first of these that applies decides:
 
 1. no data takes part: the result is batch-free, its provenance is remembered;
-2. a rule of :mod:`stepinfluence.capture.uses` knows the operation;
+2. a rule of :mod:`stepinfluence.capture.uses.rules` knows the operation;
 3. the function is written in Python on top of others (``F.multi_head_attention_forward``): its parts are looked at;
 4. any other operation: the parameter is expanded per example and the operation is mapped over micro-batches of one;
 5. an :class:`UnsupportedUseError` names parameter and operation.
@@ -22,7 +22,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from stepinfluence.capture.calls import (
+from stepinfluence.capture.body.sources import Provenance, Source
+from stepinfluence.capture.body.steps import in_backward
+from stepinfluence.capture.body.taps import Receive, has_tap, tap_expanded, tap_output
+from stepinfluence.capture.owners import Owners
+from stepinfluence.capture.owners.calls import (
     EXPANSIONS,
     FACTS,
     GRADIENT_TAKERS,
@@ -33,17 +37,13 @@ from stepinfluence.capture.calls import (
     in_custom_function,
     undispatched,
 )
-from stepinfluence.capture.operands import Operands
-from stepinfluence.capture.owners import Owners
-from stepinfluence.capture.ownership import Ownership
-from stepinfluence.capture.recall import Recall
-from stepinfluence.capture.rows import Pass, Use, gains_examples
-from stepinfluence.capture.sinks import GradientSink
-from stepinfluence.capture.sources import Provenance, Source
-from stepinfluence.capture.steps import in_backward
-from stepinfluence.capture.tapping import Tapping, nested
-from stepinfluence.capture.taps import Receive, has_tap, tap_expanded, tap_output
-from stepinfluence.capture.usage import LOOKS, Usage
+from stepinfluence.capture.owners.rows import Pass, Use, gains_examples
+from stepinfluence.capture.uses.operands import Operands
+from stepinfluence.capture.uses.ownership import Ownership
+from stepinfluence.capture.uses.recall import Recall
+from stepinfluence.capture.uses.sinks import GradientSink
+from stepinfluence.capture.uses.tapping import Tapping, nested
+from stepinfluence.capture.uses.usage import LOOKS, Usage
 from stepinfluence.errors import BodyError, UnsupportedUseError
 from stepinfluence.shards import is_sharded
 
@@ -66,7 +66,7 @@ class Interceptor(TorchFunctionMode):
 
     Attributes:
         backward_call: what a backward pass that the user calls is given to, see :class:`stepinfluence.capture.inline`.
-        look: called before each call, see :class:`stepinfluence.capture.state.Watcher`.
+        look: called before each call, see :class:`stepinfluence.capture.body.state.Watcher`.
         owners: whose the operands' rows are.
         usage: which targets this forward pass used, and how.
         uses: all uses of this forward pass.

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 
-from stepinfluence.capture.calls import GROUPED, changes_in_place
+from stepinfluence.capture.body.sources import Provenance
+from stepinfluence.capture.body.steps import in_backward
+from stepinfluence.capture.body.taps import TAPS
 from stepinfluence.capture.owners import ALONE, BY_SHAPE, Follower, Owners
-from stepinfluence.capture.sources import Provenance
-from stepinfluence.capture.steps import in_backward
-from stepinfluence.capture.taps import TAPS
-from stepinfluence.capture.usage import LOOKS
+from stepinfluence.capture.owners.calls import GROUPED, changes_in_place
+from stepinfluence.capture.uses.usage import LOOKS
 
 _IN_PLACE = {F.relu: 1, F.silu: 1, F.mish: 1, F.dropout: 3}
 """Where those that may write to their first argument take the argument that says so."""

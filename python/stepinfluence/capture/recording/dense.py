@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepinfluence.capture.rows import Use
-from stepinfluence.capture.sources import Piece, Source, memory_order, pull_back
+from stepinfluence.capture.body.sources import Piece, Source, memory_order, pull_back
+from stepinfluence.capture.owners.rows import Use
 
 PULL_BACK_BYTES = 64 << 20
 """Workspace of one taking-back of per-example gradients through a function of parameters (chunked over examples)."""
@@ -35,8 +35,8 @@ def _outer(left: Tensor, right: Tensor, swapped: bool) -> Tensor:
 
 
 class DenseSink(ABC):
-    """A sink (:class:`~stepinfluence.capture.sinks.GradientSink`) that forms the gradient of each example for every
-    use, and adds it to its parameter. A subclass says what adding is, and handles what it can in a better way.
+    """A sink (:class:`~stepinfluence.capture.uses.sinks.GradientSink`) that forms the gradient of each example for
+    every use, and adds it to its parameter. A subclass says what adding is, and handles what it can in a better way.
 
     Args:
         dtype: in which real gradients are added up.

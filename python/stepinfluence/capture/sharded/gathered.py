@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
-from stepinfluence.capture.company import Company
-from stepinfluence.capture.interceptor import Interceptor
+from stepinfluence.capture.sharded.company import Company
+from stepinfluence.capture.uses.interceptor import Interceptor
 from stepinfluence.errors import BodyError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepinfluence.capture.sources import Source
-from stepinfluence.capture.targets import Target
+from stepinfluence.capture.body.sources import Source
+from stepinfluence.capture.body.targets import Target
 from stepinfluence.errors import BodyError
 
 LOOKS = {

@@ -10,8 +10,8 @@ from torch import Tensor
 from sdi_kernels import CountSketch, Route, TensorSketch
 from stepinfluence.attribution.features import Block
 from stepinfluence.attribution.preconditioners import Elementwise, Root
-from stepinfluence.capture.sources import Piece
-from stepinfluence.capture.targets import Layout, Target
+from stepinfluence.capture.body.sources import Piece
+from stepinfluence.capture.body.targets import Layout, Target
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 """What ``attach(workspace=None)`` stands for, by device type. On a CPU calls of small layers are worth saving, of

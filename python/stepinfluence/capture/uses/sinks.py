@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from stepinfluence.capture.rows import Use
-    from stepinfluence.capture.sources import Source
+    from stepinfluence.capture.body.sources import Source
+    from stepinfluence.capture.owners.rows import Use
 
 
 class GradientSink(Protocol):
