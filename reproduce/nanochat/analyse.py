@@ -179,6 +179,13 @@ def _comparisons(config: Config, protocol: Found, own: Rows, tested: Verdict) ->
                    "half on the last step is a growth of 2; the core shrinks changes of its state by "
                    f"{1 / protocol.loop['contraction']:.2g}"),
     ]  # fmt: skip
+    if len(protocol.scores[deep]["by_checkpoint"]) > 1:
+        spread = _spread(protocol.scores[deep]["by_checkpoint"])
+        comparisons.append(
+            Comparison(f"share of the last step at τ = {deep}, absolute: first checkpoint, last checkpoint",
+                       f"{spread['first_checkpoint']:.2f}, {spread['last_checkpoint']:.2f}",
+                       note="the sum weights checkpoints by learning rate and size of gradients")
+        )  # fmt: skip
     if tested.steps:
         comparisons.append(
             Comparison("τ at which more than half is on the last step, and at which growth has one rate",
@@ -246,11 +253,15 @@ def _stages(config: Config, corpus: Corpus, history: list[list[float]]) -> list[
 
 
 def _spread(by_checkpoint: Array) -> dict[str, float]:
-    """Of absolute influence ``(K, steps)``: the largest checkpoint's share in the sum, and the median over checkpoints
-    of the last step's share."""
+    """Of absolute influence ``(K, steps)``: the largest checkpoint's share in the sum; of the last step's share, the
+    median over checkpoints, and the first and the last checkpoint's."""
     each = np.asarray(by_checkpoint, dtype=np.float64)
     totals = each.sum(1)
-    return {"largest": float(totals.max() / totals.sum()), "last": float(np.median(each[:, -1] / totals))}
+    last = each[:, -1] / totals
+    return {
+        "largest": float(totals.max() / totals.sum()), "last": float(np.median(last)),
+        "first_checkpoint": float(last[0]), "last_checkpoint": float(last[-1]),
+    }  # fmt: skip
 
 
 def _row(sdi: Array, seed: int) -> Row:
