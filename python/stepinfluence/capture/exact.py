@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stepinfluence.attribution.features import Block, FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, Root, prepare
 from stepinfluence.capture import diagnosis, session
-from stepinfluence.capture.batches import infer_batch_size
+from stepinfluence.capture.batches import infer_batch_size, settled_size
 from stepinfluence.capture.calls import OUTSIDE
 from stepinfluence.capture.carried import Carried
 from stepinfluence.capture.hooks import read_factors, with_factors
@@ -173,7 +173,7 @@ class ExactCapture(session.LoaderCapture):
             raise diagnosis.never_entered(
                 self.model, lambda: self._count_steps(batch, run.loss_fn, index), training=self.training
             )
-        session.check_losses(losses, infer_batch_size(batch, self.batch_dim), ids)
+        session.check_losses(losses, settled_size(batch, self.batch_dim, losses), ids)
         for name, user in diagnosis.reaching(losses, {id(p): n for n, p in self.parameters.items()}):
             diagnosis.refuse_earlier(name, user, began)
         steps, names = len(leaves), list(self.parameters)
