@@ -262,9 +262,12 @@ class ExactCapture(session.LoaderCapture):
         for parameter in originals.values():
             carried.note(parameter, OUTSIDE)
         depth: list[int] = []
+        own = {id(parameter) for parameter in originals.values()}
 
         def place(step: int | None) -> None:
             for module, key, name in self._slots:
+                if id(module._parameters.get(key)) not in own:
+                    continue  # the model computes with another tensor here (torch.func.functional_call)
                 # By attribute: recurrent layers keep a list of their weights beside, and update it then.
                 setattr(module, key, originals[name] if step is None else leaves[step][name])
 
@@ -276,6 +279,7 @@ class ExactCapture(session.LoaderCapture):
                 leaves.append({n: nn.Parameter(p.detach().clone()) for n, p in originals.items()})
                 for leaf in leaves[-1].values():
                     carried.note(leaf, len(leaves) - 1)
+                    own.add(id(leaf))
             depth.append(step)
             place(step)
 
