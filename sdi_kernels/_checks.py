@@ -91,6 +91,8 @@ def output_buffer(
 
 def own_memory(out: Tensor, name: str = "out") -> None:
     """Raise where entries of a tensor that is written to share memory: strides must reach beyond smaller ones."""
+    if out.numel() == 0:
+        return
     reach = 1
     for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
         if size > 1 and stride < reach:

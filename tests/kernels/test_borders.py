@@ -187,6 +187,8 @@ def test_public_functions_refuse_shared_memory() -> None:
     for out in (memory[:48].view(2, 3, 8), memory[:48].view(3, 2, 8).transpose(0, 1)):
         with pytest.raises(ValueError, match="out: shares memory with an input"):
             sketch_linear_grads(shared, g, sketch, out=out)
+    nothing = torch.zeros(0, 3, 20)[..., 5:13].transpose(0, 1)  # has no entries that could share any
+    sketch_linear_grads(a[:0].transpose(0, 1), g[:0].transpose(0, 1), sketch, out=nothing)
     beside = torch.zeros(2, 3, 20)
     sketch_linear_grads(a, g, sketch, out=beside[..., 5:13])  # a part of a larger buffer is what it is for
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from stepinfluence.capture.body.sources import TensorSet, base_of, tensors_in
 from stepinfluence.capture.body.steps import StepTracker
-from stepinfluence.capture.owners.calls import EXPANSIONS, OUTSIDE, STRUCTURE_FACTORIES, changes_in_place
+from stepinfluence.capture.owners.calls import EXPANSIONS, OF_FIRST, OUTSIDE, STRUCTURE_FACTORIES, changes_in_place
 from stepinfluence.capture.owners.rows import gains_examples
 
 SEVERAL = -2
@@ -59,7 +59,7 @@ class Carried(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         steps, data, count = [], False, 0
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in tensors_in(args[:1] if func in OF_FIRST else (args, kwargs)):
             count += 1
             if (held := self._step_of.get(id(tensor))) is not None:
                 steps.append(held[1])
@@ -98,7 +98,9 @@ class Carried(TorchFunctionMode):
 
     def _gives_examples(self, func: Any, args: tuple[Any, ...], count: int) -> bool:
         """Whether a call gives a tensor that nobody has a part in a row for each example."""
-        if func not in EXPANSIONS or count != 1 or self._size is None or id(args[0]) not in self._step_of:
+        if func not in EXPANSIONS or count != 1 or not args:
+            return False
+        if self._size is None or id(args[0]) not in self._step_of:
             return False
         with torch._C.DisableTorchFunction(), torch.no_grad():
             shape = func(args[0].detach(), *args[1:]).shape

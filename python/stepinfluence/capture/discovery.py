@@ -101,7 +101,7 @@ class Featurizing(Protocol):
 C = TypeVar("C", bound=Featurizing)
 
 
-class PendingCapture(Generic[C]):
+class PendingCapture(session.OfOneModel, Generic[C]):
     """A capture whose loop body is not known yet: the first batch that it featurizes shows it. Then it is that capture
     in all else, and ``capture`` is the capture itself.
 

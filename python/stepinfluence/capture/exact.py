@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stepinfluence.attribution.features import Block, FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, Root, prepare
 from stepinfluence.capture import diagnosis, session
-from stepinfluence.capture.body.batches import infer_batch_size
+from stepinfluence.capture.body.batches import infer_batch_size, settled_size
 from stepinfluence.capture.body.hooks import read_factors, with_factors
 from stepinfluence.capture.body.steps import Loop, StepTracker
 from stepinfluence.capture.body.targets import Body, body_parameters, find_body, single_device, unwrap
@@ -173,7 +173,7 @@ class ExactCapture(session.LoaderCapture):
             raise diagnosis.never_entered(
                 self.model, lambda: self._count_steps(batch, run.loss_fn, index), training=self.training
             )
-        session.check_losses(losses, infer_batch_size(batch, self.batch_dim), ids)
+        session.check_losses(losses, settled_size(batch, self.batch_dim, losses), ids)
         for name, user in diagnosis.reaching(losses, {id(p): n for n, p in self.parameters.items()}):
             diagnosis.refuse_earlier(name, user, began)
         steps, names = len(leaves), list(self.parameters)
@@ -262,9 +262,12 @@ class ExactCapture(session.LoaderCapture):
         for parameter in originals.values():
             carried.note(parameter, OUTSIDE)
         depth: list[int] = []
+        own = {id(parameter) for parameter in originals.values()}
 
         def place(step: int | None) -> None:
             for module, key, name in self._slots:
+                if id(module._parameters.get(key)) not in own:
+                    continue  # the model computes with another tensor here (torch.func.functional_call)
                 # By attribute: recurrent layers keep a list of their weights beside, and update it then.
                 setattr(module, key, originals[name] if step is None else leaves[step][name])
 
@@ -276,6 +279,7 @@ class ExactCapture(session.LoaderCapture):
                 leaves.append({n: nn.Parameter(p.detach().clone()) for n, p in originals.items()})
                 for leaf in leaves[-1].values():
                     carried.note(leaf, len(leaves) - 1)
+                    own.add(id(leaf))
             depth.append(step)
             place(step)
 

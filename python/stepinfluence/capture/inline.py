@@ -212,7 +212,8 @@ class Inline:
         others = dict(hooks)
         hooks.clear()
         handle: RemovableHandle
-        handle = target.parameter.register_hook(lambda gradient: self._gradients.append((target, gradient.detach())))
+        keep = self._gradients.append
+        handle = target.parameter.register_hook(lambda gradient: keep((target, gradient.detach().to_dense())))
         hooks.update(others)  # behind it: autograd goes by the order in which they were put in
         return handle
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.capture import diagnosis, session
-from stepinfluence.capture.body.batches import infer_batch_size, leaves
+from stepinfluence.capture.body.batches import infer_batch_size, leaves, settled_size
 from stepinfluence.capture.body.sources import ModelTensors
 from stepinfluence.capture.body.steps import StepTracker
 from stepinfluence.capture.body.targets import Target
@@ -187,6 +187,8 @@ class TappedModel:
         began = diagnosis.now()
         with self.steps.watching(), interceptor, session.watched(self.model, interceptor):
             losses = loss_fn(self.model, batch)
+        if (settled := settled_size(batch, self.batch_dim, losses)) not in (None, size):
+            return self._run(batch, loss_fn, ids, index, settled)
         if self.steps.count == 0:
             raise diagnosis.never_entered(
                 self.model, lambda: self._count_steps(batch, loss_fn, index), training=self.model.training

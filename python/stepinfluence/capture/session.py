@@ -6,7 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -177,7 +177,17 @@ def _progress_bar(loader: Iterable[Any], total: int | None, description: str, *,
         yield bar
 
 
-class LoaderCapture(ABC):
+class OfOneModel:
+    """What knows the tensors of a model by their identity, and so cannot go with a copy of it."""
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: belongs to the tensors of one model and cannot be copied or pickled; copy or save "
+            "the model, keep the capture outside of it, and attach again"
+        )
+
+
+class LoaderCapture(OfOneModel, ABC):
     """A capture's way through a loader, the same for sketches and exact gradients."""
 
     model: nn.Module

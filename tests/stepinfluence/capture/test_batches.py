@@ -13,7 +13,7 @@ import torch
 import zoo
 from compare import relative
 from oracle import sketched, step_gradients
-from stepinfluence import ExactCapture, UnsupportedUseError, attach
+from stepinfluence import ExactCapture, LossError, UnsupportedUseError, attach
 from stepinfluence.capture.body.batches import fingerprints, infer_batch_size, length_of
 from stepinfluence.loaders import is_one_shot, random_sampler
 from torch import Tensor, nn
@@ -107,6 +107,33 @@ def test_structures(make: Any, name: str) -> None:
     assert infer_batch_size(given) == 3
     found = capture.featurize([given], lambda m, b: zoo.squared_error(m, unpacked(b)))
     assert torch.equal(found.values, expected.values)
+
+
+def padded(model: Any, batch: Any) -> Tensor:
+    """Losses of token vectors ``(tokens, FEATURES)``, one tensor for each example, padded to one length."""
+    rows = batch if isinstance(batch, list) else batch["rows"]
+    x = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return model(x).square().flatten(1).sum(1)
+
+
+@pytest.mark.usefixtures("in_float64")
+@CAPTURES
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_list_of_examples_that_are_of_one_length_by_chance(make: Any, count: int) -> None:
+    torch.manual_seed(0)
+    rows = [torch.randn(4, zoo.FEATURES) for _ in range(count)]
+    capture = make(zoo.Looped(zoo.LAYERS["mlp"]()), body="core")
+    expected = capture.featurize([[row] for row in rows], padded).values
+    for batch in (rows, {"rows": rows}, {"rows": tuple(rows), "scale": torch.tensor(1.0)}):
+        assert relative(capture.featurize([batch], padded).values, expected) < 1e-10
+
+
+@CAPTURES
+def test_losses_of_tokens_are_not_taken_for_those_of_a_list(make: Any) -> None:
+    capture = make(zoo.Looped(zoo.LAYERS["mlp"]()), body="core")
+    batch = list(zoo.make_batch(3).values())
+    with pytest.raises(LossError, match=r"returned shape \(12,\), expected \(3,\)"):
+        capture.featurize([batch], lambda model, b: model(b[0]).square().flatten())
 
 
 TEXTS = ["a cat", "two dogs here", "no", "some more words to read"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,6 +101,41 @@ def test_body(make: Any) -> None:
         make(frozen, body="core")
     with refuses(BodyError, "core.f: is complex"):
         make(zoo.Looped(zoo.Core(lambda s, x: x, f=nn.Parameter(torch.randn(3, dtype=torch.complex64)))), body="core")
+
+
+UNUSABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "without a shape": (lambda: nn.LazyLinear(zoo.D), r"core\.weight: has no shape yet.*run one batch"),
+    "without values": (lambda: nn.Linear(zoo.D, zoo.D, device="meta"), r"core\.weight: is on the meta device.*load"),
+    "eight bits": (lambda: zoo.linear().to(torch.float8_e4m3fn), r"core\.weight: is of torch\.float8_e4m3fn; use"),
+    "sparse": (
+        lambda: zoo.Core(lambda s, x: x, f=nn.Parameter(torch.eye(3).to_sparse())), r"core\.f: is a sparse tensor"
+    ),
+    "empty": (lambda: zoo.Core(lambda s, x: x, f=nn.Parameter(torch.ones(0, 3))), r"core\.f: has no entries.*\(0, 3\)"),
+}  # fmt: skip
+
+
+@CAPTURES
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_parameters_that_cannot_be_captured(make: Any, name: str) -> None:
+    core, message = UNUSABLE[name]
+    with refuses(BodyError, message):
+        make(zoo.Looped(core()), body="core")
+
+
+def test_lazy_modules_beside_the_body() -> None:
+    lazy = model()
+    lazy.read_out = nn.LazyLinear(1)
+    with refuses(BodyError, r"read_out\.weight: has no shape yet"):
+        attach(lazy, body="core")
+    with refuses(BodyError, r"read_out\.weight: has no shape yet"):
+        attach(lazy).featurize([BATCH], zoo.squared_error)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("make", [attach, ExactCapture, lambda model, body: attach(model)])
+def test_captures_do_not_go_with_a_copy_of_their_model(make: Any, how: Any) -> None:
+    with refuses(TypeError, "Capture: belongs to the tensors of one model.*attach again"):
+        how(make(model(), body="core"))
 
 
 @CAPTURES

@@ -224,6 +224,15 @@ def test_gradients_that_are_not_finite_do_not_disturb_training() -> None:
         _ = inline.features
 
 
+def test_a_batch_without_examples_gives_no_rows() -> None:
+    model = dense()
+    capture = attach(model, body="core", sketch_size=16)
+    batch = {name: values[:0] for name, values in batch_of().items()}
+    with capture.inline(batch) as inline:
+        inline.losses(zoo.squared_error(model, batch)).mean().backward()
+    assert inline.features.values.shape == (0, capture.width)
+
+
 def test_what_is_forgotten_is_said() -> None:
     model = dense()
     capture = attach(model, body="core", sketch_size=16)
@@ -360,6 +369,7 @@ def test_nothing_of_a_step_stays_in_memory() -> None:
             warnings.simplefilter("ignore")  # of deprecated modules that are looked at
             return sum(isinstance(o, Tensor) for o in gc.get_objects())
 
+    tensors_after(2)  # and with it what earlier tests have left
     assert tensors_after(2) == tensors_after(6)
 
 

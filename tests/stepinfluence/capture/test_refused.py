@@ -73,18 +73,6 @@ def inner_backward(core: Any, x: Tensor) -> Tensor:
     return core.mix(x) - point.grad
 
 
-def accumulated(core: Any, x: Tensor) -> Tensor:
-    y = x.mean(1) * 1
-    y.addmm_(x[:, 0], core.p)
-    return x + y.tanh().unsqueeze(1)
-
-
-def copied(core: Any, x: Tensor) -> Tensor:
-    y = torch.zeros_like(x)
-    y.copy_(core.p)
-    return (x + y).tanh()
-
-
 USES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "hidden in a custom function": (
         lambda: Core(lambda s, x: s.mix(Hiding.apply(x, s.mix)).tanh(), mix=linear()), "custom autograd function"
@@ -95,8 +83,6 @@ USES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     **{f"reentrant at step {k}": (lambda k=k: SomeReentrant(k), "use_reentrant=False") for k in (0, 1, 2)},
     "gradient of an energy": (lambda: Core(energy, mix=linear()), "takes gradients through the loop body"),
     "backward in the forward pass": (lambda: Core(inner_backward, mix=linear()), "takes gradients through"),
-    "addmm in place": (lambda: Core(accumulated, p=normal(D, D)), r"core\.p: its use in torch\.Tensor\.addmm_"),
-    "copied in place": (lambda: Core(copied, p=normal(D)), r"core\.p:.*in place"),
     "vmap in the model": (
         lambda: Core(lambda s, x: torch.vmap(lambda row: s.mix(row).tanh())(x), mix=linear()),
         r"core\.mix\.weight.*torch\.vmap",

@@ -42,6 +42,26 @@ def infer_batch_size(batch: Any, batch_dim: int = 0) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def settled_size(batch: Any, batch_dim: int, losses: Any) -> int | None:
+    """:func:`infer_batch_size`, or the number of losses where a list in the batch has that many tensors: one for each
+    example, which are all of one length by chance."""
+    size = infer_batch_size(batch, batch_dim)
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or size in (None, len(losses)):
+        return size
+    return len(losses) if any(len(found) == len(losses) for found in _lists_of_tensors(batch)) else size
+
+
+def _lists_of_tensors(batch: Any) -> Iterator[list[Tensor] | tuple[Tensor, ...]]:
+    if isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _lists_of_tensors(value)
+    elif isinstance(batch, list | tuple):
+        if all(isinstance(value, Tensor) for value in batch):
+            yield batch
+        for value in batch:
+            yield from _lists_of_tensors(value)
+
+
 def usable(batch: Any) -> Any:
     """The batch, with copies of tensors that were made under ``torch.inference_mode``: those cannot be saved for a
     backward pass."""

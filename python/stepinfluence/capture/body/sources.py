@@ -10,7 +10,7 @@ product, ``exp(log_a)``).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,12 +267,19 @@ def pull_back(source: Source, grads: Tensor) -> list[tuple[Target, Tensor]]:
         (target, gradients of shape ``(B, *parameter.shape)``) for each target that the source depends on.
     """
     parameters = [t.parameter for t in source.targets]
-    found = torch.autograd.grad(
-        source.tensor,
-        parameters,
-        grads.to(source.tensor.dtype),
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=True,
-    )
+    grads = grads.to(source.tensor.dtype)
+    found: Sequence[Tensor | None]
+    try:
+        found = torch.autograd.grad(
+            source.tensor, parameters, grads, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except RuntimeError:  # something on the way takes one gradient at a time (sparse ones, say)
+        found = _one_by_one(source.tensor, parameters, grads)
     return [(t, g) for t, g in zip(source.targets, found, strict=True) if g is not None]
+
+
+def _one_by_one(tensor: Tensor, parameters: list[nn.Parameter], grads: Tensor) -> list[Tensor | None]:
+    """What :func:`pull_back` does, with one backward pass for each example."""
+    each = [torch.autograd.grad(tensor, parameters, g, retain_graph=True, allow_unused=True) for g in grads]
+    columns = zip(*each, strict=True)
+    return [None if c[0] is None else torch.stack([g.to_dense() for g in c if g is not None]) for c in columns]

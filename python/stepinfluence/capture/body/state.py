@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from stepinfluence.capture.body.hooks import Hooks
@@ -36,6 +37,19 @@ _running: weakref.WeakKeyDictionary[nn.Module, ModelState] = weakref.WeakKeyDict
 def running(model: nn.Module) -> ModelState | None:
     """The state of a model that is being featurized (within :func:`keeping`); None if it is not."""
     return _running.get(model)
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model with parameters that its first pass makes.
+
+    Raises:
+        BodyError: as said (names the first of them).
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise BodyError(
+                f"{canonical_name(name)}: has no shape yet (a lazy module); run one batch through the model first"
+            )
 
 
 @contextmanager
@@ -152,6 +166,7 @@ class ModelState:
         self._model = model
         self._gathered = [(whole, whole._version) for whole in gathered]
         self._parameters = {id(p): (canonical_name(name), p) for name, p in model.named_parameters()}
+        refuse_lazy(model)
         self.hooks = Hooks(list(self._parameters.values()))
         self._modules: dict[nn.Module, _ModuleState] = {}
         self._last: dict[nn.Module, _ModuleState] = {}

@@ -38,7 +38,7 @@ class _OutputTap(torch.autograd.Function):
         # Unpacked with the function mode on: that may run a checkpointed part of the forward pass again.
         saved = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            ctx.receive(grad, saved)
+            ctx.receive(grad.to_dense(), saved)  # the same, unless a lookup gave it as a sparse tensor
         return (grad, *(None,) * (2 + len(ctx.needs_input_grad[3:])))
 
 
@@ -53,6 +53,7 @@ class _ExpandTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         with torch._C.DisableTorchFunction():
+            grad = grad.to_dense()
             ctx.receive(grad, ())
             total = grad.sum_to_size(ctx.shape) if ctx.needs_input_grad[0] else None
         return total, None, None, None

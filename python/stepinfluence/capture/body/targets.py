@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sdi_kernels import CountSketch, HashFamily, TensorSketch
+from stepinfluence.capture.body.state import refuse_lazy
 from stepinfluence.errors import BodyError
 from stepinfluence.shards import is_sharded, refuse_other_ways
 from stepinfluence.wrappers import canonical_name as canonical_name
@@ -19,6 +20,8 @@ from stepinfluence.wrappers import unwrap as unwrap
 
 Body: TypeAlias = nn.Module | str | Sequence[nn.Module | str]
 Layout: TypeAlias = Literal["concat", "sum"]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Of parameters that can be captured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +110,11 @@ def body_parameters(
         used: what modules compute with for a parameter that is sharded over processes; None where that is not known.
 
     Raises:
-        BodyError: there is none, or one is complex, or sharded over processes in a way that is not known.
+        BodyError: there is none, or one is sharded over processes in a way that is not known, or cannot be captured as
+            it is (complex, without values, sparse, empty).
     """
     refuse_other_ways(model)
+    refuse_lazy(model)
     wanted = {id(p) for module in body for p in module.parameters() if p.requires_grad}
     found = {canonical_name(name): p for name, p in model.named_parameters() if id(p) in wanted}
     if not found:
@@ -125,12 +130,27 @@ def body_parameters(
                 "cannot be captured; use fully_shard on plain parameters, or ColwiseParallel and RowwiseParallel for "
                 "linear layers, or give every process the whole model (docs/scale.md)"
             )
-        if parameter.is_complex():
-            raise BodyError(
-                f"{name}: is complex; keep it as a real parameter with a last dimension of 2 and use it through "
-                "torch.view_as_complex, or set requires_grad=False on it"
-            )
+        if (reason := _unusable(parameter)) is not None:
+            raise BodyError(f"{name}: {reason}")
     return found
+
+
+def _unusable(parameter: nn.Parameter) -> str | None:
+    """Why a parameter cannot be captured, and what to do about it; None where it can."""
+    if parameter.is_meta:
+        return "is on the meta device, where it has no values; load the weights, then attach"
+    if parameter.is_complex():
+        return (
+            "is complex; keep it as a real parameter with a last dimension of 2 and use it through "
+            "torch.view_as_complex, or set requires_grad=False on it"
+        )
+    if parameter.dtype not in DTYPES:
+        return f"is of {parameter.dtype}; use {', '.join(map(str, DTYPES))}, or set requires_grad=False on it"
+    if parameter.layout != torch.strided:
+        return "is a sparse tensor; keep it dense, or set requires_grad=False on it"
+    if parameter.numel() == 0:
+        return f"has no entries (shape {tuple(parameter.shape)}); set requires_grad=False on it"
+    return None
 
 
 def _size_of(

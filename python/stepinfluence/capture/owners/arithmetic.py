@@ -54,11 +54,12 @@ def reduction(position: int = 1, default: int | None = None, name: str = "dim") 
     """Functions that take ``dim`` at ``position``: what lies along it meets (all there is, where it is None)."""
 
     def rule(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-        x = args[0] if args else kwargs["input"]
-        others = [a for a in args[1:] if isinstance(a, Tensor)]
+        x, others = operands(args, kwargs)
         owners = f.owners(x)
-        if others and name == "dim" and func in BINARY_TOO:
+        if others and func in BINARY_TOO:
             return pointwise(f, func, args, kwargs, result)
+        if any(f.part(t) is not None for t in others):  # what ``diff`` is given to put before or behind
+            return everything(f, func, args, kwargs, result)
         if owners is None:
             return None
         dims = kwargs.get(name, kwargs.get("axis", args[position] if len(args) > position else default))
@@ -80,6 +81,26 @@ def reduction(position: int = 1, default: int | None = None, name: str = "dim") 
         return f.remembered("reduce", owners, (tuple(chosen), shapes), make)  # type: ignore[no-any-return]
 
     return rule
+
+
+def quantiles(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
+    """``quantile`` and ``nanquantile``: where several are asked for, the result has a first dimension for them."""
+    q = args[1] if len(args) > 1 else kwargs["q"]
+    one = reduction(2, None)
+    if not isinstance(q, Tensor) or q.dim() == 0:
+        return one(f, func, args, kwargs, result)
+    if not len(q):
+        return f.not_known(result)
+    found = one(f, func, args, kwargs, result.detach()[0])
+    each = [found] if isinstance(found, Owners) else found or ()
+    return [o.broadcast(result.shape) for o in each if o is not None] or None
+
+
+def operands(args: Any, kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+    """The first operand of a call, and the other tensors that it is given: those by name in the order of their names
+    (``mat1``, ``mat2``)."""
+    named = [kwargs[key] for key in sorted(kwargs) if key not in ("input", "out")]
+    return (args[0] if args else kwargs["input"]), tensors_in((args[1:], named))
 
 
 def _as_list(result: Any) -> list[Tensor]:
@@ -104,11 +125,15 @@ def sorting(position: int) -> Rule:
 
 
 def last_dims(count: Callable[[Any, Any], int]) -> Rule:
-    """Normalisation over the last dimensions: what is normalised together meets."""
+    """Normalisation over the last dimensions: what is normalised together meets, and the weight and bias that data
+    gave."""
 
     def rule(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-        x = args[0] if args else kwargs["input"]
+        x, others = operands(args, kwargs)
         part = reduced(f.part(x), range(-count(args, kwargs), 0))
+        given = [p for p in map(f.part, others) if p is not None]
+        if given:
+            return f.combine([part, *given], result.shape)
         if part is None:
             return None
         shape = result.shape
@@ -157,13 +182,33 @@ def spatial(dims: int) -> Rule:
 
 
 def batch_norm(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-    """In training mode all examples meet; with fixed statistics none do."""
+    """In training mode all examples meet; with fixed statistics none do, where data gave no weight or bias."""
     names = ("input", "weight", "bias", "running_mean", "running_var", "training")
     given = arguments(names, args, kwargs)
+    if any(f.part(t) is not None for t in operands(args, kwargs)[1]):
+        return everything(f, func, args, kwargs, result)
     if not given.training:
         return f.owners(given.input)
     part = reduced(f.part(given.input), [d for d in range(given.input.dim()) if d != 1])
     return None if part is None else Owners(result.shape, part.owners.lo, part.owners.hi, part.owners.along)
+
+
+def slopes(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
+    """``prelu``: element by element; its weight has a number for each channel."""
+    x, others = operands(args, kwargs)
+    if any(f.part(t) is not None for t in others):
+        return everything(f, func, args, kwargs, result)
+    return f.owners(x)
+
+
+def patches(dim: int) -> Rule:
+    """``im2col`` and ``col2im``: all but the first dimension meets, of a tensor of ``dim`` dimensions."""
+
+    def rule(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
+        x, _ = operands(args, kwargs)
+        return (per_sample if x.dim() == dim else everything)(f, func, args, kwargs, result)
+
+    return rule
 
 
 def classes(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
@@ -234,14 +279,14 @@ BINARY_TOO = set(functions_named("max", "min"))
 POINTWISE = [
     *_tagged(), "add", "sub", "mul", "div", "truediv", "floordiv", "mod", "and", "or", "xor", "invert",
     "bool", "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "masked_fill", "copy", "fill",
-    "zero", "normal", "uniform", "bernoulli", "exponential", "log_sigmoid", "logsigmoid", "hardswish", "prelu", "rrelu",
+    "zero", "normal", "uniform", "bernoulli", "exponential", "log_sigmoid", "logsigmoid", "hardswish", "rrelu",
     "isclose", "multiply", "subtract", "divide", "negative", "absolute", "greater", "greater_equal", "less",
     "less_equal", "not_equal", "complex", "polar", "float_power", "conj_physical", "floor_divide", "logaddexp",
     "nan_to_num", "rsub", "softplus", "bucketize", "true_divide", "pos", "abs", "random", "cauchy", "geometric", "fix",
     "arctan2", "arctan", "arcsin", "arccos", "arcsinh", "arccosh", "arctanh",
 ]  # fmt: skip
 
-BY_VALUE = {*functions_named("topk", "sort", "msort")}
+BY_VALUE = {*functions_named("topk", "sort")}
 """Functions whose rule looks at the values of their result."""
 
 ARITHMETIC: dict[Any, Rule] = {
@@ -256,13 +301,18 @@ ARITHMETIC: dict[Any, Rule] = {
             ),
             (("glu", "argsort", "mode"), 1, -1),
             (("kthvalue", "diff"), 2, -1),
-            (("vector_norm", "quantile", "nanquantile"), 2, None),
+            (("vector_norm",), 2, None),
             (("aminmax",), 9, None),
+            (("msort",), 9, 0),
         )
         for function in functions_named(*names)
     },
     **dict.fromkeys(functions_named("topk"), sorting(2)),
-    **dict.fromkeys(functions_named("sort", "msort"), sorting(1)),
+    **dict.fromkeys(functions_named("sort"), sorting(1)),
+    **dict.fromkeys(functions_named("quantile", "nanquantile"), quantiles),
+    **dict.fromkeys(functions_named("prelu"), slopes),
+    torch._C._nn.im2col: patches(4),
+    torch._C._nn.col2im: patches(3),
     Tensor.copy_: copied,
     torch.layer_norm: last_dims(_normalized),
     torch.rms_norm: last_dims(_normalized),

@@ -21,6 +21,9 @@ STRUCTURE_FACTORIES = {
 EXPANSIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to}
 """Functions that may give a batch-free tensor a row per example."""
 
+OF_FIRST = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
+"""Functions that take the numbers of their first argument alone: of another tensor only shape or dtype count."""
+
 GRADIENT_TAKERS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 GROUPED = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f is not None]

@@ -83,6 +83,8 @@ class Owners:
         """Everything along some dimensions meets: ``shape`` with size 1 there."""
         chosen = sorted({d % len(self.shape) for d in dims}) if self.shape else []
         shape = [1 if k in chosen else n for k, n in enumerate(self.shape)]
+        if any(self.lo.shape[d] == 0 for d in chosen):  # there is nothing
+            return Owners.same(shape, NOBODY, self.lo.device)
         varying = [d for d in chosen if self.varies(d)]
         if not varying:
             along = self.along if self.along not in chosen else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepinfluence.capture.owners.arithmetic import everything, functions_named, reduced
+from stepinfluence.capture.owners.arithmetic import everything, functions_named, operands, reduced
 from stepinfluence.capture.owners.calls import GROUPED
 from stepinfluence.capture.owners.follow import Follower, Found, Part, Rule, arguments
 from stepinfluence.capture.owners.indexing import lookup
@@ -38,7 +38,8 @@ def _remembered(f: Follower, x: Tensor, parts: list[Part | None], at: int) -> li
 
 def matmul(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
     """``x @ y`` in all its forms: the last dimension of one meets the one before the last of the other."""
-    left, right = (args[1], args[0]) if func.__name__ == "__rmatmul__" else args[:2]
+    left, (right, *_) = operands(args, kwargs)
+    left, right = (right, left) if func.__name__ == "__rmatmul__" else (left, right)
     return _product(f, left, right, result)
 
 
@@ -67,9 +68,10 @@ def _contracted(owners: Owners, dim: int, stays: bool) -> Owners:
 
 def added_product(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
     """``addmm``, ``baddbmm``, ``addmv``, ``addbmm``: an addend and a product."""
-    if func.__name__.strip("_") == "addbmm" or len(args) < 3:
+    addend, factors = operands(args, kwargs)
+    if func.__name__.strip("_") == "addbmm" or len(factors) != 2:
         return everything(f, func, args, kwargs, result)
-    return _product(f, args[1], args[2], result, f.part(args[0]))
+    return _product(f, factors[0], factors[1], result, f.part(addend))
 
 
 def grouped_product(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:

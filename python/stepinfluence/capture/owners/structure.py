@@ -217,7 +217,7 @@ def properties(*names: str) -> list[Any]:
 _VIEWS = functions(
     "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "unsqueeze", "squeeze", "select",
     "narrow", "split", "split_with_sizes", "chunk", "unbind", "tensor_split", "hsplit", "vsplit", "dsplit", "diagonal",
-    "adjoint", "unfold", "unsafe_chunk", "unsafe_split",
+    "adjoint", "unsafe_chunk", "unsafe_split",
 )  # fmt: skip
 
 STRUCTURE: dict[Any, Rule] = {
@@ -230,7 +230,7 @@ STRUCTURE: dict[Any, Rule] = {
         same,
     ),
     **dict.fromkeys(properties("data", "real", "imag"), same),
-    **dict.fromkeys(_VIEWS, view),
+    **dict.fromkeys([*_VIEWS, Tensor.unfold], view),
     **dict.fromkeys(properties("T", "mT", "H", "mH"), view),
     **dict.fromkeys(
         functions("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "_unsafe_view"), reshape

@@ -169,6 +169,8 @@ def convolution(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
     on_weight, on_bias = it.source(weight), it.source(bias)
     if it.source(x) is not None or (bias is not None and on_bias is None and not it.is_constant(bias)):
         return NotImplemented
+    if x.dim() == dims + 1:
+        return _of_one(it, func, given)
     if x.dim() != dims + 2 or (on_weight is None and not it.is_constant(weight)):
         return NotImplemented
     shape, stride, dilation = weight.shape, _each(given.get("stride", 1), dims), _each(given.get("dilation", 1), dims)
@@ -201,6 +203,20 @@ def convolution(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
         found.along = places.along if not places.along else places.along + 1
         it.owners.follower.note(output, found, tapped=True)
     return output
+
+
+def transposed_convolution(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``conv_transpose1d`` and its like, of one example alone; of several, each is mapped by itself."""
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    one = it.source(given["input"]) is None and given["input"].dim() == given["weight"].dim() - 1
+    return _of_one(it, func, given) if one else NotImplemented
+
+
+def _of_one(it: Interceptor, func: Any, given: dict[str, Any]) -> Any:
+    """A convolution of one example without a dimension for it."""
+    with it:
+        return func(**{**given, "input": given["input"].unsqueeze(0)}).squeeze(0)
 
 
 def _owners_of_places(it: Interceptor, x: Tensor, output: Tensor, window: Window) -> Owners | None:

@@ -31,6 +31,7 @@ from stepinfluence.capture.owners.calls import (
     FACTS,
     GRADIENT_TAKERS,
     LOOKED_INTO,
+    OF_FIRST,
     OUTSIDE,
     STRUCTURE_FACTORIES,
     changes_in_place,
@@ -236,9 +237,9 @@ class Interceptor(TorchFunctionMode):
         if key is not None and not key[0] and (outcome := self._recall.outcome(key)) is not None:
             result = func(*args, **kwargs)
             if not self._recall.apply(outcome, result):
-                self._note(func, args, kwargs, result, Operands(self._provenance, args, kwargs))
+                self._note(func, args, kwargs, result, self._operands(func, args, kwargs))
             return result
-        found = Operands(self._provenance, args, kwargs)
+        found = self._operands(func, args, kwargs)
         self.usage.looked |= func in LOOKS and bool(found.data)
         self.hooked |= func is Tensor.register_hook
         if func in GRADIENT_TAKERS:
@@ -280,6 +281,10 @@ class Interceptor(TorchFunctionMode):
                     self._recall.learn(key, args, result)
         return result
 
+    def _operands(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
+        given = (args[:1], {}) if func in OF_FIRST else (args, kwargs)
+        return Operands(self._provenance, *given)
+
     def _without_sources(self, func: Any, args: Any, kwargs: Any, found: Operands) -> Any:
         if self.owners.following and found.data:
             for operand in found.data:
@@ -311,6 +316,8 @@ class Interceptor(TorchFunctionMode):
         rule = self._tapping.rules.get(func)
         if any(is_sharded(source.tensor) for source in sources):
             raise self.unsupported(sources, func, "as a DTensor, outside of a linear layer")
+        if any(source.tensor.layout != torch.strided for source in sources):
+            raise self.unsupported(sources, func, "as a sparse tensor; call to_dense() on it")
         result = NotImplemented if rule is None else rule(self, func, args, kwargs)
         if result is NotImplemented:
             result = self.look_inside(func, args, kwargs)
@@ -360,6 +367,7 @@ class Interceptor(TorchFunctionMode):
                 data = (
                     self._doubt
                     and func in EXPANSIONS
+                    and bool(args)
                     and gains_examples(args[0].shape, value.shape, size, dims) is not None
                 )
             else:

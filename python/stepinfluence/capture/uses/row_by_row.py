@@ -24,7 +24,7 @@ def per_row(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     leaves, spec = pytree.tree_flatten((args, kwargs))
     sources = [s for s in map(it.source, leaves) if s is not None]
     if changes_in_place(func, kwargs):
-        raise it.unsupported(sources, func, "it writes to a tensor in place")
+        return _written(it, func, args, kwargs, sources)
     plain = it.without_capture(func, args, kwargs)
     if not isinstance(plain, Tensor):
         raise it.unsupported(sources, func, "it gives several results, and its rule is not known")
@@ -73,6 +73,25 @@ def per_row(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if owners is not None:
         it.owners.follower.note(result, owners.at(dim, result.shape), tapped=True)
     return result
+
+
+def _written(
+    it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sources: list[Source]
+) -> Tensor:
+    """An operation that writes to its first argument: what it gives for a copy of that, put in its place."""
+    name = func.__name__.removesuffix("_")
+    plain = getattr(Tensor, name, None)
+    if kwargs.get("out") is not None or it.source(args[0]) is not None:
+        raise it.unsupported(sources, func, "it writes to a tensor in place")
+    written: Tensor = args[0]
+    with it:
+        if name in ("copy", "fill"):
+            written[...] = args[1] if len(args) > 1 else next(iter(kwargs.values()))
+        elif plain is None:
+            raise it.unsupported(sources, func, "it writes to a tensor in place")
+        else:
+            written.copy_(plain(written.clone(), *args[1:], **kwargs))
+    return written
 
 
 def _row_dim(mapped: Any, plain: Any, likely: int) -> int | None:

@@ -20,7 +20,13 @@ from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.owners.calls import EXPANSIONS, GROUPED, changes_in_place
 from stepinfluence.capture.owners.rows import gains_examples
 from stepinfluence.capture.uses.bags import embedding_bag
-from stepinfluence.capture.uses.composed import batched_product, convolution, einsum, grouped_product
+from stepinfluence.capture.uses.composed import (
+    batched_product,
+    convolution,
+    einsum,
+    grouped_product,
+    transposed_convolution,
+)
 from stepinfluence.capture.uses.interceptor import Interceptor
 from stepinfluence.capture.uses.recurrent import cell, recurrent
 
@@ -108,8 +114,8 @@ def embedding(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[st
     """``torch.embedding(W, ids, padding_idx, scale_grad_by_freq, sparse)``, to which ``F.embedding`` comes down."""
     names = ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse")
     given = dict(zip(names, args, strict=False)) | kwargs
-    padding = given.get("padding_idx", -1)
-    return _lookup(it, func, given["weight"], given["indices"], padding, given.get("scale_grad_by_freq", False))
+    options = (given.get(n, False) for n in ("scale_grad_by_freq", "sparse"))
+    return _lookup(it, func, given["weight"], given["indices"], given.get("padding_idx", -1), *options)
 
 
 def getitem(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,7 +150,9 @@ def index_select(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict
     return _lookup(it, func, given["input"], given["index"], -1, False)
 
 
-def _lookup(it: Interceptor, func: Any, table: Any, ids: Tensor, padding: int, by_frequency: bool) -> Any:
+def _lookup(
+    it: Interceptor, func: Any, table: Any, ids: Tensor, padding: int, by_frequency: bool, sparse: bool = False
+) -> Any:
     source = it.source(table)
     if source is None or source.tensor.dim() < 2 or it.source(ids) is not None:
         return NotImplemented
@@ -154,7 +162,7 @@ def _lookup(it: Interceptor, func: Any, table: Any, ids: Tensor, padding: int, b
     # Negative indices of plain indexing count from the end; as a lookup they are wrapped.
     ids = torch.where(ids < 0, ids + len(table), ids) if func is not torch.embedding else ids
     row = tuple(table.shape[1:])
-    output = torch.embedding(it.detached(table).flatten(1), ids, padding)
+    output = torch.embedding(it.detached(table).flatten(1), ids, padding, False, sparse)
     output = output.unflatten(-1, row) if len(row) > 1 else output
     use = it.use(func, owners, source)
     used = source
@@ -227,7 +235,7 @@ def _norm_tap(
 def elementwise(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Broadcast arithmetic: sources are expanded to the full shape, so that autograd does not sum over examples."""
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    if kwargs.get("out") is not None or (it.source(args[0]) is not None and changes_in_place(func, kwargs)):
+    if kwargs.get("out") is not None or (changes_in_place(func, kwargs) and it.source(args[0]) is not None):
         return NotImplemented
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     others = [t for t in tensors if it.source(t) is None and (t.is_floating_point() or t.is_complex())]
@@ -264,9 +272,21 @@ def setitem(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     return x
 
 
+def index_put(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.index_put(index, P)`` and its form in place: as ``x[index] = P``."""
+    given = dict(zip(("input", "indices", "values", "accumulate"), args, strict=False)) | kwargs
+    x = given["input"]
+    if given.get("accumulate", False) or it.source(x) is not None or kwargs.get("out") is not None:
+        return NotImplemented
+    with it:
+        written = x if changes_in_place(func, kwargs) else x.clone()
+        written[tuple(given["indices"])] = given["values"]
+    return written
+
+
 def expand_to_batch(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``P.expand(B, ...)``, ``P.repeat(B, 1, ...)``: the result has a row per example and counts as data."""
-    if func not in EXPANSIONS:
+    if func not in EXPANSIONS or not args:
         return NotImplemented
     value = args[0]
     source = it.source(value)
@@ -294,11 +314,26 @@ def attention(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return it.look_inside(func, args, kwargs)
 
 
-def shape_or_type_only(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``x.to(P)``, ``x.type_as(P)``, ``x.expand_as(P)``: of the parameter only its shape or dtype counts."""
-    if it.source(args[0]) is not None:
+def broadcast(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``broadcast_tensors``: each by itself to the shape of all."""
+    tensors = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    with it:
+        return tuple(t.expand(shape) for t in tensors)
+
+
+def added_product(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``baddbmm(b, x, P)``: the product, scaled, and what is added to it."""
+    names = ("input", "batch1", "batch2")
+    given: dict[str, Any] = {"beta": 1, "alpha": 1, **dict(zip(names, args, strict=False)), **kwargs}
+    if changes_in_place(func, kwargs) or len(args) > len(names):
         return NotImplemented
-    return it.without_capture(func, args, kwargs)
+    with it:
+        product = torch.bmm(given["batch1"], given["batch2"])
+        product = product if given["alpha"] == 1 else product * given["alpha"]
+        if given["beta"] == 0:  # then it may hold anything, NaN too
+            return product
+        return product + (given["input"] if given["beta"] == 1 else given["input"] * given["beta"])
 
 
 def _named(*names: str) -> list[Any]:
@@ -330,20 +365,21 @@ RULES: dict[Any, Rule] = {
     F.multi_head_attention_forward: attention,
     **dict.fromkeys(_named("matmul", "mm", "bmm"), matmul),
     **dict.fromkeys(_named("addmm"), addmm),
+    **dict.fromkeys(_named("baddbmm"), added_product),
     torch.einsum: einsum,
     **dict.fromkeys(GROUPED, grouped_product),
     torch.embedding: embedding,
     Tensor.__getitem__: getitem,
     Tensor.__setitem__: setitem,
+    **dict.fromkeys(_named("index_put"), index_put),
     **dict.fromkeys(_named("index_select"), index_select),
     torch.embedding_bag: embedding_bag,
     torch.layer_norm: layer_norm,
     torch.rms_norm: rms_norm,
     **dict.fromkeys(ELEMENTWISE, elementwise),
-    **dict.fromkeys(
-        (Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as), shape_or_type_only
-    ),
+    torch.broadcast_tensors: broadcast,
     **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d], convolution),
+    **dict.fromkeys([torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d], transposed_convolution),
     **dict.fromkeys([torch.gru_cell, torch.lstm_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell], cell),
     **dict.fromkeys([torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu], recurrent),
 }
