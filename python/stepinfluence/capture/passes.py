@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from stepinfluence.capture.batches import infer_batch_size, leaves
 from stepinfluence.capture.found import find, how_told
 from stepinfluence.capture.interceptor import Interceptor
 from stepinfluence.capture.row_by_row import per_row
-from stepinfluence.capture.rows import Use
+from stepinfluence.capture.rows import Told, Use
 from stepinfluence.capture.sharding import Sharding
 from stepinfluence.capture.sinks import GradientSink
 from stepinfluence.capture.sources import ModelTensors
@@ -24,9 +24,6 @@ from stepinfluence.capture.targets import Target
 from stepinfluence.capture.usage import Usage
 from stepinfluence.capture.uses import RULES, expand_to_batch
 from stepinfluence.errors import LayoutError, UnsupportedUseError
-
-Told: TypeAlias = Literal["followed", "found"]
-"""How the owners of rows became known: followed through the forward pass, or found by gradients."""
 
 
 @dataclass(frozen=True)

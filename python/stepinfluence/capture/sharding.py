@@ -13,7 +13,6 @@ from stepinfluence.capture.batches import fingerprints
 from stepinfluence.capture.company import Company
 from stepinfluence.capture.gathered import Gathered
 from stepinfluence.capture.parallel import Parallel
-from stepinfluence.capture.targets import Target
 from stepinfluence.errors import BodyError
 from stepinfluence.shards import is_sharded
 
@@ -61,14 +60,6 @@ class Sharding:
                 f"model: is sharded over processes, which {what} cannot handle; give this process the whole model "
                 "(features of the two can be compared: names and digests are the same)"
             )
-
-    def watch(self, targets: Sequence[Target], layout: str) -> None:
-        """Tap the uses of these targets from now on, in layers that run unseen.
-
-        Raises:
-            BodyError, ValueError: as for :meth:`.Parallel.watch`.
-        """
-        self.parallel.watch(targets, layout)
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -17,7 +17,8 @@ from stepinfluence.capture import session
 from stepinfluence.capture.discovery import PendingCapture
 from stepinfluence.capture.hooks import read_factors, with_factors
 from stepinfluence.capture.inline import Inline
-from stepinfluence.capture.passes import TappedModel, Told
+from stepinfluence.capture.passes import TappedModel
+from stepinfluence.capture.rows import Told
 from stepinfluence.capture.sharding import Sharding
 from stepinfluence.capture.sketched_run import SketchedRun
 from stepinfluence.capture.sketching import Sketching
@@ -69,7 +70,7 @@ class Capture(session.LoaderCapture):
     ) -> None:
         self.model, self.body, self.targets = model, steps.body, list(targets)
         self.sharding = sharding
-        sharding.watch(targets, sketching.layout)
+        sharding.parallel.watch(targets, sketching.layout)
         self.device = single_device({t.name: t.parameter for t in self.targets})
         self.sketching = sketching
         self.hashing: HashFamily = hashing

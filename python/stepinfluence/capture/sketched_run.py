@@ -13,8 +13,9 @@ from torch import Tensor
 from stepinfluence.attribution.features import FeatureBuilder, FeatureSpace
 from stepinfluence.capture import session
 from stepinfluence.capture.discovery import warn_if_the_loop_is_elsewhere
-from stepinfluence.capture.passes import TappedModel, Told
+from stepinfluence.capture.passes import TappedModel
 from stepinfluence.capture.recorder import SketchRecorder
+from stepinfluence.capture.rows import Told
 from stepinfluence.capture.sketching import Sketching
 from stepinfluence.capture.told import Ledger
 from stepinfluence.capture.usage import Usage
