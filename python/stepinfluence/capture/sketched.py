@@ -12,7 +12,7 @@ from torch import nn
 
 from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
-from stepinfluence.attribution.preconditioners import Preconditioner, prepare
+from stepinfluence.attribution.preconditioners import Preconditioner, Root
 from stepinfluence.capture import session
 from stepinfluence.capture.discovery import PendingCapture
 from stepinfluence.capture.hooks import read_factors, with_factors
@@ -121,20 +121,8 @@ class Capture(session.LoaderCapture):
     def _body_parameters(self) -> dict[str, nn.Parameter]:
         return {t.name: t.held for t in self.targets}
 
-    @property
-    def preconditioner(self) -> Preconditioner | None:
-        """The metric that features are taken under; :meth:`precondition` changes it."""
-        return self._preconditioner
-
-    def precondition(self, preconditioner: Preconditioner | None) -> None:
-        """Featurize under another metric from now on; None for the plain gradient.
-
-        Raises:
-            TypeError, ValueError: as for :func:`attach`.
-        """
-        roots, metric = prepare(preconditioner, self._body_parameters(), self.dtype, self.device)
+    def _use(self, roots: Mapping[str, Root]) -> None:
         self.sketching.precondition(roots)
-        self._roots, self._metric, self._preconditioner = roots, metric, preconditioner
 
     def step(self, t: int) -> AbstractContextManager[None]:
         """Mark a part of the model's forward pass as loop step ``t`` (0-based), with ``loop="manual"``."""
