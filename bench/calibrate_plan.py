@@ -23,6 +23,7 @@ import torch
 
 from bench.provenance import Provenance, add_output, machine_line, machine_slug, write
 from sdi_kernels import TensorSketch, plan_linear, torch_routes
+from sdi_kernels.calls import LinearCall
 from sdi_kernels.cpu import cost, native, routes
 
 SIDES = [(64, 64), (128, 128), (256, 256), (512, 512), (768, 768), (3072, 3072)]
@@ -50,8 +51,8 @@ def route_call(sketch: TensorSketch, rows: int, tokens: int, route: str, *, plai
     out, tables = torch.zeros(rows, sketch.m), sketch.tables()
     if plain:
         run = torch_routes.linear_fft if route == "fft" else torch_routes.linear_direct
-        return lambda: run(out, a, g, tables, sketch.m)
-    return lambda: routes.linear(out, a, g, tables, sketch.m, route)
+        return lambda: run(LinearCall(out, a, g, tables, sketch.m, route))
+    return lambda: routes.linear(LinearCall(out, a, g, tables, sketch.m, route))
 
 
 def check(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepinfluence.app.demo.run import DemoConfig
+from stepinfluence.app.demo.data import DemoConfig
 from stepinfluence.attribution.periods import Period
 from stepinfluence.files import write_bytes
 from stepinfluence.machine import cpu_model

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bench.provenance import Provenance, add_output, machine_line, machine_slug, write
 from sdi_kernels import Route, TensorSketch, borders, ops, sketch_linear_grads
+from sdi_kernels.calls import LinearCall, LinearStepsCall
 from sdi_kernels.triton import launch
 
 WIDTH, SIZE, ROWS, TOKENS = 768, 2048, 8, 4
@@ -68,11 +69,9 @@ def mocked() -> Driver:
     found = Driver()
     driver.set_active(found)  # type: ignore[arg-type]  # as much of one as is asked for
     torch.cuda.device = lambda _: contextlib.nullcontext()  # type: ignore[assignment, misc]
-    for operator, check, kernel in (
-        (ops.linear_sketch_, borders.linear, launch.linear_sketch_),
-        (ops.linear_steps_sketch_, borders.linear_steps, launch.linear_steps_sketch_),
-    ):
-        operator.register_kernel("cpu")(borders.guarded(check, kernel))
+    one, many = borders.linear, borders.linear_steps
+    ops.linear_sketch_.register_kernel("cpu")(ops.guarded(LinearCall, one, launch.linear_sketch_))
+    ops.linear_steps_sketch_.register_kernel("cpu")(ops.guarded(LinearStepsCall, many, launch.linear_steps_sketch_))
     return found
 
 

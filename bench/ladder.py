@@ -63,7 +63,7 @@ def by_step(trained: Trained, asked: Sequence[int]) -> dict[str, list[list[float
     problem, model = trained.problem, trained.model
     exact = metagradients(trained.training, asked).by_step.double().numpy()
     capture = attach(model, body=problem.body(model), sketch_size=2048)
-    train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
+    train = problem.features(capture, "train")
     query = capture.featurize(problem.batches("query"), problem.loss, progress=False)
     found = {
         "SDI, m=2048": influence(train, query),

@@ -46,7 +46,7 @@ SHARE = 10
 def by_fisher(problem: Problem, training: Training, model: nn.Module, asked: Sequence[int]) -> Array:
     """``(n_train, n_asked, steps)``: SDI of the trained model, corrected for curvature, from sketches."""
     capture = attach(model, body=problem.body(model), sketch_size=2048)
-    train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
+    train = problem.features(capture, "train")
     batch = problem.collate([problem.queries[q] for q in asked])
     query = capture.featurize([batch], problem.loss, progress=False)
     return influence(train, query, curvature="fisher").sdi.double().numpy()

@@ -8,14 +8,14 @@ looked at once, not on every call.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sdi_kernels._checks import FLOAT_DTYPES, apart, own_memory, sketch_dtype
+from sdi_kernels.calls import EmbeddingCall, LinearCall, LinearStepsCall, MatrixCall, ScaledVectorCall, VectorCall
 from sdi_kernels.hashing import BLOCK_BUCKETS, MAX_SHEAR_SIZE, inverse_table
 
 ROUTES = ("direct", "fft", "shear")
@@ -24,16 +24,6 @@ _Key = tuple[int, ...]
 _known: dict[_Key, tuple[bool, tuple[tuple[weakref.ref[Tensor], int], ...]]] = {}
 """Tables whose values were found right: whether ``h(i) = i``, and the versions of their contents. While the tensor that
 was looked at lives, its address belongs to it, under whatever other tensor object it comes."""
-
-
-def guarded(check: Callable[..., None], run: Callable[..., None]) -> Callable[..., None]:
-    """``run``, after ``check`` of the same arguments."""
-
-    def both(*arguments: Any, **options: Any) -> None:
-        check(*arguments, **options)
-        run(*arguments, **options)
-
-    return both
 
 
 def trust(tables: Sequence[Tensor], in_order: bool) -> None:
@@ -146,29 +136,21 @@ def _metric(metric: Tensor | None, d_out: int, d_in: int, out: Tensor) -> None:
         apart(out, (metric,))
 
 
-def linear(
-    out: Tensor,
-    activations: Tensor,
-    grad_outputs: Tensor,
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    metric: Tensor | None = None,
-) -> None:
+def linear(call: LinearCall) -> None:
     """Raises ValueError or TypeError where the arguments of ``linear_sketch_`` do not belong together."""
+    out, activations, grad_outputs = call.out, call.activations, call.grad_outputs
     _floats(activations=activations, grad_outputs=grad_outputs)
     _shaped("activations", activations, (None, None, None), out.device)
     rows, tokens, d_in = activations.shape
     _shaped("grad_outputs", grad_outputs, (rows, tokens, None), out.device)
-    _out(out, (rows, m), activations, grad_outputs)
-    _route(tables, grad_outputs.shape[2], d_in, m, route, metric, out)
+    _out(out, (rows, call.m), activations, grad_outputs)
+    _route(call, grad_outputs.shape[2], d_in)
 
 
-def _route(
-    tables: Sequence[Tensor], d_out: int, d_in: int, m: int, route: str, metric: Tensor | None, out: Tensor
-) -> None:
-    """Check the tables and metric of a linear layer, and that ``route`` can take them."""
-    in_order = _tables(tables, (("outputs", d_out), ("inputs", d_in)), m, out.device)
+def _route(call: LinearCall | LinearStepsCall, d_out: int, d_in: int) -> None:
+    """Check the tables and metric of a linear layer, and that its route can take them."""
+    m, route, metric, out = call.m, call.route, call.metric, call.out
+    in_order = _tables(call.tables, (("outputs", d_out), ("inputs", d_in)), m, out.device)
     _metric(metric, d_out, d_in, out)
     if route not in ROUTES:
         raise ValueError(f"route: got {route!r}; the operator takes {', '.join(map(repr, ROUTES))}")
@@ -233,27 +215,19 @@ def linear_pairs(
     return d_out, d_in
 
 
-def linear_steps(
-    out: Tensor,
-    activations: Sequence[Tensor],
-    grad_outputs: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    steps: Sequence[int],
-    rows: Sequence[int],
-    metric: Tensor | None = None,
-) -> None:
+def linear_steps(call: LinearStepsCall) -> None:
     """As :func:`linear`, for ``linear_steps_sketch_``."""
-    d_out, d_in = linear_pairs(activations, grad_outputs, tables)
-    _out(out, (None, None, m), activations[0], grad_outputs[0])
+    out, activations, grad_outputs = call.out, call.activations, call.grad_outputs
+    d_out, d_in = linear_pairs(activations, grad_outputs, call.tables)
+    _out(out, (None, None, call.m), activations[0], grad_outputs[0])
     apart(out, (*activations[1:], *grad_outputs[1:]))
-    slots(steps, rows, activations, out.shape[:2])
-    _route(tables, d_out, d_in, m, route, metric, out)
+    slots(call.steps, call.rows, activations, out.shape[:2])
+    _route(call, d_out, d_in)
 
 
-def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
+def matrix(call: MatrixCall) -> None:
     """As :func:`linear`, for ``matrix_sketch_``."""
+    out, grads, tables, m, metric = call
     _floats(grads=grads)
     _shaped("grads", grads, (None, None, None), out.device)
     rows, d_out, d_in = grads.shape
@@ -262,8 +236,9 @@ def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric:
     _metric(metric, d_out, d_in, out)
 
 
-def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
+def embedding(call: EmbeddingCall) -> None:
     """As :func:`linear`, for ``embedding_sketch_``."""
+    out, token_ids, grad_outputs, tables, m = call
     _floats(grad_outputs=grad_outputs)
     _shaped("grad_outputs", grad_outputs, (None, None, None), out.device)
     rows, tokens, d = grad_outputs.shape
@@ -275,24 +250,18 @@ def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequ
     _tables(tables, (("the vocabulary", vocabulary), ("inputs", d)), m, out.device)
 
 
-def vector(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
+def vector(call: VectorCall) -> None:
     """As :func:`linear`, for ``vector_sketch_``."""
+    out, grads, tables, m = call
     _floats(grads=grads)
     _shaped("grads", grads, (None, None, None), out.device)
     _out(out, (grads.shape[0], m), grads)
     _tables(tables, (("the vector", grads.shape[2]),), m, out.device)
 
 
-def scaled_vector(
-    out: Tensor,
-    grads: Tensor,
-    factors: Tensor,
-    center: Tensor | None,
-    scale: Tensor | None,
-    tables: Sequence[Tensor],
-    m: int,
-) -> None:
+def scaled_vector(call: ScaledVectorCall) -> None:
     """As :func:`linear`, for ``scaled_vector_sketch_``."""
+    out, grads, factors, center, scale, tables, m = call
     _floats(grads=grads, factors=factors)
     _shaped("grads", grads, (None, None, None), out.device)
     _shaped("factors", factors, tuple(grads.shape), out.device)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdi_kernels import _checks, ops
@@ -21,30 +21,33 @@ def _merge_leading(value: Tensor) -> Tensor:
 
 def _finish(
     out: Tensor | None,
-    lead: torch.Size,
-    m: int,
+    shape: tuple[int, ...],
     inputs: tuple[Tensor, ...],
-    create: Callable[[], Tensor],
-    accumulate: Callable[[Tensor], None],
+    create: Callable[..., Tensor],
+    add: Callable[..., None],
+    *arguments: Any,
 ) -> Tensor:
-    """Return a new sketch of shape (*lead, m), or add it to ``out``."""
-    return create().view(*lead, m) if out is None else _accumulate(out, lead, m, inputs, accumulate)
+    """A new sketch of ``shape`` (..., m) by ``create``, or ``out`` after ``add``, two operators of these arguments."""
+    if out is None:
+        return create(*arguments).view(shape)
+    return _accumulate(out, shape, inputs, add, *arguments)
 
 
 def _accumulate(
-    out: Tensor, lead: torch.Size, m: int, inputs: tuple[Tensor, ...], accumulate: Callable[[Tensor], None]
+    out: Tensor, shape: tuple[int, ...], inputs: tuple[Tensor, ...], add: Callable[..., None], *arguments: Any
 ) -> Tensor:
-    """Add a sketch of shape (*lead, m) to ``out``, which may be a strided slice of a larger buffer."""
-    buffer = _checks.output_buffer(out, (*lead, m), _checks.sketch_dtype(*inputs), inputs[0].device)
+    """Add a sketch of ``shape`` (..., m) to ``out``, which may be a strided slice of a larger buffer."""
+    buffer = _checks.output_buffer(out, shape, _checks.sketch_dtype(*inputs), inputs[0].device)
+    given = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in arguments]
     # Leading dimensions that cannot be merged in place go through a copy.
     try:
-        flat = buffer.view(-1, m)
+        flat = buffer.view(-1, shape[-1])
     except RuntimeError:
         _checks.apart(buffer, inputs)
-        flat = buffer.reshape(-1, m)
-        accumulate(flat)
+        flat = buffer.reshape(-1, shape[-1])
+        ops.add_to(flat, add, *given)
         return buffer.copy_(flat.view(buffer.shape))
-    accumulate(flat)
+    ops.add_to(flat, add, *given)
     return buffer
 
 
@@ -117,14 +120,7 @@ def sketch_linear_grads(
         entries = entries.to(_checks.sketch_dtype(a, g))
         route = "direct" if route == "auto" else route
     chosen = plan_linear(a3.shape[0], a3.shape[1], sketch, a.device, route, dtype=a.dtype).route
-    return _finish(
-        out,
-        lead,
-        m,
-        (a, g),
-        lambda: ops.linear_sketch(a3, g3, tables, m, chosen, entries),
-        lambda buffer: ops.add_to(buffer, ops.linear_sketch_, a3.detach(), g3.detach(), tables, m, chosen, entries),
-    )
+    return _finish(out, (*lead, m), (a, g), ops.linear_sketch, ops.linear_sketch_, a3, g3, tables, m, chosen, entries)
 
 
 def sketch_matrix_grads(
@@ -161,14 +157,7 @@ def sketch_matrix_grads(
     lead, m = g.shape[:-2], sketch.m
     g3 = _merge_leading(g)
     tables = sketch.tables(g.device)
-    return _finish(
-        out,
-        lead,
-        m,
-        (g,),
-        lambda: ops.matrix_sketch(g3, tables, m, entries),
-        lambda buffer: ops.add_to(buffer, ops.matrix_sketch_, g3.detach(), tables, m, entries),
-    )
+    return _finish(out, (*lead, m), (g,), ops.matrix_sketch, ops.matrix_sketch_, g3, tables, m, entries)
 
 
 def sketch_embedding_grads(
@@ -205,14 +194,7 @@ def sketch_embedding_grads(
     g3 = _merge_leading(g)
     ids = token_ids.reshape(g3.shape[:2]).long()
     tables = sketch.tables(g.device)
-    return _finish(
-        out,
-        lead,
-        m,
-        (g,),
-        lambda: ops.embedding_sketch(ids, g3, tables, m),
-        lambda buffer: ops.add_to(buffer, ops.embedding_sketch_, ids, g3.detach(), tables, m),
-    )
+    return _finish(out, (*lead, m), (g,), ops.embedding_sketch, ops.embedding_sketch_, ids, g3, tables, m)
 
 
 def sketch_vector_grads(grads: Tensor, sketch: CountSketch, *, out: Tensor | None = None) -> Tensor:
@@ -235,14 +217,7 @@ def sketch_vector_grads(grads: Tensor, sketch: CountSketch, *, out: Tensor | Non
     lead, m = g.shape[:-2], sketch.m
     g3 = _merge_leading(g)
     tables = sketch.tables(g.device)
-    return _finish(
-        out,
-        lead,
-        m,
-        (g,),
-        lambda: ops.vector_sketch(g3, tables, m),
-        lambda buffer: ops.add_to(buffer, ops.vector_sketch_, g3.detach(), tables, m),
-    )
+    return _finish(out, (*lead, m), (g,), ops.vector_sketch, ops.vector_sketch_, g3, tables, m)
 
 
 def sketch_scaled_vector_grads(
@@ -292,13 +267,8 @@ def sketch_scaled_vector_grads(
         if scale is not None:
             values = values * scale.unsqueeze(-1)
         return sketch_vector_grads(g.to(dtype) * values, sketch)
-    g3, x3 = _merge_leading(g.detach()), _merge_leading(x.detach())
-    shift, gain = (None if v is None else v.detach().reshape(g3.shape[:2]) for v in per_token)
+    g3, x3 = _merge_leading(g), _merge_leading(x)
+    shift, gain = (None if v is None else v.reshape(g3.shape[:2]) for v in per_token)
     tables, m = sketch.tables(g.device), sketch.m
-    return _accumulate(
-        out,
-        g.shape[:-2],
-        m,
-        (g, x),
-        lambda buffer: ops.add_to(buffer, ops.scaled_vector_sketch_, g3, x3, shift, gain, tables, m),
-    )
+    shape = (*g.shape[:-2], m)
+    return _accumulate(out, shape, (g, x), ops.scaled_vector_sketch_, g3, x3, shift, gain, tables, m)

@@ -8,88 +8,101 @@ Canonical shapes: activations (rows, tokens, d_in), grad_outputs (rows, tokens, 
 grads (rows, tokens, d) for vectors and (rows, d_out, d_in) for matrices; metric (d_out, d_in) of the sketch's dtype;
 sketches (rows, m). ``linear_steps_sketch`` takes lists of activations and grad_outputs, each with rows and tokens of
 its own, and sketches are (rows, steps, m): pair k goes to its rows from ``rows[k]`` on, at ``steps[k]``. ``tables`` as
-given by :meth:`TensorSketch.tables`. The checked, shape-polymorphic functions are in :mod:`sdi_kernels.functional`.
+given by :meth:`TensorSketch.tables`. :mod:`sdi_kernels.calls` says what each operator takes, in order. The checked,
+shape-polymorphic functions are in :mod:`sdi_kernels.functional`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sdi_kernels import borders, torch_routes
 from sdi_kernels._checks import sketch_dtype
+from sdi_kernels.calls import EmbeddingCall, LinearCall, LinearStepsCall, MatrixCall, ScaledVectorCall, VectorCall
 from sdi_kernels.cpu import routes as cpu_routes
 from sdi_kernels.workspace import workspace_bytes
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 # ---------------------------------------------------------------------------------------------------------------
 # Accumulating operators: out += sketch(inputs)
 
+Call = TypeVar("Call", LinearCall, LinearStepsCall, MatrixCall, EmbeddingCall, VectorCall, ScaledVectorCall)
 
-@torch.library.custom_op("sdi_kernels::linear_sketch_", mutates_args={"out"})
-def linear_sketch_(
-    out: Tensor,
-    activations: Tensor,
-    grad_outputs: Tensor,
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    metric: Tensor | None = None,
+
+def _schema(
+    body: Callable[..., Any], kind: type, *, without: tuple[str, ...] = (), returns: type | None = None
 ) -> None:
-    borders.linear(out, activations, grad_outputs, tables, m, route, metric)
-    if activations.shape[0] == 0 or activations.shape[1] == 0:
-        return
-    torch_routes.linear(out, activations, grad_outputs, tables, m, route, metric)
+    """Give ``body`` the signature that torch makes an operator's schema of: the fields of ``kind``."""
+    fields = [p for name, p in inspect.signature(kind).parameters.items() if name not in without]
+    body.__signature__ = inspect.Signature(fields, return_annotation=returns)  # type: ignore[attr-defined]
 
 
-@torch.library.custom_op("sdi_kernels::linear_steps_sketch_", mutates_args={"out"})
-def linear_steps_sketch_(
-    out: Tensor,
-    activations: Sequence[Tensor],
-    grad_outputs: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    steps: Sequence[int],
-    rows: Sequence[int],
-    metric: Tensor | None = None,
-) -> None:
-    borders.linear_steps(out, activations, grad_outputs, tables, m, route, steps, rows, metric)
-    torch_routes.linear_steps(out, activations, grad_outputs, tables, m, route, steps, rows, metric)
+def guarded(kind: type[Call], check: Callable[[Call], None], run: Callable[[Call], None]) -> Callable[..., None]:
+    """The body of an operator: its arguments as one call, checked and run."""
+
+    def body(*arguments: Any, **options: Any) -> None:
+        call = kind(*arguments, **options)
+        check(call)
+        run(call)
+
+    _schema(body, kind)
+    return body
 
 
-@torch.library.custom_op("sdi_kernels::matrix_sketch_", mutates_args={"out"})
-def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
-    borders.matrix(out, grads, tables, m, metric)
-    torch_routes.matrix(out, grads, tables, m, metric)
+def _accumulating(
+    name: str,
+    kind: type[Call],
+    check: Callable[[Call], None],
+    plain: Callable[[Call], None],
+    on_cpu: Callable[[Call], None],
+) -> CustomOpDef:
+    """The operator that takes the fields of ``kind``: in plain torch, and with kernels for CPUs and GPUs."""
+
+    def on_cuda(call: Call) -> None:
+        from sdi_kernels.triton import launch  # when an operator first meets a CUDA tensor
+
+        getattr(launch, name)(call)
+
+    body = guarded(kind, check, plain)
+    operator = torch.library.custom_op(f"sdi_kernels::{name}", body, mutates_args={"out"})
+    # On the CPU: compiled kernels where they are built and apply, the same torch routes elsewhere.
+    operator.register_kernel("cpu")(guarded(kind, check, on_cpu))
+    operator.register_kernel("cuda")(guarded(kind, check, on_cuda))
+    operator.register_fake(borders.on_one_device)
+    return operator
 
 
-@torch.library.custom_op("sdi_kernels::embedding_sketch_", mutates_args={"out"})
-def embedding_sketch_(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    borders.embedding(out, token_ids, grad_outputs, tables, m)
-    torch_routes.embedding(out, token_ids, grad_outputs, tables, m)
+linear_sketch_ = _accumulating("linear_sketch_", LinearCall, borders.linear, torch_routes.linear, cpu_routes.linear)
+linear_steps_sketch_ = _accumulating(
+    "linear_steps_sketch_", LinearStepsCall, borders.linear_steps, torch_routes.linear_steps, cpu_routes.linear_steps
+)
+matrix_sketch_ = _accumulating("matrix_sketch_", MatrixCall, borders.matrix, torch_routes.matrix, cpu_routes.matrix)
+embedding_sketch_ = _accumulating(
+    "embedding_sketch_", EmbeddingCall, borders.embedding, torch_routes.embedding, cpu_routes.embedding
+)
+vector_sketch_ = _accumulating("vector_sketch_", VectorCall, borders.vector, torch_routes.vector, cpu_routes.vector)
+scaled_vector_sketch_ = _accumulating(
+    "scaled_vector_sketch_",
+    ScaledVectorCall,
+    borders.scaled_vector,
+    torch_routes.scaled_vector,
+    cpu_routes.scaled_vector,
+)
 
 
-@torch.library.custom_op("sdi_kernels::vector_sketch_", mutates_args={"out"})
-def vector_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    borders.vector(out, grads, tables, m)
-    torch_routes.vector(out, grads, tables, m)
-
-
-@torch.library.custom_op("sdi_kernels::scaled_vector_sketch_", mutates_args={"out"})
-def scaled_vector_sketch_(
-    out: Tensor,
-    grads: Tensor,
-    factors: Tensor,
-    center: Tensor | None,
-    scale: Tensor | None,
-    tables: Sequence[Tensor],
-    m: int,
-) -> None:
-    borders.scaled_vector(out, grads, factors, center, scale, tables, m)
-    torch_routes.scaled_vector(out, grads, factors, center, scale, tables, m)
+@linear_steps_sketch_.register_fake
+def _(*arguments: Any) -> None:
+    call = LinearStepsCall(*arguments)
+    borders.linear_pairs(call.activations, call.grad_outputs, call.tables)
+    borders.on_one_device(*arguments)
+    borders.slots(call.steps, call.rows, call.activations, call.out.shape[:2])
 
 
 def add_to(out: Tensor, operator: Callable[..., None], *arguments: Any) -> None:
@@ -106,80 +119,44 @@ def add_to(out: Tensor, operator: Callable[..., None], *arguments: Any) -> None:
     torch.autograd.graph.increment_version(out)
 
 
-# On the CPU: compiled kernels where they are built and apply, the same torch routes elsewhere.
-linear_sketch_.register_kernel("cpu")(borders.guarded(borders.linear, cpu_routes.linear))
-linear_steps_sketch_.register_kernel("cpu")(borders.guarded(borders.linear_steps, cpu_routes.linear_steps))
-matrix_sketch_.register_kernel("cpu")(borders.guarded(borders.matrix, cpu_routes.matrix))
-embedding_sketch_.register_kernel("cpu")(borders.guarded(borders.embedding, cpu_routes.embedding))
-vector_sketch_.register_kernel("cpu")(borders.guarded(borders.vector, cpu_routes.vector))
-scaled_vector_sketch_.register_kernel("cpu")(borders.guarded(borders.scaled_vector, cpu_routes.scaled_vector))
-
-
-@linear_sketch_.register_fake
-@matrix_sketch_.register_fake
-@embedding_sketch_.register_fake
-@vector_sketch_.register_fake
-@scaled_vector_sketch_.register_fake
-def _(*arguments: Any) -> None:
-    borders.on_one_device(*arguments)
-
-
-@linear_steps_sketch_.register_fake
-def _(out: Tensor, activations: Sequence[Tensor], grad_outputs: Sequence[Tensor], *rest: Any) -> None:
-    tables, _, _, steps, rows, *_ = rest
-    borders.linear_pairs(activations, grad_outputs, tables)
-    borders.on_one_device(out, activations, grad_outputs, *rest)
-    borders.slots(steps, rows, activations, out.shape[:2])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# CUDA: Triton kernels, imported when an operator first meets a CUDA tensor
-
-
-def _on_cuda(name: str) -> Callable[..., None]:
-    """The launcher of this name, in :mod:`sdi_kernels.triton.launch`."""
-
-    def run(*arguments: Any, **options: Any) -> None:
-        from sdi_kernels.triton import launch
-
-        getattr(launch, name)(*arguments, **options)
-
-    return run
-
-
-linear_sketch_.register_kernel("cuda")(borders.guarded(borders.linear, _on_cuda("linear_sketch_")))
-linear_steps_sketch_.register_kernel("cuda")(borders.guarded(borders.linear_steps, _on_cuda("linear_steps_sketch_")))
-matrix_sketch_.register_kernel("cuda")(borders.guarded(borders.matrix, _on_cuda("matrix_sketch_")))
-embedding_sketch_.register_kernel("cuda")(borders.guarded(borders.embedding, _on_cuda("embedding_sketch_")))
-vector_sketch_.register_kernel("cuda")(borders.guarded(borders.vector, _on_cuda("vector_sketch_")))
-scaled_vector_sketch_.register_kernel("cuda")(borders.guarded(borders.scaled_vector, _on_cuda("scaled_vector_sketch_")))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Functional operators: differentiable in activations and gradients
 
 
-def _zeros(like: Tensor, m: int, *inputs: Tensor) -> Tensor:
-    return like.new_zeros(like.shape[0], m, dtype=sketch_dtype(*inputs))
+def _returning(name: str, kind: type, add: CustomOpDef, create: Callable[..., Tensor]) -> CustomOpDef:
+    """The operator that takes the fields of ``kind`` but ``out``, and adds to a sketch that ``create`` makes."""
+
+    def body(*arguments: Any, **options: Any) -> Tensor:
+        out = create(*arguments, **options)
+        add(out, *arguments, **options)
+        return out
+
+    _schema(body, kind, without=("out",), returns=Tensor)
+    operator = torch.library.custom_op(f"sdi_kernels::{name}", body, mutates_args=())
+    operator.register_fake(create)
+    return operator
 
 
-@torch.library.custom_op("sdi_kernels::linear_sketch", mutates_args=())
-def linear_sketch(
-    activations: Tensor,
-    grad_outputs: Tensor,
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    metric: Tensor | None = None,
-) -> Tensor:
-    out = _zeros(activations, m, activations, grad_outputs)
-    linear_sketch_(out, activations, grad_outputs, tables, m, route, metric)
-    return out
+def _zeros(m: int, *inputs: Tensor) -> Tensor:
+    return inputs[0].new_zeros(inputs[0].shape[0], m, dtype=sketch_dtype(*inputs))
 
 
-@linear_sketch.register_fake
-def _(activations: Tensor, grad_outputs: Tensor, _tables: Sequence[Tensor], m: int, *_: Any) -> Tensor:
-    return _zeros(activations, m, activations, grad_outputs)
+def _of_pair(activations: Tensor, grad_outputs: Tensor, _tables: Sequence[Tensor], m: int, *_: Any) -> Tensor:
+    return _zeros(m, activations, grad_outputs)
+
+
+def _of_ids(_token_ids: Tensor, grad_outputs: Tensor, _tables: Sequence[Tensor], m: int) -> Tensor:
+    return _zeros(m, grad_outputs)
+
+
+def _of_grads(grads: Tensor, _tables: Sequence[Tensor], m: int, *_: Any) -> Tensor:
+    return _zeros(m, grads)
+
+
+linear_sketch = _returning("linear_sketch", LinearCall, linear_sketch_, _of_pair)
+matrix_sketch = _returning("matrix_sketch", MatrixCall, matrix_sketch_, _of_grads)
+embedding_sketch = _returning("embedding_sketch", EmbeddingCall, embedding_sketch_, _of_ids)
+vector_sketch = _returning("vector_sketch", VectorCall, vector_sketch_, _of_grads)
 
 
 @torch.library.custom_op("sdi_kernels::linear_steps_sketch", mutates_args=())
@@ -204,56 +181,12 @@ def linear_steps_sketch(
 
 
 @linear_steps_sketch.register_fake
-def _(
-    activations: Sequence[Tensor],
-    grad_outputs: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    m: int,
-    _route: str,
-    steps: Sequence[int],
-    rows: Sequence[int],
-    size: Sequence[int],
-    *_: Any,
-) -> Tensor:
+def _(*arguments: Any) -> Tensor:
+    activations, grad_outputs, tables, m, _, steps, rows, size, *_ = arguments
     borders.linear_pairs(activations, grad_outputs, tables)
     borders.slots(steps, rows, activations, size)
-    return activations[0].new_empty(*size, m, dtype=sketch_dtype(activations[0], grad_outputs[0]))
-
-
-@torch.library.custom_op("sdi_kernels::matrix_sketch", mutates_args=())
-def matrix_sketch(grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> Tensor:
-    out = _zeros(grads, m, grads)
-    matrix_sketch_(out, grads, tables, m, metric)
+    out: Tensor = activations[0].new_empty(*size, m, dtype=sketch_dtype(activations[0], grad_outputs[0]))
     return out
-
-
-@matrix_sketch.register_fake
-def _(grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> Tensor:
-    return _zeros(grads, m, grads)
-
-
-@torch.library.custom_op("sdi_kernels::embedding_sketch", mutates_args=())
-def embedding_sketch(token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> Tensor:
-    out = _zeros(grad_outputs, m, grad_outputs)
-    embedding_sketch_(out, token_ids, grad_outputs, tables, m)
-    return out
-
-
-@embedding_sketch.register_fake
-def _(token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> Tensor:
-    return _zeros(grad_outputs, m, grad_outputs)
-
-
-@torch.library.custom_op("sdi_kernels::vector_sketch", mutates_args=())
-def vector_sketch(grads: Tensor, tables: Sequence[Tensor], m: int) -> Tensor:
-    out = _zeros(grads, m, grads)
-    vector_sketch_(out, grads, tables, m)
-    return out
-
-
-@vector_sketch.register_fake
-def _(grads: Tensor, tables: Sequence[Tensor], m: int) -> Tensor:
-    return _zeros(grads, m, grads)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The routes in plain torch: run on every device, and the fallback where no faster kernel is there.
 
-All functions work on canonical shapes (rows, tokens, features), accumulate into a float32 or float64 buffer
-``out`` of shape (rows, m) and keep temporaries under :func:`sdi_kernels.workspace.workspace_bytes`. ``tables`` are
-those of :meth:`sdi_kernels.TensorSketch.tables` or :meth:`sdi_kernels.CountSketch.tables`.
+All functions take a call (:mod:`sdi_kernels.calls`) in canonical shapes (rows, tokens, features), accumulate into its
+buffer ``out`` of shape (rows, m), float32 or float64, and keep temporaries under
+:func:`sdi_kernels.workspace.workspace_bytes`. Its ``tables`` are those of :meth:`sdi_kernels.TensorSketch.tables` or
+:meth:`sdi_kernels.CountSketch.tables`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sdi_kernels._checks import ids_in_range
+from sdi_kernels.calls import EmbeddingCall, LinearCall, LinearStepsCall, MatrixCall, ScaledVectorCall, VectorCall
 from sdi_kernels.workspace import workspace_bytes
 
 INDEX_BYTES = 8
@@ -46,57 +48,32 @@ def _add_shifted(out: Tensor, values: Tensor, offsets: Tensor, columns: Tensor, 
     out.index_add_(1, position.flatten(), values.flatten(1))
 
 
-def linear(
-    out: Tensor,
-    activations: Tensor,
-    grad_outputs: Tensor,
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    metric: Tensor | None = None,
-) -> None:
-    """The route by name. ``metric``, (d_out, d_in), is multiplied into every row's gradient.
+def linear(call: LinearCall) -> None:
+    """The route by name. The ``metric``, (d_out, d_in), is multiplied into every row's gradient.
 
     Raises:
-        ValueError: ``metric`` with the ``fft`` route, which never has single entries of the gradient.
+        ValueError: a metric with the ``fft`` route, which never has single entries of the gradient.
     """
-    if route != "fft":
-        linear_direct(out, activations, grad_outputs, tables, m, metric)
-    elif metric is None:
-        linear_fft(out, activations, grad_outputs, tables, m)
+    if call.activations.shape[0] == 0 or call.activations.shape[1] == 0:
+        return
+    if call.route != "fft":
+        linear_direct(call)
+    elif call.metric is None:
+        linear_fft(call)
     else:
         raise ValueError("metric: the fft route cannot apply it; use route='direct'")
 
 
-def linear_steps(
-    out: Tensor,
-    activations: Sequence[Tensor],
-    grad_outputs: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    steps: Sequence[int],
-    rows: Sequence[int],
-    metric: Tensor | None = None,
-    *,
-    one: Callable[..., None] = linear,
-) -> None:
-    """``one`` (:func:`linear`, here or of the CPU kernels) of every pair ``k``, added to ``out[rows[k] :, steps[k]]``;
-    ``out`` is (rows, steps, m)."""
+def linear_steps(call: LinearStepsCall, *, one: Callable[[LinearCall], None] = linear) -> None:
+    """``one`` (:func:`linear`, here or of the CPU kernels) of every pair."""
+    out, activations, grad_outputs, tables, m, route, steps, rows, metric = call
     for a, g, step, row in zip(activations, grad_outputs, steps, rows, strict=True):
-        if a.shape[0] and a.shape[1]:
-            one(out[row : row + a.shape[0], step], a, g, tables, m, route, metric)
+        one(LinearCall(out[row : row + a.shape[0], step], a, g, tables, m, route, metric))
 
 
-def linear_direct(
-    out: Tensor,
-    activations: Tensor,
-    grad_outputs: Tensor,
-    tables: Sequence[Tensor],
-    m: int,
-    metric: Tensor | None = None,
-) -> None:
+def linear_direct(call: LinearCall) -> None:
     """``direct`` route: outer-product sum per row, times ``metric`` where given, folded into the buckets."""
+    out, activations, grad_outputs, tables, m, _, metric = call
     h_out, s_out, _, h_in, s_in, _ = tables
     rows, tokens, d_in = activations.shape
     d_out = grad_outputs.shape[-1]
@@ -127,8 +104,9 @@ def linear_direct(
             del tile
 
 
-def linear_fft(out: Tensor, activations: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
+def linear_fft(call: LinearCall) -> None:
     """``fft`` route: ``sum_l rfft(CS_out(delta_l)) * rfft(CS_in(a_l))``, one inverse transform per row."""
+    out, activations, grad_outputs, tables, m, *_ = call
     h_out, s_out, _, h_in, s_in, _ = tables
     rows, tokens, _ = activations.shape
     bytes_per_token = max(6 * m, 3 * (m + max(len(h_out), len(h_in)))) * out.element_size()
@@ -146,8 +124,9 @@ def linear_fft(out: Tensor, activations: Tensor, grad_outputs: Tensor, tables: S
             out[some] += torch.fft.irfft(spectrum, n=m)
 
 
-def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
+def matrix(call: MatrixCall) -> None:
     """TensorSketch of given matrices (rows, d_out, d_in), times ``metric`` (d_out, d_in) where given."""
+    out, grads, tables, m, metric = call
     h_out, s_out, _, h_in, s_in, _ = tables
     rows, d_out, d_in = grads.shape
     budget = workspace_bytes(out.device)
@@ -163,8 +142,9 @@ def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric:
             del values, position
 
 
-def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
+def embedding(call: EmbeddingCall) -> None:
     """``TS(onehot(id) (x) delta) = s_out(id) roll(CS_in(delta), h_out(id))``: a signed add at an offset."""
+    out, token_ids, grad_outputs, tables, m = call
     h_out, s_out, _, h_in, s_in, _ = tables
     ids_in_range("token_ids", token_ids, len(h_out))
     rows, tokens, _ = grad_outputs.shape
@@ -180,24 +160,17 @@ def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequ
             del values, position
 
 
-def vector(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
+def vector(call: VectorCall) -> None:
     """CountSketch of the token sum of (rows, tokens, d)."""
-    bucket, sign, _ = tables
+    out, grads, (bucket, sign, _), _ = call
     for some in _chunks(grads.shape[0], 2 * out.element_size() * len(bucket), workspace_bytes(out.device)):
         total = grads[some].sum(1, dtype=out.dtype)
         out[some].index_add_(1, bucket, total * sign.to(out.dtype))
 
 
-def scaled_vector(
-    out: Tensor,
-    grads: Tensor,
-    factors: Tensor,
-    center: Tensor | None,
-    scale: Tensor | None,
-    tables: Sequence[Tensor],
-    m: int,
-) -> None:
+def scaled_vector(call: ScaledVectorCall) -> None:
     """CountSketch of the token sum of ``grads * (factors - center) * scale``; the last two are (rows, tokens)."""
+    out, grads, factors, center, scale, tables, m = call
     rows, tokens, d = grads.shape
     budget = workspace_bytes(out.device)
     per_token = 3 * out.element_size() * d
@@ -209,7 +182,7 @@ def scaled_vector(
             if scale is not None:
                 values *= scale[some, run].to(out.dtype).unsqueeze(-1)
             values *= grads[some, run]
-            vector(out[some], values, tables, m)
+            vector(VectorCall(out[some], values, tables, m))
             del values
 
 

@@ -2,11 +2,12 @@
 
     python -m bench.gpu.predict --keep    # bench/results/predicted-sm90.json; docs/kernels.md states its figures
 
-Needs no GPU. Cycles are counted in machine code (cost.py), rates of the device are data sheets' with a margin
-(:data:`ASSUMED`). A launch takes as long as the busiest of what it needs: to issue instructions, shared memory, tensor
-cores, bytes of its inputs. What is known to come on top is added: ``direct``'s epilogue and atomics, launches.
-gpu-check prints measured over predicted for each row, so that the first run says which of these is wrong: a ratio that
-stays the same over shapes is a rate, one that changes with them is a part that binds and is not in the model.
+Needs no GPU. Cycles are counted in machine code (cost.py and :data:`DIRECT_CYCLES`), rates of the device are data
+sheets' with a margin (:data:`ASSUMED`). A launch takes as long as the busiest of what it needs: to issue instructions,
+shared memory, tensor cores, bytes of its inputs. What is known to come on top is added: ``direct``'s epilogue and
+atomics, launches. gpu-check prints measured over predicted for each row, so that the first run says which of these is
+wrong: a ratio that stays the same over shapes is a rate, one that changes with them is a part that binds and is not in
+the model.
 """
 
 from __future__ import annotations
@@ -37,6 +38,20 @@ SOURCE_ISSUE = 0.13
 """Cycles to issue one of several sources of a bucket, from what the compile gate counts with two (docs/kernels.md)."""
 
 
+DIRECT_CYCLES: dict[str, tuple[tuple[int, int, int], cost.Cycles, cost.Cycles]] = {
+    "direct large half": ((128, 128, 64), cost.Cycles(280, 440, 512), cost.Cycles(3128, 0, 0)),
+    "direct large tf32x3": ((128, 64, 32), cost.Cycles(980, 768, 768), cost.Cycles(2380, 0, 0)),
+    "direct small half": ((64, 64, 64), cost.Cycles(127, 156, 128), cost.Cycles(969, 0, 0)),
+    "direct small tf32x3": ((64, 64, 32), cost.Cycles(570, 480, 384), cost.Cycles(1254, 0, 0)),
+}
+"""A shipped tile of ``direct`` (outputs, inputs, tokens a pass): one pass of its loop, and what comes before and after
+the loop, its atomics counted as they are issued."""
+
+
+def _times(cycles: cost.Cycles, factor: float) -> cost.Cycles:
+    return cost.Cycles(*(factor * x for x in cycles))
+
+
 def _launch(parts: dict[str, float], *after: float) -> dict[str, Any]:
     """A launch whose parts overlap, in ms; ``after``: seconds of what does not."""
     bound = max(parts, key=lambda name: parts[name])
@@ -60,7 +75,7 @@ def fft(case: Case) -> dict[str, Any]:
         width = -(-d // case.m)
         issue += SOURCE_ISSUE * case.m * config.residues * (width if width > 1 else 0)
         shared += config.residues * case.m / 32 * _turns(d, width, case.dtype.itemsize, in_order, by_row, case.m)
-    busy = cycles._replace(issue=issue, shared=shared).times(case.rows * case.tokens)
+    busy = _times(cycles._replace(issue=issue, shared=shared), case.rows * case.tokens)
     read = input_bytes(case) / ASSUMED["memory, bytes a second"]
     return _launch({**_busy(busy), "bytes": read}, 2 * ASSUMED["launch, seconds"])
 
@@ -82,12 +97,12 @@ def _turns(d: int, width: int, size: int, in_order: bool, by_row: bool, m: int) 
 
 def direct(case: Case) -> dict[str, Any]:
     kind = "tf32x3" if case.dtype == torch.float32 else "half"
-    (block_o, block_i, block_t), loop, rest = cost.DIRECT_CYCLES[configs.direct_key(case.d_out, case.d_in, kind)]
+    (block_o, block_i, block_t), loop, rest = DIRECT_CYCLES[configs.direct_key(case.d_out, case.d_in, kind)]
     tiles = case.rows * -(-case.d_out // block_o) * -(-case.d_in // block_i)
     read = input_bytes(case) / ASSUMED["memory, bytes a second"]
     adds = case.rows * case.d_out * case.d_in / ASSUMED["atomic adds a second"]
     epilogue = max(tiles * rest.issue / cost.CYCLES_PER_SECOND, adds)
-    passes = loop.times(tiles * -(-case.tokens // block_t))
+    passes = _times(loop, tiles * -(-case.tokens // block_t))
     return _launch({**_busy(passes), "bytes": read}, epilogue, ASSUMED["launch, seconds"])
 
 

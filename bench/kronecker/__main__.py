@@ -117,10 +117,7 @@ def _sketched(found: Found, trained: Trained, length: float) -> None:
     problem, model = trained.problem, trained.model
     with found.timing(PLAIN, "pass"):
         capture = attach(model, body=problem.body(model), sketch_size=SKETCH_SIZE)
-        train, query = (
-            capture.featurize(problem.batches(side), problem.loss, per_step=False, progress=False)
-            for side in ("train", "query")
-        )
+        train, query = problem.features(capture, "train"), problem.features(capture, "query")
     with found.timing(PLAIN, "apply"):
         found.scores[PLAIN] = train.values @ query.values.T
     width = train.values.shape[1]

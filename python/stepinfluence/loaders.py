@@ -25,6 +25,15 @@ def random_sampler(loader: Any) -> str | None:
     return next((type(s).__name__ for s in samplers if isinstance(s, RANDOM_SAMPLERS)), None)
 
 
+def ids_in(batch: Any, ids: IdsOf | None) -> list[Hashable] | None:
+    """The ids of a batch, where there is a function for them."""
+    if ids is None:
+        return None
+    given = ids(batch)
+    # A tensor's elements would be tensors, which are hashed by identity.
+    return given.tolist() if isinstance(given, Tensor) else list(given)
+
+
 def is_one_shot(loader: Any) -> bool:
     """Whether a loader is an iterator (a generator, ``iter(...)``, ``map``): it gives its batches once."""
     return hasattr(loader, "__next__") and iter(loader) is loader

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdi_kernels import torch_routes
 from sdi_kernels._checks import ids_in_range
+from sdi_kernels.calls import EmbeddingCall, LinearCall, MatrixCall, ScaledVectorCall, VectorCall
 from sdi_kernels.cpu import native
 from sdi_kernels.workspace import workspace_bytes
 
@@ -24,17 +25,9 @@ def _applies(out: Tensor, *inputs: Tensor) -> bool:
     )
 
 
-def linear(
-    out: Tensor,
-    activations: Tensor,
-    grad_outputs: Tensor,
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    metric: Tensor | None = None,
-) -> None:
-    """``out[r] += TS(metric * sum_l grad_outputs[r, l] (x) activations[r, l])``, as :mod:`sdi_kernels.torch_routes`
-    does it."""
+def linear(call: LinearCall) -> None:
+    """As :func:`sdi_kernels.torch_routes.linear` does it."""
+    out, activations, grad_outputs, tables, m, route, metric = call
     route = "direct" if route == "shear" else route  # the same product, arranged for a GPU
     rows, tokens, _ = activations.shape
     if rows == 0 or tokens == 0:
@@ -55,24 +48,24 @@ def linear(
             sides = native.side(g, tables[:3]), native.side(a, tables[3:])
             if native.run("sdi_linear_sketch", native.call(o, *sides, tokens, route, budget, metric=dense)):
                 continue
-        torch_routes.linear(o, a, g, tables, m, route, metric)
+        torch_routes.linear(LinearCall(o, a, g, tables, m, route, metric))
 
 
 linear_steps = functools.partial(torch_routes.linear_steps, one=linear)
 """:func:`linear` of every pair of a list, see :func:`.torch_routes.linear_steps`."""
 
 
-def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
-    """``out[r] += TS(metric * grads[r])``."""
-    if grads.shape[0] and not _by_rows(out, None, grads, tables, metric):
-        torch_routes.matrix(out, grads, tables, m, metric)
+def matrix(call: MatrixCall) -> None:
+    """As :func:`sdi_kernels.torch_routes.matrix` does it."""
+    if call.grads.shape[0] and not _by_rows(call.out, None, call.grads, call.tables, call.metric):
+        torch_routes.matrix(call)
 
 
-def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    """``out[r] += TS(sum_l onehot(token_ids[r, l]) (x) grad_outputs[r, l])``."""
-    ids_in_range("token_ids", token_ids, len(tables[0]))
-    if grad_outputs.numel() and not _by_rows(out, token_ids, grad_outputs, tables, None):
-        torch_routes.embedding(out, token_ids, grad_outputs, tables, m)
+def embedding(call: EmbeddingCall) -> None:
+    """As :func:`sdi_kernels.torch_routes.embedding` does it."""
+    ids_in_range("token_ids", call.token_ids, len(call.tables[0]))
+    if call.grad_outputs.numel() and not _by_rows(call.out, call.token_ids, call.grad_outputs, call.tables, None):
+        torch_routes.embedding(call)
 
 
 def _by_rows(out: Tensor, ids: Tensor | None, given: Tensor, tables: Sequence[Tensor], metric: Tensor | None) -> bool:
@@ -92,35 +85,29 @@ def _by_rows(out: Tensor, ids: Tensor | None, given: Tensor, tables: Sequence[Te
         part = part if part.stride(2) == 1 else part.clone(memory_format=torch.contiguous_format)
         index = None if ids is None else ids[start : start + some]
         sides = native.ids_side(index, tables[:3]), native.side(part, tables[3:])
-        call = native.call(
+        arguments = native.call(
             out[start : start + some], *sides, tokens, "direct", workspace_bytes(out.device), metric=entries
         )
-        if not native.run("sdi_rows_sketch", call):
+        if not native.run("sdi_rows_sketch", arguments):
             return False
     return True
 
 
-def vector(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    """``out[r] += CS(sum_l grads[r, l])``."""
+def vector(call: VectorCall) -> None:
+    """As :func:`sdi_kernels.torch_routes.vector` does it."""
+    out, grads, tables, _ = call
     if grads.shape[0] == 0 or grads.shape[1] == 0:
         return
     if _applies(out, grads) and grads.stride(2) == 1:
         side, budget = native.side(grads, tables), workspace_bytes(out.device)
         if native.run("sdi_vector_sketch", native.call(out, side, native.Side(), grads.shape[1], "direct", budget)):
             return
-    torch_routes.vector(out, grads, tables, m)
+    torch_routes.vector(call)
 
 
-def scaled_vector(
-    out: Tensor,
-    grads: Tensor,
-    factors: Tensor,
-    center: Tensor | None,
-    scale: Tensor | None,
-    tables: Sequence[Tensor],
-    m: int,
-) -> None:
-    """``out[r] += CS(sum_l grads[r, l] * (factors[r, l] - center[r, l]) * scale[r, l])``, in one pass."""
+def scaled_vector(call: ScaledVectorCall) -> None:
+    """As :func:`sdi_kernels.torch_routes.scaled_vector` does it, in one pass."""
+    out, grads, factors, center, scale, tables, _ = call
     if grads.shape[0] == 0 or grads.shape[1] == 0:
         return
     if _applies(out, grads, factors) and grads.stride(2) == factors.stride(2) == 1:
@@ -130,4 +117,4 @@ def scaled_vector(
         arguments = native.call(out, *sides, grads.shape[1], "direct", workspace_bytes(out.device), shift, gain)
         if native.run("sdi_vector_sketch", arguments):
             return
-    torch_routes.scaled_vector(out, grads, factors, center, scale, tables, m)
+    torch_routes.scaled_vector(call)

@@ -30,9 +30,6 @@ class Cycles(NamedTuple):
     shared: float
     tensor: float
 
-    def times(self, factor: float) -> Cycles:
-        return Cycles(*(factor * x for x in self))
-
 
 FFT_CYCLES: dict[int, tuple[Cycles, Cycles]] = {
     256: (Cycles(87, 64, 36), Cycles(126, 160, 108)),
@@ -43,15 +40,6 @@ FFT_CYCLES: dict[int, tuple[Cycles, Cycles]] = {
     8192: (Cycles(5560, 3008, 1920), Cycles(10800, 4928, 3456)),
 }
 """A token of ``fft``, by sketch size: (16-bit inputs, fp32); layers of up to 1024 features, one source to a bucket."""
-
-DIRECT_CYCLES: dict[str, tuple[tuple[int, int, int], Cycles, Cycles]] = {
-    "direct large half": ((128, 128, 64), Cycles(280, 440, 512), Cycles(3128, 0, 0)),
-    "direct large tf32x3": ((128, 64, 32), Cycles(980, 768, 768), Cycles(2380, 0, 0)),
-    "direct small half": ((64, 64, 64), Cycles(127, 156, 128), Cycles(969, 0, 0)),
-    "direct small tf32x3": ((64, 64, 32), Cycles(570, 480, 384), Cycles(1254, 0, 0)),
-}
-"""A shipped tile of ``direct`` (outputs, inputs, tokens a pass): one pass of its loop, and what comes before and after
-the loop, its atomics counted as they are issued."""
 
 SHEAR_CYCLES, SHEAR_TILE = (341, 720), ((64, 128), (64, 64))
 """Cycles of one multiprocessor per token and tile of ``shear``, and the tile's blocks and columns: for one tf32
@@ -79,7 +67,7 @@ class Rates:
         default_factory=lambda: {m: _seconds((max(half), max(single))) for m, (half, single) in FFT_CYCLES.items()}
     )
     shear_seconds: tuple[float, float] = _seconds(SHEAR_CYCLES)
-    flops: tuple[float, float] = (600e12, 80e12)  # two thirds of what is counted, DIRECT_CYCLES
+    flops: tuple[float, float] = (600e12, 80e12)  # two thirds of what is counted (bench/gpu/predict.py)
     atomic_adds: float = 1e12
     bytes: float = 2.5e12
     launch: float = 5e-6

@@ -10,15 +10,13 @@ Atomics add in the order the programs happen to run in: :mod:`sdi_kernels.triton
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from sdi_kernels.calls import LinearCall, LinearStepsCall
 from sdi_kernels.triton import common, configs, tuning
 from sdi_kernels.triton.rounding import operand
-from sdi_kernels.triton.uses import PAIR, Tensors, pair, slot, work
+from sdi_kernels.triton.uses import PAIR, pair, slot, work
 
 
 @triton.jit
@@ -107,32 +105,16 @@ def direct_sketch_kernel(
     tl.atomic_add(p_bin, b_acc * s_o[:, None] * s_i[None, :], mask=m_tile, sem="relaxed")
 
 
-def linear_direct(
-    out: Tensor,
-    activations: Tensors,
-    grad_outputs: Tensors,
-    tables: Sequence[Tensor],
-    m: int,
-    *,
-    metric: Tensor | None = None,
-    steps: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-) -> None:
+def linear_direct(call: LinearCall | LinearStepsCall) -> None:
     """Add the TensorSketch of each row's weight gradient ``G`` (or ``metric * G``) to ``out``, by one launch.
 
-    Args:
-        out: (rows, m) float32, any strides; with lists (rows, steps, m).
-        activations: (rows, tokens, d_in); grad_outputs: (rows, tokens, d_out): float32, bfloat16 or float16, strided.
-            Or lists of them.
-        tables: the six tables of :meth:`TensorSketch.tables`.
-        m: number of buckets.
-        metric: optional (d_out, d_in), multiplied elementwise into every row's gradient before it is sketched.
-        steps, rows: for lists, where each pair goes, see :func:`sdi_kernels.triton.uses.work`.
+    ``out`` is float32, activations and gradients float32, bfloat16 or float16, all of any strides.
     """
-    found = work(out, activations, grad_outputs, steps, rows)
+    found = work(call)
     if found is None:
         return
-    h_out, s_out, _, h_in, s_in, _ = tables
+    out, metric, m = found.out, call.metric, call.m
+    h_out, s_out, _, h_in, s_in, _ = call.tables
     d_out, d_in = len(h_out), len(h_in)
     a, g = found.activations, found.grad_outputs
     kind = configs.kind(a.dtype, g.dtype)
@@ -141,13 +123,13 @@ def linear_direct(
     programs = found.slots * found.rows * common.cdiv(d_out, config.block_out) * common.cdiv(d_in, config.block_in)
     # Every split pays the epilogue's atomics again, so parts are kept long.
     splits, per_split = common.parts(programs, found.tokens, config.block_tokens, 8, out.device)
-    entries = found.out if metric is None else metric  # a pointer that stands in is never read
+    entries = out if metric is None else metric  # a pointer that stands in is never read
     direct_sketch_kernel[(programs, splits)](
-        found.out, a, g, found.table, h_out, s_out, h_in, s_in, entries, found.rows, found.tokens, per_split,
-        d_out, d_in, m, *found.out.stride(), *found.strides, *entries.stride(),
+        out, a, g, found.table, h_out, s_out, h_in, s_in, entries, found.rows, found.tokens, per_split,
+        d_out, d_in, m, *out.stride(), *found.strides, *entries.stride(),
         BLOCK_O=config.block_out, BLOCK_I=config.block_in, BLOCK_T=config.block_tokens,
         HAS_METRIC=metric is not None,
         IS_HALF=kind == "half",
-        IS_WIDE=common.wide(found.out), PRECISION=common.dot_precision(a, g),
+        IS_WIDE=common.wide(out), PRECISION=common.dot_precision(a, g),
         num_warps=config.num_warps, num_stages=config.num_stages, **found.constants,
     )  # fmt: skip

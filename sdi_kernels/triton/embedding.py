@@ -7,13 +7,11 @@ atomics unless the tokens of few rows are split to fill the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from sdi_kernels.calls import EmbeddingCall
 from sdi_kernels.triton import common
 
 BLOCK_T = 8
@@ -65,16 +63,12 @@ def embedding_sketch_kernel(
         tl.store(p_bin, tl.load(p_bin, mask=m_m, other=0.0) + b_sum, mask=m_m)
 
 
-def embedding(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    """Add the TensorSketch of each row's embedding gradient to ``out``.
+def embedding(call: EmbeddingCall) -> None:
+    """Add the TensorSketch of each row's embedding gradient to ``out``; an id outside the vocabulary makes it NaN.
 
-    Args:
-        out: (rows, m) float32, any strides.
-        token_ids: (rows, tokens), integers in [0, vocabulary); any other id makes its row NaN.
-        grad_outputs: (rows, tokens, d) float32, bfloat16 or float16, any strides.
-        tables: the six tables of :meth:`TensorSketch.tables`; the output side is the vocabulary.
-        m: number of buckets.
+    ``out`` is float32, gradients float32, bfloat16 or float16, all of any strides.
     """
+    out, token_ids, grad_outputs, tables, m = call
     rows, tokens, _ = grad_outputs.shape
     if rows == 0 or tokens == 0:
         return

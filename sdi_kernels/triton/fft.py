@@ -19,13 +19,12 @@ the result is the same from run to run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from sdi_kernels.calls import LinearCall, LinearStepsCall
 from sdi_kernels.triton import common
 from sdi_kernels.triton.gather import (
     gather,
@@ -38,7 +37,7 @@ from sdi_kernels.triton.gather import (
 )
 from sdi_kernels.triton.products import complex_dot, matrices, places, power_of_two
 from sdi_kernels.triton.transforms import COLUMNS, FINISH, config_of, constants, rows_of
-from sdi_kernels.triton.uses import PAIR, Tensors, pair, slot, work
+from sdi_kernels.triton.uses import PAIR, pair, slot, work
 
 SMALLEST_PART = 4
 """Tokens that a program keeps at least: what a part costs to finish is about what one of its tokens costs."""
@@ -320,36 +319,24 @@ def fft_finish_kernel(
     tl.store(p_y, tl.load(p_y, mask=m_col) + b_y * (0.5 / (M * R)), mask=m_col)
 
 
-def linear_fft(
-    out: Tensor,
-    activations: Tensors,
-    grad_outputs: Tensors,
-    tables: Sequence[Tensor],
-    m: int,
-    *,
-    steps: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-    workspace: int = 64 << 20,
-) -> None:
+def linear_fft(call: LinearCall | LinearStepsCall, *, workspace: int = 64 << 20) -> None:
     """Add the TensorSketch of each row's weight gradient to ``out``, by two launches.
 
+    Without a metric. ``out`` is float32, activations and gradients float32, bfloat16 or float16, all of any strides.
+
     Args:
-        out: (rows, m) float32, any strides; with lists (rows, steps, m).
-        activations: (rows, tokens, d_in); grad_outputs: (rows, tokens, d_out): float32, bfloat16 or float16, strided.
-            Or lists of them.
-        tables: the six tables of :meth:`TensorSketch.tables`.
-        m: 256, 512, ... 8192.
-        steps, rows: for lists, where each pair goes, see :func:`sdi_kernels.triton.uses.work`.
+        call: m is 256, 512, ... 8192.
         workspace: bytes of temporary memory, 8 a bucket of each row and part (a pair's tokens, or a split of them);
             more rows take two launches more.
     """
-    found = work(out, activations, grad_outputs, steps, rows)
+    found = work(call)
     if found is None:
         return
+    out, m = found.out, call.m
     a, g = found.activations, found.grad_outputs
     has_low = common.exact_products(a.dtype, g.dtype)
     config, finish = config_of(m, has_low, out.device), FINISH[m]
-    table_out, table_in = tables[2], tables[5]
+    table_out, table_in = call.tables[2], call.tables[5]
     const, inverse_const = constants(config, out.device, has_low), constants(finish, out.device, True)
     total = found.slots * found.rows
     programs = total * found.pairs * config.residues

@@ -1,124 +1,94 @@
 """From the operators to the kernels: what ``register_kernel("cuda")`` calls.
 
-Every function takes the canonical arguments of its operator and adds to ``out``. Where a kernel does not serve (Triton
+Every function takes the call of its operator and adds to its ``out``. Where a kernel does not serve (Triton
 missing, float64, a sketch size that :data:`transforms.FINISH` lacks), the plain-torch route does the same on the GPU.
 Triton is imported on the first call, not before; it launches on the current device, so the tensors' is made that.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdi_kernels import torch_routes
+from sdi_kernels.calls import EmbeddingCall, LinearCall, LinearStepsCall, MatrixCall, ScaledVectorCall, VectorCall
 from sdi_kernels.triton import available, common
 
 
-def _linear(
-    out: Tensor, first: tuple[Tensor, Tensor], m: int, route: str, metric: Tensor | None
-) -> Callable[..., None] | None:
-    """The kernel's launcher that serves ``route`` for inputs of these dtypes; None where the torch route does.
+def _linear(call: LinearCall | LinearStepsCall) -> Callable[[Any], None] | None:
+    """The kernel's launcher that serves the call's route for inputs of its dtypes; None where the torch route does.
 
     ``direct`` and ``shear`` add with float atomics: under ``torch.use_deterministic_algorithms`` ``fft`` stands in for
     them, or the torch route where there is a ``metric``.
     """
-    if not available() or not common.supported(*first):
+    pair = call.activations, call.grad_outputs
+    if not available() or not common.supported(*(x if isinstance(x, Tensor) else x[0] for x in pair)):
         return None
     from sdi_kernels.triton import direct, fft, shear, transforms
 
     deterministic = torch.are_deterministic_algorithms_enabled()
-    if metric is None and (route == "fft" or deterministic) and m in transforms.FINISH:
+    if call.metric is None and (call.route == "fft" or deterministic) and call.m in transforms.FINISH:
         return fft.linear_fft
-    if route == "fft" or deterministic:
+    if call.route == "fft" or deterministic:
         return None
-    if metric is not None:
-        return functools.partial(direct.linear_direct, metric=metric)
-    return shear.linear_shear if route == "shear" else direct.linear_direct
+    return shear.linear_shear if call.route == "shear" and call.metric is None else direct.linear_direct
 
 
-def linear_sketch_(
-    out: Tensor,
-    activations: Tensor,
-    grad_outputs: Tensor,
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    metric: Tensor | None = None,
-) -> None:
-    if activations.shape[0] == 0 or activations.shape[1] == 0:
-        return
-    if kernel := _linear(out, (activations, grad_outputs), m, route, metric):
-        with torch.cuda.device(out.device):
-            kernel(out, activations, grad_outputs, tables, m)
+def linear_sketch_(call: LinearCall) -> None:
+    if kernel := _linear(call):
+        with torch.cuda.device(call.out.device):
+            kernel(call)
     else:
-        torch_routes.linear(out, activations, grad_outputs, tables, m, route, metric)
+        torch_routes.linear(call)
 
 
-def linear_steps_sketch_(
-    out: Tensor,
-    activations: Sequence[Tensor],
-    grad_outputs: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    m: int,
-    route: str,
-    steps: Sequence[int],
-    rows: Sequence[int],
-    metric: Tensor | None = None,
-) -> None:
+def linear_steps_sketch_(call: LinearStepsCall) -> None:
     """All pairs by one launch, and by one more to finish ``fft``."""
-    if kernel := _linear(out, (activations[0], grad_outputs[0]), m, route, metric):
-        with torch.cuda.device(out.device):
-            kernel(out, activations, grad_outputs, tables, m, steps=steps, rows=rows)
+    if kernel := _linear(call):
+        with torch.cuda.device(call.out.device):
+            kernel(call)
     else:
-        torch_routes.linear_steps(out, activations, grad_outputs, tables, m, route, steps, rows, metric)
+        torch_routes.linear_steps(call)
 
 
-def matrix_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, metric: Tensor | None = None) -> None:
-    if available() and common.supported(grads):
+def matrix_sketch_(call: MatrixCall) -> None:
+    if available() and common.supported(call.grads):
         from sdi_kernels.triton import matrix
 
-        with torch.cuda.device(out.device):
-            matrix.matrix(out, grads, tables, m, metric=metric)
+        with torch.cuda.device(call.out.device):
+            matrix.matrix(call)
     else:
-        torch_routes.matrix(out, grads, tables, m, metric)
+        torch_routes.matrix(call)
 
 
-def embedding_sketch_(out: Tensor, token_ids: Tensor, grad_outputs: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    if available() and common.supported(grad_outputs):
+def embedding_sketch_(call: EmbeddingCall) -> None:
+    if available() and common.supported(call.grad_outputs):
         from sdi_kernels.triton import embedding
 
-        with torch.cuda.device(out.device):
-            embedding.embedding(out, token_ids, grad_outputs, tables, m)
+        with torch.cuda.device(call.out.device):
+            embedding.embedding(call)
     else:
-        torch_routes.embedding(out, token_ids, grad_outputs, tables, m)
+        torch_routes.embedding(call)
 
 
-def vector_sketch_(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int) -> None:
-    if available() and common.supported(grads):
+def vector_sketch_(call: VectorCall) -> None:
+    if available() and common.supported(call.grads):
         from sdi_kernels.triton import vector
 
-        with torch.cuda.device(out.device):
-            vector.vector(out, grads, tables, m)
+        with torch.cuda.device(call.out.device):
+            vector.vector(call)
     else:
-        torch_routes.vector(out, grads, tables, m)
+        torch_routes.vector(call)
 
 
-def scaled_vector_sketch_(
-    out: Tensor,
-    grads: Tensor,
-    factors: Tensor,
-    center: Tensor | None,
-    scale: Tensor | None,
-    tables: Sequence[Tensor],
-    m: int,
-) -> None:
-    if available() and common.supported(grads, factors):
+def scaled_vector_sketch_(call: ScaledVectorCall) -> None:
+    if available() and common.supported(call.grads, call.factors):
         from sdi_kernels.triton import vector
 
-        with torch.cuda.device(out.device):
-            vector.vector(out, grads, tables, m, factors=factors, center=center, scale=scale)
+        with torch.cuda.device(call.out.device):
+            vector.vector(call)
     else:
-        torch_routes.scaled_vector(out, grads, factors, center, scale, tables, m)
+        torch_routes.scaled_vector(call)

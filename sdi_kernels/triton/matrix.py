@@ -10,13 +10,11 @@ shorter than the sketch, unless ``torch.use_deterministic_algorithms`` asks for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from sdi_kernels.calls import MatrixCall
 from sdi_kernels.triton import common
 
 BLOCK_O = 8
@@ -116,16 +114,12 @@ def matrix_scatter_kernel(
     tl.atomic_add(p_bin, b_x * s_o[:, None] * s_i[None, :], mask=m_tile, sem="relaxed")
 
 
-def matrix(out: Tensor, grads: Tensor, tables: Sequence[Tensor], m: int, *, metric: Tensor | None = None) -> None:
+def matrix(call: MatrixCall) -> None:
     """Add the TensorSketch of each row's matrix ``G`` (or ``metric * G``) to ``out``.
 
-    Args:
-        out: (rows, m) float32, any strides.
-        grads: (rows, d_out, d_in) float32, bfloat16 or float16, any strides.
-        tables: the six tables of :meth:`TensorSketch.tables`.
-        m: number of buckets.
-        metric: optional (d_out, d_in), any floating dtype and strides, multiplied elementwise into every matrix.
+    ``out`` is float32, gradients float32, bfloat16 or float16, the metric of any floating dtype, all of any strides.
     """
+    out, grads, tables, m, metric = call
     rows, d_out, d_in = grads.shape
     if rows == 0:
         return

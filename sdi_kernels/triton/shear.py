@@ -15,16 +15,14 @@ Signs are applied to the operands as they are loaded; with 16-bit inputs that is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from sdi_kernels.calls import LinearCall, LinearStepsCall
 from sdi_kernels.hashing import BLOCK_BUCKETS
 from sdi_kernels.triton import common, configs, tuning
 from sdi_kernels.triton.rounding import operand
-from sdi_kernels.triton.uses import PAIR, Tensors, pair, slot, work
+from sdi_kernels.triton.uses import PAIR, pair, slot, work
 
 
 @triton.jit
@@ -134,30 +132,17 @@ def shear_sketch_kernel(
     tl.atomic_add(p_out + i_row * stride_or + o_pos * stride_om, b_acc, mask=m_tile, sem="relaxed")
 
 
-def linear_shear(
-    out: Tensor,
-    activations: Tensors,
-    grad_outputs: Tensors,
-    tables: Sequence[Tensor],
-    m: int,
-    *,
-    steps: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-) -> None:
-    """Add the TensorSketch of each row's weight gradient to ``out``, for tables with ``h_in(j) = j``, by one launch.
+def linear_shear(call: LinearCall | LinearStepsCall) -> None:
+    """Add the TensorSketch of each row's weight gradient to ``out``, by one launch.
 
-    Args:
-        out: (rows, m) float32, any strides; with lists (rows, steps, m).
-        activations: (rows, tokens, d_in); grad_outputs: (rows, tokens, d_out): float32, bfloat16 or float16, strided.
-            Or lists of them.
-        tables: the six tables of :meth:`TensorSketch.tables`; d_in <= m, and ``h_in(j) = j`` (it is not looked at).
-        m: number of buckets, a multiple of 16.
-        steps, rows: for lists, where each pair goes, see :func:`sdi_kernels.triton.uses.work`.
+    Without a metric, for tables with ``h_in(j) = j`` (it is not looked at), d_in <= m and m a multiple of 16.
+    ``out`` is float32, activations and gradients float32, bfloat16 or float16, all of any strides.
     """
-    found = work(out, activations, grad_outputs, steps, rows)
+    found = work(call)
     if found is None:
         return
-    table_out, s_in = tables[2], tables[4]
+    out, m = found.out, call.m
+    table_out, s_in = call.tables[2], call.tables[4]
     a, g, d_in = found.activations, found.grad_outputs, len(s_in)
     kind = configs.kind(a.dtype, g.dtype)
     config = tuning.tuned(out.device).tile(f"shear {kind}")
@@ -168,10 +153,10 @@ def linear_shear(
     programs = found.slots * found.rows * tiles
     splits, per_split = common.parts(programs, found.tokens, config.tokens, 32, out.device)
     shear_sketch_kernel[(programs, splits)](
-        found.out, a, g, found.table, table_out, s_in, found.rows, found.tokens, per_split, d_in, m,
-        table_out.shape[1], *found.out.stride(), *found.strides,
+        out, a, g, found.table, table_out, s_in, found.rows, found.tokens, per_split, d_in, m,
+        table_out.shape[1], *out.stride(), *found.strides,
         BLOCKS=config.blocks, COLUMNS=config.columns, BLOCK_T=config.tokens,
         GROUPS=max(2, 1 << (groups - 1).bit_length()), R=BLOCK_BUCKETS,
-        IS_HALF=kind == "half", IS_WIDE=any(map(common.wide, (found.out, a, g))), PRECISION=common.dot_precision(a, g),
+        IS_HALF=kind == "half", IS_WIDE=any(map(common.wide, (out, a, g))), PRECISION=common.dot_precision(a, g),
         num_warps=config.num_warps, num_stages=config.num_stages, **found.constants,
     )  # fmt: skip

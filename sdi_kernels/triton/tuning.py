@@ -16,10 +16,10 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -28,10 +28,6 @@ from sdi_kernels.triton import configs, cost
 
 FORMAT = "sdi-tuning-1"
 CACHE_VARIABLE = "SDI_KERNELS_CACHE"
-MARGIN = 0.03
-"""A tile replaces the shipped one if it is faster by more than this share: less is noise."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -187,25 +183,3 @@ def using(tuning: Tuning, device: torch.device) -> Iterator[None]:
         _loaded.pop(index)
         if before is not None:
             _loaded[index] = before
-
-
-def fastest(candidates: Sequence[T], seconds: Callable[[T], float]) -> tuple[T, dict[T, float | str]]:
-    """The candidate to use, and what each took (or why it did not run).
-
-    The first is the shipped one: another replaces it only where it is faster by :data:`MARGIN`.
-
-    Raises:
-        RuntimeError: the shipped one does not run: then the timing is at fault, not a tile.
-    """
-    found: dict[T, float | str] = {}
-    for candidate in candidates:
-        try:
-            found[candidate] = seconds(candidate)
-        except Exception as problem:  # a tile too large for this GPU is no reason to stop
-            found[candidate] = f"{type(problem).__name__}: {str(problem)[:200]}"
-    shipped = found[candidates[0]]
-    if not isinstance(shipped, float):
-        raise RuntimeError(f"the shipped tile {candidates[0]} did not run: {shipped}")
-    ran = {c: s for c, s in found.items() if isinstance(s, float)}
-    best = min(ran, key=ran.__getitem__)
-    return (best if ran[best] < (1 - MARGIN) * shipped else candidates[0]), found

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdi_kernels.calls import LinearCall, LinearStepsCall
+
 SLOT, PAIR = tl.constexpr(4), tl.constexpr(8)
 
 PAIR_NUMBERS: int = PAIR.value
@@ -91,35 +93,17 @@ class Work(NamedTuple):
     held: tuple[Tensor, ...] = ()
 
 
-Tensors = Tensor | Sequence[Tensor]
-
-
-def work(
-    out: Tensor,
-    activations: Tensors,
-    grad_outputs: Tensors,
-    steps: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-) -> Work | None:
-    """The work of a call; None where there is nothing to add.
-
-    Args:
-        out: (rows, m); with lists (rows, steps, m).
-        activations, grad_outputs: (rows, tokens, features), or lists of them.
-        steps, rows: for lists, where the sketches of each pair go: ``out[rows[k] : rows[k] + n_k, steps[k]]``.
-    """
-    if isinstance(activations, Tensor) and isinstance(grad_outputs, Tensor):
-        count, tokens, _ = activations.shape
-        if count == 0 or tokens == 0:
-            return None
-        constants = {"IS_LIST": False, "IS_ALIGNED": False}
-        strides = (*activations.stride(), *grad_outputs.stride())
-        return Work(out, activations, grad_outputs, out, 1, count, 1, tokens, tokens, strides, constants)
-    assert not isinstance(activations, Tensor)
-    assert not isinstance(grad_outputs, Tensor)
-    assert steps is not None
-    assert rows is not None
-    return _many(out, _dense(activations), _dense(grad_outputs), steps, rows)
+def work(call: LinearCall | LinearStepsCall) -> Work | None:
+    """The work of a call; None where there is nothing to add."""
+    if isinstance(call, LinearStepsCall):
+        return _many(call.out, _dense(call.activations), _dense(call.grad_outputs), call.steps, call.rows)
+    out, activations, grad_outputs = call[:3]
+    count, tokens, _ = activations.shape
+    if count == 0 or tokens == 0:
+        return None
+    constants = {"IS_LIST": False, "IS_ALIGNED": False}
+    strides = (*activations.stride(), *grad_outputs.stride())
+    return Work(out, activations, grad_outputs, out, 1, count, 1, tokens, tokens, strides, constants)
 
 
 def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -11,13 +11,11 @@ their buckets: plain adds where no two features share a bucket and one program s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from sdi_kernels.calls import ScaledVectorCall, VectorCall
 from sdi_kernels.triton import common
 
 BLOCK_T = 16
@@ -108,27 +106,14 @@ def vector_gather_kernel(
     tl.store(p_bin, tl.load(p_bin, mask=m_m, other=0.0) + tl.sum(b_acc, 0), mask=m_m)
 
 
-def vector(
-    out: Tensor,
-    grads: Tensor,
-    tables: Sequence[Tensor],
-    m: int,
-    *,
-    factors: Tensor | None = None,
-    center: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> None:
+def vector(call: VectorCall | ScaledVectorCall) -> None:
     """Add the CountSketch of each row's token sum to ``out``: of ``grads``, or ``grads * (factors - center) * scale``.
 
-    Args:
-        out: (rows, m) float32, any strides.
-        grads: (rows, tokens, d) float32, bfloat16 or float16, any strides.
-        tables: the three tables of :meth:`CountSketch.tables`.
-        m: number of buckets.
-        factors: optional, as ``grads``.
-        center, scale: per token, (rows, tokens), any real dtype and strides; 0 and 1 if not given. Only with
-            ``factors``.
+    ``out`` is float32, gradients and factors float32, bfloat16 or float16, center and scale of any real dtype, all of
+    any strides.
     """
+    out, grads, tables, m = call.out, call.grads, call.tables, call.m
+    factors, center, scale = call[2:5] if isinstance(call, ScaledVectorCall) else (None, None, None)
     rows, tokens, d = grads.shape
     if rows == 0 or tokens == 0:
         return

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdi_kernels import CountSketch, TensorSketch, borders, ops, reference, sketch_linear_grads
+from sdi_kernels.calls import LinearCall
 
 Arguments = dict[str, Any]
 OPERATORS = {
@@ -197,9 +198,9 @@ def test_another_device_is_refused() -> None:
     call = arguments("linear", 2, 3, 6, 8, 16)
     for name in ("activations", "grad_outputs", "metric"):
         with pytest.raises(ValueError, match=f"{name}: got shape .* on meta"):
-            borders.linear(**{**call, name: call[name].to("meta")})
+            borders.linear(LinearCall(**{**call, name: call[name].to("meta")}))
     with pytest.raises(ValueError, match=r"tables: the gather of outputs .* on meta"):
-        borders.linear(**with_table(call, 2, lambda t: t.to("meta")))
+        borders.linear(LinearCall(**with_table(call, 2, lambda t: t.to("meta"))))
 
 
 def test_tables_written_to_are_looked_at_again() -> None:

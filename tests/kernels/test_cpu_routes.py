@@ -20,6 +20,7 @@ from sdi_kernels import (
     torch_routes,
     workspace,
 )
+from sdi_kernels.calls import LinearCall, VectorCall
 from sdi_kernels.cpu import native, routes
 
 pytestmark = pytest.mark.numeric
@@ -46,7 +47,7 @@ def inputs(rows: int, tokens: int, d_out: int, d_in: int) -> tuple[Tensor, Tenso
 
 def run(activations: Tensor, grad_outputs: Tensor, sketch: TensorSketch, route: str) -> Tensor:
     out = torch.zeros(activations.shape[0], sketch.m)
-    routes.linear(out, activations, grad_outputs, sketch.tables(), sketch.m, route)
+    routes.linear(LinearCall(out, activations, grad_outputs, sketch.tables(), sketch.m, route))
     return out
 
 
@@ -67,7 +68,7 @@ def test_no_worse_than_torch(instruction_set: str) -> None:
     expected = expected_linear(a, g, sketch)
     for route, plain in (("direct", torch_routes.linear_direct), ("fft", torch_routes.linear_fft)):
         theirs = torch.zeros(2, 512)
-        plain(theirs, a, g, sketch.tables(), 512)
+        plain(LinearCall(theirs, a, g, sketch.tables(), 512, route))
         replace(expected, plain=theirs).check(run(a, g, sketch, route), route)
 
 
@@ -132,7 +133,7 @@ def test_half_precision_infinity() -> None:
     values = torch.tensor([float("inf"), -float("inf"), 65504.0, 6e-8, -0.0], dtype=torch.float16)
     sketch = CountSketch.from_tables([0, 1, 2, 3, 4], [1] * 5, 5)
     out = torch.zeros(1, 5)
-    routes.vector(out, values[None, None], sketch.tables(), 5)
+    routes.vector(VectorCall(out, values[None, None], sketch.tables(), 5))
     assert torch.equal(out[0], values.float())
 
 
@@ -143,13 +144,13 @@ def test_strided_inputs_and_output(route: str, instruction_set: str) -> None:
     g = torch.randn(7, 3, 48)[..., ::2].transpose(0, 1)
     wide = torch.ones(3, 2, 300)
     out = wide[:, 1, 11:267]
-    routes.linear(out, a, g, sketch.tables(), 256, route)
+    routes.linear(LinearCall(out, a, g, sketch.tables(), 256, route))
     expected_linear(a, g, sketch, before=1).check(out)
     assert (wide[:, 0] == 1).all()
     assert (wide[:, 1, :11] == 1).all()
     assert (wide[:, 1, 267:] == 1).all()
     columns = torch.zeros(256, 3).T  # rows that are not dense: plain torch does it
-    routes.linear(columns, a, g, sketch.tables(), 256, route)
+    routes.linear(LinearCall(columns, a, g, sketch.tables(), 256, route))
     expected_linear(a, g, sketch).check(columns)
     one = torch.randn(1, 1, 20).expand(3, 7, 20)
     expected_linear(one, g, sketch).check(run(one, g, sketch, route))
@@ -211,7 +212,7 @@ def test_fallback_without_the_library(route: str, monkeypatch: pytest.MonkeyPatc
     assert plan.plan_linear(2, 9, sketch, a.device).explain()
     out = torch.zeros(2, 256)
     vector = CountSketch(40, 256)
-    routes.vector(out, g, vector.tables(), 256)
+    routes.vector(VectorCall(out, g, vector.tables(), 256))
     expected_vector(g, vector).check(out)
 
 
@@ -240,5 +241,5 @@ def test_vector_sketch(shape: tuple[int, int, int], dtype: torch.dtype, instruct
         for hashing in ("balanced", "iid"):
             sketch = CountSketch(shape[2], m, hashing=hashing)
             out = torch.ones(shape[0], m)
-            routes.vector(out, grads, sketch.tables(), m)
+            routes.vector(VectorCall(out, grads, sketch.tables(), m))
             expected_vector(grads, sketch, before=1).check(out)

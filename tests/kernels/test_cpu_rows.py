@@ -8,6 +8,7 @@ from sketch_cases import expected_linear
 from torch import Tensor
 
 from sdi_kernels import HashFamily, TensorSketch, reference, sketch_embedding_grads, sketch_matrix_grads, workspace
+from sdi_kernels.calls import EmbeddingCall, MatrixCall
 from sdi_kernels.cpu import native, routes
 
 pytestmark = pytest.mark.numeric
@@ -33,7 +34,7 @@ def test_matrices_are_exact_on_small_integers(
     grads, metric = whole_numbers(rows, d_out, d_in), whole_numbers(d_out, d_in)
     for given, entries in ((grads, None), (grads, metric), (grads.mT.contiguous().mT, metric.mT.contiguous().mT)):
         out = torch.ones(rows, m)
-        routes.matrix(out, given, sketch.tables(), m, entries)
+        routes.matrix(MatrixCall(out, given, sketch.tables(), m, entries))
         product = grads if entries is None else grads * entries
         assert torch.equal(out.double() - 1, reference.tensor_sketch(product.double(), sketch))
 
@@ -51,7 +52,7 @@ def test_lookups_are_exact_on_small_integers(
     table = torch.zeros(rows, d_out, d_in)
     table.index_put_((torch.arange(rows)[:, None].expand_as(ids), ids), grads, accumulate=True)
     out = torch.zeros(rows, 2 * m)[:, m:]
-    routes.embedding(out, ids, grads, sketch.tables(), m)
+    routes.embedding(EmbeddingCall(out, ids, grads, sketch.tables(), m))
     assert torch.equal(out.double(), reference.tensor_sketch(table.double(), sketch))
 
 

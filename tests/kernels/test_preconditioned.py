@@ -19,6 +19,7 @@ from sdi_kernels import (
     torch_routes,
     workspace,
 )
+from sdi_kernels.calls import LinearCall
 from sdi_kernels.cpu import native
 from sdi_kernels.triton import launch
 
@@ -134,7 +135,7 @@ def test_cuda_registration_passes_it_on() -> None:
     """Host tensors make the launcher take the torch route, as a GPU without Triton would."""
     a, g, metric = (t.double() for t in problem(2, 5, 6, 7))
     sketch, out = TensorSketch(6, 7, 16), torch.zeros(2, 16, dtype=torch.float64)
-    launch.linear_sketch_(out, a, g, sketch.tables(), 16, "direct", metric)
+    launch.linear_sketch_(LinearCall(out, a, g, sketch.tables(), 16, "direct", metric))
     assert torch.equal(out, definition(a, g, metric, sketch))
 
 
@@ -180,9 +181,11 @@ def test_errors() -> None:
         sketch_linear_grads(a, g, sketch, metric=metric.long())
     with pytest.raises(ValueError, match="different devices"):
         sketch_linear_grads(a, g, sketch, metric=metric.to("meta"))
-    for operator in (torch_routes.linear, ops.linear_sketch_):
-        with pytest.raises(ValueError, match="metric: the fft route cannot apply it"):
-            operator(torch.zeros(2, 256), a, g, sketch.tables(), 256, "fft", metric)
+    call = LinearCall(torch.zeros(2, 256), a, g, sketch.tables(), 256, "fft", metric)
+    with pytest.raises(ValueError, match="metric: the fft route cannot apply it"):
+        torch_routes.linear(call)
+    with pytest.raises(ValueError, match="metric: the fft route cannot apply it"):
+        ops.linear_sketch_(*call)
 
 
 # ---------------------------------------------------------------------------------------------------------------

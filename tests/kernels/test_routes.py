@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import sdi_kernels as sk
 from sdi_kernels import HashFamily, TensorSketch, reference, torch_routes, workspace
+from sdi_kernels.calls import EmbeddingCall, LinearCall, MatrixCall, ScaledVectorCall, VectorCall
 
 pytestmark = pytest.mark.numeric
 
@@ -39,21 +40,23 @@ def problem(route: str, sketch: TensorSketch, rows: int, tokens: int) -> Problem
     tables, m = sketch.tables(), sketch.m
     if route == "matrix":
         grads = integers(rows, sketch.d_out, sketch.d_in)
-        return lambda out: torch_routes.matrix(out, grads, tables, m), reference.tensor_sketch(grads, sketch)
+        want = reference.tensor_sketch(grads, sketch)
+        return lambda out: torch_routes.matrix(MatrixCall(out, grads, tables, m)), want
     if route == "embedding":
         ids = torch.randint(sketch.d_out, (rows, tokens))
         want = reference.sketch_embedding_grads(ids, a, sketch)
-        return lambda out: torch_routes.embedding(out, ids, a, tables, m), want
+        return lambda out: torch_routes.embedding(EmbeddingCall(out, ids, a, tables, m)), want
     if route == "scaled vector":
         factors, center, scale = integers(*g.shape), integers(rows, tokens), integers(rows, tokens)
         product = g * (factors - center[..., None]) * scale[..., None]
         want = reference.sketch_vector_grads(product, sketch.out)
-        return lambda out: torch_routes.scaled_vector(out, g, factors, center, scale, tables[:3], m), want
+        scaled = ScaledVectorCall(torch.empty(0), g, factors, center, scale, tables[:3], m)
+        return lambda out: torch_routes.scaled_vector(scaled._replace(out=out)), want
     if route == "vector":
         want = reference.sketch_vector_grads(g, sketch.out)
-        return lambda out: torch_routes.vector(out, g, tables[:3], m), want
+        return lambda out: torch_routes.vector(VectorCall(out, g, tables[:3], m)), want
     run = torch_routes.linear_fft if route == "fft" else torch_routes.linear_direct
-    return lambda out: run(out, a, g, tables, m), reference.sketch_linear_grads(a, g, sketch)
+    return lambda out: run(LinearCall(out, a, g, tables, m, route)), reference.sketch_linear_grads(a, g, sketch)
 
 
 def assert_added(route: str, out: Tensor, before: Tensor, want: Tensor) -> None:
@@ -171,16 +174,16 @@ def test_workspace_is_bounded(
     statistic = torch.randn(rows, tokens)
     with PeakMemory(a, g, ids, out, grads, statistic, *tables) as memory:
         if route == "matrix":
-            torch_routes.matrix(out, grads, tables, m)
+            torch_routes.matrix(MatrixCall(out, grads, tables, m))
         elif route == "embedding":
-            torch_routes.embedding(out, ids, a, tables, m)
+            torch_routes.embedding(EmbeddingCall(out, ids, a, tables, m))
         elif route == "vector":
-            torch_routes.vector(out, g, tables[:3], m)
+            torch_routes.vector(VectorCall(out, g, tables[:3], m))
         elif route == "scaled vector":
-            torch_routes.scaled_vector(out, g, g, statistic, statistic, tables[:3], m)
+            torch_routes.scaled_vector(ScaledVectorCall(out, g, g, statistic, statistic, tables[:3], m))
         else:
             run = torch_routes.linear_fft if route == "fft" else torch_routes.linear_direct
-            run(out, a, g, tables, m)
+            run(LinearCall(out, a, g, tables, m, route))
     assert memory.peak <= limit, f"{memory.peak / limit:.2f} times the limit"
     assert memory.peak > 0
 

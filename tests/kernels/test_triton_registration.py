@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sdi_kernels as sk
 from sdi_kernels import CountSketch, TensorSketch, ops, pairwise, reference, torch_routes, triton
+from sdi_kernels.calls import EmbeddingCall, LinearCall, MatrixCall, ScaledVectorCall, VectorCall
 from sdi_kernels.triton import cost, launch
 
 ACCUMULATING = [
@@ -45,20 +46,20 @@ def test_without_triton_the_torch_routes_serve(monkeypatch: pytest.MonkeyPatch) 
     ids = torch.randint(0, 6, (2, 3))
     for route in ("fft", "direct"):
         out = torch.zeros(2, m)
-        launch.linear_sketch_(out, a, g, sketch.tables(), m, route)
+        launch.linear_sketch_(LinearCall(out, a, g, sketch.tables(), m, route))
         expected_linear(a, g, sketch).check(out, route)
     out = torch.zeros(2, m)
-    launch.embedding_sketch_(out, ids, a, sketch.tables(), m)
+    launch.embedding_sketch_(EmbeddingCall(out, ids, a, sketch.tables(), m))
     expected_embedding(ids, a, sketch).check(out)
     out = torch.zeros(2, m)
-    launch.vector_sketch_(out, a, count.tables(), m)
+    launch.vector_sketch_(VectorCall(out, a, count.tables(), m))
     expected_vector(a, count).check(out)
     matrices, metric = torch.randn(2, 6, 8), torch.rand(6, 8)
     out = torch.zeros(2, m)
-    launch.matrix_sketch_(out, matrices, sketch.tables(), m, metric)
+    launch.matrix_sketch_(MatrixCall(out, matrices, sketch.tables(), m, metric))
     expected_matrix(matrices, sketch, metric=metric).check(out)
     out, center = torch.zeros(2, m), torch.randn(2, 3)
-    launch.scaled_vector_sketch_(out, a, a, center, None, count.tables(), m)
+    launch.scaled_vector_sketch_(ScaledVectorCall(out, a, a, center, None, count.tables(), m))
     expected_vector(a, count, factors=a, center=center).check(out)
 
 
@@ -67,12 +68,12 @@ def test_float64_goes_to_the_torch_routes(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("linear_fft", "linear_direct", "embedding", "vector", "matrix", "scaled_vector"):
         monkeypatch.setattr(torch_routes, name, lambda *_, tag=name: ran.append(tag))
     a = torch.zeros(1, 1, 3, dtype=torch.float64)
-    launch.linear_sketch_(torch.zeros(1, 256), a, a, [], 256, "fft")
-    launch.linear_sketch_(torch.zeros(1, 256), a, a, [], 256, "direct")
-    launch.embedding_sketch_(torch.zeros(1, 256), torch.zeros(1, 1), a, [], 256)
-    launch.vector_sketch_(torch.zeros(1, 256), a, [], 256)
-    launch.matrix_sketch_(torch.zeros(1, 256), a, [], 256)
-    launch.scaled_vector_sketch_(torch.zeros(1, 256), a.float(), a, None, None, [], 256)
+    launch.linear_sketch_(LinearCall(torch.zeros(1, 256), a, a, [], 256, "fft"))
+    launch.linear_sketch_(LinearCall(torch.zeros(1, 256), a, a, [], 256, "direct"))
+    launch.embedding_sketch_(EmbeddingCall(torch.zeros(1, 256), torch.zeros(1, 1), a, [], 256))
+    launch.vector_sketch_(VectorCall(torch.zeros(1, 256), a, [], 256))
+    launch.matrix_sketch_(MatrixCall(torch.zeros(1, 256), a, [], 256))
+    launch.scaled_vector_sketch_(ScaledVectorCall(torch.zeros(1, 256), a.float(), a, None, None, [], 256))
     assert ran == ["linear_fft", "linear_direct", "embedding", "vector", "matrix", "scaled_vector"]
 
 

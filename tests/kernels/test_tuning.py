@@ -216,8 +216,8 @@ def test_planner_can_be_traced(gpu: torch.device, monkeypatch: pytest.MonkeyPatc
 
 def test_fastest_takes_what_is_faster_beyond_noise() -> None:
     times = {"a": 1.0, "b": 0.99, "c": 0.5}
-    assert tuning.fastest(["a", "b"], times.__getitem__)[0] == "a"
-    assert tuning.fastest(["a", "b", "c"], times.__getitem__) == ("c", times)
+    assert calibrate.fastest(["a", "b"], times.__getitem__)[0] == "a"
+    assert calibrate.fastest(["a", "b", "c"], times.__getitem__) == ("c", times)
 
 
 def test_fastest_passes_over_what_does_not_run() -> None:
@@ -226,11 +226,11 @@ def test_fastest_passes_over_what_does_not_run() -> None:
             raise RuntimeError("out of resources: shared memory")
         return {"shipped": 1.0, "good": 0.9}[tile]
 
-    best, took = tuning.fastest(["shipped", "huge", "good"], seconds)
+    best, took = calibrate.fastest(["shipped", "huge", "good"], seconds)
     assert best == "good"
     assert took["huge"] == "RuntimeError: out of resources: shared memory"
     with pytest.raises(RuntimeError, match="the shipped tile huge did not run"):
-        tuning.fastest(["huge", "good"], seconds)
+        calibrate.fastest(["huge", "good"], seconds)
 
 
 def true_seconds(work: Workload, rates: cost.Rates) -> float:

@@ -115,8 +115,10 @@ def test_every_profile_is_the_papers_protocol() -> None:
         assert (config.test_examples, config.sketch_size, config.lag, config.states) == (384, 2048, 4, 4)
         assert (config.calibration, config.evaluation, config.quantile) == (256, 1024, 0.95)
         assert (config.training.max_digits, config.training.model.vocab_size) == (20, 6)
-    paper = CONFIGS["paper"].training.model
-    assert (paper.d_model, paper.n_heads) == (256, 64)
+    paper = CONFIGS["paper"].training
+    assert (paper.model.d_model, paper.model.n_heads, paper.max_steps) == (256, 64, 100_000)
+    # The fixed curriculum (lengths 1 to 20) and the decay fill the paper's run exactly.
+    assert paper.max_digits * paper.min_steps + paper.final_steps == paper.max_steps
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

@@ -11,6 +11,7 @@ from sketch_cases import expected_linear
 from torch import Tensor
 
 from sdi_kernels import CountSketch, TensorSketch, reference
+from sdi_kernels.calls import EmbeddingCall, LinearCall, MatrixCall, ScaledVectorCall, VectorCall
 from sdi_kernels.triton import direct, embedding, fft, matrix, shear, vector
 
 FAR = 2**31 + 16
@@ -39,20 +40,20 @@ def test_rows_beyond_32_bits(tmp_path: Path) -> None:
     sketch, count = TensorSketch(7, d, m), CountSketch(d, m)
     want = reference.sketch_linear_grads(a, g, sketch).float()
 
-    direct.linear_direct(out, a, g, sketch.tables(), m)
+    direct.linear_direct(LinearCall(out, a, g, sketch.tables(), m, "direct"))
     assert torch.equal(out, want)
-    shear.linear_shear(out.zero_(), a, g, sketch.tables(), m)
+    shear.linear_shear(LinearCall(out.zero_(), a, g, sketch.tables(), m, "shear"))
     assert torch.equal(out, want)
-    fft.linear_fft(out.zero_(), a, g, sketch.tables(), m)
+    fft.linear_fft(LinearCall(out.zero_(), a, g, sketch.tables(), m, "fft"))
     expected_linear(a, g, sketch).check(out)
-    vector.vector(out.zero_(), a, count.tables(), m)
+    vector.vector(VectorCall(out.zero_(), a, count.tables(), m))
     assert torch.equal(out, reference.sketch_vector_grads(a, count).float())
-    vector.vector(out.zero_(), a, count.tables(), m, factors=a)
+    vector.vector(ScaledVectorCall(out.zero_(), a, a, None, None, count.tables(), m))
     assert torch.equal(out, reference.sketch_vector_grads(a.float() ** 2, count).float())
-    matrix.matrix(out.zero_(), a, TensorSketch(tokens, d, m).tables(), m)
+    matrix.matrix(MatrixCall(out.zero_(), a, TensorSketch(tokens, d, m).tables(), m))
     assert torch.equal(out, reference.tensor_sketch(a, TensorSketch(tokens, d, m)).float())
     ids = torch.randint(0, 7, (2, tokens))
-    embedding.embedding(out.zero_(), ids, a, sketch.tables(), m)
+    embedding.embedding(EmbeddingCall(out.zero_(), ids, a, sketch.tables(), m))
     assert torch.equal(out, reference.sketch_embedding_grads(ids, a, sketch).float())
 
 
@@ -65,12 +66,12 @@ def test_tokens_and_features_beyond_32_bits(axis: str, tmp_path: Path) -> None:
     sketch = TensorSketch(4, d_in, m)
     want = reference.sketch_linear_grads(a, g, sketch).float()
     out = torch.zeros(1, m)
-    direct.linear_direct(out, a, g, sketch.tables(), m)
+    direct.linear_direct(LinearCall(out, a, g, sketch.tables(), m, "direct"))
     assert torch.equal(out, want)
-    shear.linear_shear(out.zero_(), a, g, sketch.tables(), m)
+    shear.linear_shear(LinearCall(out.zero_(), a, g, sketch.tables(), m, "shear"))
     assert torch.equal(out, want)
-    fft.linear_fft(out.zero_(), a, g, sketch.tables(), m)
+    fft.linear_fft(LinearCall(out.zero_(), a, g, sketch.tables(), m, "fft"))
     expected_linear(a, g, sketch).check(out)
     matrices = TensorSketch(*a.shape[1:], m)
-    matrix.matrix(out.zero_(), a, matrices.tables(), m)
+    matrix.matrix(MatrixCall(out.zero_(), a, matrices.tables(), m))
     assert torch.equal(out, reference.tensor_sketch(a, matrices).float())

@@ -10,6 +10,7 @@ from sketch_cases import expected_linear
 from torch import Tensor
 
 from sdi_kernels import TensorSketch, reference, torch_routes
+from sdi_kernels.calls import LinearCall
 from sdi_kernels.triton import common, cost, direct, fft, launch, transforms
 
 TF32 = 2.0**-11
@@ -50,7 +51,7 @@ def test_direct_is_exact_on_integers(shape: tuple[int, ...], m: int, hashing: st
     a, g = small_integers(rows, tokens, d_in), small_integers(rows, tokens, d_out)
     before = small_integers(rows, m)
     out = poisoned_rows(before)
-    direct.linear_direct(out, a, g, sketch.tables(), m)
+    direct.linear_direct(LinearCall(out, a, g, sketch.tables(), m, "direct"))
     assert_rest_untouched(out)
     assert torch.equal(out - before, reference.sketch_linear_grads(a, g, sketch).float())
 
@@ -60,7 +61,7 @@ def test_direct_preconditions_elementwise(hashing: str) -> None:
     sketch = TensorSketch(70, 20, 32, hashing=hashing)
     a, g, metric = small_integers(2, 6, 20), small_integers(2, 6, 70), small_integers(20, 70).T
     out = torch.zeros(2, 32)
-    direct.linear_direct(out, a, g, sketch.tables(), 32, metric=metric)
+    direct.linear_direct(LinearCall(out, a, g, sketch.tables(), 32, "direct", metric=metric))
     want = reference.tensor_sketch(metric.double() * reference.linear_grads(a, g), sketch)
     assert torch.equal(out, want.float())
 
@@ -70,7 +71,7 @@ def test_direct_large_tile_and_split_tokens(monkeypatch: pytest.MonkeyPatch) -> 
     sketch = TensorSketch(150, 140, 96)
     a, g = small_integers(1, 150, 140), small_integers(1, 150, 150)
     out = torch.zeros(1, 96)
-    direct.linear_direct(out, a, g, sketch.tables(), 96)
+    direct.linear_direct(LinearCall(out, a, g, sketch.tables(), 96, "direct"))
     assert torch.equal(out, reference.sketch_linear_grads(a, g, sketch).float())
 
 
@@ -82,10 +83,10 @@ def test_fft_matches_definition(m: int, hashing: str) -> None:
     sketch = TensorSketch(d_out, d_in, m, hashing=hashing)
     a, g = torch.randn(rows, tokens, d_in), torch.randn(rows, tokens, d_out)
     out = poisoned_rows(torch.zeros(rows, m))
-    fft.linear_fft(out, a, g, sketch.tables(), m)
+    fft.linear_fft(LinearCall(out, a, g, sketch.tables(), m, "fft"))
     assert_rest_untouched(out)
     torch_out = torch.zeros(rows, m)
-    torch_routes.linear_fft(torch_out, a, g, sketch.tables(), m)
+    torch_routes.linear_fft(LinearCall(torch_out, a, g, sketch.tables(), m, "fft"))
     replace(expected_linear(a, g, sketch), plain=torch_out).check(out)
 
 
@@ -98,7 +99,7 @@ def test_fft_any_width(shape: tuple[int, ...], hashing: str) -> None:
         sketch = TensorSketch(d_out, d_in, m, hashing=hashing)
         a, g = torch.randn(rows, tokens, d_in), torch.randn(rows, tokens, d_out)
         out = torch.zeros(rows, m)
-        fft.linear_fft(out, a, g, sketch.tables(), m)
+        fft.linear_fft(LinearCall(out, a, g, sketch.tables(), m, "fft"))
         expected_linear(a, g, sketch).check(out)
 
 
@@ -111,7 +112,7 @@ def test_fft_keeps_small_gradients_beside_large_activations(m: int) -> None:
     a, g = 1e3 * torch.randn(1, 6, 48), torch.randn(1, 6, 64) * size[:, None]
     a[:, 1], g[:, 4] = 0.0, 0.0
     out = torch.zeros(1, m)
-    fft.linear_fft(out, a, g, sketch.tables(), m)
+    fft.linear_fft(LinearCall(out, a, g, sketch.tables(), m, "fft"))
     expected_linear(a, g, sketch).check(out)
 
 
@@ -127,7 +128,7 @@ def test_fft_of_half_inputs_where_blocks_differ_by_shared_memory(
     sketch = TensorSketch(60, 90, m)
     a, g = torch.randn(1, 3, 90).half(), torch.randn(1, 3, 60).half()
     out = torch.zeros(1, m)
-    fft.linear_fft(out, a, g, sketch.tables(), m)
+    fft.linear_fft(LinearCall(out, a, g, sketch.tables(), m, "fft"))
     replace(expected_linear(a, g, sketch), eps=TF32).check(out)
 
 
@@ -139,7 +140,7 @@ def test_fft_of_numbers_that_fp16_does_not_hold(dtype: torch.dtype) -> None:
     for a_size, g_size in ((1e18, 1e-18), (1e-10, 1e-12), (1e12, 1e8)):
         a, g = (a_size * torch.randn(1, 6, 70)).to(dtype), (g_size * torch.randn(1, 6, 50)).to(dtype)
         out = torch.zeros(1, 512)
-        fft.linear_fft(out, a, g, sketch.tables(), 512)
+        fft.linear_fft(LinearCall(out, a, g, sketch.tables(), 512, "fft"))
         want = reference.sketch_linear_grads(a, g, sketch)
         error = float((out - want).norm() / want.norm())
         assert error <= (2e-6 if dtype == torch.float32 else 2 * TF32), (a_size, g_size)
@@ -153,10 +154,10 @@ def test_fft_split_tokens_and_row_chunks(m: int, monkeypatch: pytest.MonkeyPatch
     sketch = TensorSketch(30, 40, m)
     a, g = torch.randn(3, 10, 40), torch.randn(3, 10, 30)
     out = torch.zeros(3, m)
-    fft.linear_fft(out, a, g, sketch.tables(), m, workspace=2 * 3 * 8 * m)
+    fft.linear_fft(LinearCall(out, a, g, sketch.tables(), m, "fft"), workspace=2 * 3 * 8 * m)
     expected_linear(a, g, sketch).check(out)
     again = torch.zeros(3, m)
-    fft.linear_fft(again, a, g, sketch.tables(), m)
+    fft.linear_fft(LinearCall(again, a, g, sketch.tables(), m, "fft"))
     assert torch.equal(out, again)
 
 
@@ -170,7 +171,7 @@ def test_strided_inputs(route: str) -> None:
     g = small_integers(1, tokens, 40)[..., ::2].expand(rows, tokens, 20)
     out = torch.zeros(m, rows).T
     run = fft.linear_fft if route == "fft" else direct.linear_direct
-    run(out, a, g, sketch.tables(), m)
+    run(LinearCall(out, a, g, sketch.tables(), m, route))
     expected = expected_linear(a, g, sketch)
     expected.check(out)
     assert route == "fft" or torch.equal(out.double(), expected.exact)
@@ -187,8 +188,8 @@ def test_half_inputs(dtype: torch.dtype, mixed: bool) -> None:
     g = small_integers(2, 40, 20).to(torch.float32 if mixed else dtype)
     expected = expected_linear(a, g, sketch)
     exact, close = torch.zeros(2, m), torch.zeros(2, m)
-    direct.linear_direct(exact, a, g, sketch.tables(), m)
-    fft.linear_fft(close, a, g, sketch.tables(), m)
+    direct.linear_direct(LinearCall(exact, a, g, sketch.tables(), m, "direct"))
+    fft.linear_fft(LinearCall(close, a, g, sketch.tables(), m, "fft"))
     assert torch.equal(exact.double(), expected.exact)
     (expected if mixed else replace(expected, eps=TF32 / 2)).check(close)
 
@@ -201,7 +202,7 @@ def test_nothing_to_add(shape: tuple[int, int]) -> None:
     before = torch.randn(shape[0], m)
     for run in (fft.linear_fft, direct.linear_direct):
         out = before.clone()
-        run(out, a, g, sketch.tables(), m)
+        run(LinearCall(out, a, g, sketch.tables(), m, "direct"))
         assert torch.equal(out, before)
 
 
@@ -214,7 +215,7 @@ def test_launcher_passes_the_metric_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_routes, "linear_direct", lambda *_: pytest.fail("fell back to torch"))
     sketch, out = TensorSketch(20, 70, 32), torch.zeros(2, 32)
     a, g, metric = small_integers(2, 6, 70), small_integers(2, 6, 20), small_integers(20, 70)
-    launch.linear_sketch_(out, a, g, sketch.tables(), 32, "direct", metric)
+    launch.linear_sketch_(LinearCall(out, a, g, sketch.tables(), 32, "direct", metric))
     want = reference.tensor_sketch(metric.double() * reference.linear_grads(a, g), sketch)
     assert torch.equal(out.double(), want)
 
@@ -230,7 +231,7 @@ def test_launcher_routes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def call(m: int, route: str, dtype: torch.dtype = torch.float32, metric: Tensor | None = None) -> str:
         a, g = torch.zeros(1, 1, 3, dtype=dtype), torch.zeros(1, 1, 2, dtype=dtype)
-        launch.linear_sketch_(torch.zeros(1, m), a, g, [], m, route, metric)
+        launch.linear_sketch_(LinearCall(torch.zeros(1, m), a, g, [], m, route, metric))
         return ran.pop()
 
     assert call(256, "fft") == "kernel linear_fft"

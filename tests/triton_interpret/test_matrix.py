@@ -10,6 +10,7 @@ from sketch_cases import expected_matrix
 from torch import Tensor
 
 from sdi_kernels import TensorSketch, reference, torch_routes
+from sdi_kernels.calls import MatrixCall
 from sdi_kernels.triton import common, launch, matrix
 
 FAMILIES = ("balanced", "iid")  # tables of "block" look like balanced ones to these kernels
@@ -51,7 +52,7 @@ def test_exact_on_integers(shape: tuple[int, int, int], m: int, hashing: str) ->
     sketch = TensorSketch(shape[1], shape[2], m, hashing=hashing, name="w")
     grads, before = small_integers(*shape), small_integers(shape[0], m)
     out = slot(before)
-    matrix.matrix(out, grads, sketch.tables(), m)
+    matrix.matrix(MatrixCall(out, grads, sketch.tables(), m))
     assert_rest_untouched(out)
     assert torch.equal(out - before, reference.tensor_sketch(grads, sketch).float())
 
@@ -62,7 +63,7 @@ def test_preconditions_elementwise() -> None:
     grads, metric = small_integers(2, 40, 20), small_integers(20, 40).T  # a strided preconditioner
     for dtype in (torch.float32, torch.float16):
         out = torch.zeros(2, 32)
-        matrix.matrix(out, grads, sketch.tables(), 32, metric=metric.to(dtype))
+        matrix.matrix(MatrixCall(out, grads, sketch.tables(), 32, metric=metric.to(dtype)))
         assert torch.equal(out.double(), reference.tensor_sketch(metric.double() * grads, sketch))
 
 
@@ -72,8 +73,8 @@ def test_error_is_that_of_torch() -> None:
     sketch = TensorSketch(90, 70, 64)
     grads, metric = torch.randn(2, 90, 70), torch.rand(90, 70)
     got, torchs = torch.zeros(2, 64), torch.zeros(2, 64)
-    matrix.matrix(got, grads, sketch.tables(), 64, metric=metric)
-    torch_routes.matrix(torchs, grads, sketch.tables(), 64, metric)
+    matrix.matrix(MatrixCall(got, grads, sketch.tables(), 64, metric=metric))
+    torch_routes.matrix(MatrixCall(torchs, grads, sketch.tables(), 64, metric))
     replace(expected_matrix(grads, sketch, metric=metric), plain=torchs).check(got)
 
 
@@ -84,11 +85,11 @@ def test_strided_inputs_and_outputs(dtype: torch.dtype) -> None:
     sketch = TensorSketch(10, 30, 40)
     grads = small_integers(2, 30, 20).transpose(1, 2)[:, ::2].to(dtype)
     out = torch.zeros(40, 2).T
-    matrix.matrix(out, grads, sketch.tables(), 40)
+    matrix.matrix(MatrixCall(out, grads, sketch.tables(), 40))
     assert torch.equal(out, reference.tensor_sketch(grads, sketch).float())
     one = grads[:1].expand(3, -1, -1)
     out = torch.zeros(3, 40)
-    matrix.matrix(out, one, sketch.tables(), 40)
+    matrix.matrix(MatrixCall(out, one, sketch.tables(), 40))
     assert torch.equal(out, reference.tensor_sketch(one, sketch).float())
 
 
@@ -96,7 +97,7 @@ def test_split_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "token_splits", lambda *_: 4)
     sketch, grads = TensorSketch(70, 40, 64), small_integers(2, 70, 40)
     out = torch.zeros(2, 64)
-    matrix.matrix(out, grads, sketch.tables(), 64)
+    matrix.matrix(MatrixCall(out, grads, sketch.tables(), 64))
     assert torch.equal(out, reference.tensor_sketch(grads, sketch).float())
 
 
@@ -110,7 +111,7 @@ def test_deterministic_mode_takes_no_atomics(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(matrix, "matrix_gather_kernel", Recorder(real, launched))
     torch.use_deterministic_algorithms(True)
     out = torch.zeros(2, 300)
-    matrix.matrix(out, grads, sketch.tables(), 300)
+    matrix.matrix(MatrixCall(out, grads, sketch.tables(), 300))
     assert torch.equal(out, reference.tensor_sketch(grads, sketch).float())
     assert launched == [(2 * 2, 1)]
 
@@ -128,7 +129,7 @@ class Recorder:
 
 def test_no_rows() -> None:
     out = torch.zeros(0, 16)
-    matrix.matrix(out, torch.randn(0, 5, 8), TensorSketch(5, 8, 16).tables(), 16)
+    matrix.matrix(MatrixCall(out, torch.randn(0, 5, 8), TensorSketch(5, 8, 16).tables(), 16))
     assert out.shape == (0, 16)
 
 
@@ -137,5 +138,5 @@ def test_launcher_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_routes, "matrix", lambda *_: pytest.fail("fell back to torch"))
     sketch, grads, metric = TensorSketch(20, 7, 32), small_integers(2, 20, 7), small_integers(20, 7)
     out = torch.zeros(2, 32)
-    launch.matrix_sketch_(out, grads, sketch.tables(), 32, metric)
+    launch.matrix_sketch_(MatrixCall(out, grads, sketch.tables(), 32, metric))
     assert torch.equal(out.double(), reference.tensor_sketch(metric.double() * grads, sketch))

@@ -10,6 +10,7 @@ from sketch_cases import expected_linear, expected_matrix
 from torch import Tensor
 
 from sdi_kernels import CountSketch, TensorSketch
+from sdi_kernels.calls import EmbeddingCall, LinearCall, MatrixCall, VectorCall
 from sdi_kernels.triton import common, direct, embedding, fft, matrix, pairwise, shear, vector
 
 ROWS, TOKENS, D_OUT, D_IN, M = 2, 70, 40, 24, 256
@@ -20,12 +21,12 @@ Run = Callable[[Tensor, Tensor, Tensor], None]
 
 
 def gathered_matrix(out: Tensor, a: Tensor, g: Tensor) -> None:
-    matrix.matrix(out, g[:, :D_OUT, :D_IN], SKETCH.tables(), M)
+    matrix.matrix(MatrixCall(out, g[:, :D_OUT, :D_IN], SKETCH.tables(), M))
 
 
 def embedded(out: Tensor, a: Tensor, g: Tensor) -> None:
     ids = torch.arange(ROWS * TOKENS).reshape(ROWS, TOKENS) % D_OUT
-    embedding.embedding(out, ids, a, SKETCH.tables(), M)
+    embedding.embedding(EmbeddingCall(out, ids, a, SKETCH.tables(), M))
 
 
 def paired(out: Tensor, a: Tensor, g: Tensor) -> None:
@@ -33,8 +34,8 @@ def paired(out: Tensor, a: Tensor, g: Tensor) -> None:
 
 
 WITHOUT_ATOMICS: dict[str, Run] = {
-    "fft": lambda out, a, g: fft.linear_fft(out, a, g, SKETCH.tables(), M),
-    "vector gather": lambda out, a, g: vector.vector(out[:, :16], a, COUNT.tables(), 16),
+    "fft": lambda out, a, g: fft.linear_fft(LinearCall(out, a, g, SKETCH.tables(), M, "fft")),
+    "vector gather": lambda out, a, g: vector.vector(VectorCall(out[:, :16], a, COUNT.tables(), 16)),
     "matrix gather": gathered_matrix,
     "embedding": embedded,
     "pairwise": paired,
@@ -75,10 +76,10 @@ def test_same_sums_with_atomics(
         shuffle_programs(seed)
         out = torch.zeros(ROWS, M)
         if name == "matrix scatter":
-            matrix.matrix(out, grads, SKETCH.tables(), M)
+            matrix.matrix(MatrixCall(out, grads, SKETCH.tables(), M))
         else:
             run = direct.linear_direct if name == "direct" else shear.linear_shear
-            run(out, a, g, SKETCH.tables(), M)
+            run(LinearCall(out, a, g, SKETCH.tables(), M, name))
         expected.check(out, f"seed {seed}")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import CountSketch, TensorSketch, reference
+from sdi_kernels.calls import EmbeddingCall, VectorCall
 from sdi_kernels.triton import common, embedding, pairwise, vector
 
 FAMILIES = ("balanced", "iid")  # tables of "block" look like balanced ones to these kernels
@@ -25,7 +26,7 @@ def test_vector(shape: tuple[int, int, int], m: int, hashing: str, deterministic
     sketch = CountSketch(shape[-1], m, hashing=hashing)
     grads, before = small_integers(*shape), small_integers(shape[0], m)
     out = before.clone()
-    vector.vector(out, grads, sketch.tables(), m)
+    vector.vector(VectorCall(out, grads, sketch.tables(), m))
     assert torch.equal(out - before, reference.sketch_vector_grads(grads, sketch).float())
 
 
@@ -38,7 +39,7 @@ def test_embedding(shape: tuple[int, int, int], m: int, hashing: str) -> None:
     ids = torch.randint(0, 11, (rows, tokens))
     grads, before = small_integers(*shape), small_integers(rows, m)
     out = before.clone()
-    embedding.embedding(out, ids, grads, sketch.tables(), m)
+    embedding.embedding(EmbeddingCall(out, ids, grads, sketch.tables(), m))
     assert torch.equal(out - before, reference.sketch_embedding_grads(ids, grads, sketch).float())
 
 
@@ -46,7 +47,7 @@ def test_embedding_id_outside_the_vocabulary_is_seen() -> None:
     sketch = TensorSketch(11, 8, 16)
     for bad in (-1, 11, 2**40):
         ids, out = torch.tensor([[1, 2], [3, bad]]), torch.zeros(2, 16)
-        embedding.embedding(out, ids, torch.ones(2, 2, 8), sketch.tables(), 16)
+        embedding.embedding(EmbeddingCall(out, ids, torch.ones(2, 2, 8), sketch.tables(), 16))
         assert torch.isfinite(out[0]).all()
         assert torch.isnan(out[1]).all()
 
@@ -56,10 +57,10 @@ def test_split_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     grads, ids = small_integers(2, 70, 20), torch.randint(0, 5, (2, 70))
     count, tensor = CountSketch(20, 64), TensorSketch(5, 20, 64)
     out = torch.zeros(2, 64)
-    vector.vector(out, grads, count.tables(), 64)
+    vector.vector(VectorCall(out, grads, count.tables(), 64))
     assert torch.equal(out, reference.sketch_vector_grads(grads, count).float())
     out = torch.zeros(2, 64)
-    embedding.embedding(out, ids, grads, tensor.tables(), 64)
+    embedding.embedding(EmbeddingCall(out, ids, grads, tensor.tables(), 64))
     assert torch.equal(out, reference.sketch_embedding_grads(ids, grads, tensor).float())
 
 
@@ -70,8 +71,8 @@ def test_strided_inputs_and_outputs(dtype: torch.dtype) -> None:
     ids = torch.randint(0, 5, (4, 2)).T
     count, tensor = CountSketch(30, m), TensorSketch(5, 30, m)
     buffer = torch.zeros(2, 3, m + 2)
-    vector.vector(buffer[:, 0, 1:-1], grads, count.tables(), m)
-    embedding.embedding(buffer[:, 2, :-2], ids, grads, tensor.tables(), m)
+    vector.vector(VectorCall(buffer[:, 0, 1:-1], grads, count.tables(), m))
+    embedding.embedding(EmbeddingCall(buffer[:, 2, :-2], ids, grads, tensor.tables(), m))
     assert torch.equal(buffer[:, 0, 1:-1], reference.sketch_vector_grads(grads, count).float())
     assert torch.equal(buffer[:, 2, :-2], reference.sketch_embedding_grads(ids, grads, tensor).float())
     assert (buffer[:, 1] == 0).all()
@@ -81,9 +82,11 @@ def test_strided_inputs_and_outputs(dtype: torch.dtype) -> None:
 def test_nothing_to_add(shape: tuple[int, int]) -> None:
     before = torch.randn(shape[0], 16)
     for run in (
-        lambda out: vector.vector(out, torch.randn(*shape, 8), CountSketch(8, 16).tables(), 16),
+        lambda out: vector.vector(VectorCall(out, torch.randn(*shape, 8), CountSketch(8, 16).tables(), 16)),
         lambda out: embedding.embedding(
-            out, torch.zeros(shape, dtype=torch.long), torch.randn(*shape, 8), TensorSketch(5, 8, 16).tables(), 16
+            EmbeddingCall(
+                out, torch.zeros(shape, dtype=torch.long), torch.randn(*shape, 8), TensorSketch(5, 8, 16).tables(), 16
+            )
         ),
     ):
         out = before.clone()

@@ -9,6 +9,7 @@ import torch
 from sketch_cases import expected_linear
 
 from sdi_kernels import TensorSketch
+from sdi_kernels.calls import LinearCall
 from sdi_kernels.triton import fft, transforms
 
 FP16 = 2.0**-11
@@ -30,7 +31,7 @@ def test_random_shapes(m: int, seed: int) -> None:
     a = torch.randn(1, 2 * tokens, sketch.d_in, generator=draw).to(dtype)[:, ::2]
     g = torch.randn(1, sketch.d_out, tokens, generator=draw).to(dtype).transpose(1, 2)
     out = torch.zeros(1, m)
-    fft.linear_fft(out, a, g, sketch.tables(), m)
+    fft.linear_fft(LinearCall(out, a, g, sketch.tables(), m, "fft"))
     expected = expected_linear(a, g, sketch)
     (replace(expected, eps=FP16) if dtype == torch.float16 else expected).check(out)
 

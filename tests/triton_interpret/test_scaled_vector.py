@@ -11,6 +11,7 @@ from sketch_cases import expected_vector
 from torch import Tensor
 
 from sdi_kernels import CountSketch, reference, torch_routes
+from sdi_kernels.calls import ScaledVectorCall
 from sdi_kernels.triton import common, launch, vector
 
 FAMILIES = ("balanced", "iid")  # tables of "block" look like balanced ones to these kernels
@@ -40,7 +41,7 @@ def test_exact_on_integers(shape: tuple[int, int, int], m: int, hashing: str, de
         center = small_integers(*shape[:2]) if has_center else None
         scale = small_integers(*shape[:2]) if has_scale else None
         out = before.clone()
-        vector.vector(out, g, sketch.tables(), m, factors=x, center=center, scale=scale)
+        vector.vector(ScaledVectorCall(out, g, x, center, scale, sketch.tables(), m))
         assert torch.equal((out - before).double(), definition(g, x, center, scale, sketch)), (has_center, has_scale)
 
 
@@ -49,8 +50,8 @@ def test_error_is_that_of_torch() -> None:
     sketch = CountSketch(150, 64)
     g, x, center, scale = torch.randn(2, 40, 150), torch.randn(2, 40, 150), torch.randn(2, 40), torch.rand(2, 40)
     got, torchs = torch.zeros(2, 64), torch.zeros(2, 64)
-    vector.vector(got, g, sketch.tables(), 64, factors=x, center=center, scale=scale)
-    torch_routes.scaled_vector(torchs, g, x, center, scale, sketch.tables(), 64)
+    vector.vector(ScaledVectorCall(got, g, x, center, scale, sketch.tables(), 64))
+    torch_routes.scaled_vector(ScaledVectorCall(torchs, g, x, center, scale, sketch.tables(), 64))
     replace(expected_vector(g, sketch, factors=x, center=center, scale=scale), plain=torchs).check(got)
 
 
@@ -62,7 +63,7 @@ def test_strides_and_mixed_dtypes(dtype: torch.dtype) -> None:
     x = small_integers(2, 12, 20)[:, ::2]
     center, scale = small_integers(6, 2).T, small_integers(2, 6, 3)[..., 1].double()
     out = torch.zeros(40, 2).T
-    vector.vector(out, g, sketch.tables(), 40, factors=x, center=center, scale=scale)
+    vector.vector(ScaledVectorCall(out, g, x, center, scale, sketch.tables(), 40))
     assert torch.equal(out.double(), definition(g, x, center, scale, sketch))
 
 
@@ -71,7 +72,7 @@ def test_split_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     sketch, g, x = CountSketch(20, 64), small_integers(2, 70, 20), small_integers(2, 70, 20)
     center = small_integers(2, 70)
     out = torch.zeros(2, 64)
-    vector.vector(out, g, sketch.tables(), 64, factors=x, center=center)
+    vector.vector(ScaledVectorCall(out, g, x, center, None, sketch.tables(), 64))
     assert torch.equal(out.double(), definition(g, x, center, None, sketch))
 
 
@@ -80,7 +81,7 @@ def test_nothing_to_add(shape: tuple[int, int]) -> None:
     before = torch.randn(shape[0], 16)
     out = before.clone()
     g = torch.randn(*shape, 8)
-    vector.vector(out, g, CountSketch(8, 16).tables(), 16, factors=g)
+    vector.vector(ScaledVectorCall(out, g, g, None, None, CountSketch(8, 16).tables(), 16))
     assert torch.equal(out, before)
 
 
@@ -89,5 +90,5 @@ def test_launcher_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_routes, "scaled_vector", lambda *_: pytest.fail("fell back to torch"))
     sketch, g, x, scale = CountSketch(20, 32), small_integers(2, 6, 20), small_integers(2, 6, 20), small_integers(2, 6)
     out = torch.zeros(2, 32)
-    launch.scaled_vector_sketch_(out, g, x, None, scale, sketch.tables(), 32)
+    launch.scaled_vector_sketch_(ScaledVectorCall(out, g, x, None, scale, sketch.tables(), 32))
     assert torch.equal(out.double(), definition(g, x, None, scale, sketch))

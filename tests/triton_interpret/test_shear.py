@@ -10,6 +10,7 @@ from sketch_cases import expected_linear
 from torch import Tensor
 
 from sdi_kernels import HashFamily, TensorSketch, reference, torch_routes
+from sdi_kernels.calls import LinearCall
 from sdi_kernels.triton import common, direct, fft, launch, shear
 
 # rows, tokens, d_out, d_in, m: one block, blocks half full, all buckets used, several sources of a bucket, d_in = m
@@ -43,7 +44,7 @@ def test_exact_on_integers(shape: tuple[int, ...], hashing: HashFamily) -> None:
     buffer = torch.full((len(a), 3, sketch.m + 5), float("nan"))
     out = buffer[:, 1, 2:-3]
     out.copy_(before)
-    shear.linear_shear(out, a, g, sketch.tables(), sketch.m)
+    shear.linear_shear(LinearCall(out, a, g, sketch.tables(), sketch.m, "shear"))
     assert torch.isnan(buffer).sum() == buffer.numel() - out.numel(), "something beside the slot was written"
     assert torch.equal(out - before, reference.sketch_linear_grads(a, g, sketch).float())
 
@@ -54,7 +55,7 @@ def test_given_tables_of_the_output_side() -> None:
     sketch = TensorSketch.from_sides(*sides)
     a, g = small_integers(2, 3, 20), small_integers(2, 3, 60)
     out = torch.zeros(2, 48)
-    shear.linear_shear(out, a, g, sketch.tables(), 48)
+    shear.linear_shear(LinearCall(out, a, g, sketch.tables(), 48, "shear"))
     assert torch.equal(out, reference.sketch_linear_grads(a, g, sketch).float())
 
 
@@ -63,8 +64,9 @@ def test_error_is_that_of_torch() -> None:
     sketch = TensorSketch(60, 50, 128, hashing="block")
     a, g = torch.randn(2, 9, 50), 1e-6 * torch.randn(2, 9, 60)
     got, torchs = torch.zeros(2, 128), torch.zeros(2, 128)
-    shear.linear_shear(got, a, g, sketch.tables(), 128)
-    torch_routes.linear(torchs, a, g, sketch.tables(), 128, "shear")  # where there is no kernel, it is direct
+    shear.linear_shear(LinearCall(got, a, g, sketch.tables(), 128, "shear"))
+    # Where there is no kernel, it is direct.
+    torch_routes.linear(LinearCall(torchs, a, g, sketch.tables(), 128, "shear"))
     replace(expected_linear(a, g, sketch), plain=torchs).check(got)
 
 
@@ -76,7 +78,7 @@ def test_half_inputs_and_strides(dtype: torch.dtype, mixed: bool) -> None:
     a = small_integers(2, 30, 5).transpose(1, 2).to(dtype)
     g = small_integers(2, 5, 40)[..., ::2].to(torch.float32 if mixed else dtype)
     out = torch.zeros(64, 2).T
-    shear.linear_shear(out, a, g, sketch.tables(), 64)
+    shear.linear_shear(LinearCall(out, a, g, sketch.tables(), 64, "shear"))
     assert torch.equal(out, reference.sketch_linear_grads(a, g, sketch).float())
 
 
@@ -84,7 +86,7 @@ def test_split_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "token_splits", lambda *_: 3)
     sketch, a, g = problem((2, 11, 20, 12, 32))
     out = torch.zeros(2, 32)
-    shear.linear_shear(out, a, g, sketch.tables(), 32)
+    shear.linear_shear(LinearCall(out, a, g, sketch.tables(), 32, "shear"))
     assert torch.equal(out, reference.sketch_linear_grads(a, g, sketch).float())
 
 
@@ -92,7 +94,7 @@ def test_split_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_to_add(shape: tuple[int, int]) -> None:
     sketch, before = TensorSketch(20, 30, 64, hashing="block"), torch.randn(shape[0], 64)
     out = before.clone()
-    shear.linear_shear(out, torch.randn(*shape, 30), torch.randn(*shape, 20), sketch.tables(), 64)
+    shear.linear_shear(LinearCall(out, torch.randn(*shape, 30), torch.randn(*shape, 20), sketch.tables(), 64, "shear"))
     assert torch.equal(out, before)
 
 
@@ -106,7 +108,7 @@ def test_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def call(m: int, scale: Tensor | None = None) -> str:
         a, g = torch.zeros(1, 1, 3), torch.zeros(1, 1, 2)
-        launch.linear_sketch_(torch.zeros(1, m), a, g, [], m, "shear", scale)
+        launch.linear_sketch_(LinearCall(torch.zeros(1, m), a, g, [], m, "shear", scale))
         return ran.pop()
 
     assert call(256) == "linear_shear"

@@ -12,6 +12,7 @@ from sketch_cases import Uses, uses
 from torch import Tensor
 
 from sdi_kernels import TensorSketch, torch_routes
+from sdi_kernels.calls import LinearStepsCall
 from sdi_kernels.triton import common, direct, fft, launch, shear
 from sdi_kernels.triton.uses import work
 
@@ -30,12 +31,18 @@ def integers(*shape: int) -> Tensor:
     return torch.randint(-4, 5, shape).float()
 
 
-def sketched(name: str, made: Uses, out: Tensor | None = None, **options: Any) -> Tensor:
+def call_of(made: Uses, out: Tensor, route: str, metric: Tensor | None = None) -> LinearStepsCall:
+    tables = sketch_of(route).tables()
+    return LinearStepsCall(
+        out, made.activations, made.grad_outputs, tables, out.shape[-1], route, made.steps, made.rows, metric
+    )
+
+
+def sketched(name: str, made: Uses, out: Tensor | None = None, metric: Tensor | None = None, **options: Any) -> Tensor:
     run, m, _ = KERNELS[name]
     if out is None:
         out = torch.zeros(*made.size, m)
-    tables = sketch_of(name).tables()
-    run(out, made.activations, made.grad_outputs, tables, m, steps=made.steps, rows=made.rows, **options)
+    run(call_of(made, out, name, metric), **options)
     return out
 
 
@@ -73,7 +80,7 @@ def test_fft_in_parts_and_a_few_rows_at_a_time(kind: str, monkeypatch: pytest.Mo
     made = uses(kind, D_IN, D_OUT)
     whole = sketched("fft", made)
     launches.clear()
-    found = work(whole, made.activations, made.grad_outputs, made.steps, made.rows)
+    found = work(call_of(made, whole, "fft"))
     assert found is not None
     chunks = 8 * 256 * found.pairs * max(1, found.slots * found.rows // 3)
     assert torch.equal(sketched("fft", made, workspace=chunks), whole)
@@ -140,7 +147,9 @@ def test_nothing_to_add(name: str, launches: list[str]) -> None:
 
 def aligned(activations: list[Tensor], grad_outputs: list[Tensor]) -> bool:
     pairs = len(activations)
-    found = work(torch.zeros(2, pairs, 8), activations, grad_outputs, range(pairs), [0] * pairs)
+    found = work(
+        LinearStepsCall(torch.zeros(2, pairs, 8), activations, grad_outputs, [], 8, "direct", range(pairs), [0] * pairs)
+    )
     assert found is not None
     return bool(found.constants["IS_ALIGNED"])
 
@@ -157,7 +166,7 @@ def test_wide_loads_only_where_every_row_of_every_pair_allows_them() -> None:
 def test_rows_that_overlap_in_part_are_cut() -> None:
     """A program has all that is added to its row, so a row is written by one program."""
     a = torch.zeros(3, 2, D_IN)
-    found = work(torch.zeros(6, 2, 8), [a, a, a], [a, a, a], [1, 1, 0], [0, 2, 3])
+    found = work(LinearStepsCall(torch.zeros(6, 2, 8), [a, a, a], [a, a, a], [], 8, "direct", [1, 1, 0], [0, 2, 3]))
     assert found is not None
     assert (found.slots, found.rows, found.pairs, found.tokens, found.longest) == (4, 3, 2, 4, 2)
     slots = found.table[: 4 * found.slots].view(found.slots, 4)
@@ -170,9 +179,7 @@ def test_the_operator_launches_once(route: str, launches: list[str], monkeypatch
     monkeypatch.setattr(torch_routes, "linear", lambda *_: pytest.fail("fell back to torch"))
     made, m = uses("equal", D_IN, D_OUT), KERNELS[route][1]
     out, sketch = torch.zeros(*made.size, m), sketch_of(route)
-    launch.linear_steps_sketch_(
-        out, made.activations, made.grad_outputs, sketch.tables(), m, route, made.steps, made.rows
-    )
+    launch.linear_steps_sketch_(call_of(made, out, route))
     assert launches == KERNELS[route][2]
     made.expected(sketch).check(out)
 
@@ -182,9 +189,7 @@ def test_deterministic_algorithms_take_fft(launches: list[str], monkeypatch: pyt
     torch.use_deterministic_algorithms(True)
     made, sketch = uses("ragged", D_IN, D_OUT), sketch_of("fft")
     out = torch.zeros(*made.size, 256)
-    launch.linear_steps_sketch_(
-        out, made.activations, made.grad_outputs, sketch.tables(), 256, "direct", made.steps, made.rows
-    )
+    launch.linear_steps_sketch_(call_of(made, out, "fft")._replace(route="direct"))
     assert launches == KERNELS["fft"][2]
     made.expected(sketch).check(out)
 
@@ -192,8 +197,6 @@ def test_deterministic_algorithms_take_fft(launches: list[str], monkeypatch: pyt
 def test_float64_goes_to_the_torch_routes(launches: list[str]) -> None:
     made, sketch = uses("ragged", D_IN, D_OUT, torch.float64), sketch_of("direct")
     out = torch.zeros(*made.size, 64, dtype=torch.float64)
-    launch.linear_steps_sketch_(
-        out, made.activations, made.grad_outputs, sketch.tables(), 64, "direct", made.steps, made.rows
-    )
+    launch.linear_steps_sketch_(call_of(made, out, "direct"))
     assert launches == []
     made.expected(sketch).check(out)

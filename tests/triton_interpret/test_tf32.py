@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdi_kernels import TensorSketch, reference
+from sdi_kernels.calls import LinearCall
 from sdi_kernels.triton import direct, fft, pairwise, rounding, shear
 
 BIAS, ERROR = 3e-4, 1.1e-3
@@ -51,7 +52,7 @@ def test_fft(m: int, dtype: torch.dtype) -> None:
     for tokens in (1, 4):
         sketch = random_sketch(m)
         (a, g), out = inputs(sketch, tokens, dtype), torch.zeros(1, m)
-        fft.linear_fft(out, a, g, sketch.tables(), m)
+        fft.linear_fft(LinearCall(out, a, g, sketch.tables(), m, "fft"))
         results.append((out, reference.sketch_linear_grads(a, g, sketch)))
     assert_unbiased(*results)
 
@@ -64,7 +65,7 @@ def test_products_of_fp32(kernel: str) -> None:
         sketch = random_sketch(256, "block" if kernel == "shear" else "balanced")
         (a, g), out = inputs(sketch, 4, torch.float32), torch.zeros(1, 256)
         run = shear.linear_shear if kernel == "shear" else direct.linear_direct
-        run(out, a, g, sketch.tables(), 256)
+        run(LinearCall(out, a, g, sketch.tables(), 256, kernel))
         results.append((out, reference.sketch_linear_grads(a, g, sketch)))
     assert_unbiased(*results)
 
@@ -106,5 +107,5 @@ def test_what_is_not_finite_is_seen(value: float) -> None:
     for run in (fft.linear_fft, direct.linear_direct):
         a, g = inputs(sketch, 2, torch.float32)
         a[0, 1, 3] = bad
-        run(out.zero_(), a, g, sketch.tables(), 256)
+        run(LinearCall(out.zero_(), a, g, sketch.tables(), 256, "direct"))
         assert not torch.isfinite(out).all()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.attribution.features import Block, FeatureBuilder, Features, FeatureSpace, weights_digest
-from stepinfluence.attribution.preconditioners import Preconditioner, Root, prepare
+from stepinfluence.attribution.preconditioners import Preconditioner, Root
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.body.batches import infer_batch_size, settled_size
 from stepinfluence.capture.body.hooks import read_factors, with_factors
@@ -124,15 +124,8 @@ class ExactCapture(session.LoaderCapture):
     def _body_parameters(self) -> dict[str, nn.Parameter]:
         return self.parameters
 
-    @property
-    def preconditioner(self) -> Preconditioner | None:
-        """The metric that features are taken under; :meth:`precondition` changes it."""
-        return self._preconditioner
-
-    def precondition(self, preconditioner: Preconditioner | None) -> None:
-        """Featurize under another metric from now on, as for :meth:`stepinfluence.Capture.precondition`."""
-        self._roots, self._metric = prepare(preconditioner, self.parameters, self.dtype, self.device)
-        self._preconditioner = preconditioner
+    def _use(self, roots: Mapping[str, Root]) -> None:
+        """Any can be applied, when a run begins."""
 
     def featurize(
         self,

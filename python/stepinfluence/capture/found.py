@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from stepinfluence.capture.body.sources import Source
 from stepinfluence.capture.diagnosis import not_finite, not_proportional
 from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.owners.calls import OUTSIDE
-from stepinfluence.capture.owners.rows import REDUCED, Use
+from stepinfluence.capture.owners.rows import REDUCED, Told, Use
 from stepinfluence.capture.uses.interceptor import Interceptor
 from stepinfluence.capture.uses.sinks import GradientSink
 from stepinfluence.errors import LayoutError
@@ -201,9 +201,6 @@ class Scout:
     def vector(self, source: Source, use: Use, grads: Tensor) -> None:
         self._scout(use, grads, 1)
 
-    def vector_or_dense(self, source: Source, use: Use, grads: Tensor) -> None:
-        self._scout(use, grads, 1)
-
     def scaled(
         self, source: Source, use: Use, grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor
     ) -> None:
@@ -236,7 +233,7 @@ class _Finding:
         return call
 
 
-def how_told(interceptor: Interceptor, losses: Tensor, *, reduced: bool = False) -> Literal["followed", "found"]:
+def how_told(interceptor: Interceptor, losses: Tensor, *, reduced: bool = False) -> Told:
     """How the owners of all uses of a forward pass are known: followed to its ``losses`` ``(B,)``, or to be found by
     gradients in its backward pass (:func:`find`).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from stepinfluence.capture.body.sources import ModelTensors
 from stepinfluence.capture.body.steps import StepTracker
 from stepinfluence.capture.body.targets import Target
 from stepinfluence.capture.found import find, how_told
-from stepinfluence.capture.owners.rows import Use
+from stepinfluence.capture.owners.rows import Told, Use
 from stepinfluence.capture.sharded.layout import Sharding
 from stepinfluence.capture.uses.interceptor import Interceptor
 from stepinfluence.capture.uses.row_by_row import per_row
@@ -24,9 +24,6 @@ from stepinfluence.capture.uses.sinks import GradientSink
 from stepinfluence.capture.uses.tapping import Tapping, nested
 from stepinfluence.capture.uses.usage import Usage
 from stepinfluence.errors import LayoutError, UnsupportedUseError
-
-Told: TypeAlias = Literal["followed", "found"]
-"""How the owners of rows became known: followed through the forward pass, or found by gradients."""
 
 
 @dataclass(frozen=True)

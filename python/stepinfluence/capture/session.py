@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.attribution.features import FeatureBuilder, Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.preconditioners import Preconditioner, Root, prepare
 from stepinfluence.capture.body import state
 from stepinfluence.capture.body.batches import expected_rows, fingerprints, length_of, usable
 from stepinfluence.capture.body.threads import one_thread
@@ -21,6 +22,7 @@ from stepinfluence.capture.sharded.layout import Sharding
 from stepinfluence.errors import BodyError, ExampleLossError, LossError, LossFunctionError
 from stepinfluence.loaders import IdsOf as IdsOf
 from stepinfluence.loaders import LossFn as LossFn
+from stepinfluence.loaders import ids_in
 
 OnError: TypeAlias = Callable[[Exception], None]
 FeaturizeBatch: TypeAlias = Callable[[FeatureBuilder, Any, "Sequence[Hashable] | None", int], Tensor]
@@ -206,6 +208,25 @@ class LoaderCapture(OfOneModel, ABC):
     def _body_parameters(self) -> Mapping[str, nn.Parameter]:
         """The parameters that features are of, by name."""
 
+    @property
+    def preconditioner(self) -> Preconditioner | None:
+        """The metric that features are taken under; :meth:`precondition` changes it."""
+        return self._preconditioner
+
+    def precondition(self, preconditioner: Preconditioner | None) -> None:
+        """Featurize under another metric from now on; None for the plain gradient.
+
+        Raises:
+            TypeError, ValueError: as for :func:`~stepinfluence.attach`.
+        """
+        roots, metric = prepare(preconditioner, self._body_parameters(), self.dtype, self.device)
+        self._use(roots)
+        self._roots, self._metric, self._preconditioner = roots, metric, preconditioner
+
+    @abstractmethod
+    def _use(self, roots: Mapping[str, Root]) -> None:
+        """Multiply gradients by these roots of a metric from now on; raises where that is not possible."""
+
     @abstractmethod
     def space(self) -> FeatureSpace:
         """What the columns of this capture's features mean, at the model's present weights."""
@@ -251,9 +272,7 @@ class LoaderCapture(OfOneModel, ABC):
                     continue
                 index += 1
                 batch = usable(whatever)
-                given = ids(batch) if ids is not None else None
-                # A tensor's elements would be tensors, which are hashed by identity.
-                given = given.tolist() if isinstance(given, Tensor) else given if given is None else list(given)
+                given = ids_in(batch, ids)
                 try:
                     with one_batch(self.model):
                         losses = featurize_batch(builder, batch, given, index)

@@ -12,7 +12,7 @@ from torch import nn
 
 from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
-from stepinfluence.attribution.preconditioners import Preconditioner, prepare
+from stepinfluence.attribution.preconditioners import Preconditioner, Root
 from stepinfluence.capture import session
 from stepinfluence.capture.body.hooks import read_factors, with_factors
 from stepinfluence.capture.body.steps import Loop, StepTracker
@@ -29,7 +29,8 @@ from stepinfluence.capture.body.targets import (
 from stepinfluence.capture.body.threads import one_thread
 from stepinfluence.capture.discovery import PendingCapture
 from stepinfluence.capture.inline import Inline
-from stepinfluence.capture.passes import TappedModel, Told
+from stepinfluence.capture.owners.rows import Told
+from stepinfluence.capture.passes import TappedModel
 from stepinfluence.capture.recording.sketching import Sketching
 from stepinfluence.capture.sharded.layout import Sharding
 from stepinfluence.capture.sketched_run import SketchedRun
@@ -69,7 +70,7 @@ class Capture(session.LoaderCapture):
     ) -> None:
         self.model, self.body, self.targets = model, steps.body, list(targets)
         self.sharding = sharding
-        sharding.watch(targets, sketching.layout)
+        sharding.parallel.watch(targets, sketching.layout)
         self.device = single_device({t.name: t.parameter for t in self.targets})
         self.sketching = sketching
         self.hashing: HashFamily = hashing
@@ -120,20 +121,8 @@ class Capture(session.LoaderCapture):
     def _body_parameters(self) -> dict[str, nn.Parameter]:
         return {t.name: t.held for t in self.targets}
 
-    @property
-    def preconditioner(self) -> Preconditioner | None:
-        """The metric that features are taken under; :meth:`precondition` changes it."""
-        return self._preconditioner
-
-    def precondition(self, preconditioner: Preconditioner | None) -> None:
-        """Featurize under another metric from now on; None for the plain gradient.
-
-        Raises:
-            TypeError, ValueError: as for :func:`attach`.
-        """
-        roots, metric = prepare(preconditioner, self._body_parameters(), self.dtype, self.device)
+    def _use(self, roots: Mapping[str, Root]) -> None:
         self.sketching.precondition(roots)
-        self._roots, self._metric, self._preconditioner = roots, metric, preconditioner
 
     def step(self, t: int) -> AbstractContextManager[None]:
         """Mark a part of the model's forward pass as loop step ``t`` (0-based), with ``loop="manual"``."""

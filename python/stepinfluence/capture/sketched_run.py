@@ -13,7 +13,8 @@ from torch import Tensor
 from stepinfluence.attribution.features import FeatureBuilder, FeatureSpace
 from stepinfluence.capture import session
 from stepinfluence.capture.discovery import warn_if_the_loop_is_elsewhere
-from stepinfluence.capture.passes import TappedModel, Told
+from stepinfluence.capture.owners.rows import Told
+from stepinfluence.capture.passes import TappedModel
 from stepinfluence.capture.recording.recorder import SketchRecorder
 from stepinfluence.capture.recording.sketching import Sketching
 from stepinfluence.capture.told import Ledger

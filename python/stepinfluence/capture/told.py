@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from stepinfluence.capture.owners.calls import OUTSIDE
-from stepinfluence.capture.owners.rows import Use
+from stepinfluence.capture.owners.rows import Told, Use
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Ledger:
         self._counts: dict[tuple[str, str], _Counts] = {}
         self.followed = self.found = self.verified = 0
 
-    def add(self, uses: Iterable[Use], way: Literal["followed", "found"]) -> set[Hashable]:
+    def add(self, uses: Iterable[Use], way: Told) -> set[Hashable]:
         """A batch with these uses; gives a name to what it used."""
         keys: set[Hashable] = set()
         for use in uses:

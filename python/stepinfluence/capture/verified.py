@@ -6,10 +6,9 @@ import contextlib
 import types
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-Way: TypeAlias = Literal["followed", "found"]
-"""How the owners of a batch's rows became known."""
+from stepinfluence.capture.owners.rows import Told
 
 
 class Checked:
@@ -17,13 +16,13 @@ class Checked:
 
     def __init__(self, state: Hashable) -> None:
         self.state = state
-        self._ways: set[Way] = set()
+        self._ways: set[Told] = set()
 
-    def covers(self, way: Way) -> bool:
+    def covers(self, way: Told) -> bool:
         """Whether a batch whose examples were told apart in this way needs no verification."""
         return way in self._ways
 
-    def add(self, way: Way) -> None:
+    def add(self, way: Told) -> None:
         """A batch with this was verified."""
         self._ways.add(way)
 

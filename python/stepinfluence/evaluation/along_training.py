@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 
-from stepinfluence.attribution.curvature import Fisher, Progress, Segment, Unrolled, segments_of
+from stepinfluence.attribution.curvature import Fisher, Segment, Unrolled
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.capture import attach
 from stepinfluence.evaluation.metagradient import metagradients
 from stepinfluence.evaluation.smoothness import smoothness
-from stepinfluence.evaluation.trained import Scored, Trained
-from stepinfluence.evaluation.training import checkpoint_updates
+from stepinfluence.evaluation.trained import Scored, Trained, row_bytes
 
 ASKED = 8
 """Queries that metagradients are computed for: the first ones of a problem."""
@@ -33,8 +32,7 @@ def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: i
     # Summed features: one product for each checkpoint gives the sum over steps that is compared here.
     products = [t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]
     scores = torch.stack(products).sum(0).double().numpy()
-    width = len(trains) * trains[0].values.shape[1] * trains[0].values.element_size()
-    return Scored(scores, None, time.process_time() - began, width)
+    return Scored(scores, None, time.process_time() - began, len(trains) * row_bytes(trains[0]))
 
 
 def unrolled(
@@ -93,10 +91,8 @@ def mean_metric(trained: Trained) -> dict[str, Elementwise]:
     training = trained.training
     recipe, total, weight = training.recipe, torch.zeros_like(trained.states[0].square), 0.0
     for state in trained.states[1:]:
-        corrected = state.square / (1 - recipe.betas[1] ** state.update)
-        root = (corrected + recipe.root_epsilon).sqrt() if recipe.root_epsilon else corrected.sqrt() + recipe.epsilon
         rate = recipe.rate(state.update - 1)
-        total += rate / root
+        total += rate / recipe.root(state.square, state.update)
         weight += rate
     return {name: Elementwise(part) for name, part in training.by_name((total / weight).sqrt()).items()}
 
@@ -117,7 +113,7 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     the inverse of their curvature says nothing of what training did. No constant is to be chosen.
 
     It takes the plain mean of the multipliers, which the root epsilon of these recipes allows;
-    :class:`stepinfluence.curvature.TrainingTime` (see :func:`progress_of`) takes a mean that any Adam allows.
+    :class:`stepinfluence.curvature.TrainingTime` takes a mean that any Adam allows.
 
     Raises:
         CannotScore: the problem has no recipe.
@@ -126,55 +122,11 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     metric = mean_metric(trained)  # its training is not counted
     began = time.process_time()
     capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
-    train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
-    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
+    train, query = problem.features(capture, "train"), problem.features(capture, "query")
     total = time_by_all_updates(trained, metric, [block.name for block in train.space.blocks])
     fisher = Fisher.fit(train, damping=1.0)
     damped = fisher.with_damping(1 / (total * fisher.factors[0].largest))
-    scores = (train.values @ damped.transform(query).values.T).double().numpy()
-    width = train.values.shape[1] * train.values.element_size()
-    return Scored(scores, None, time.process_time() - began, width)
-
-
-def progress_of(trained: Trained, updates: Sequence[int]) -> list[Progress]:
-    """What checkpoints after some updates tell of a training: as it is read from files
-    (:func:`stepinfluence.curvature.training_time`).
-
-    Raises:
-        CannotScore: the problem has no recipe.
-    """
-    training, recipe = trained.training, trained.training.recipe
-    capture = attach(trained.model, body=trained.problem.body(trained.model), sketch_size=16)
-    found = []
-    for update in updates:
-        corrected = trained.states[update].square / (1 - recipe.betas[1] ** update)
-        root = (corrected + recipe.root_epsilon).sqrt() if recipe.root_epsilon else corrected.sqrt() + recipe.epsilon
-        by_name = training.by_name(root)
-        mean = torch.cat([by_name[block.name].flatten() for block in capture.space().blocks]).double().mean()
-        found.append(Progress(update, recipe.rate(update - 1), float(1 / mean), recipe.learning_rate))
-    return found
-
-
-def source_of_run(trained: Trained, *, count: int = 5, sketch_size: int = 2048) -> Scored:
-    """SOURCE as ``curvature="source"`` has it of a run's store: plain features at evenly spaced checkpoints, the last
-    one at the end, and segments that follow from them (:func:`stepinfluence.curvature.segments_of`).
-
-    Raises:
-        CannotScore: the problem has no recipe.
-    """
-    problem, training = trained.problem, trained.training
-    updates = checkpoint_updates(training.recipe.updates, count)
-    segments = segments_of(progress_of(trained, updates))
-    began, trains = time.process_time(), []
-    for update in updates:
-        model = training.model_at(trained.states[update])
-        capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
-        trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
-    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
-    asked = Unrolled.fit(trains, segments).transform(query)
-    scores = torch.stack([t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]).sum(0)
-    width = count * query.values.shape[1] * query.values.element_size()
-    return Scored(scores.double().numpy(), None, time.process_time() - began, width)
+    return Scored.of(train, damped.transform(query), began=began)
 
 
 def exact_metagradients(trained: Trained) -> Scored:

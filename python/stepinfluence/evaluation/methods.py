@@ -12,74 +12,40 @@ from typing import TypeAlias
 import numpy as np
 
 from stepinfluence.attribution.curvature import Choice, Damping, Normalize, corrected
-from stepinfluence.attribution.curvature.choice import unit_norm
 from stepinfluence.attribution.scoring import self_influence
 from stepinfluence.capture import Capture, ExactCapture, attach
 from stepinfluence.evaluation.along_training import ASKED, by_training_time, exact_metagradients, source
 from stepinfluence.evaluation.peers import ek_fac, trak
-from stepinfluence.evaluation.problem import Problem
-from stepinfluence.evaluation.trained import Scored, Trained
+from stepinfluence.evaluation.trained import Scored, Trained, row_bytes
 
 Method: TypeAlias = Callable[[Trained], Scored]
 
 
-def _influence(problem: Problem, capture: Capture | ExactCapture, *, cosine: bool = False) -> Scored:
-    began = time.process_time()
-    train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
-    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
-    if cosine:
-        train, query = unit_norm(train), unit_norm(query)
-    # Summed features: one product gives the sum over steps that is compared here.
-    scores = (train.values @ query.values.T).double().numpy()
-    suspicion = None if cosine else self_influence(train).double().numpy()
-    width = train.values.shape[1] * train.values.element_size()
-    return Scored(scores, suspicion, time.process_time() - began, width)
-
-
-def corrected_sdi(
+def sdi(
     trained: Trained,
     *,
-    sketch_size: int = 2048,
+    sketch_size: int | None = 2048,
     curvature: Choice = "none",
     damping: Damping | None = None,
     normalize: Normalize = None,
 ) -> Scored:
-    """SDI with the query's features times ``(F + lambda)^-1`` of the train features; arguments as for
-    :func:`stepinfluence.influence`. Suspicion is the plain self-influence, and None for unit-norm rows."""
+    """Step-decomposed influence, summed over steps for comparison with the others.
+
+    Args:
+        trained: what is asked about.
+        sketch_size: m; None for exact gradients of the body: TracIn.
+        curvature, damping, normalize: as for :func:`stepinfluence.influence`. Suspicion is the plain self-influence,
+            and None for unit-norm rows.
+    """
     problem, model = trained.problem, trained.model
-    began = time.process_time()
-    capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
-    train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
-    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
+    began, body = time.process_time(), problem.body(model)
+    capture: Capture | ExactCapture = (
+        ExactCapture(model, body=body) if sketch_size is None else attach(model, body=body, sketch_size=sketch_size)
+    )
+    train, query = problem.features(capture, "train"), problem.features(capture, "query")
     (rows,), (asked,) = corrected([train], [query], curvature=curvature, damping=damping, normalize=normalize)
-    scores = (rows.values @ asked.values.T).double().numpy()
     suspicion = self_influence(train).double().numpy() if normalize is None else None
-    width = train.values.shape[1] * train.values.element_size()
-    return Scored(scores, suspicion, time.process_time() - began, width)
-
-
-def sdi(trained: Trained) -> Scored:
-    """Step-decomposed influence from sketches (m = 2048), summed over steps for comparison with the others."""
-    return _influence(
-        trained.problem, attach(trained.model, body=trained.problem.body(trained.model), sketch_size=2048)
-    )
-
-
-def sdi_small(trained: Trained) -> Scored:
-    """The same at m = 256."""
-    return _influence(trained.problem, attach(trained.model, body=trained.problem.body(trained.model), sketch_size=256))
-
-
-def tracin(trained: Trained) -> Scored:
-    """TracIn from exact per-example gradients of the body."""
-    return _influence(trained.problem, ExactCapture(trained.model, body=trained.problem.body(trained.model)))
-
-
-def grad_cosine(trained: Trained) -> Scored:
-    """Cosine of exact gradients: TracIn without the gradients' sizes."""
-    return _influence(
-        trained.problem, ExactCapture(trained.model, body=trained.problem.body(trained.model)), cosine=True
-    )
+    return Scored.of(rows, asked, began=began, suspicion=suspicion)
 
 
 def random_scores(trained: Trained) -> Scored:
@@ -103,13 +69,12 @@ def over_checkpoints(trained: Trained, *, curvature: Choice = "none", count: int
     suspicion, width = np.zeros(len(problem.train)), 0
     for checkpoint in checkpoints:
         capture = attach(checkpoint.model, body=problem.body(checkpoint.model), sketch_size=2048)
-        train = capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
-        query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
+        train, query = problem.features(capture, "train"), problem.features(capture, "query")
         (rows,), (asked,) = corrected([train], [query], curvature=curvature)
         weight = checkpoint.learning_rate * checkpoint.updates
         scores += weight * (rows.values @ asked.values.T).double().numpy()
         suspicion += weight * self_influence(train).double().numpy()
-        width += train.values.shape[1] * train.values.element_size()
+        width += row_bytes(train)
     return Scored(scores, suspicion, time.process_time() - began, width)
 
 
@@ -117,20 +82,20 @@ METAGRADIENTS = f"metagradients, {ASKED} queries"
 
 METHODS: dict[str, Method] = {
     "SDI, m=2048": sdi,
-    "SDI, m=256": sdi_small,
-    "SDI-Fisher, auto": partial(corrected_sdi, curvature="fisher"),
-    "SDI-Fisher, auto, m=256": partial(corrected_sdi, curvature="fisher", sketch_size=256),
-    "SDI-Fisher, auto, m=32": partial(corrected_sdi, curvature="fisher", sketch_size=32),
+    "SDI, m=256": partial(sdi, sketch_size=256),
+    "SDI-Fisher, auto": partial(sdi, curvature="fisher"),
+    "SDI-Fisher, auto, m=256": partial(sdi, curvature="fisher", sketch_size=256),
+    "SDI-Fisher, auto, m=32": partial(sdi, curvature="fisher", sketch_size=32),
     "SDI-Fisher, by training time": by_training_time,
-    "SDI-Fisher blocks, auto": partial(corrected_sdi, curvature="block"),
-    "SDI-Fisher of unit rows, 1e-2": partial(corrected_sdi, curvature="fisher", damping=1e-2, normalize="train"),
-    "SDI, cosine": partial(corrected_sdi, normalize="both"),
+    "SDI-Fisher blocks, auto": partial(sdi, curvature="block"),
+    "SDI-Fisher of unit rows, 1e-2": partial(sdi, curvature="fisher", damping=1e-2, normalize="train"),
+    "SDI, cosine": partial(sdi, normalize="both"),
     "SDI, 5 checkpoints": over_checkpoints,
     "SDI-Fisher, auto, 5 checkpoints": partial(over_checkpoints, curvature="fisher"),
     "SOURCE": source,
     METAGRADIENTS: exact_metagradients,
-    "TracIn, exact": tracin,
-    "grad-cosine": grad_cosine,
+    "TracIn, exact": partial(sdi, sketch_size=None),
+    "grad-cosine": partial(sdi, sketch_size=None, normalize="both"),
     "TRAK": trak,
     "TRAK, 5 models": partial(trak, models=5),
     "EK-FAC": ek_fac,

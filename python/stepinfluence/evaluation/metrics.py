@@ -87,19 +87,18 @@ def over_seeds(values: Likes, *, confidence: float = 0.95) -> Estimate:
     return Estimate(mean, mean - reach, mean + reach)
 
 
-def share_over_seeds(values: Likes, *, confidence: float = 0.95) -> Estimate:
-    """Mean over seeds of shares, with the exact binomial interval (Clopper and Pearson) of one trial a seed.
+def share_over_seeds(values: Likes) -> Estimate:
+    """Mean over seeds of shares, with the exact 95 % binomial interval (Clopper and Pearson) of one trial a seed.
 
     Student's interval would leave 0 to 1, and have no width where no seed has a case, which is not certainty. What is
     counted several times in a seed counts once here, as it shares that seed's model.
 
     Args:
         values: ``(n_seeds,)``, from 0 to 1; NaN is left out.
-        confidence: of the interval.
     """
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
-    n, cases, tail = len(known), float(known.sum()), (1 - confidence) / 2
+    n, cases, tail = len(known), float(known.sum()), (1 - 0.95) / 2
     if not n:
         return Estimate(np.nan, np.nan, np.nan)
     low = float(stats.beta.ppf(tail, cases, n - cases + 1)) if cases > 0 else 0.0

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.attribution.features import Features
+from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.capture.body.targets import Body
 from stepinfluence.evaluation.training import Recipe, Training
 
@@ -79,6 +81,10 @@ class Problem:
         """Batches of ``"train"`` or ``"query"`` examples, in order."""
         examples = self.train if side == "train" else self.queries
         return [self.collate(examples[k : k + size]) for k in range(0, len(examples), size)]
+
+    def features(self, capture: Capture | ExactCapture, side: str) -> Features:
+        """Features of ``"train"`` or ``"query"`` examples, summed over steps."""
+        return capture.featurize(self.batches(side), self.loss, per_step=False, progress=False)
 
     def query_losses(self, model: nn.Module) -> npt.NDArray[np.float64]:
         """``(n_query,)`` losses of a model in eval mode."""

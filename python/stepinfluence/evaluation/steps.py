@@ -55,10 +55,7 @@ def try_steps(problem: Problem, model: nn.Module, *, examples: int = 8, size: fl
     whole = capture.featurize([query_batch], problem.loss, per_step=False, progress=False)
     difference = (query.values.sum(1) - whole.values).norm() / whole.values.norm()
     chosen = np.random.default_rng(seed).permutation(len(problem.train))[:examples].tolist()
-    train, gradients = (
-        side.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False)
-        for side in (capture, exact)
-    )
+    train, gradients = problem.features(capture, "train"), problem.features(exact, "train")
     fisher = Fisher.fit(train)
     natural = Fisher.fit(gradients, damping=fisher.damping)
     tried = []

@@ -91,6 +91,11 @@ class Recipe:
         share = (update - self.warmup) / max(1, self.updates - self.warmup)
         return self.learning_rate * (1 + math.cos(math.pi * share)) / 2
 
+    def root(self, square: Tensor, updates: int) -> Tensor:
+        """What Adam divides by after some updates, from its running average ``square`` of squared gradients."""
+        corrected = square / (1 - self.betas[1] ** updates)
+        return (corrected + self.root_epsilon).sqrt() if self.root_epsilon else corrected.sqrt() + self.epsilon
+
 
 @dataclass(frozen=True)
 class State:
@@ -183,9 +188,7 @@ class Training:
         r, k = self.recipe, state.update + 1
         mean = r.betas[0] * state.mean + (1 - r.betas[0]) * gradient
         square = r.betas[1] * state.square + (1 - r.betas[1]) * gradient**2
-        corrected = square / (1 - r.betas[1] ** k)
-        root = (corrected + r.root_epsilon).sqrt() if r.root_epsilon else corrected.sqrt() + r.epsilon
-        direction = mean / (1 - r.betas[0] ** k) / root + r.weight_decay * parameters
+        direction = mean / (1 - r.betas[0] ** k) / r.root(square, k) + r.weight_decay * parameters
         moved = parameters - r.rate(state.update) * direction
         return State(moved, mean, square, k) if graph else State(moved.detach(), mean.detach(), square.detach(), k)
 

@@ -126,32 +126,6 @@ class ParityTrainConfig:
             seed=seed,
         )
 
-    @classmethod
-    def paper(cls, *, seed: int = 0) -> ParityTrainConfig:
-        """The paper's D.2 with the schedule of Fan et al. (arXiv 2409.15647): for a GPU.
-
-        Width 256, 64 heads, lengths up to 20 (their curriculum's bound of 21 is exclusive), one more bit
-        every 500 steps, 100,000 steps of 64 strings at 1e-4 with a cosine decay after the curriculum. One
-        difference: they draw fresh strings for ever, here 10,000 of each length are fixed, so that an example
-        can be named.
-        """
-        return cls(
-            model=ParityConfig(),
-            train_per_length=10_000,
-            frontier_share=0.0,
-            start_digits=1,
-            threshold=None,
-            min_steps=500,
-            final_steps=90_000,
-            max_steps=100_000,
-            learning_rate=1e-4,
-            final_learning_rate=1e-6,
-            betas=(0.9, 0.999),
-            clip_norm=1.0,
-            warmup_steps=0,
-            seed=seed,
-        )
-
 
 class Curriculum:
     """Grows the longest training string by one bit as accuracy and steps permit (paper section 4, D.2).

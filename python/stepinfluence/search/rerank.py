@@ -17,7 +17,7 @@ from stepinfluence.capture.body.batches import fingerprints, length_of
 from stepinfluence.capture.pairs import BatchGradients, PairCapture, PairRoute
 from stepinfluence.capture.session import isolated
 from stepinfluence.errors import FeatureMismatchError
-from stepinfluence.loaders import IdsOf, LossFn
+from stepinfluence.loaders import IdsOf, LossFn, ids_in
 from stepinfluence.progress import tqdm
 
 QUERY_BYTES = 2 << 30
@@ -84,7 +84,7 @@ def exact_blocks(
             batches = train if total is not None else iter(train)
             bar = tqdm(batches, total=total, desc="exact influence", unit="batch", delay=2, disable=not progress)
             for index, batch in enumerate(bar):
-                kept = pairs.record(batch, loss_fn, _ids(ids, batch), index, per_step=False, first=first)
+                kept = pairs.record(batch, loss_fn, ids_in(batch, ids), index, per_step=False, first=first)
                 content = [] if ids else fingerprints(batch, kept.size, capture.batch_dim)
                 _check_order(seen, number, index, kept, content)
                 rows = range(first, first + kept.size)
@@ -115,13 +115,6 @@ def _check_order(
         )
 
 
-def _ids(ids: IdsOf | None, batch: Any) -> list[Hashable] | None:
-    if ids is None:
-        return None
-    given = ids(batch)
-    return given.tolist() if isinstance(given, Tensor) else list(given)
-
-
 def _groups(
     pairs: PairCapture, loss_fn: LossFn, query: Iterable[Any], limit: int, ids: IdsOf | None, *, per_step: bool
 ) -> Iterator[list[tuple[int, BatchGradients]]]:
@@ -129,7 +122,7 @@ def _groups(
     group: list[tuple[int, BatchGradients]] = []
     held = first = 0
     for index, batch in enumerate(query):
-        kept = pairs.record(batch, loss_fn, _ids(ids, batch), index, per_step=per_step, first=first)
+        kept = pairs.record(batch, loss_fn, ids_in(batch, ids), index, per_step=per_step, first=first)
         if group and held + kept.bytes > limit:
             yield group
             group, held = [], 0

@@ -14,7 +14,8 @@ import stepinfluence
 import stepinfluence.app.demo.run
 from stepinfluence.app.cli import app
 from stepinfluence.app.cli._common import Stopped, end_on_signals, interrupted
-from stepinfluence.app.demo.run import DemoConfig, run_demo
+from stepinfluence.app.demo.data import DemoConfig
+from stepinfluence.app.demo.run import run_demo
 from stepinfluence.errors import LossError
 from typer.testing import CliRunner, Result
 

@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packed import unpack
 from rich.console import Console
 from rounding import measure_body
 from stepinfluence import Capture, load_checkpoint
 from stepinfluence.app.cli import app
 from stepinfluence.app.demo import run as demo
+from stepinfluence.app.demo.data import DemoConfig, DemoResult
 from stepinfluence.app.demo.report import demo_report, percent
-from stepinfluence.app.demo.run import DemoConfig, DemoResult, run_demo
+from stepinfluence.app.demo.run import run_demo
 from stepinfluence.app.demo.summary import show
 from stepinfluence.app.view.report import render_report
-from stepinfluence.app.view.report.payload import unpack
 from stepinfluence.attribution.aggregation import balanced
 from stepinfluence.attribution.periods import Period
 from stepinfluence.models.parity import ParityConfig, ParityTransformer, parity_loss

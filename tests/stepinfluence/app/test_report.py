@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import multilinear
+from packed import unpack
 from stepinfluence.app.view.page import embed
 from stepinfluence.app.view.report import (
     Accuracy,
@@ -32,7 +33,6 @@ from stepinfluence.app.view.report.payload import (
     find_peaks,
     pack,
     payload,
-    unpack,
 )
 from stepinfluence.app.view.report.pictures import save_pictures
 from stepinfluence.display.words import signed, top_rows, visible

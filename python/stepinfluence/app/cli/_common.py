@@ -132,15 +132,15 @@ class SubCommand(_PlainTypes, TyperCommand):
     """A command below ``sdi``, which deals with errors."""
 
 
-def fail(message: str, *, code: int = WRONG_USE, program: str = "sdi") -> None:
+def fail(message: str, *, program: str = "sdi") -> None:
     """Say in one line on stderr what is wrong, and leave.
 
     Raises:
-        typer.Exit: with ``code``.
+        typer.Exit: with code 2.
     """
     typer.secho(f"{program}: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(" ".join(message.split()), err=True)
-    raise typer.Exit(code)
+    raise typer.Exit(WRONG_USE)
 
 
 def require_run(run: Path) -> None:

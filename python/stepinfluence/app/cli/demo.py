@@ -16,7 +16,7 @@ from rich.console import Console
 from stepinfluence.app.cli._common import FAILED_CHECK, console, need_extra
 
 if TYPE_CHECKING:
-    from stepinfluence.app.demo.run import DemoConfig, DemoResult
+    from stepinfluence.app.demo.data import DemoConfig, DemoResult
 
 REPLAY = "sdi demo"
 HELP = """Train a looped transformer, then ask which training examples shaped its answers, and at which loop step.
@@ -62,7 +62,8 @@ def run(
     if config is not None and (quick or seed is not None):
         raise typer.BadParameter("give either --config, or --seed and --quick", param_hint="'--config'")
     with screen.status("starting"):
-        from stepinfluence.app.demo.run import DemoConfig, run_demo, save_arrays, save_config
+        from stepinfluence.app.demo.data import DemoConfig, save_arrays, save_config
+        from stepinfluence.app.demo.run import run_demo
         from stepinfluence.app.doctor import EXTRAS, missing_modules
 
         need_extra("report", missing_modules(EXTRAS["report"]))

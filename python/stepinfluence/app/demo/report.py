@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepinfluence.app.demo.run import CONSERVED, DemoResult
+from stepinfluence.app.demo.data import CONSERVED, DemoResult
 from stepinfluence.app.view.report.data import Accuracy, Check, QueryItem, Report, Stage, TrainItem, View
 from stepinfluence.attribution.aggregation import FIRST_ORDER, SHARE, balanced
 from stepinfluence.attribution.periods import SIGNIFICANT

@@ -18,16 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepinfluence.app.demo.data import (
-    CONSERVED,
-    Array,
-    DemoConfig,
-    DemoResult,
-    Query,
-    Stage,
-    save_arrays,
-    save_config,
-)
+from stepinfluence.app.demo.data import Array, DemoConfig, DemoResult, Query, Stage
 from stepinfluence.attribution.aggregation import balanced, energy_of, equal_weights
 from stepinfluence.attribution.checkpoints import load_checkpoint
 from stepinfluence.attribution.curvature.choice import fitted
@@ -47,8 +38,6 @@ from stepinfluence.models.parity_task import (
     train_parity,
 )
 from stepinfluence.progress import tqdm
-
-__all__ = ["CONSERVED", "DemoConfig", "DemoResult", "Query", "Stage", "run_demo", "save_arrays", "save_config"]
 
 Batch = dict[str, Tensor]
 

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stepinfluence.app.demo.data import DemoResult
 from stepinfluence.app.demo.report import WORDS, answer, bits, default_note, demo_checks, percent
-from stepinfluence.app.demo.run import DemoResult
 from stepinfluence.attribution.aggregation import energy_shares
 from stepinfluence.display.bars import HARMFUL, HELPFUL, bars
 from stepinfluence.display.words import peak_step, signed, top_rows

@@ -50,7 +50,7 @@ def reduced(part: Part | None, dims: Sequence[int] | range) -> Part | None:
     return None if part is None else Part(part.owners.reduced(dims), part.strong)
 
 
-def reduction(position: int = 1, default: int | None = None, name: str = "dim") -> Rule:
+def reduction(position: int = 1, default: int | None = None) -> Rule:
     """Functions that take ``dim`` at ``position``: what lies along it meets (all there is, where it is None)."""
 
     def rule(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
@@ -62,7 +62,7 @@ def reduction(position: int = 1, default: int | None = None, name: str = "dim") 
             return everything(f, func, args, kwargs, result)
         if owners is None:
             return None
-        dims = kwargs.get(name, kwargs.get("axis", args[position] if len(args) > position else default))
+        dims = kwargs.get("dim", kwargs.get("axis", args[position] if len(args) > position else default))
         if dims is None or isinstance(dims, bool) or dims == () or dims == []:
             dims = range(x.dim())
         if isinstance(dims, str) or (isinstance(dims, list | tuple) and any(isinstance(d, str) for d in dims)):

@@ -30,12 +30,13 @@ GROUPED = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_
 """Products of groups of rows with a matrix each, where this torch has them."""
 
 
-def _attributes(*names: str) -> list[Any]:
+def attributes(*names: str) -> list[Any]:
+    """What a function mode sees where these attributes of a tensor are read."""
     return [getattr(Tensor, name).__get__ for name in names]
 
 
 FACTS = {
-    *_attributes(
+    *attributes(
         "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta",
         "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes", "_version", "_backward_hooks", "output_nr",
     ),

@@ -20,20 +20,16 @@ from stepinfluence.capture.owners.intervals import Owners
 def linear(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
     """``F.linear(x, W, b)``."""
     given = arguments(("input", "weight", "bias"), args, kwargs)
-    parts = [reduced(f.part(given.input), [-1]), f.part(given.bias) if given.bias is not None else None]
+    owners, part = f.owners(given.input), reduced(f.part(given.input), [-1])
+    if part is not None and owners is not None:
+        # The same object each time it is asked for, so that what is made from it is remembered, too.
+        small = part.owners
+        part = Part(f.remembered("last of", owners, (), lambda: small), part.strong)
+    parts = [part, f.part(given.bias) if given.bias is not None else None]
     weight = reduced(f.part(given.weight), [-1])
     if weight is not None:
         parts.append(Part(weight.owners.squeezed([-1]), weight.strong))
-    return f.combine(_remembered(f, given.input, parts, 0), result.shape)
-
-
-def _remembered(f: Follower, x: Tensor, parts: list[Part | None], at: int) -> list[Part | None]:
-    """The part at ``at`` as the same object each time it is asked for ``x`` reduced over its last dimension, so that
-    what is made from it is remembered, too."""
-    part, owners = parts[at], f.owners(x)
-    if part is not None and owners is not None:
-        parts[at] = Part(f.remembered("last of", owners, (), lambda: part.owners), part.strong)
-    return parts
+    return f.combine(parts, result.shape)
 
 
 def matmul(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
@@ -91,13 +87,7 @@ def einsum(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found
         return everything(f, func, args[1:] if isinstance(equation, str) else args, kwargs, result)
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    left, _, out = equation.replace(" ", "").partition("->")
-    letters = left.split(",")
-    if "->" not in equation:
-        counts = {c: left.count(c) for c in left if c.isalpha()}
-        out = ("..." if "..." in left else "") + "".join(sorted(c for c, n in counts.items() if n == 1))
-    named = [_letters(given, t.dim()) for given, t in zip(letters, operands, strict=True)]
-    wanted = _letters(out, result.dim())
+    *named, wanted = names_of(equation, [t.dim() for t in operands])
     parts: list[Part | None] = []
     for names, tensor in zip(named, operands, strict=True):
         part = f.part(tensor)
@@ -112,11 +102,20 @@ def einsum(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found
     return f.combine(parts, result.shape)
 
 
-def _letters(given: str, dim: int) -> list[str]:
-    """One name for each dimension; those of an ellipsis are counted from its right end."""
-    head, dots, tail = given.partition("...")
-    extra = dim - len(head) - len(tail)
-    return [*head, *(f".{k}" for k in range(extra, 0, -1)), *tail] if dots else list(head)
+def names_of(equation: str, dims: Sequence[int]) -> list[list[str]]:
+    """Names of the dimensions of an einsum's operands, then of its result; those of an ellipsis are counted from its
+    right end."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    if not arrow:
+        single = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
+        out = ("..." if "..." in left else "") + "".join(single)
+    given = left.split(",")
+    dotted = [dim - len(letters.replace("...", "")) for letters, dim in zip(given, dims, strict=True)]
+    found = []
+    for letters, count in zip([*given, out], [*dotted, max(dotted)], strict=True):
+        head, dots, tail = letters.partition("...")
+        found.append([*head, *(f".{k}" for k in range(count, 0, -1)), *tail] if dots else list(head))
+    return found
 
 
 def _aligned(owners: Owners, names: Sequence[str], wanted: Sequence[str]) -> Owners:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from stepinfluence.capture.owners import Owners
 from stepinfluence.errors import LayoutError
+
+Told: TypeAlias = Literal["followed", "found"]
+"""How the owners of rows became known: followed through the forward pass, or found by gradients."""
 
 REDUCED = (torch.bfloat16, torch.float16)
 

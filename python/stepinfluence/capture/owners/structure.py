@@ -6,13 +6,14 @@ touches; the others are left out, as their owners do not differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepinfluence.capture.owners.calls import attributes
 from stepinfluence.capture.owners.follow import Follower, Found, Rule, arguments
 from stepinfluence.capture.owners.intervals import NOBODY, Owners, reshaped
 
@@ -83,29 +84,23 @@ def expand(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found
     return f.remembered("expand", owners, shape, lambda: owners.broadcast(shape))  # type: ignore[no-any-return]
 
 
-def _along(position: int, name: str = "dim", default: int | None = None) -> Callable[..., Rule]:
-    """Rules for functions that move elements along the dimension given at ``position``, or as ``name``."""
+def _along(name: str) -> Rule:
+    """Of functions that move elements along the dimension given at the third place, or as ``name``."""
 
-    def with_call(call: Callable[..., Tensor] | None = None) -> Rule:
-        def rule(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
-            x = args[0] if args else kwargs["input"]
-            owners = f.owners(x)
-            if owners is None:
-                return None
-            dims = kwargs.get(name, args[position] if len(args) > position else default)
-            if dims is None or not args:
-                return f.not_known(result)
-            chosen = {d % x.dim() for d in ((dims,) if isinstance(dims, int) else dims)}
-            if not any(owners.varies(d) for d in chosen):
-                return Owners(result.shape, owners.lo, owners.hi, owners.along)
-            apply = func if call is None else call
-            return (
-                owners.expanded(chosen).map(result.shape, lambda ends, _: apply(ends, *args[1:], **kwargs)).compressed()
-            )
+    def rule(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
+        x = args[0] if args else kwargs["input"]
+        owners = f.owners(x)
+        if owners is None:
+            return None
+        dims = kwargs.get(name, args[2] if len(args) > 2 else None)
+        if dims is None or not args:
+            return f.not_known(result)
+        chosen = {d % x.dim() for d in ((dims,) if isinstance(dims, int) else dims)}
+        if not any(owners.varies(d) for d in chosen):
+            return Owners(result.shape, owners.lo, owners.hi, owners.along)
+        return owners.expanded(chosen).map(result.shape, lambda ends, _: func(ends, *args[1:], **kwargs)).compressed()
 
-        return rule
-
-    return with_call
+    return rule
 
 
 def flip(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Found:
@@ -210,10 +205,6 @@ def functions(*names: str) -> list[Any]:
     return [getattr(o, n) for name in names for n in (name, f"{name}_") for o in owners_of if hasattr(o, n)]
 
 
-def properties(*names: str) -> list[Any]:
-    return [getattr(Tensor, name).__get__ for name in names]
-
-
 _VIEWS = functions(
     "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "unsqueeze", "squeeze", "select",
     "narrow", "split", "split_with_sizes", "chunk", "unbind", "tensor_split", "hsplit", "vsplit", "dsplit", "diagonal",
@@ -229,15 +220,15 @@ STRUCTURE: dict[Any, Rule] = {
         ),
         same,
     ),
-    **dict.fromkeys(properties("data", "real", "imag"), same),
+    **dict.fromkeys(attributes("data", "real", "imag"), same),
     **dict.fromkeys([*_VIEWS, Tensor.unfold], view),
-    **dict.fromkeys(properties("T", "mT", "H", "mH"), view),
+    **dict.fromkeys(attributes("T", "mT", "H", "mH"), view),
     **dict.fromkeys(
         functions("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "_unsafe_view"), reshape
     ),
     **dict.fromkeys(functions("expand", "expand_as", "broadcast_to"), expand),
-    **dict.fromkeys(functions("roll"), _along(2, "dims")()),
-    **dict.fromkeys(functions("repeat_interleave"), _along(2)()),
+    **dict.fromkeys(functions("roll"), _along("dims")),
+    **dict.fromkeys(functions("repeat_interleave"), _along("dim")),
     **dict.fromkeys(functions("cat", "concat", "concatenate"), cat),
     **dict.fromkeys(functions("stack"), stack),
     **dict.fromkeys(functions("repeat", "tile"), repeat),

@@ -83,16 +83,13 @@ class DenseSink(ABC):
             found = found.reshape(len(found), *sizes).permute(0, *(1 + d for d in back))
             self.dense(source, use, found, first + k)
 
-    def vector(self, source: Source, use: Use, grads: Tensor) -> None:
-        self.vector_or_dense(source, use, grads)
-
     def scaled(
         self, source: Source, use: Use, grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor
     ) -> None:
         values = factors if center is None else factors - center.unsqueeze(-1)
-        self.vector_or_dense(source, use, grads * values * scale.unsqueeze(-1))
+        self.vector(source, use, grads * values * scale.unsqueeze(-1))
 
-    def vector_or_dense(self, source: Source, use: Use, grads: Tensor) -> None:
+    def vector(self, source: Source, use: Use, grads: Tensor) -> None:
         g, first = use.rows(grads)
         self.dense(source, use, g.sum(1, dtype=product_dtype(g, self.dtype)), first)
 

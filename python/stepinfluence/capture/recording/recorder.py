@@ -91,12 +91,9 @@ class SketchRecorder(DenseSink):
             self._waiting.add(layer, use, first, a, g)
 
     def vector(self, source: Source, use: Use, grads: Tensor) -> None:
-        self.vector_or_dense(source, use, grads)
-
-    def vector_or_dense(self, source: Source, use: Use, grads: Tensor) -> None:
         piece, sketch = source.piece, self._vector_sketch(source)
         if piece is None or sketch is None:
-            super().vector_or_dense(source, use, grads)
+            super().vector(source, use, grads)
             return
         g, first = use.rows(grads)
         g = self._sketching.times_root(piece, self._cast(g))

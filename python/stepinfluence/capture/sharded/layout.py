@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.capture.body.batches import fingerprints
-from stepinfluence.capture.body.targets import Target
 from stepinfluence.capture.sharded.company import Company
 from stepinfluence.capture.sharded.gathered import Gathered
 from stepinfluence.capture.sharded.parallel import Parallel
@@ -61,14 +60,6 @@ class Sharding:
                 f"model: is sharded over processes, which {what} cannot handle; give this process the whole model "
                 "(features of the two can be compared: names and digests are the same)"
             )
-
-    def watch(self, targets: Sequence[Target], layout: str) -> None:
-        """Tap the uses of these targets from now on, in layers that run unseen.
-
-        Raises:
-            BodyError, ValueError: as for :meth:`.Parallel.watch`.
-        """
-        self.parallel.watch(targets, layout)
 
     @contextmanager
     def running(self) -> Iterator[None]:

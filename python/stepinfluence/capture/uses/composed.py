@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from stepinfluence.capture.body.sources import Source
 from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.owners.intervals import NOBODY
+from stepinfluence.capture.owners.products import names_of
 from stepinfluence.capture.uses.interceptor import Interceptor
 
 Window: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int]], Sequence[int]]
@@ -68,13 +69,11 @@ def einsum(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
     which = [k for k, t in enumerate(operands) if it.source(t) is not None]
-    if len(operands) != 2 or len(which) != 1:
+    if len(operands) != 2 or len(which) != 1 or equation.count(",") != 1:
         return NotImplemented
     parameter, data = operands[which[0]], operands[1 - which[0]]
-    names = letters_of(equation, [t.dim() for t in operands])
-    if names is None:
-        return NotImplemented
-    of_parameter, of_data, of_result = names[which[0]], names[1 - which[0]], names[2]
+    *given, of_result = names = names_of(equation, [t.dim() for t in operands])
+    of_parameter, of_data = given[which[0]], given[1 - which[0]]
     inner = [c for c in of_parameter if c in of_data and c not in of_result]
     both = [c for c in of_parameter if c in of_data and c in of_result]
     outer = [c for c in of_parameter if c not in of_data]
@@ -138,28 +137,6 @@ def _einsum(names: Sequence[Sequence[str]], *operands: Tensor) -> Tensor:
     return torch.einsum(f"{','.join(given)}->{out}", *operands)
 
 
-def letters_of(equation: str, dims: Sequence[int]) -> tuple[list[str], list[str], list[str]] | None:
-    """Names of the dimensions of an einsum's operands and of its result; None where it has more than two operands."""
-    left, arrow, out = equation.replace(" ", "").partition("->")
-    given = left.split(",")
-    if len(given) != 2 or len(dims) != 2:
-        return None
-    names = [dimension_names(letters, dim) for letters, dim in zip(given, dims, strict=True)]
-    if not arrow:
-        single = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
-        out = ("..." if "..." in left else "") + "".join(single)
-    dotted = max((sum(n.startswith(".") for n in part) for part in names), default=0)
-    head, dots, tail = out.partition("...")
-    result = [*head, *(f".{k}" for k in range(dotted, 0, -1)), *tail] if dots else list(head)
-    return names[0], names[1], result
-
-
-def dimension_names(letters: str, dim: int) -> list[str]:
-    """One name for each dimension; those of an ellipsis are counted from its right end."""
-    head, dots, tail = letters.partition("...")
-    return [*head, *(f".{k}" for k in range(dim - len(head) - len(tail), 0, -1)), *tail] if dots else list(head)
-
-
 def convolution(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``conv1d`` and its like: run as it is; on the way back a linear map of the patches, for all examples at once."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -186,7 +163,7 @@ def convolution(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         grad = grad.movedim(1, -1)  # (N, *places, O)
         if on_bias is not None:
-            it.sink.vector_or_dense(on_bias, use, grad)
+            it.sink.vector(on_bias, use, grad)
         if on_weight is None:
             return
         patches = _patches(saved[0], shape[2:], stride, sides, dilation)  # (N, *places, C, *kernel)

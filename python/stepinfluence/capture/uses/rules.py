@@ -33,21 +33,6 @@ from stepinfluence.capture.uses.recurrent import cell, recurrent
 Rule: TypeAlias = Callable[[Interceptor, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def _linear_tap(
-    it: Interceptor, func: Any, output: Tensor, x: Tensor, weight: Source | None, bias: Source | None
-) -> Tensor:
-    """Tap ``output = x W^T + b``."""
-    use = it.use(func, it.owners.of(x, 1), weight, bias)
-
-    def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
-        if weight is not None:
-            it.sink.linear(weight, use, saved[0].conj(), grad)  # of complex maps; a real tensor is its own
-        if bias is not None:
-            it.sink.vector(bias, use, grad)
-
-    return it.tap(output, use, receive, *(() if weight is None else (x,)))
-
-
 def linear(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``F.linear(x, W, b)``."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
@@ -55,7 +40,16 @@ def linear(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if it.source(x) is not None:
         return NotImplemented
     output = F.linear(x, it.detached(weight), it.detached(bias))
-    return _linear_tap(it, func, output, x, it.source(weight), it.source(bias))
+    on_weight, on_bias = it.source(weight), it.source(bias)
+    use = it.use(func, it.owners.of(x, 1), on_weight, on_bias)
+
+    def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
+        if on_weight is not None:
+            it.sink.linear(on_weight, use, saved[0].conj(), grad)  # of complex maps; a real tensor is its own
+        if on_bias is not None:
+            it.sink.vector(on_bias, use, grad)
+
+    return it.tap(output, use, receive, *(() if on_weight is None else (x,)))
 
 
 def matmul(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -227,7 +221,7 @@ def _norm_tap(
             # Mean and deviation again, which costs less than keeping normalised activations of every step.
             it.sink.scaled(weight, use, g, data, *statistics(data))
         if bias is not None:
-            it.sink.vector_or_dense(bias, use, g)
+            it.sink.vector(bias, use, g)
 
     return it.tap(output, use, receive, x)
 

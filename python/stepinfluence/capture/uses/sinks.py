@@ -32,16 +32,13 @@ class GradientSink(Protocol):
         """
 
     def vector(self, source: Source, use: Use, grads: Tensor) -> None:
-        """Use of a 1-D source, with per-token gradients ``(*lead, d)``."""
+        """Per-token gradients ``(*lead, numel)`` of a source of any shape, usually a vector."""
 
     def scaled(
         self, source: Source, use: Use, grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor
     ) -> None:
         """Gain of a normalisation: gradients ``grads * (factors - center) * scale``; ``(*lead, numel)`` twice, and
         ``(*lead)`` for center and scale."""
-
-    def vector_or_dense(self, source: Source, use: Use, grads: Tensor) -> None:
-        """Per-token gradients ``(*lead, numel)`` of a source of any shape."""
 
     def embedding(self, source: Source, use: Use, ids: Tensor, grad: Tensor, padding: int | None) -> None:
         """Use as a lookup table: ``(*lead), (*lead, d)``."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from stepinfluence.evaluation.training import Recipe
 
@@ -15,6 +18,11 @@ def planted(rng: np.random.Generator, n_train: int) -> npt.NDArray[np.bool_]:
     wrong = np.zeros(n_train, bool)
     wrong[rng.permutation(n_train)[: n_train // 16]] = True
     return wrong
+
+
+def collate(examples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Both parts of some pairs, each stacked."""
+    return torch.stack([first for first, _ in examples]), torch.stack([second for _, second in examples])
 
 
 def shortened(recipe: Recipe, updates: int) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepinfluence.evaluation.problem import Problem
-from stepinfluence.evaluation.problems.common import planted, shortened
+from stepinfluence.evaluation.problems.common import collate, planted, shortened
 from stepinfluence.evaluation.training import Recipe
 
 Example = tuple[Tensor, Tensor]
@@ -47,11 +46,6 @@ def correct(model: nn.Module, batch: Any) -> Tensor:
     """``(B,)`` bool."""
     tokens, labels = batch
     return model(tokens).argmax(1) == labels  # type: ignore[no-any-return]
-
-
-def collate(examples: Sequence[Example]) -> Example:
-    """Tokens ``(B, T)`` and labels ``(B,)``."""
-    return torch.stack([e[0] for e in examples]), torch.stack([torch.as_tensor(e[1]) for e in examples])
 
 
 ADDER = Recipe(200, 3e-3, warmup=20, decay=True, root_epsilon=1e-8, weight_decay=0.3, batch_size=64)

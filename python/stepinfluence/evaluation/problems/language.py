@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.evaluation.problem import Problem
-from stepinfluence.evaluation.problems.common import planted, shortened
+from stepinfluence.evaluation.problems.common import collate, planted, shortened
 from stepinfluence.evaluation.training import Recipe
 from stepinfluence.models.gpt import LoopedGPT, LoopedGPTConfig, gpt_loss
 
@@ -82,11 +82,6 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
     """Mean cross entropy ``(B,)`` of the next character."""
     tokens, targets = batch
     return gpt_loss(model, {"tokens": tokens, "targets": targets})
-
-
-def collate(examples: Sequence[Example]) -> Example:
-    """Tokens and targets, each ``(B, T)``."""
-    return torch.stack([e[0] for e in examples]), torch.stack([e[1] for e in examples])
 
 
 def _topics() -> list[str]:

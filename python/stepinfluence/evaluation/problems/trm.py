@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepinfluence.evaluation.problem import Problem
-from stepinfluence.evaluation.problems.common import planted, shortened
+from stepinfluence.evaluation.problems.common import collate, planted, shortened
 from stepinfluence.evaluation.training import Recipe
 
 Example = tuple[Tensor, Tensor]
@@ -91,11 +90,6 @@ def correct(model: nn.Module, batch: Any) -> Tensor:
     puzzles, solutions = batch
     found: Tensor = (_predictions(model, puzzles)[-1].argmax(2) == solutions).all(1)
     return found
-
-
-def collate(examples: Sequence[Example]) -> Example:
-    """Puzzles and solutions, each ``(B, 16)``."""
-    return torch.stack([e[0] for e in examples]), torch.stack([e[1] for e in examples])
 
 
 def _predictions(model: Any, puzzles: Tensor) -> list[Tensor]:

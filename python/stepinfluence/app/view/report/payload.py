@@ -124,9 +124,3 @@ def pack(values: ArrayLike) -> dict[str, Any]:
     """An array as base64 of little-endian float32, exact and a third of the size of digits."""
     array = np.ascontiguousarray(values, dtype="<f4")
     return {"f4": base64.b64encode(array.tobytes()).decode("ascii"), "shape": list(array.shape)}
-
-
-def unpack(packed: dict[str, Any]) -> Array:
-    """What :func:`pack` packed."""
-    array = np.frombuffer(base64.b64decode(packed["f4"]), dtype="<f4").reshape(packed["shape"])
-    return np.asarray(array, dtype=np.float32)
