@@ -14,21 +14,17 @@ import numpy as np
 from stepinfluence import attach
 from stepinfluence.attribution.curvature import BlockFisher, Fisher, TrainingTime
 from stepinfluence.evaluation import linear_datamodeling_score
-from stepinfluence.evaluation.along_training import by_training_time, progress_of, source_of_run
+from stepinfluence.evaluation.along_training import by_training_time, source_of_run, times_of_run
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.problems import PROBLEMS, make_problem
 from stepinfluence.evaluation.retraining import Retrainings, draws, training_seed
 from stepinfluence.evaluation.trained import Trained
-from stepinfluence.evaluation.training import checkpoint_updates
 
 from bench.of_problem import begun, parser_of
 from bench.provenance import write
 
 GRID = (1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Dampings relative to the largest eigenvalue."""
-
-CHECKPOINTS = 5
-"""That training's length is read from, and that SOURCE is of: evenly spaced, the last one at the end."""
 
 
 def main() -> None:
@@ -60,8 +56,7 @@ def by_damping(
             for r in range(repeats)
         ]
         given = Trained(problem, model, training_seed(seed, 0))
-        saved = checkpoint_updates(given.training.recipe.updates, CHECKPOINTS)
-        length = TrainingTime(TrainingTime.of(progress_of(given, saved)).times[-1])
+        length = TrainingTime(times_of_run(given).times[-1])
         capture = attach(model, body=problem.body(model), sketch_size=2048)
         train, query = (
             capture.featurize(problem.batches(side), problem.loss, per_step=False, progress=False)
@@ -76,7 +71,7 @@ def by_damping(
                 values = train.values @ one.transform(query).values.T
                 scores[f"{kind.kind}, {name}"] = values.double().numpy()
         scores["fisher, training time"] = by_training_time(given).scores
-        scores["source of a run"] = source_of_run(given, count=CHECKPOINTS).scores
+        scores["source of a run"] = source_of_run(given).scores
         for name, values in scores.items():
             lds = linear_datamodeling_score(values, np.mean(halves, axis=0), drawn.halves)
             found.setdefault(name, []).append(float(np.nanmean(lds)))

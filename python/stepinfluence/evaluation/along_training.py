@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from stepinfluence.attribution.curvature import Fisher, Progress, Segment, Unrolled, segments_of
+from stepinfluence.attribution.curvature import Fisher, Progress, Segment, TrainingTime, Unrolled, segments_of
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.capture import attach
 from stepinfluence.evaluation.metagradient import metagradients
 from stepinfluence.evaluation.smoothness import smoothness
 from stepinfluence.evaluation.trained import Scored, Trained
-from stepinfluence.evaluation.training import checkpoint_updates
+from stepinfluence.evaluation.training import CannotScore, checkpoint_updates
 
 ASKED = 8
 """Queries that metagradients are computed for: the first ones of a problem."""
@@ -25,16 +25,45 @@ ASKED = 8
 SMOOTH = 0.5
 """Metasmoothness below which a metagradient is not to be trusted."""
 
+CHECKPOINTS = 5
+"""That a run is taken to have kept: evenly spaced, the last one at the end."""
+
+
+def times_of_run(trained: Trained, count: int = CHECKPOINTS) -> TrainingTime:
+    """Training's length by each of a run's checkpoints, as ``damping="training"`` has it: read from what the
+    checkpoints hold of the optimizer.
+
+    Raises:
+        CannotScore: the problem has no recipe, or its checkpoints do not say how long training went on.
+        ValueError: fewer updates than checkpoints.
+    """
+    told = progress_of(trained, checkpoint_updates(trained.training.recipe.updates, count))
+    try:
+        return TrainingTime.of(told)
+    except ValueError as error:
+        raise CannotScore(f"{trained.problem.name}: {error}") from None
+
 
 def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: int = 2048, adam: bool = True) -> Scored:
-    """SOURCE by segments of equal length; arguments as for :func:`unrolled`."""
+    """SOURCE by segments of equal length, with all updates known; arguments as for :func:`unrolled`.
+    :func:`source_of_run` makes do with a run's checkpoints."""
+    _ = trained.states  # their training is not counted
+    began, sizes = time.process_time(), {"segments": segments, "each": each, "sketch_size": sketch_size}
+    return _summed(*unrolled(trained, **sizes, adam=adam, per_step=False), began)
+
+
+def source_of_run(trained: Trained, *, count: int = CHECKPOINTS, sketch_size: int = 2048) -> Scored:
+    """SOURCE as ``curvature="source"`` has it of a run's store; arguments as for :func:`unrolled_by_run`."""
+    _ = trained.states
     began = time.process_time()
-    trains, asked = unrolled(trained, segments=segments, each=each, sketch_size=sketch_size, adam=adam, per_step=False)
-    # Summed features: one product for each checkpoint gives the sum over steps that is compared here.
-    products = [t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]
-    scores = torch.stack(products).sum(0).double().numpy()
+    return _summed(*unrolled_by_run(trained, count=count, sketch_size=sketch_size, per_step=False), began)
+
+
+def _summed(trains: Sequence[Features], asked: Sequence[Features], began: float) -> Scored:
+    """Of summed features: one product for each checkpoint gives the sum over steps that is compared here."""
+    scores = torch.stack([t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]).sum(0)
     width = len(trains) * trains[0].values.shape[1] * trains[0].values.element_size()
-    return Scored(scores, None, time.process_time() - began, width)
+    return Scored(scores.double().numpy(), None, time.process_time() - began, width)
 
 
 def unrolled(
@@ -88,6 +117,32 @@ def unrolled(
     return trains, Unrolled.fit(trains, stretches).transform(query)
 
 
+def unrolled_by_run(
+    trained: Trained, *, count: int = CHECKPOINTS, sketch_size: int = 2048, per_step: bool = True
+) -> tuple[list[Features], list[Features]]:
+    """The same as :func:`unrolled`, as a run has it: plain features at evenly spaced checkpoints, the last one at the end, and segments that
+    follow from them (:func:`stepinfluence.curvature.segments_of`).
+
+    Args:
+        trained: with a recipe.
+        count: checkpoints.
+        sketch_size: m.
+        per_step: whether the queries' are by step.
+
+    Raises:
+        CannotScore: the problem has no recipe.
+        ValueError: fewer updates than checkpoints.
+    """
+    problem, training = trained.problem, trained.training
+    updates, trains = checkpoint_updates(training.recipe.updates, count), []
+    for update in updates:
+        model = training.model_at(trained.states[update])
+        capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
+        trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
+    query = capture.featurize(problem.batches("query"), problem.loss, per_step=per_step, progress=False)
+    return trains, Unrolled.fit(trains, segments_of(progress_of(trained, updates))).transform(query)
+
+
 def mean_metric(trained: Trained) -> dict[str, Elementwise]:
     """Square roots of Adam's metric, which is averaged over all updates with their learning rates as weights."""
     training = trained.training
@@ -116,8 +171,8 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     ``1 / T`` would (early stopping; Ali et al., arXiv 1810.10082): directions with ``h T << 1`` have hardly moved, and
     the inverse of their curvature says nothing of what training did. No constant is to be chosen.
 
-    It takes the plain mean of the multipliers, which the root epsilon of these recipes allows;
-    :class:`stepinfluence.curvature.TrainingTime` (see :func:`progress_of`) takes a mean that any Adam allows.
+    It takes all updates, and the plain mean of the multipliers, which the root epsilon of these recipes allows;
+    :func:`times_of_run` takes checkpoints, and a mean that any Adam allows.
 
     Raises:
         CannotScore: the problem has no recipe.
@@ -153,28 +208,6 @@ def progress_of(trained: Trained, updates: Sequence[int]) -> list[Progress]:
         mean = torch.cat([by_name[block.name].flatten() for block in capture.space().blocks]).double().mean()
         found.append(Progress(update, recipe.rate(update - 1), float(1 / mean), recipe.learning_rate))
     return found
-
-
-def source_of_run(trained: Trained, *, count: int = 5, sketch_size: int = 2048) -> Scored:
-    """SOURCE as ``curvature="source"`` has it of a run's store: plain features at evenly spaced checkpoints, the last
-    one at the end, and segments that follow from them (:func:`stepinfluence.curvature.segments_of`).
-
-    Raises:
-        CannotScore: the problem has no recipe.
-    """
-    problem, training = trained.problem, trained.training
-    updates = checkpoint_updates(training.recipe.updates, count)
-    segments = segments_of(progress_of(trained, updates))
-    began, trains = time.process_time(), []
-    for update in updates:
-        model = training.model_at(trained.states[update])
-        capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
-        trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
-    query = capture.featurize(problem.batches("query"), problem.loss, per_step=False, progress=False)
-    asked = Unrolled.fit(trains, segments).transform(query)
-    scores = torch.stack([t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]).sum(0)
-    width = count * query.values.shape[1] * query.values.element_size()
-    return Scored(scores.double().numpy(), None, time.process_time() - began, width)
 
 
 def exact_metagradients(trained: Trained) -> Scored:
