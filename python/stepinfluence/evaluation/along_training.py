@@ -120,8 +120,8 @@ def unrolled(
 def unrolled_by_run(
     trained: Trained, *, count: int = CHECKPOINTS, sketch_size: int = 2048, per_step: bool = True
 ) -> tuple[list[Features], list[Features]]:
-    """The same as :func:`unrolled`, as a run has it: plain features at evenly spaced checkpoints, the last one at the end, and segments that
-    follow from them (:func:`stepinfluence.curvature.segments_of`).
+    """The same as :func:`unrolled`, as a run has it: plain features at evenly spaced checkpoints, the last one at the
+    end, and segments that follow from them (:func:`stepinfluence.curvature.segments_of`).
 
     Args:
         trained: with a recipe.
