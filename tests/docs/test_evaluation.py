@@ -15,7 +15,8 @@ from stepinfluence.evaluation.problems import PROBLEMS
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 KEPT = [problem for problem in PROBLEMS if (RESULTS / f"evaluate-{problem}.json").is_file()]
-SDI, FISHER, TRAK = "SDI, m=2048", "SDI-Fisher, auto", "TRAK"
+SDI, FISHER, LENGTH, TRAK = "SDI, m=2048", "SDI-Fisher, auto", "SDI-Fisher, training", "TRAK"
+RUN, ADAM = "SOURCE of a run", "SOURCE, Adam's metric"
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +73,19 @@ def test_what_the_page_reads_of_majority_holds() -> None:
     smallest = "SDI-Fisher, auto, m=32"
     assert by_name[smallest].bytes_per_example < by_name[TRAK].bytes_per_example
     assert found.difference("lds", smallest, TRAK).low > 0
-    assert found.difference("lds", "SOURCE", FISHER).low > 0
+    for other in (FISHER, SDI, "SDI, cosine", TRAK, "TRAK, 5 models", "EK-FAC", "SDI-Fisher, training, 5 checkpoints"):
+        assert found.difference("lds", LENGTH, other).low > 0
+    assert found.difference("lds", RUN, LENGTH).low > 0
+    assert max(found.merits, key=lambda m: m.lds.value).method == RUN
     assert not found.difference("lds", "SDI, m=256", SDI).says_other_than(0)
     assert not found.difference("lds", "TracIn, exact", SDI).says_other_than(0)
     assert by_name[SDI].randomization.low > 0.5 > by_name[FISHER].randomization.high
-    assert all(m.brittleness is not None and m.brittleness.value == 0 for m in found.merits)
+    turned = {m.method: m.brittleness.value for m in found.merits if m.brittleness is not None}
+    assert all(turned[name] == 1 for name in (SDI, LENGTH, RUN, ADAM))
+    assert all(turned[name] == 0 for name in (TRAK, "TRAK, 5 models", "random"))
+    for name in (LENGTH, RUN, ADAM):
+        assert found.difference("rise", name, FISHER).low > 0
+        assert found.difference("rise", name, TRAK).low > 0
     assert found.steps.counterfactual.low > 0.9
 
 
