@@ -143,7 +143,14 @@ def test_what_the_page_reads_of_adder_holds() -> None:
         assert not found.difference("lds", one, other).says_other_than(0)
     assert by_name[smallest].bytes_per_example < by_name[TRAK].bytes_per_example
     assert by_name[FISHER].seconds < by_name["EK-FAC"].seconds / 5
-    assert not any(m.loo.low > 0 for m in found.merits)
+    for other in (FISHER, SDI, "SDI, cosine", TRAK, "TRAK, 5 models", "EK-FAC"):
+        assert found.difference("lds", LENGTH, other).low > 0
+    assert not found.difference("lds", LENGTH, RUN).says_other_than(0)
+    assert [m.method for m in found.merits if m.loo.low > 0] == ["SDI-Fisher, training, 5 checkpoints"]
+    turned = {m.method: m.brittleness.value for m in found.merits if m.brittleness is not None}
+    assert {name for name, share in turned.items() if share < 1} == {"random"}
+    for other in (SDI, "SDI, cosine", "EK-FAC"):
+        assert found.difference("rise", LENGTH, other).high < 0
     assert found.smoothness is not None
     assert found.smoothness.across_steps.low > 0.8
     assert found.smoothness.nearby.value > 0.5
