@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from kept import Parts, load, machines, source, table
-from parts_evaluation import LENGTH, MISSING, difference, kept, less
+from parts_evaluation import FISHER, LENGTH, MISSING, difference, kept, less
 from stepinfluence.evaluation import Evaluation, Figure, over_seeds
 
 from bench import steps_removed as removed
@@ -29,13 +29,16 @@ def ladder() -> str:
     rows = [
         [name, *(str(known[name].lds) if name in known else MISSING for known in merits.values())] for name in names
     ]
-    rows += [
-        [f"{name} minus {LENGTH}", *(difference(one, name, LENGTH) for one in found.values())] for name in (RUN, exact)
+    more = [
+        [f"{name} minus {other}", *(difference(one, name, other) for one in found.values())]
+        for name in (RUN, exact)
+        for other in (FISHER, LENGTH)
     ]
-    rows += [
+    more += [
         [f"{name}: processor seconds", *(f"{k[name].seconds:.1f}" if name in k else MISSING for k in merits.values())]
-        for name in (LENGTH, RUN, exact)
+        for name in (FISHER, LENGTH, RUN, exact)
     ]
+    rows += [row for row in more if set(row[1:]) != {MISSING}]
     smooth = [one.smoothness for one in found.values()]
     rows += [
         ["*metasmoothness, across step sizes*", *(MISSING if s is None else str(s.across_steps) for s in smooth)],
