@@ -15,7 +15,6 @@ from bench import steps_removed as removed
 from bench.kronecker import __main__ as kron
 from bench.kronecker.factors import FORMS
 
-RUN = "SOURCE of a run"
 REMOVED = ("majority", "language")
 
 
@@ -25,18 +24,18 @@ def ladder() -> str:
     found = {problem: Evaluation.from_dict(result) for problem, result in results.items()}
     merits = {problem: {m.method: m for m in one.merits} for problem, one in found.items()}
     names = list(dict.fromkeys(name for known in merits.values() for name in known))
-    exact = next(name for name in names if name.startswith("metagradients"))
+    further = [name for name in names if name.startswith(("SOURCE", "metagradients"))]
     rows = [
         [name, *(str(known[name].lds) if name in known else MISSING for known in merits.values())] for name in names
     ]
     more = [
         [f"{name} minus {other}", *(difference(one, name, other) for one in found.values())]
-        for name in (RUN, exact)
+        for name in further
         for other in (FISHER, LENGTH)
     ]
     more += [
         [f"{name}: processor seconds", *(f"{k[name].seconds:.1f}" if name in k else MISSING for k in merits.values())]
-        for name in (FISHER, LENGTH, RUN, exact)
+        for name in (FISHER, LENGTH, *further)
     ]
     rows += [row for row in more if set(row[1:]) != {MISSING}]
     smooth = [one.smoothness for one in found.values()]
@@ -49,13 +48,12 @@ def ladder() -> str:
         "By step: rank correlation over train examples of a method's score at a loop step with the exact metagradient "
         "at the same step, and at the others; mean over steps and queries:"
     )
-    by_step = list(next(iter(results.values()))["agreement"][0])
     for problem, result in results.items():
         settings = result["settings"]
         texts.append(
             table(
                 [f"{problem}: method", "same step", "others", "difference"],
-                [[name, *_agreement(result, name)] for name in by_step],
+                [[name, *_agreement(result, name)] for name in result["agreement"][0]],
             )
         )
         texts.append(
