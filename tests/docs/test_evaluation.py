@@ -93,8 +93,15 @@ def test_what_the_page_reads_of_trm_holds() -> None:
     found = kept("trm")
     assert found.difference("lds", FISHER, SDI).high < 0
     assert not found.difference("lds", FISHER, TRAK).says_other_than(0)
-    assert found.difference("lds", "SOURCE", SDI).low > 0
+    for other in (FISHER, SDI, "SDI, cosine", TRAK, "TRAK, 5 models"):
+        assert found.difference("lds", LENGTH, other).low > 0
+    assert not found.difference("lds", LENGTH, RUN).says_other_than(0)
+    assert found.difference("lds", ADAM, LENGTH).low > 0
     assert found.difference("lds", "SDI-Fisher, auto, m=32", TRAK).high < 0
+    turned = {m.method: m.brittleness.value for m in found.merits if m.brittleness is not None}
+    assert {name: share for name, share in turned.items() if share < 1} == {"random": 0.6}
+    assert found.difference("rise", LENGTH, FISHER).low > 0
+    assert not found.difference("rise", LENGTH, SDI).says_other_than(0)
     assert list(found.unable) == ["EK-FAC"]
     assert found.steps.counterfactual.high < 0.5
 
