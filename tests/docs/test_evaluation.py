@@ -135,7 +135,15 @@ def test_what_the_page_reads_of_language_holds() -> None:
     assert not found.difference("lds", FISHER, "EK-FAC").says_other_than(0)
     assert by_name[FISHER].seconds < by_name["EK-FAC"].seconds / 5
     assert found.difference("lds", "SDI-Fisher, auto, m=32", TRAK).high < 0
-    assert not found.difference("lds", "SOURCE", FISHER).says_other_than(0)
+    for other in (SDI, "SDI, cosine"):
+        assert found.difference("lds", LENGTH, other).low > 0
+    for other in (FISHER, TRAK, "TRAK, 5 models", "EK-FAC", RUN):
+        assert not found.difference("lds", LENGTH, other).says_other_than(0)
+    for damping in ("auto", "training"):
+        assert found.difference("lds", f"SDI-Fisher, {damping}, 5 checkpoints", RUN).low > 0
+    assert not found.difference("lds", "SDI-Fisher, auto, 5 checkpoints", "TRAK, 5 models").says_other_than(0)
+    assert max(found.merits, key=lambda m: m.lds.value).method == "TRAK, 5 models"
+    assert by_name[LENGTH].seconds < by_name["EK-FAC"].seconds / 6
     assert found.difference("lds", "SDI-Fisher, auto, 5 checkpoints", FISHER).low > 0
     assert found.steps.counterfactual.low > 0.9
 
