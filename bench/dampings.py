@@ -11,25 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from stepinfluence import attach
-from stepinfluence.attribution.curvature import BlockFisher, Fisher, Progress, TrainingTime, Unrolled, segments_of
+from stepinfluence.attribution.curvature import BlockFisher, Fisher, TrainingTime
 from stepinfluence.evaluation import linear_datamodeling_score
-from stepinfluence.evaluation.along_training import by_training_time
+from stepinfluence.evaluation.along_training import by_training_time, source_of_run, times_of_run
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.problems import PROBLEMS, make_problem
 from stepinfluence.evaluation.retraining import Retrainings, draws, training_seed
-from stepinfluence.evaluation.trained import Array, Trained
-from stepinfluence.evaluation.training import checkpoint_updates
+from stepinfluence.evaluation.trained import Trained
 
 from bench.of_problem import begun, parser_of
 from bench.provenance import write
 
 GRID = (1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Dampings relative to the largest eigenvalue."""
-
-CHECKPOINTS = 5
-"""That training's length is read from, and that SOURCE is of: evenly spaced, the last one at the end."""
 
 
 def main() -> None:
@@ -61,8 +56,7 @@ def by_damping(
             for r in range(repeats)
         ]
         given = Trained(problem, model, training_seed(seed, 0))
-        saved = checkpoint_updates(given.training.recipe.updates, CHECKPOINTS)
-        length = TrainingTime(TrainingTime.of(progress_of(given, saved)).times[-1])
+        length = TrainingTime(times_of_run(given).times[-1])
         capture = attach(model, body=problem.body(model), sketch_size=2048)
         train, query = problem.features(capture, "train"), problem.features(capture, "query")
         scores = {"none": (train.values @ query.values.T).double().numpy()}
@@ -74,48 +68,11 @@ def by_damping(
                 values = train.values @ one.transform(query).values.T
                 scores[f"{kind.kind}, {name}"] = values.double().numpy()
         scores["fisher, training time"] = by_training_time(given).scores
-        scores["source of a run"] = source_of_run(given)
+        scores["source of a run"] = source_of_run(given).scores
         for name, values in scores.items():
             lds = linear_datamodeling_score(values, np.mean(halves, axis=0), drawn.halves)
             found.setdefault(name, []).append(float(np.nanmean(lds)))
     return found
-
-
-def progress_of(trained: Trained, updates: Sequence[int]) -> list[Progress]:
-    """What checkpoints after some updates tell of a training: as it is read from files
-    (:func:`stepinfluence.curvature.training_time`).
-
-    Raises:
-        CannotScore: the problem has no recipe.
-    """
-    training, recipe = trained.training, trained.training.recipe
-    capture = attach(trained.model, body=trained.problem.body(trained.model), sketch_size=16)
-    found = []
-    for update in updates:
-        by_name = training.by_name(recipe.root(trained.states[update].square, update))
-        mean = torch.cat([by_name[block.name].flatten() for block in capture.space().blocks]).double().mean()
-        found.append(Progress(update, recipe.rate(update - 1), float(1 / mean), recipe.learning_rate))
-    return found
-
-
-def source_of_run(trained: Trained, *, count: int = CHECKPOINTS, sketch_size: int = 2048) -> Array:
-    """SOURCE as ``curvature="source"`` has it of a run's store: plain features at evenly spaced checkpoints, the last
-    one at the end, and segments that follow from them (:func:`stepinfluence.curvature.segments_of`). ``(n_train,
-    n_query)``, summed over steps.
-
-    Raises:
-        CannotScore: the problem has no recipe.
-    """
-    problem, training = trained.problem, trained.training
-    updates = checkpoint_updates(training.recipe.updates, count)
-    segments, trains = segments_of(progress_of(trained, updates)), []
-    for update in updates:
-        model = training.model_at(trained.states[update])
-        capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
-        trains.append(problem.features(capture, "train"))
-    asked = Unrolled.fit(trains, segments).transform(problem.features(capture, "query"))
-    scores = torch.stack([t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]).sum(0)
-    return scores.double().numpy()
 
 
 if __name__ == "__main__":

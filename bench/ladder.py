@@ -2,11 +2,12 @@
 
     python -m bench.ladder majority --keep
 
-Plain gradients, gradients over checkpoints, the Fisher at the end, SOURCE by segments, and exact metagradients, update
-by update. The last take minutes for a model, so all methods are asked the same eight queries. Halves are trained from
-the initialisation of the model that is scored, as metagradients are of that training: what another initialisation does
-is no business of theirs. For a few queries metagradients are taken by loop step, too, and held against the scores by
-step of the others: does a method's score of step t follow the exact one of step t, and more than that of another step?
+Plain gradients, gradients over checkpoints, the Fisher at the end (with either damping), SOURCE by segments, and exact
+metagradients, update by update. The last take minutes for a model, so all methods are asked the same eight queries.
+Halves are trained from the initialisation of the model that is scored, as metagradients are of that training: what
+another initialisation does is no business of theirs. For a few queries metagradients are taken by loop step, too, and
+held against the scores by step of the others: does a method's score of step t follow the exact one of step t, and more
+than that of another step?
 
 Models that ``python -m bench.evaluate`` has trained are not trained again: give its
 ``--folder``.
@@ -21,8 +22,9 @@ from dataclasses import replace
 import numpy as np
 from scipy import stats
 from stepinfluence import attach, influence
+from stepinfluence.attribution.curvature import TrainingTime
 from stepinfluence.evaluation import evaluate
-from stepinfluence.evaluation.along_training import ASKED, unrolled
+from stepinfluence.evaluation.along_training import ASKED, times_of_run, unrolled, unrolled_by_run
 from stepinfluence.evaluation.metagradient import metagradients
 from stepinfluence.evaluation.methods import METAGRADIENTS, Method, available
 from stepinfluence.evaluation.problems import PROBLEMS, make_problem
@@ -36,8 +38,11 @@ RUNGS = (
     "SDI, m=2048",
     "SDI, 5 checkpoints",
     "SDI-Fisher, auto",
+    "SDI-Fisher, training",
     "SDI-Fisher, auto, 5 checkpoints",
-    "SOURCE",
+    "SDI-Fisher, training, 5 checkpoints",
+    "SOURCE of a run",
+    "SOURCE, Adam's metric",
     METAGRADIENTS,
     "TRAK",
     "EK-FAC",
@@ -65,10 +70,13 @@ def by_step(trained: Trained, asked: Sequence[int]) -> dict[str, list[list[float
     capture = attach(model, body=problem.body(model), sketch_size=2048)
     train = problem.features(capture, "train")
     query = capture.featurize(problem.batches("query"), problem.loss, progress=False)
+    length = TrainingTime(times_of_run(trained).times[-1])
     found = {
         "SDI, m=2048": influence(train, query),
         "SDI-Fisher, auto": influence(train, query, curvature="fisher"),
-        "SOURCE": influence(*unrolled(trained)),
+        "SDI-Fisher, training": influence(train, query, curvature="fisher", damping=length),
+        "SOURCE of a run": influence(*unrolled_by_run(trained)),
+        "SOURCE, Adam's metric": influence(*unrolled(trained)),
     }
     steps = range(exact.shape[2])
     return {

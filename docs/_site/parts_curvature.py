@@ -8,62 +8,69 @@ from typing import Any
 
 import numpy as np
 from kept import Parts, load, machines, source, table
-from parts_evaluation import kept, less
+from parts_evaluation import FISHER, LENGTH, MISSING, difference, kept, less
 from stepinfluence.evaluation import Evaluation, Figure, over_seeds
 
 from bench import steps_removed as removed
 from bench.kronecker import __main__ as kron
 from bench.kronecker.factors import FORMS
 
-LADDER = ("majority", "language")
 REMOVED = ("majority", "language")
 
 
 def ladder() -> str:
     """LDS of each rung on the queries that metagradients are asked, how far one is above another, and by step."""
-    results = {problem: load(f"ladder-{problem}.json") for problem in LADDER}
+    results = kept("ladder")
     found = {problem: Evaluation.from_dict(result) for problem, result in results.items()}
     merits = {problem: {m.method: m for m in one.merits} for problem, one in found.items()}
-    names = list(merits[LADDER[0]])
-    exact = next(name for name in names if name.startswith("metagradients"))
-    rows = [[name, *(str(merits[p][name].lds) for p in LADDER)] for name in names]
-    rows += [
-        [f"{name} minus SDI-Fisher, auto", *(str(found[p].difference("lds", name, "SDI-Fisher, auto")) for p in LADDER)]
-        for name in ("SOURCE", exact)
+    names = list(dict.fromkeys(name for known in merits.values() for name in known))
+    further = [name for name in names if name.startswith(("SOURCE", "metagradients"))]
+    rows = [
+        [name, *(str(known[name].lds) if name in known else MISSING for known in merits.values())] for name in names
     ]
-    seconds = [[name, *(f"{merits[p][name].seconds:.1f}" for p in LADDER)] for name in names]
-    rows += [
-        [f"{name}: processor seconds", *cells]
-        for name, *cells in seconds
-        if name in (exact, "SOURCE", "SDI-Fisher, auto")
+    more = [
+        [f"{name} minus {other}", *(difference(one, name, other) for one in found.values())]
+        for name in further
+        for other in (FISHER, LENGTH)
     ]
-    texts = ["LDS over the same eight queries; means and 95 % intervals over seeds:", table(["method", *LADDER], rows)]
+    more += [
+        [f"{name}: processor seconds", *(f"{k[name].seconds:.1f}" if name in k else MISSING for k in merits.values())]
+        for name in (FISHER, LENGTH, *further)
+    ]
+    rows += [row for row in more if set(row[1:]) != {MISSING}]
+    smooth = [one.smoothness for one in found.values()]
+    rows += [
+        ["*metasmoothness, across step sizes*", *(MISSING if s is None else str(s.across_steps) for s in smooth)],
+        ["*metasmoothness, at nearby weights*", *(MISSING if s is None else str(s.nearby) for s in smooth)],
+    ]
+    texts = ["LDS over the same eight queries; means and 95 % intervals over seeds:", table(["method", *found], rows)]
     texts.append(
         "By step: rank correlation over train examples of a method's score at a loop step with the exact metagradient "
         "at the same step, and at the others; mean over steps and queries:"
     )
-    head = ["method", *(f"{problem}: {what}" for problem in LADDER for what in ("same step", "others", "difference"))]
-    texts.append(table(head, [[name, *_agreement(results, name)] for name in results[LADDER[0]]["agreement"][0]]))
     for problem, result in results.items():
-        settings, smooth = result["settings"], found[problem].smoothness
+        settings = result["settings"]
+        texts.append(
+            table(
+                [f"{problem}: method", "same step", "others", "difference"],
+                [[name, *_agreement(result, name)] for name in result["agreement"][0]],
+            )
+        )
         texts.append(
             f"**{problem}**: {settings['seeds']} seeds, each with {settings['subsets']} retrainings on random halves from the "
             f"scored model's initialisation; by step {settings['by_step']} queries a seed. "
-            f"{smooth.markdown() if smooth else ''} {source(f'ladder-{problem}.json', False, result)}"
+            f"{source(f'ladder-{problem}.json', False, result)}"
         )
     return "\n\n".join(texts)
 
 
-def _agreement(results: Mapping[str, Any], name: str) -> list[str]:
-    """Cells: the diagonal of the correlations by step, the rest, and the difference, of each problem."""
-    cells = []
-    for result in results.values():
-        matrices = np.array([seed[name] for seed in result["agreement"]])
-        own = np.einsum("stt->st", matrices).mean(1)
-        count = matrices.shape[1]
-        others = (matrices.sum((1, 2)) - count * own) / (count * (count - 1))
-        cells += [str(over_seeds(values)) for values in (own, others, own - others)]
-    return cells
+def _agreement(result: Mapping[str, Any], name: str) -> list[str]:
+    """Cells: the diagonal of the correlations by step, the rest, and the difference."""
+    matrices = np.array([seed[name] for seed in result["agreement"]])
+    own = np.einsum("stt->st", matrices).mean(1)
+    count = matrices.shape[1]
+    others = (matrices.sum((1, 2)) - count * own) / (count * (count - 1))
+    return [str(over_seeds(values)) for values in (own, others, own - others)]
 
 
 def steps_removed() -> str:

@@ -9,8 +9,13 @@ from stepinfluence.evaluation import Evaluation, Figure
 from stepinfluence.evaluation.result import Merits
 
 PROBLEMS = ("adder", "majority", "language", "parity", "trm")
-FISHER, SDI, TRAK, EK_FAC, SMALLEST = "SDI-Fisher, auto", "SDI, m=2048", "TRAK", "EK-FAC", "SDI-Fisher, auto, m=32"
-AGAINST = (SDI, "SDI, cosine", TRAK, "TRAK, 5 models", EK_FAC)
+FISHER, LENGTH, SDI, TRAK, SMALLEST = (
+    "SDI-Fisher, auto", "SDI-Fisher, training", "SDI, m=2048", "TRAK", "SDI-Fisher, auto, m=32",
+)  # fmt: skip
+PEERS = (SDI, "SDI, cosine", TRAK, "TRAK, 5 models", "EK-FAC")
+ALONG = ("SDI-Fisher, auto, 5 checkpoints", "SDI-Fisher, training, 5 checkpoints", "SOURCE of a run")
+AGAINST = {FISHER: PEERS, LENGTH: (FISHER, *PEERS, *ALONG)}
+"""What a method's LDS is held against."""
 MISSING = "–"
 
 
@@ -63,14 +68,32 @@ def summary() -> str:
         ["*metasmoothness, at nearby weights*", *(MISSING if s is None else str(s.nearby) for s in smooth)],
         ["*two initialisations' agreement on halves*", *(MISSING if a is None else str(a) for a in agree)],
     ]
-    less = [[f"minus {other}", *(difference(one, FISHER, other) for one in found.values())] for other in AGAINST]
-    less.append([f"{SMALLEST}, minus {TRAK}", *(difference(one, SMALLEST, TRAK) for one in found.values())])
-    return "\n\n".join([
-        "LDS; means and 95 % intervals over five seeds:", table(["method", *found], rows),
-        f"LDS of `{FISHER}` (m = 2048), seed by seed, less that of others:", table(head, less),
+    less = {
+        method: [[f"minus {other}", *(difference(one, method, other) for one in found.values())] for other in others]
+        for method, others in AGAINST.items()
+    }
+    less[FISHER].append([f"{SMALLEST}, minus {TRAK}", *(difference(one, SMALLEST, TRAK) for one in found.values())])
+    texts = ["LDS; means and 95 % intervals over five seeds:", table(["method", *found], rows)]
+    for method, lines in less.items():
+        texts += [f"LDS of `{method}` (m = 2048), seed by seed, less that of others:", table(head, lines)]
+    texts += [
+        "Brittleness: answers that turn when the most helpful fifth is left out, and how much their loss rises (nats):",
+        table(["method", *found], [_removed(name, by_name) for name in names]),
         "Processor time of scoring, and bytes that are kept of a training example:",
         table(["method", *found], [row(name, "cost") for name in names if name != "random"]),
-    ])  # fmt: skip
+    ]
+    return "\n\n".join(texts)
+
+
+def _removed(name: str, by_name: dict[str, dict[str, Merits]]) -> list[str]:
+    """A row: of each problem, what leaving out the most helpful examples does."""
+    cells = []
+    for known in by_name.values():
+        m = known.get(name)
+        turned, rise = (None, None) if m is None else (m.brittleness, m.rise)
+        share = "" if turned is None else f"{turned.value:.2f} turn, "
+        cells.append(MISSING if rise is None else f"{share}{rise}")
+    return [name, *cells]
 
 
 def best_damping(lds: dict[str, list[float]], kind: str) -> str:

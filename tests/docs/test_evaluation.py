@@ -15,7 +15,8 @@ from stepinfluence.evaluation.problems import PROBLEMS
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 KEPT = [problem for problem in PROBLEMS if (RESULTS / f"evaluate-{problem}.json").is_file()]
-SDI, FISHER, TRAK = "SDI, m=2048", "SDI-Fisher, auto", "TRAK"
+SDI, FISHER, LENGTH, TRAK = "SDI, m=2048", "SDI-Fisher, auto", "SDI-Fisher, training", "TRAK"
+RUN, ADAM = "SOURCE of a run", "SOURCE, Adam's metric"
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +73,19 @@ def test_what_the_page_reads_of_majority_holds() -> None:
     smallest = "SDI-Fisher, auto, m=32"
     assert by_name[smallest].bytes_per_example < by_name[TRAK].bytes_per_example
     assert found.difference("lds", smallest, TRAK).low > 0
-    assert found.difference("lds", "SOURCE", FISHER).low > 0
+    for other in (FISHER, SDI, "SDI, cosine", TRAK, "TRAK, 5 models", "EK-FAC", "SDI-Fisher, training, 5 checkpoints"):
+        assert found.difference("lds", LENGTH, other).low > 0
+    assert found.difference("lds", RUN, LENGTH).low > 0
+    assert max(found.merits, key=lambda m: m.lds.value).method == RUN
     assert not found.difference("lds", "SDI, m=256", SDI).says_other_than(0)
     assert not found.difference("lds", "TracIn, exact", SDI).says_other_than(0)
     assert by_name[SDI].randomization.low > 0.5 > by_name[FISHER].randomization.high
-    assert all(m.brittleness is not None and m.brittleness.value == 0 for m in found.merits)
+    turned = {m.method: m.brittleness.value for m in found.merits if m.brittleness is not None}
+    assert all(turned[name] == 1 for name in (SDI, LENGTH, RUN, ADAM))
+    assert all(turned[name] == 0 for name in (TRAK, "TRAK, 5 models", "random"))
+    for name in (LENGTH, RUN, ADAM):
+        assert found.difference("rise", name, FISHER).low > 0
+        assert found.difference("rise", name, TRAK).low > 0
     assert found.steps.counterfactual.low > 0.9
 
 
@@ -84,8 +93,15 @@ def test_what_the_page_reads_of_trm_holds() -> None:
     found = kept("trm")
     assert found.difference("lds", FISHER, SDI).high < 0
     assert not found.difference("lds", FISHER, TRAK).says_other_than(0)
-    assert found.difference("lds", "SOURCE", SDI).low > 0
+    for other in (FISHER, SDI, "SDI, cosine", TRAK, "TRAK, 5 models"):
+        assert found.difference("lds", LENGTH, other).low > 0
+    assert not found.difference("lds", LENGTH, RUN).says_other_than(0)
+    assert found.difference("lds", ADAM, LENGTH).low > 0
     assert found.difference("lds", "SDI-Fisher, auto, m=32", TRAK).high < 0
+    turned = {m.method: m.brittleness.value for m in found.merits if m.brittleness is not None}
+    assert {name: share for name, share in turned.items() if share < 1} == {"random": 0.6}
+    assert found.difference("rise", LENGTH, FISHER).low > 0
+    assert not found.difference("rise", LENGTH, SDI).says_other_than(0)
     assert list(found.unable) == ["EK-FAC"]
     assert found.steps.counterfactual.high < 0.5
 
@@ -119,7 +135,15 @@ def test_what_the_page_reads_of_language_holds() -> None:
     assert not found.difference("lds", FISHER, "EK-FAC").says_other_than(0)
     assert by_name[FISHER].seconds < by_name["EK-FAC"].seconds / 5
     assert found.difference("lds", "SDI-Fisher, auto, m=32", TRAK).high < 0
-    assert not found.difference("lds", "SOURCE", FISHER).says_other_than(0)
+    for other in (SDI, "SDI, cosine"):
+        assert found.difference("lds", LENGTH, other).low > 0
+    for other in (FISHER, TRAK, "TRAK, 5 models", "EK-FAC", RUN):
+        assert not found.difference("lds", LENGTH, other).says_other_than(0)
+    for damping in ("auto", "training"):
+        assert found.difference("lds", f"SDI-Fisher, {damping}, 5 checkpoints", RUN).low > 0
+    assert not found.difference("lds", "SDI-Fisher, auto, 5 checkpoints", "TRAK, 5 models").says_other_than(0)
+    assert max(found.merits, key=lambda m: m.lds.value).method == "TRAK, 5 models"
+    assert by_name[LENGTH].seconds < by_name["EK-FAC"].seconds / 6
     assert found.difference("lds", "SDI-Fisher, auto, 5 checkpoints", FISHER).low > 0
     assert found.steps.counterfactual.low > 0.9
 
@@ -134,7 +158,14 @@ def test_what_the_page_reads_of_adder_holds() -> None:
         assert not found.difference("lds", one, other).says_other_than(0)
     assert by_name[smallest].bytes_per_example < by_name[TRAK].bytes_per_example
     assert by_name[FISHER].seconds < by_name["EK-FAC"].seconds / 5
-    assert not any(m.loo.low > 0 for m in found.merits)
+    for other in (FISHER, SDI, "SDI, cosine", TRAK, "TRAK, 5 models", "EK-FAC"):
+        assert found.difference("lds", LENGTH, other).low > 0
+    assert not found.difference("lds", LENGTH, RUN).says_other_than(0)
+    assert [m.method for m in found.merits if m.loo.low > 0] == ["SDI-Fisher, training, 5 checkpoints"]
+    turned = {m.method: m.brittleness.value for m in found.merits if m.brittleness is not None}
+    assert {name for name, share in turned.items() if share < 1} == {"random"}
+    for other in (SDI, "SDI, cosine", "EK-FAC"):
+        assert found.difference("rise", LENGTH, other).high < 0
     assert found.smoothness is not None
     assert found.smoothness.across_steps.low > 0.8
     assert found.smoothness.nearby.value > 0.5

@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from stepinfluence.attribution.curvature import Fisher, Segment, Unrolled
+from stepinfluence.attribution.curvature import Fisher, Progress, Segment, TrainingTime, Unrolled, segments_of
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.capture import attach
 from stepinfluence.evaluation.metagradient import metagradients
 from stepinfluence.evaluation.smoothness import smoothness
 from stepinfluence.evaluation.trained import Scored, Trained, row_bytes
+from stepinfluence.evaluation.training import CannotScore, checkpoint_updates
 
 ASKED = 8
 """Queries that metagradients are computed for: the first ones of a problem."""
@@ -24,15 +25,44 @@ ASKED = 8
 SMOOTH = 0.5
 """Metasmoothness below which a metagradient is not to be trusted."""
 
+CHECKPOINTS = 5
+"""That a run is taken to have kept: evenly spaced, the last one at the end."""
+
+
+def times_of_run(trained: Trained, count: int = CHECKPOINTS) -> TrainingTime:
+    """Training's length by each of a run's checkpoints, as ``damping="training"`` has it: read from what the
+    checkpoints hold of the optimizer.
+
+    Raises:
+        CannotScore: the problem has no recipe, or its checkpoints do not say how long training went on.
+        ValueError: fewer updates than checkpoints.
+    """
+    told = progress_of(trained, checkpoint_updates(trained.training.recipe.updates, count))
+    try:
+        return TrainingTime.of(told)
+    except ValueError as error:
+        raise CannotScore(f"{trained.problem.name}: {error}") from None
+
 
 def source(trained: Trained, *, segments: int = 3, each: int = 2, sketch_size: int = 2048, adam: bool = True) -> Scored:
-    """SOURCE by segments of equal length; arguments as for :func:`unrolled`."""
+    """SOURCE by segments of equal length, with all updates known; arguments as for :func:`unrolled`.
+    :func:`source_of_run` makes do with a run's checkpoints."""
+    _ = trained.states  # their training is not counted
+    began, sizes = time.process_time(), {"segments": segments, "each": each, "sketch_size": sketch_size}
+    return _summed(*unrolled(trained, **sizes, adam=adam, per_step=False), began)
+
+
+def source_of_run(trained: Trained, *, count: int = CHECKPOINTS, sketch_size: int = 2048) -> Scored:
+    """SOURCE as ``curvature="source"`` has it of a run's store; arguments as for :func:`unrolled_by_run`."""
+    _ = trained.states
     began = time.process_time()
-    trains, asked = unrolled(trained, segments=segments, each=each, sketch_size=sketch_size, adam=adam, per_step=False)
-    # Summed features: one product for each checkpoint gives the sum over steps that is compared here.
-    products = [t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]
-    scores = torch.stack(products).sum(0).double().numpy()
-    return Scored(scores, None, time.process_time() - began, len(trains) * row_bytes(trains[0]))
+    return _summed(*unrolled_by_run(trained, count=count, sketch_size=sketch_size, per_step=False), began)
+
+
+def _summed(trains: Sequence[Features], asked: Sequence[Features], began: float) -> Scored:
+    """Of summed features: one product for each checkpoint gives the sum over steps that is compared here."""
+    scores = torch.stack([t.values @ q.values.T for t, q in zip(trains, asked, strict=True)]).sum(0)
+    return Scored(scores.double().numpy(), None, time.process_time() - began, len(trains) * row_bytes(trains[0]))
 
 
 def unrolled(
@@ -86,6 +116,32 @@ def unrolled(
     return trains, Unrolled.fit(trains, stretches).transform(query)
 
 
+def unrolled_by_run(
+    trained: Trained, *, count: int = CHECKPOINTS, sketch_size: int = 2048, per_step: bool = True
+) -> tuple[list[Features], list[Features]]:
+    """The same as :func:`unrolled`, as a run has it: plain features at evenly spaced checkpoints, the last one at the
+    end, and segments that follow from them (:func:`stepinfluence.curvature.segments_of`).
+
+    Args:
+        trained: with a recipe.
+        count: checkpoints.
+        sketch_size: m.
+        per_step: whether the queries' are by step.
+
+    Raises:
+        CannotScore: the problem has no recipe.
+        ValueError: fewer updates than checkpoints.
+    """
+    problem, training = trained.problem, trained.training
+    updates, trains = checkpoint_updates(training.recipe.updates, count), []
+    for update in updates:
+        model = training.model_at(trained.states[update])
+        capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
+        trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
+    query = capture.featurize(problem.batches("query"), problem.loss, per_step=per_step, progress=False)
+    return trains, Unrolled.fit(trains, segments_of(progress_of(trained, updates))).transform(query)
+
+
 def mean_metric(trained: Trained) -> dict[str, Elementwise]:
     """Square roots of Adam's metric, which is averaged over all updates with their learning rates as weights."""
     training = trained.training
@@ -112,8 +168,8 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     ``1 / T`` would (early stopping; Ali et al., arXiv 1810.10082): directions with ``h T << 1`` have hardly moved, and
     the inverse of their curvature says nothing of what training did. No constant is to be chosen.
 
-    It takes the plain mean of the multipliers, which the root epsilon of these recipes allows;
-    :class:`stepinfluence.curvature.TrainingTime` takes a mean that any Adam allows.
+    It takes all updates, and the plain mean of the multipliers, which the root epsilon of these recipes allows;
+    :func:`times_of_run` takes checkpoints, and a mean that any Adam allows.
 
     Raises:
         CannotScore: the problem has no recipe.
@@ -127,6 +183,23 @@ def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
     fisher = Fisher.fit(train, damping=1.0)
     damped = fisher.with_damping(1 / (total * fisher.factors[0].largest))
     return Scored.of(train, damped.transform(query), began=began)
+
+
+def progress_of(trained: Trained, updates: Sequence[int]) -> list[Progress]:
+    """What checkpoints after some updates tell of a training: as it is read from files
+    (:func:`stepinfluence.curvature.training_time`).
+
+    Raises:
+        CannotScore: the problem has no recipe.
+    """
+    training, recipe = trained.training, trained.training.recipe
+    capture = attach(trained.model, body=trained.problem.body(trained.model), sketch_size=16)
+    found = []
+    for update in updates:
+        by_name = training.by_name(recipe.root(trained.states[update].square, update))
+        mean = torch.cat([by_name[block.name].flatten() for block in capture.space().blocks]).double().mean()
+        found.append(Progress(update, recipe.rate(update - 1), float(1 / mean), recipe.learning_rate))
+    return found
 
 
 def exact_metagradients(trained: Trained) -> Scored:

@@ -37,6 +37,9 @@ from stepinfluence.progress import tqdm
 Array = npt.NDArray[np.float64]
 EXACT = "TracIn, exact"
 
+HELPFUL = 0.2
+"""Share of the training examples that is left out for the brittleness: those that a method calls most helpful."""
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -52,8 +55,12 @@ class _Run:
 
     @property
     def asked(self) -> npt.NDArray[np.int64]:
-        """Queries that the first model answers rightly, in the order drawn."""
-        return self.drawn.queries[self.right[self.drawn.queries]] if self.right is not None else np.zeros(0, int)
+        """Queries in the order in which they are asked for the brittleness: those that the first model answers rightly,
+        the one nearest to the border (with the highest loss) first; where nothing is right or wrong all, as drawn."""
+        if self.right is None:
+            return self.drawn.queries
+        order = np.argsort(-self.full[0], kind="stable")
+        return order[self.right[order]]
 
 
 class _Figures(NamedTuple):
@@ -63,6 +70,7 @@ class _Figures(NamedTuple):
     loo: Estimate
     mislabel: Estimate | None
     brittleness: float | None
+    rise: float | None
     overlap: Estimate | None
     randomization: Estimate
     seconds: float
@@ -95,7 +103,7 @@ def evaluate(
         seeds: how many, or which.
         subsets: models of the LDS, each trained on a random half of the examples.
         left_out: examples that are left out one at a time (:class:`~stepinfluence.evaluation.retraining.Draws`).
-        flips: rightly answered queries for the brittleness; 0 to leave it out.
+        flips: queries for the brittleness, of the rightly answered ones those nearest to the border; 0 to leave it out.
         repeats: initialisations of every retraining. Scores, of the first one's model, are held against the mean over
             all; how far they agree says how much of the truth is noise.
         folder: where retrained models are kept, so that stopped work goes on and methods can be added without training
@@ -204,8 +212,8 @@ def _figures(
     again = method(Trained(problem, fresh.eval(), training_seed(seed, 1), untrained=True)).scores
     # Some methods are asked only a few queries.
     scored = [int(q) for q in run.asked[:flips] if not np.isnan(found.scores[:, q]).any()]
-    flipped = [_flips(trained, seed, found, query) for query in scored]
-    brittle = float(np.mean(flipped)) if flipped else float("nan")
+    removed = [_without_helpful(trained, run, found, query) for query in scored]
+    turned, rise = np.mean(removed, axis=0).tolist() if removed else (float("nan"), float("nan"))
     lds = linear_datamodeling_score(found.scores, run.halves.mean(0), run.drawn.halves)
     loo = leave_one_out_correlation(found.scores, run.changes.mean(0), run.drawn.left_out)
     planted = problem.mislabelled
@@ -214,7 +222,8 @@ def _figures(
         lds=bootstrap(lds, seed=seed),
         loo=bootstrap(loo, seed=seed),
         mislabel=None if none else mislabel_auc(found.suspicion, planted, seed=seed),  # type: ignore[arg-type]
-        brittleness=brittle if flips and problem.correct else None,
+        brittleness=turned if flips and problem.correct else None,
+        rise=rise if flips else None,
         overlap=None if exact is None else bootstrap(top_k_overlap(found.scores, exact, max(1, n // 10)), seed=seed),
         randomization=bootstrap(randomization_check(found.scores, again), seed=seed),
         seconds=found.seconds,
@@ -222,21 +231,25 @@ def _figures(
     )
 
 
-def _flips(trained: Retrainings, seed: int, found: Scored, query: int) -> bool:
-    n = len(trained.everyone)
-    helpful = np.argsort(-found.scores[:, query], kind="stable")[: max(1, n // 10)]
-    right = trained.outcome(seed, np.delete(trained.everyone, helpful), what="most helpful left out").correct
-    return right is not None and not right[query]
+def _without_helpful(trained: Retrainings, run: _Run, found: Scored, query: int) -> tuple[float, float]:
+    """Whether the answer turns when the most helpful examples are left out (1 or 0), and how much its loss rises."""
+    count = max(1, round(HELPFUL * len(trained.everyone)))
+    helpful = np.argsort(-found.scores[:, query], kind="stable")[:count]
+    outcome = trained.outcome(run.seed, np.delete(trained.everyone, helpful), what="most helpful left out")
+    turned = outcome.correct is not None and not outcome.correct[query]
+    return float(turned), float(outcome.losses[query] - run.full[0][query])
 
 
 def _merits(name: str, runs: Sequence[_Figures]) -> Merits:
     brittle = [run.brittleness for run in runs if run.brittleness is not None]
+    rises = [run.rise for run in runs if run.rise is not None]
     return Merits(
         method=name,
         lds=Figure.of([run.lds for run in runs]),
         loo=Figure.of([run.loo for run in runs]),
         mislabel=_where_known([run.mislabel for run in runs]),
         brittleness=Figure.of_shares(brittle) if brittle else None,
+        rise=Figure.of(rises) if rises else None,
         overlap=_where_known([run.overlap for run in runs]),
         randomization=Figure.of([run.randomization for run in runs]),
         seconds=float(np.mean([run.seconds for run in runs])),

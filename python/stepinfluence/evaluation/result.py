@@ -14,6 +14,7 @@ COLUMNS = {
     "loo": "LOO corr.",
     "mislabel": "mislabel AUC",
     "brittleness": "brittleness",
+    "rise": "loss rise",
     "overlap": "top-10% overlap",
     "randomization": "randomisation",
 }
@@ -78,7 +79,9 @@ class Merits:
         lds: linear datamodeling score.
         loo: leave-one-out correlation.
         mislabel: AUC of planted errors by self-influence; None where the method has none, or none was planted.
-        brittleness: share of right answers that turn wrong when the most helpful tenth is left out of training.
+        brittleness: share of right answers, of those nearest to the border, that turn wrong when the most helpful fifth
+            is left out of training.
+        rise: how much the loss of these queries rises by that; None in results that were kept before it was asked.
         overlap: with exact TracIn: share of the most helpful tenth in common.
         randomization: rank correlation with the method's scores of untrained weights; 0 is best.
         seconds: processor seconds of scoring, mean over seeds.
@@ -90,6 +93,7 @@ class Merits:
     loo: Figure
     mislabel: Figure | None
     brittleness: Figure | None
+    rise: Figure | None
     overlap: Figure | None
     randomization: Figure
     seconds: float
@@ -234,7 +238,8 @@ class Evaluation:
 
     def markdown(self) -> str:
         """A table of the methods; what of it cannot be told from chance; the truth and its noise; the steps."""
-        lines = ["| " + " | ".join(("method", *COLUMNS.values(), "s", "B/example")) + " |", "|" + "---|" * 9]
+        head = ("method", *COLUMNS.values(), "s", "B/example")
+        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         for m in self.merits:
             cells = [m.method, *(self._cell(m, name) for name in COLUMNS)]
             lines.append("| " + " | ".join([*cells, f"{m.seconds:.2f}", str(m.bytes_per_example)]) + " |")
@@ -280,8 +285,9 @@ class Evaluation:
         """
         merits = []
         for m in data["merits"]:
-            values: dict[str, Any] = {f.name: m[f.name] for f in fields(Merits)}
-            values |= {name: _figure(m[name], share=name == "brittleness") for name in COLUMNS}
+            known = {"rise": None, **m}
+            values: dict[str, Any] = {f.name: known[f.name] for f in fields(Merits)}
+            values |= {name: _figure(known[name], share=name == "brittleness") for name in COLUMNS}
             merits.append(Merits(**values))
         steps, truth, smooth = data["steps"], data["truth"], data["smoothness"]
         return cls(

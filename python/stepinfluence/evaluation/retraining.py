@@ -41,7 +41,7 @@ class Draws:
         left_out: rows that are left out one at a time: by turns a planted error and another example, where errors are
             planted (what misleads training is what its absence is most likely to show), or any. No score has a say in
             it, so none is favoured.
-        queries: all of them, in the order in which they are asked for the brittleness.
+        queries: all of them, in random order, for what is asked of a few.
     """
 
     halves: npt.NDArray[np.bool_]

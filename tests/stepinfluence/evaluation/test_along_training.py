@@ -145,7 +145,8 @@ def test_the_ladder_asks_all_the_same(trained: Trained, monkeypatch: pytest.Monk
     exact = Metagradients(parts, (3, 1), per_step=True, per_update=False)
     monkeypatch.setattr(ladder, "metagradients", lambda *_: exact)
     found = ladder.by_step(trained, [3, 1])
-    assert set(found) == {"SDI, m=2048", "SDI-Fisher, auto", "SOURCE"}
+    by_step = ["SDI, m=2048", "SDI-Fisher, auto", "SDI-Fisher, training", "SOURCE of a run", "SOURCE, Adam's metric"]
+    assert list(found) == by_step
     own = np.array(found["SDI, m=2048"])
     np.testing.assert_allclose(np.diag(own), [1, -1], atol=0.01)
     assert max(np.abs(np.array(one)).max() for one in found.values()) <= 1

@@ -178,6 +178,34 @@ def test_nothing_turned_in_five_seeds_is_no_certainty(found: Evaluation) -> None
     assert "| 0.00 [0.00, 0.52] (0 of 5) |" in found.markdown()
 
 
+def test_the_most_helpful_fifth_is_left_out_for_the_queries_nearest_to_the_border() -> None:
+    right = {"right": lambda trained: Scored(EFFECTS, None, 0.0, 0)}
+    effects = np.sort(EFFECTS, axis=0)[::-1][:4].sum(0)  # what leaving out the best 4 of 20 adds to each loss
+    first = -EFFECTS.sum(0)
+    order = np.argsort(-first)  # all are right: the greatest loss is nearest to the border
+    border = first[order[0]] + effects[order[0]] / 2  # between that query's loss before and after
+    problem = replace(additive(0.0), correct=lambda model, batch: model.losses[batch] < border)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "try_steps", no_steps)
+        counts = {"seeds": 2, "subsets": 3, "left_out": 2, "repeats": 1}
+        one = evaluate(problem, right, flips=1, progress=False, **counts)
+        two = evaluate(problem, right, flips=2, progress=False, **counts).merits[0]
+        unsaid = evaluate(replace(problem, correct=None), right, flips=4, progress=False, **counts).merits[0]
+    assert one.merits[0].brittleness is not None
+    assert one.merits[0].brittleness.value == 1
+    assert one.merits[0].rise is not None
+    np.testing.assert_allclose(one.merits[0].rise.by_seed, effects[order[0]])
+    assert two.rise is not None
+    np.testing.assert_allclose(two.rise.by_seed, effects[order[:2]].mean())
+    assert unsaid.brittleness is None  # there is no border; all queries are asked
+    assert unsaid.rise is not None
+    np.testing.assert_allclose(unsaid.rise.by_seed, effects.mean())
+    kept = one.to_dict()
+    assert Evaluation.from_dict(json.loads(json.dumps(kept))) == one
+    del kept["merits"][0]["rise"]  # kept before it was asked
+    assert Evaluation.from_dict(kept).merits[0].rise is None
+
+
 def test_a_result_survives_json(found: Evaluation) -> None:
     text = json.dumps(found.to_dict(), allow_nan=False)
     assert Evaluation.from_dict(json.loads(text)).markdown() == found.markdown()
