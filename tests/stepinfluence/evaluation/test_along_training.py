@@ -19,7 +19,7 @@ from stepinfluence.evaluation.smoothness import Smooth
 from stepinfluence.evaluation.trained import Trained
 from stepinfluence.evaluation.training import Recipe
 
-from bench import dampings, ladder
+from bench import ladder
 
 RECIPE = Recipe(6, 3e-3, warmup=2, decay=True, root_epsilon=1e-6)
 
@@ -73,14 +73,14 @@ def test_source_of_a_run_is_what_its_files_would_give(trained: Trained, tmp_path
         capture = attach(model, body=problem.body(model), sketch_size=256)
         trains.append(capture.featurize(problem.batches("train"), problem.loss, per_step=False, progress=False))
     query = capture.featurize(problem.batches("query"), problem.loss, progress=False)
-    told = dampings.progress_of(trained, (2, 4, 6))
+    told = along_training.progress_of(trained, (2, 4, 6))
     # The recipe's root epsilon of 1e-6 is added inside Adam's root: it shows in entries with small gradients only.
     times = training_time(paths, capture).times
     assert TrainingTime.of(told).times == pytest.approx(times, rel=0.2)
     asked = Unrolled.fit(trains, segments_of(told)).transform(query)
     expected = influence(trains, asked).tracin.double().numpy()
-    found = dampings.source_of_run(trained, count=3, sketch_size=256)
-    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    found = along_training.source_of_run(trained, count=3, sketch_size=256)
+    np.testing.assert_allclose(found.scores, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_the_metric_is_adams_over_training(trained: Trained) -> None:
