@@ -17,7 +17,9 @@ def positive_int(name: str, value: object, *, maximum: int | None = None) -> int
     try:
         number = operator.index(value)  # type: ignore[arg-type]  # a wrong type is the case handled here
     except TypeError:
-        raise TypeError(f"{name}: got {type(value).__name__} {value!r}; pass a positive integer") from None
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__} {value!r}; pass a positive integer")
     if number <= 0:
         raise ValueError(f"{name}: got {number}; pass a positive integer")
     if maximum is not None and number > maximum:

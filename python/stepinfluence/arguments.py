@@ -33,6 +33,18 @@ def positive_float(name: str, value: object) -> float:
     return float(value)
 
 
+def boolean(name: str, value: object) -> None:
+    """``TypeError`` unless ``value`` is True or False: any other would count as one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__} {value!r}; pass True or False")
+
+
+def function(name: str, value: object, form: str) -> None:
+    """``TypeError`` unless ``value`` can be called; ``form`` says how."""
+    if not callable(value):
+        raise TypeError(f"{name}: got {type(value).__name__} {value!r}; pass a function {form}")
+
+
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     """``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -26,12 +26,23 @@ def random_sampler(loader: Any) -> str | None:
 
 
 def ids_in(batch: Any, ids: IdsOf | None) -> list[Hashable] | None:
-    """The ids of a batch, where there is a function for them."""
-    if ids is None:
+    """The ids of a batch, where there is a function for them.
+
+    Raises:
+        TypeError: one that cannot be hashed.
+    """
+    if ids is None or (given := ids(batch)) is None:
         return None
-    given = ids(batch)
     # A tensor's elements would be tensors, which are hashed by identity.
-    return given.tolist() if isinstance(given, Tensor) else list(given)
+    listed = given.tolist() if isinstance(given, Tensor) else list(given)
+    for one in listed:
+        try:
+            hash(one)
+        except TypeError:
+            raise TypeError(
+                f"ids: got {type(one).__name__} {one!r} for an example; give what can be hashed (a number, a text)"
+            ) from None
+    return listed
 
 
 def is_one_shot(loader: Any) -> bool:

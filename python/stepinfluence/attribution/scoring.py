@@ -30,15 +30,19 @@ from stepinfluence.loaders import IdsOf, LossFn, is_one_shot
 FeatureList: TypeAlias = Features | Sequence[Features]
 
 
-def _as_list(features: FeatureList) -> list[Features]:
-    return [features] if isinstance(features, Features) else list(features)
+def _as_list(features: FeatureList, side: str) -> list[Features]:
+    several = [features] if isinstance(features, Features) or not isinstance(features, Sequence) else list(features)
+    for one in several:
+        if not isinstance(one, Features):
+            raise TypeError(f"{side}: got {type(one).__name__}; pass Features, or a list of one for each checkpoint")
+    return several
 
 
 def _aligned(
     train: FeatureList, query: FeatureList, etas: float | Sequence[float]
 ) -> list[tuple[Features, Features, float]]:
     """Pairs of features per checkpoint with their weight, checked to be comparable, rows in the first's order."""
-    trains, queries = _as_list(train), _as_list(query)
+    trains, queries = _as_list(train, "train"), _as_list(query, "query")
     if not trains or len(trains) != len(queries):
         raise ValueError(
             f"train, query: got features of {len(trains)} and {len(queries)} checkpoints; "

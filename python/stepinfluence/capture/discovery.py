@@ -136,6 +136,7 @@ class PendingCapture(session.OfOneModel, Generic[C]):
             BodyError: no module with parameters is entered several times in a forward pass.
             ValueError: the loader gives no batch.
         """
+        session.check_source(loader, loss_fn)
         if self._capture is None:
             batches = iter(loader)
             first = next(batches, None)

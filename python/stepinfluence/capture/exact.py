@@ -22,7 +22,7 @@ from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.body.batches import infer_batch_size, settled_size
 from stepinfluence.capture.body.hooks import read_factors, with_factors
 from stepinfluence.capture.body.steps import Loop, StepTracker
-from stepinfluence.capture.body.targets import Body, body_parameters, find_body, single_device, unwrap
+from stepinfluence.capture.body.targets import Body, body_parameters, check_model, find_body, single_device, unwrap
 from stepinfluence.capture.carried import Carried
 from stepinfluence.capture.owners.calls import OUTSIDE
 from stepinfluence.capture.sharded.layout import Sharding
@@ -66,6 +66,7 @@ class ExactCapture(session.LoaderCapture):
         training: bool = False,
         preconditioner: Preconditioner | None = None,
     ) -> None:
+        check_model(model, outside=outside, batch_dim=batch_dim, training=training)
         self.sharding = Sharding(unwrap(model))
         self.sharding.refuse("ExactCapture")
         if loop == "manual":
@@ -143,6 +144,8 @@ class ExactCapture(session.LoaderCapture):
             LossError, BodyError: as for ``Capture.featurize``.
             UnsupportedUseError: a gradient hook that cannot be applied to single examples (names the parameter).
         """
+        session.check_source(loader, loss_fn)
+        session.check_options(per_step=per_step, ids=ids, first_batch=first_batch)
         space = self.space()
         run = _Run(loss_fn, self._applied())
         return self._featurize_loader(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepinfluence.arguments import boolean, function, non_negative_int
 from stepinfluence.attribution.features import FeatureBuilder, Features, FeatureSpace, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, Root, prepare
 from stepinfluence.capture.body import state
@@ -179,6 +180,36 @@ def _progress_bar(loader: Iterable[Any], total: int | None, description: str, *,
         yield bar
 
 
+def check_options(
+    *, per_step: object, ids: object, first_batch: object, verify: object = None, on_error: object = None
+) -> None:
+    """The options of a run over a loader.
+
+    Raises:
+        TypeError, ValueError: one of them is not of its type (names it).
+    """
+    boolean("per_step", per_step)
+    non_negative_int("first_batch", first_batch)
+    if verify is not None:
+        boolean("verify", verify)
+    if ids is not None:
+        function("ids", ids, "ids(batch) -> one hashable per example")
+    if on_error is not None:
+        function("on_error", on_error, "on_error(error)")
+
+
+def check_source(loader: object, loss_fn: object) -> None:
+    """What is featurized, and with which loss.
+
+    Raises:
+        TypeError: a loader that gives no batches, or a loss that is no function (names it).
+    """
+    gives = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    if not gives or isinstance(loader, Mapping | str | bytes):
+        raise TypeError(f"loader: got {type(loader).__name__}; pass a DataLoader or a list of batches, [batch] for one")
+    function("loss_fn", loss_fn, "loss_fn(model, batch) -> losses (B,)")
+
+
 class OfOneModel:
     """What knows the tensors of a model by their identity, and so cannot go with a copy of it."""
 
@@ -252,8 +283,6 @@ class LoaderCapture(OfOneModel, ABC):
         on_error: OnError | None = None,
     ) -> Features:
         """Featurize every batch of a loader; the progress bar shows only on work that takes over two seconds."""
-        if first_batch < 0:
-            raise ValueError(f"first_batch: got {first_batch}; batches count from 0")
         self._check_parameters()
         with torch.inference_mode(False):  # features are tensors like any other, wherever they are made
             builder = FeatureBuilder(

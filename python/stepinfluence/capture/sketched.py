@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
+from sdi_kernels.plan import ROUTES
+from stepinfluence.arguments import boolean, one_of
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, Root
 from stepinfluence.capture import session
@@ -21,6 +23,7 @@ from stepinfluence.capture.body.targets import (
     Layout,
     Target,
     body_parameters,
+    check_model,
     find_body,
     make_targets,
     single_device,
@@ -198,6 +201,8 @@ class Capture(session.LoaderCapture):
             UnsupportedUseError: a use whose gradient cannot be captured (names parameter and operation).
             LayoutError: the examples of a batch cannot be told apart or influence one another.
         """
+        session.check_source(loader, loss_fn)
+        session.check_options(per_step=per_step, ids=ids, first_batch=first_batch, verify=verify, on_error=on_error)
         with one_thread(self.model):  # already here: what a capture knows of its run is the run's
             self._check_parameters()
             run = self.begin(loss_fn, self.space(), verify)
@@ -334,8 +339,9 @@ def attach(
         BodyError: ``body`` is not part of the model or has no trainable parameter.
         ValueError, TypeError: an option is not one of those above, or the preconditioner does not fit.
     """
-    if outside not in ("error", "ignore"):
-        raise ValueError(f"outside: got {outside!r}; use 'error' or 'ignore'")
+    check_model(model, outside=outside, batch_dim=batch_dim, training=training)
+    boolean("verify", verify)
+    one_of("route", route, ROUTES)
     model = unwrap(model)
 
     def of(body: Body) -> Capture:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def refuses(error: type[Exception], match: str) -> Iterator[None]:
+def refuses(error: type[Exception] | tuple[type[Exception], ...], match: str) -> Iterator[None]:
     with pytest.raises(error, match=match) as caught:
         yield
     assert "\n" not in str(caught.value)
@@ -120,6 +120,70 @@ def test_parameters_that_cannot_be_captured(make: Any, name: str) -> None:
     core, message = UNUSABLE[name]
     with refuses(BodyError, message):
         make(zoo.Looped(core()), body="core")
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "no model": ({"model": "gpt2"}, "model: got str; pass a torch.nn.Module"),
+    "a number for a body": ({"body": 3}, "body: got int; pass a module"),
+    "a word for a switch": ({"training": "yes"}, "training: got str 'yes'; pass True or False"),
+    "nothing for a switch": ({"training": None}, "training: got NoneType None"),
+    "a dimension from behind": ({"batch_dim": -1}, "batch_dim: got -1; pass a non-negative int"),
+    "a fraction of dimensions": ({"batch_dim": 1.0}, "batch_dim: got float 1.0"),
+    "another way outside": ({"outside": "leave"}, "outside: got 'leave'; use 'error' or 'ignore'"),
+}
+RUNS: dict[str, tuple[dict[str, Any], str]] = {
+    "no loader": ({"loader": None}, "loader: got NoneType; pass a DataLoader or a list of batches"),
+    "a batch for a loader": ({"loader": BATCH}, r"loader: got dict; .*\[batch\] for one"),
+    "arguments in another order": ({"loader": zoo.squared_error, "loss_fn": [BATCH]}, "loader: got function"),
+    "no loss": ({"loss_fn": None}, r"loss_fn: got NoneType None; pass a function loss_fn\(model, batch\)"),
+    "a word for a switch": ({"per_step": "no"}, "per_step: got str 'no'; pass True or False"),
+    "ids of all examples": ({"ids": [1, 2, 3]}, r"ids: got list \[1, 2, 3\]; pass a function ids\(batch\)"),
+    "ids that cannot be hashed": ({"ids": lambda _: [[1], [2], [3]]}, r"ids: got list \[1\] for an example"),
+    "half a batch": ({"first_batch": 1.5}, "first_batch: got float 1.5; pass a non-negative int"),
+    "a batch before the first": ({"first_batch": -1}, "first_batch: got -1; pass a non-negative int"),
+}
+
+
+@CAPTURES
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_a_capture(make: Any, name: str) -> None:
+    given, message = OPTIONS[name]
+    given = {"model": model(), "body": "core"} | given
+    with refuses((TypeError, ValueError), message):
+        make(given.pop("model"), **given)
+
+
+@CAPTURES
+@pytest.mark.parametrize("name", RUNS)
+def test_arguments_of_a_run(make: Any, name: str) -> None:
+    given, message = RUNS[name]
+    with refuses((TypeError, ValueError), message):
+        make(model(), body="core").featurize(**({"loader": [BATCH], "loss_fn": zoo.squared_error} | given))
+
+
+def test_options_of_sketches() -> None:
+    for given, message in (
+        ({"verify": "no"}, "verify: got str 'no'; pass True or False"),
+        ({"route": "gpu"}, "route: got 'gpu'; pass one of 'auto'"),
+        ({"sketch_size": True}, "sketch_size: got bool True; pass a positive integer"),
+    ):
+        with refuses((TypeError, ValueError), message):
+            attach(model(), body="core", **given)
+    with refuses(TypeError, "on_error: got int 3; pass a function"):
+        attach(model(), body="core").featurize([BATCH], zoo.squared_error, on_error=3)
+    with refuses(TypeError, "loss_fn: got NoneType"):
+        attach(model()).featurize([BATCH], None)
+
+
+def test_what_is_no_features() -> None:
+    made = attach(model(), body="core", sketch_size=8).featurize([BATCH], zoo.squared_error)
+    for train, query, message in (
+        (None, made, "train: got NoneType; pass Features"),
+        (made, made.values, "query: got Tensor; pass Features"),
+        ([made.values], [made], "train: got Tensor"),
+    ):
+        with refuses(TypeError, message):
+            influence(train, query)
 
 
 def test_lazy_modules_beside_the_body() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sdi_kernels import CountSketch, HashFamily, TensorSketch
+from stepinfluence.arguments import boolean, non_negative_int
 from stepinfluence.capture.body.state import refuse_lazy
 from stepinfluence.errors import BodyError
 from stepinfluence.shards import is_sharded, refuse_other_ways
@@ -58,7 +59,23 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     return best if 2 * sum(best) < sum(splits[0]) else splits[0]
 
 
+def check_model(model: object, *, outside: object, batch_dim: object, training: object) -> None:
+    """What captures of any kind are given, but for the body.
+
+    Raises:
+        TypeError, ValueError: one of them is not what it should be (names it).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; pass a torch.nn.Module")
+    if outside not in ("error", "ignore"):
+        raise ValueError(f"outside: got {outside!r}; use 'error' or 'ignore'")
+    non_negative_int("batch_dim", batch_dim)
+    boolean("training", training)
+
+
 def _module_list(model: nn.Module, body: Body) -> list[nn.Module]:
+    if not isinstance(body, nn.Module | str | Iterable):
+        raise BodyError(f"body: got {type(body).__name__}; pass a module of the model, its name, or a list of them")
     items: Sequence[nn.Module | str] = [body] if isinstance(body, nn.Module | str) else list(body)
     modules: list[nn.Module] = []
     for item in items:
