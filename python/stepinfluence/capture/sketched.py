@@ -12,7 +12,7 @@ from torch import nn
 
 from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
 from sdi_kernels.plan import ROUTES
-from stepinfluence.arguments import boolean, one_of
+from stepinfluence.arguments import one_of
 from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, Root
 from stepinfluence.capture import session
@@ -339,8 +339,7 @@ def attach(
         BodyError: ``body`` is not part of the model or has no trainable parameter.
         ValueError, TypeError: an option is not one of those above, or the preconditioner does not fit.
     """
-    check_model(model, outside=outside, batch_dim=batch_dim, training=training)
-    boolean("verify", verify)
+    check_model(model, outside=outside, batch_dim=batch_dim, training=training, verify=verify)
     one_of("route", route, ROUTES)
     model = unwrap(model)
 

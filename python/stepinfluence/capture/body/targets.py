@@ -59,7 +59,7 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     return best if 2 * sum(best) < sum(splits[0]) else splits[0]
 
 
-def check_model(model: object, *, outside: object, batch_dim: object, training: object) -> None:
+def check_model(model: object, *, outside: object, batch_dim: object, training: object, verify: object = True) -> None:
     """What captures of any kind are given, but for the body.
 
     Raises:
@@ -71,6 +71,7 @@ def check_model(model: object, *, outside: object, batch_dim: object, training: 
         raise ValueError(f"outside: got {outside!r}; use 'error' or 'ignore'")
     non_negative_int("batch_dim", batch_dim)
     boolean("training", training)
+    boolean("verify", verify)
 
 
 def _module_list(model: nn.Module, body: Body) -> list[nn.Module]:
