@@ -22,7 +22,7 @@ from pathlib import Path
 from bench.provenance import RESULTS, ROOT
 
 PROBLEMS = {
-    "ladder": ("adder", "language", "majority", "parity", "trm"),
+    "ladder": ("language", "majority"),
     "steps_removed": ("language", "majority"),
     "kronecker": ("adder", "language", "majority", "trm"),
 }
