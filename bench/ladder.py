@@ -64,7 +64,8 @@ def of_the_same_queries(method: Method) -> Method:
 
 def by_step(trained: Trained, asked: Sequence[int]) -> dict[str, list[list[float]]]:
     """For each method ``(steps, steps)``: rank correlation over train examples of its score at one step with the exact
-    metagradient at another, mean over queries."""
+    metagradient at another, mean over queries. Steps that no gradient reaches, as in training with a truncated backward
+    pass, are left out: there is nothing to correlate with."""
     problem, model = trained.problem, trained.model
     exact = metagradients(trained.training, asked).by_step.double().numpy()
     capture = attach(model, body=problem.body(model), sketch_size=2048)
@@ -78,7 +79,7 @@ def by_step(trained: Trained, asked: Sequence[int]) -> dict[str, list[list[float
         "SOURCE of a run": influence(*unrolled_by_run(trained)),
         "SOURCE, Adam's metric": influence(*unrolled(trained)),
     }
-    steps = range(exact.shape[2])
+    steps = [t for t in range(exact.shape[2]) if np.ptp(exact[:, :, t], axis=0).all()]
     return {
         name: [
             [

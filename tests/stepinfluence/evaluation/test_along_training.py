@@ -150,3 +150,13 @@ def test_the_ladder_asks_all_the_same(trained: Trained, monkeypatch: pytest.Monk
     own = np.array(found["SDI, m=2048"])
     np.testing.assert_allclose(np.diag(own), [1, -1], atol=0.01)
     assert max(np.abs(np.array(one)).max() for one in found.values()) <= 1
+
+
+def test_the_ladder_leaves_out_steps_that_no_gradient_reaches(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = torch.randn(20, 2, 3, generator=torch.Generator().manual_seed(0))
+    parts[:, 1, 0] = 0  # of one query
+    exact = Metagradients(parts, (3, 1), per_step=True, per_update=False)
+    monkeypatch.setattr(ladder, "metagradients", lambda *_: exact)
+    assert {np.shape(one) for one in ladder.by_step(trained, [3, 1]).values()} == {(1, 1)}
