@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import SupportsFloat
 
 
 def positive_int(name: str, value: object) -> int:
@@ -31,6 +32,26 @@ def positive_float(name: str, value: object) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: got {value}; pass a positive, finite number")
     return float(value)
+
+
+def per_checkpoint(name: str, value: object, count: int) -> list[float]:
+    """A finite number for each of ``count`` checkpoints, from one number or one each.
+
+    Raises:
+        TypeError, ValueError: something else (names the argument).
+    """
+    several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
+    given = list(value) if several else [value] * count  # type: ignore[call-overload]
+    if len(given) != count:
+        raise ValueError(f"{name}: got {len(given)} for {count} checkpoints; give one per checkpoint")
+    found = []
+    for one in given:
+        if isinstance(one, bool | str) or not isinstance(one, SupportsFloat):
+            raise TypeError(f"{name}: got {type(one).__name__} {one!r}; give a number, or one per checkpoint")
+        found.append(float(one))
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{name}: got {found}; give finite numbers")
+    return found
 
 
 def boolean(name: str, value: object) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from stepinfluence.arguments import per_checkpoint
 from stepinfluence.attribution.alignment import aligned_to, require_repeatable
 from stepinfluence.attribution.checkpoints import Etas, PathLike, Reader
 from stepinfluence.attribution.curvature.choice import SOURCE, Choice, Normalize, corrected, one_each
@@ -48,9 +49,7 @@ def _aligned(
             f"train, query: got features of {len(trains)} and {len(queries)} checkpoints; "
             "give one of each per checkpoint"
         )
-    weights = [float(etas)] * len(trains) if isinstance(etas, int | float) else [float(e) for e in etas]
-    if len(weights) != len(trains):
-        raise ValueError(f"etas: got {len(weights)} for {len(trains)} checkpoints; give one per checkpoint")
+    counts = per_checkpoint("etas", etas, len(trains))
     for side, group in (("train", trains), ("query", queries)):
         group[1:] = [aligned_to(group[0], other, side) for other in group[1:]]
     for t, q in zip(trains, queries, strict=True):
@@ -59,7 +58,7 @@ def _aligned(
             raise ValueError(
                 f"query: features on {q.values.device}, train on {t.values.device}; use features.to(device)"
             )
-    return list(zip(trains, queries, weights, strict=True))
+    return list(zip(trains, queries, counts, strict=True))
 
 
 def _corrected(

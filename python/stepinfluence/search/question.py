@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepinfluence.arguments import per_checkpoint
 from stepinfluence.attribution.curvature import Choice, Curvature, Damping, Unrolled
 from stepinfluence.attribution.curvature.choice import fitted
 from stepinfluence.attribution.features import Features, Parameters
@@ -106,12 +107,7 @@ def resolved_etas(train: RowSource, given: float | Sequence[float] | None) -> tu
     count = len(train.spaces)
     if given is None:
         return train.etas if train.etas is not None else (1.0,) * count
-    values = (float(given),) * count if isinstance(given, int | float) else tuple(float(e) for e in given)
-    if len(values) != count:
-        raise ValueError(f"etas: got {len(values)} for {count} checkpoints; give one per checkpoint")
-    if not all(np.isfinite(values)):
-        raise ValueError(f"etas: got {list(values)}; give finite numbers")
-    return values
+    return tuple(per_checkpoint("etas", given, count))
 
 
 def _compare(given: tuple[Rows, Rows], train: RowSource, query: RowSource) -> None:

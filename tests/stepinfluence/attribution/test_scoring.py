@@ -135,6 +135,8 @@ def test_bad_input() -> None:
         influence(train, [query, query])
     with pytest.raises(ValueError, match="got features of 0 and 0 checkpoints"):
         influence([], [])
+    with pytest.raises(TypeError, match="etas: got str 'high'; give a number"):
+        influence(train, query, etas="high")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="etas: got 3 for 1 checkpoints; give one per checkpoint"):
         influence(train, query, etas=[1, 2, 3])
     with pytest.raises(FeatureMismatchError, match=r"train: .*different examples"):
@@ -256,6 +258,10 @@ def test_over_checkpoints_bad_input(run: tuple[LoopedGPT, list[Path]], tmp_path:
         scores(paths, etas=[1.0])
     with pytest.raises(ValueError, match="etas: got 'adam'"):
         scores(paths, etas="adam")
+    with pytest.raises(ValueError, match=r"etas: got \[0.1, nan, 0.1\]; give finite numbers"):
+        scores(paths, etas=[0.1, float("nan"), 0.1])
+    with pytest.raises(TypeError, match="etas: got str '0.1'; give a number, or one per checkpoint"):
+        scores(paths, etas=[0.1, "0.1", 0.1])
     plain = tmp_path / "plain.pt"
     torch.save(model.state_dict(), plain)
     with pytest.raises(CheckpointError, match=r"plain\.pt: no learning rate in it.*etas=1\.0"):

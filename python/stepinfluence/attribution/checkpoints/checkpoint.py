@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from stepinfluence.arguments import per_checkpoint
 from stepinfluence.attribution.border import border
 from stepinfluence.attribution.checkpoints.fitting import fit
 from stepinfluence.errors import CheckpointError
@@ -86,13 +87,11 @@ def resolve_etas(checkpoints: Sequence[object], etas: Etas) -> Callable[[int, Ch
     or a list with one number per checkpoint.
 
     Raises:
-        ValueError: ``etas`` is none of these, or has a wrong length.
+        ValueError, TypeError: ``etas`` is none of these, or has a wrong length.
     """
     if isinstance(etas, str):
         if etas != "optimizer":
             raise ValueError(f"etas: got {etas!r}; use 'optimizer', a number, or one number per checkpoint")
         return lambda _, checkpoint: checkpoint.learning_rate
-    values = [float(etas)] * len(checkpoints) if isinstance(etas, int | float) else [float(e) for e in etas]
-    if len(values) != len(checkpoints):
-        raise ValueError(f"etas: got {len(values)} for {len(checkpoints)} checkpoints; give one per checkpoint")
+    values = per_checkpoint("etas", etas, len(checkpoints))
     return lambda index, _: values[index]
