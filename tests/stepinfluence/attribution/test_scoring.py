@@ -260,7 +260,7 @@ def test_over_checkpoints_bad_input(run: tuple[LoopedGPT, list[Path]], tmp_path:
         scores(paths, etas="adam")
     with pytest.raises(ValueError, match=r"etas: got \[0.1, nan, 0.1\]; give finite numbers"):
         scores(paths, etas=[0.1, float("nan"), 0.1])
-    with pytest.raises(TypeError, match="etas: got str '0.1'; give a number, or one per checkpoint"):
+    with pytest.raises(TypeError, match=r"etas: got str '0\.1'; give a number, or one per checkpoint"):
         scores(paths, etas=[0.1, "0.1", 0.1])
     plain = tmp_path / "plain.pt"
     torch.save(model.state_dict(), plain)
