@@ -22,7 +22,7 @@ from pathlib import Path
 from bench.provenance import RESULTS, ROOT
 
 PROBLEMS = {
-    "ladder": ("language", "majority"),
+    "ladder": ("language", "majority", "trm"),
     "steps_removed": ("language", "majority"),
     "kronecker": ("adder", "language", "majority", "trm"),
 }
