@@ -188,5 +188,9 @@ def test_what_the_page_reads_of_parity_holds() -> None:
     assert found.accuracy is not None
     assert abs(found.accuracy.value - 0.83) < 0.005
     assert sorted(found.accuracy.by_seed)[0] < 0.6 < 0.7 < sorted(found.accuracy.by_seed)[1]
+    turned = {m.method: m.brittleness.value for m in found.merits if m.brittleness is not None}
+    assert turned["random"] == 0.4
+    for name in ("SDI-Fisher, training, 5 checkpoints", ADAM, "EK-FAC", "TRAK, 5 models"):
+        assert turned[name] == 1
     assert found.steps.counterfactual.low > 0.75
     assert not found.unable
