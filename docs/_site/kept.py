@@ -28,8 +28,9 @@ KINDS = (
     "attack", "calls", "capture", "curvature-cost", "explore", "host-overhead", "inline", "install", "integrations",
     "kronecker-adder", "kronecker-language", "kronecker-majority", "kronecker-trm", "ladder-language",
     "ladder-majority", "ladder-trm", "large", "models", "paper-batch", "peers", "per-example", "scale", "search",
-    "sketch", "sketch-sizes", "soak", "startup", "steps-removed-language", "steps-removed-majority", "store-layouts", "training",
-    "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled", "variance-table", "workspace",
+    "sketch", "sketch-sizes", "soak", "startup", "steps-removed-language", "steps-removed-majority",
+    "store-layouts", "training", "uses-cancellation", "uses-curation", "uses-horizon", "uses-mislabelled",
+    "variance-table", "workspace",
 )  # fmt: skip
 """The results that ``python -m bench.keep`` makes."""
 
