@@ -49,7 +49,7 @@ def _aligned(
             f"train, query: got features of {len(trains)} and {len(queries)} checkpoints; "
             "give one of each per checkpoint"
         )
-    counts = per_checkpoint("etas", etas, len(trains))
+    weights = per_checkpoint("etas", etas, len(trains))
     for side, group in (("train", trains), ("query", queries)):
         group[1:] = [aligned_to(group[0], other, side) for other in group[1:]]
     for t, q in zip(trains, queries, strict=True):
@@ -58,7 +58,7 @@ def _aligned(
             raise ValueError(
                 f"query: features on {q.values.device}, train on {t.values.device}; use features.to(device)"
             )
-    return list(zip(trains, queries, counts, strict=True))
+    return list(zip(trains, queries, weights, strict=True))
 
 
 def _corrected(
