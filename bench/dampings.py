@@ -7,18 +7,21 @@ On the models that ``python -m bench.evaluate`` has trained (``--folder``); what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from stepinfluence import attach
 from stepinfluence.attribution.curvature import BlockFisher, Fisher, TrainingTime
+from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.evaluation import linear_datamodeling_score
-from stepinfluence.evaluation.along_training import by_training_time, source_of_run, times_of_run
+from stepinfluence.evaluation.along_training import mean_metric, source_of_run, times_of_run
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.problems import PROBLEMS, make_problem
 from stepinfluence.evaluation.retraining import Retrainings, draws, training_seed
-from stepinfluence.evaluation.trained import Trained
+from stepinfluence.evaluation.trained import Scored, Trained
 
 from bench.of_problem import begun, parser_of
 from bench.provenance import write
@@ -73,6 +76,38 @@ def by_damping(
             lds = linear_datamodeling_score(values, np.mean(halves, axis=0), drawn.halves)
             found.setdefault(name, []).append(float(np.nanmean(lds)))
     return found
+
+
+def time_by_all_updates(trained: Trained, metric: Mapping[str, Elementwise], names: Iterable[str]) -> float:
+    """The learning rates of all updates, added up, times the mean of :func:`.mean_metric`'s squares over parameters."""
+    scale = float(torch.cat([metric[name].sqrt.flatten() ** 2 for name in names]).mean())
+    recipe = trained.training.recipe
+    return scale * sum(recipe.rate(update) for update in range(recipe.updates))
+
+
+def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
+    """SDI corrected by the Fisher with the damping that training's length says: ``1 / T``, where T adds up the learning
+    rates of all updates, each times the mean over the body's parameters of what Adam multiplies a gradient with.
+
+    Gradient descent for a time T leaves of a direction with curvature h about what ridge regression with the penalty
+    ``1 / T`` would (early stopping; Ali et al., arXiv 1810.10082): directions with ``h T << 1`` have hardly moved, and
+    the inverse of their curvature says nothing of what training did. No constant is to be chosen.
+
+    It takes all updates, and the plain mean of the multipliers, which the root epsilon of these recipes allows;
+    :func:`~stepinfluence.evaluation.along_training.times_of_run` takes checkpoints, and a mean that any Adam allows.
+
+    Raises:
+        CannotScore: the problem has no recipe.
+    """
+    problem, model = trained.problem, trained.model
+    metric = mean_metric(trained)  # its training is not counted
+    began = time.process_time()
+    capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
+    train, query = problem.features(capture, "train"), problem.features(capture, "query")
+    total = time_by_all_updates(trained, metric, [block.name for block in train.space.blocks])
+    fisher = Fisher.fit(train, damping=1.0)
+    damped = fisher.with_damping(1 / (total * fisher.factors[0].largest))
+    return Scored.of(train, damped.transform(query), began=began)
 
 
 if __name__ == "__main__":

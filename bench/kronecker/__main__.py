@@ -25,7 +25,7 @@ from stepinfluence.attribution.curvature import BlockFisher, Curvature, Fisher
 from stepinfluence.attribution.curvature.factors import Factor, of_rows
 from stepinfluence.capture import ExactCapture
 from stepinfluence.evaluation import linear_datamodeling_score
-from stepinfluence.evaluation.along_training import mean_metric, time_by_all_updates
+from stepinfluence.evaluation.along_training import mean_metric
 from stepinfluence.evaluation.problem import Problem
 from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.retraining import Retrainings, draws, training_seed
@@ -33,6 +33,7 @@ from stepinfluence.evaluation.trained import Trained
 from torch import Tensor, nn
 
 from bench import dampings as sketched
+from bench.dampings import time_by_all_updates
 from bench.kronecker.factors import FORMS, SHARINGS, Basis, Kronecker, Weight, gradients_of, products, record
 from bench.of_problem import begun, parser_of
 from bench.provenance import write

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from stepinfluence.attribution.curvature import Fisher, Progress, Segment, TrainingTime, Unrolled, segments_of
+from stepinfluence.attribution.curvature import Progress, Segment, TrainingTime, Unrolled, segments_of
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import Elementwise
 from stepinfluence.capture import attach
@@ -151,38 +151,6 @@ def mean_metric(trained: Trained) -> dict[str, Elementwise]:
         total += rate / recipe.root(state.square, state.update)
         weight += rate
     return {name: Elementwise(part) for name, part in training.by_name((total / weight).sqrt()).items()}
-
-
-def time_by_all_updates(trained: Trained, metric: Mapping[str, Elementwise], names: Iterable[str]) -> float:
-    """The learning rates of all updates, added up, times the mean of :func:`mean_metric`'s squares over parameters."""
-    scale = float(torch.cat([metric[name].sqrt.flatten() ** 2 for name in names]).mean())
-    recipe = trained.training.recipe
-    return scale * sum(recipe.rate(update) for update in range(recipe.updates))
-
-
-def by_training_time(trained: Trained, *, sketch_size: int = 2048) -> Scored:
-    """SDI corrected by the Fisher with the damping that training's length says: ``1 / T``, where T adds up the learning
-    rates of all updates, each times the mean over the body's parameters of what Adam multiplies a gradient with.
-
-    Gradient descent for a time T leaves of a direction with curvature h about what ridge regression with the penalty
-    ``1 / T`` would (early stopping; Ali et al., arXiv 1810.10082): directions with ``h T << 1`` have hardly moved, and
-    the inverse of their curvature says nothing of what training did. No constant is to be chosen.
-
-    It takes all updates, and the plain mean of the multipliers, which the root epsilon of these recipes allows;
-    :func:`times_of_run` takes checkpoints, and a mean that any Adam allows.
-
-    Raises:
-        CannotScore: the problem has no recipe.
-    """
-    problem, model = trained.problem, trained.model
-    metric = mean_metric(trained)  # its training is not counted
-    began = time.process_time()
-    capture = attach(model, body=problem.body(model), sketch_size=sketch_size)
-    train, query = problem.features(capture, "train"), problem.features(capture, "query")
-    total = time_by_all_updates(trained, metric, [block.name for block in train.space.blocks])
-    fisher = Fisher.fit(train, damping=1.0)
-    damped = fisher.with_damping(1 / (total * fisher.factors[0].largest))
-    return Scored.of(train, damped.transform(query), began=began)
 
 
 def progress_of(trained: Trained, updates: Sequence[int]) -> list[Progress]:

@@ -15,13 +15,13 @@ import torch
 from stepinfluence import attach
 from stepinfluence.attribution.curvature.factors import of_rows
 from stepinfluence.evaluation import Problem
-from stepinfluence.evaluation.along_training import by_training_time
 from stepinfluence.evaluation.problems import make_problem
 from stepinfluence.evaluation.retraining import Retrainings, training_seed
 from stepinfluence.evaluation.trained import Trained
 from stepinfluence.evaluation.training import Recipe
 from torch import Tensor, nn
 
+from bench.dampings import by_training_time
 from bench.kronecker import __main__ as command
 from bench.kronecker import factors as kf
 
