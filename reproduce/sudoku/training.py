@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from reproduce.sudoku.data import SudokuSet
 from reproduce.sudoku.model import SudokuConfig, SudokuTransformer, blank_loss
 
 LossAt: TypeAlias = Literal["last", "every"]
+Optimizer: TypeAlias = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,17 @@ class SudokuTrainConfig:
         batch_size: boards in a batch; every epoch goes through the training set in a new order.
         mean_steps, sigma, max_steps: loop steps of a batch, Poisson-log-normal as in
             :func:`~stepinfluence.models.gpt.sample_loop_counts`, clipped to ``1 .. max_steps``.
-        first_mean_steps, rise: the mean grows linearly from the one to ``mean_steps`` over the first ``rise`` updates:
-            a run of few updates learns more with short ones first. 0: it is ``mean_steps`` throughout.
+        first_mean_steps, rise_from, rise: the mean is the first until update ``rise_from`` and grows linearly to
+            ``mean_steps`` until update ``rise``: a run of few updates learns more with short ones first. ``rise`` 0: it
+            is ``mean_steps`` throughout.
         loss_at: ``"last"``: the loss after the last loop step; ``"every"``: its mean over all loop steps run.
-        learning_rate: AdamW's, after a linear warm-up of ``warmup`` updates.
+        optimizer: ``"adamw"``, or ``"muon"``: Muon for the block's matrices, scaled to AdamW's size of update, and
+            AdamW for all else.
+        learning_rate: the optimizer's, after a linear warm-up of ``warmup`` updates.
         final_learning_rate: what it falls to along a half cosine; never 0, since checkpoints are weighted by it.
         warmup: updates of linear warm-up.
-        betas, weight_decay: AdamW's; only matrices of linear layers decay.
+        betas: AdamW's.
+        weight_decay: of matrices of linear layers only.
         clip_norm: largest gradient norm.
         checkpoints: number of checkpoints, at equal distances; the last one is the end.
         seed: of the initial weights, the order of the boards and the loop counts.
@@ -55,8 +60,10 @@ class SudokuTrainConfig:
     sigma: float = 0.5
     max_steps: int = 64
     first_mean_steps: float = 8.0
+    rise_from: int = 0
     rise: int = 0
     loss_at: LossAt = "last"
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 6e-4
     final_learning_rate: float = 6e-4
     warmup: int = 100
@@ -69,15 +76,18 @@ class SudokuTrainConfig:
     def __post_init__(self) -> None:
         for name in ("updates", "batch_size", "max_steps", "checkpoints"):
             positive_int(name, getattr(self, name))
-        for name in ("warmup", "seed", "rise"):
+        for name in ("warmup", "seed", "rise_from", "rise"):
             non_negative_int(name, getattr(self, name))
         for name in ("mean_steps", "first_mean_steps", "sigma", "learning_rate", "final_learning_rate", "clip_norm"):
             positive_float(name, getattr(self, name))
         one_of("loss_at", self.loss_at, get_args(LossAt))
+        one_of("optimizer", self.optimizer, get_args(Optimizer))
         if self.checkpoints > self.updates:
             raise ValueError(f"checkpoints: got {self.checkpoints}; pass at most updates={self.updates}")
         if self.rise >= self.updates:
             raise ValueError(f"rise: got {self.rise}; pass less than updates={self.updates}")
+        if self.rise_from and self.rise_from >= self.rise:
+            raise ValueError(f"rise_from: got {self.rise_from}; pass less than rise={self.rise}")
 
     @property
     def checkpoint_updates(self) -> tuple[int, ...]:
@@ -91,7 +101,7 @@ class SudokuTrainConfig:
             self.mean_steps, self.updates, sigma=self.sigma, maximum=self.max_steps, generator=generator
         )
         for update in range(self.rise):
-            share = update / self.rise
+            share = max(0, update - self.rise_from) / (self.rise - self.rise_from)
             mean = self.first_mean_steps + share * (self.mean_steps - self.first_mean_steps)
             draw = sample_loop_counts(mean, 1, sigma=self.sigma, maximum=self.max_steps, generator=generator)
             counts[update] = draw[0]
@@ -134,7 +144,7 @@ def train_sudoku(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> SudokuTraining:
-    """Train with AdamW, and leave checkpoints in a folder; a run that was interrupted goes on from its last one.
+    """Train, and leave checkpoints in a folder; a run that was interrupted goes on from its last one.
 
     Batches and loop counts are functions of the seed and the number of the update, so a run that was taken up again
     is the same as one that was not interrupted (to the last bit on one machine and thread count).
@@ -156,29 +166,31 @@ def train_sudoku(
         raise ValueError(f"data: boxes of {data.box_rows} x {data.box_columns}; the model's board has others")
     folder.mkdir(parents=True, exist_ok=True)
     model = new_model(config).to(device)
-    optimizer = _optimizer(config, model)
+    optimizers = _optimizers(config, model)
     counts = config.loop_counts()
     losses = torch.zeros(config.updates)
     paths = tuple(folder / f"update-{update:07d}.pt" for update in config.checkpoint_updates)
-    done = _take_up(paths, config, model, optimizer, losses)
+    done = _take_up(paths, config, model, optimizers, losses)
     boards = {k: v.to(device) for k, v in data.batches(len(data))[0].items() if k != "ids"}
     updates = range(done + 1, config.updates + 1)
     with tqdm(updates, initial=done, total=config.updates, desc="training", disable=not progress) as bar:
         for update in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(config, update)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = _learning_rate(config, update)
             rows = _rows(config, len(data), update).to(device)
             tokens, solution = boards["tokens"][rows], boards["solution"][rows]
             loss = _loss(model, tokens, solution, int(counts[update - 1]), config.loss_at)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             losses[update - 1] = loss.detach()
             if update % 50 == 0:
                 bar.set_postfix(loss=f"{float(losses[update - 50 : update].mean()):.3f}", refresh=False)
             if update in config.checkpoint_updates:
-                _save(paths[config.checkpoint_updates.index(update)], model, optimizer, losses[:update])
+                _save(paths[config.checkpoint_updates.index(update)], model, optimizers, losses[:update])
     model.eval()
     return SudokuTraining(
         model,
@@ -197,14 +209,20 @@ def _loss(model: SudokuTransformer, tokens: Tensor, solution: Tensor, steps: int
     return torch.stack(each).mean()
 
 
-def _optimizer(config: SudokuTrainConfig, model: nn.Module) -> torch.optim.AdamW:
+def _optimizers(config: SudokuTrainConfig, model: SudokuTransformer) -> list[torch.optim.Optimizer]:
     matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     others = [p for p in model.parameters() if p not in matrices]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p in matrices], "weight_decay": config.weight_decay},
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "muon":
+        inner = [p for p in model.block.parameters() if p in matrices]
+        muon = torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        read_out = [{"params": [model.head.weight], "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        return [muon, torch.optim.AdamW(read_out, lr=rate, betas=config.betas)]
+    groups = [
+        {"params": [p for p in model.parameters() if p in matrices], "weight_decay": decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    return [torch.optim.AdamW(groups, lr=rate, betas=config.betas)]
 
 
 def _learning_rate(config: SudokuTrainConfig, update: int) -> float:
@@ -224,8 +242,9 @@ def _rows(config: SudokuTrainConfig, size: int, update: int) -> Tensor:
     return torch.from_numpy(order[place * config.batch_size : (place + 1) * config.batch_size])
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Tensor) -> None:
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses.clone()}
+def _save(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], losses: Tensor) -> None:
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    content = {"model": model.state_dict(), "optimizers": states, "losses": losses.clone()}
     write_atomically(path, lambda aside: torch.save(content, aside))
 
 
@@ -233,7 +252,7 @@ def _take_up(
     paths: Sequence[Path],
     config: SudokuTrainConfig,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     losses: Tensor,
 ) -> int:
     """Load the last checkpoint there is; returns the number of updates that are done."""
@@ -241,7 +260,8 @@ def _take_up(
         if path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
             model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             losses[:update] = state["losses"]
             return update
     return 0

@@ -109,6 +109,12 @@ def test_loop_counts_that_rise() -> None:
     # Means of 1000: rate + 1, standard error below 0.03 of it (variance mean + 0.28 mean^2), four of them
     for part, mean in ((counts[:1000], 11.0), (counts[1000:2000], 25.0), (counts[2000:], 32.0)):
         assert abs(float(part.mean()) - mean - 1) < 0.12 * mean
+    late = dataclasses.replace(config, rise_from=1000).loop_counts().double()
+    for part, mean in ((late[:1000], 4.0), (late[1000:2000], 18.0)):
+        assert abs(float(part.mean()) - mean - 1) < 0.12 * mean
+    assert torch.equal(late[2000:], counts[2000:])
+    with pytest.raises(ValueError, match=r"^rise_from: got 2000; pass less than rise=2000"):
+        dataclasses.replace(config, rise_from=2000)
     with pytest.raises(ValueError, match=r"^rise: got 3000; pass less than updates=3000"):
         dataclasses.replace(config, rise=3000)
 

@@ -212,13 +212,15 @@ TINY = SudokuTrainConfig(
 )
 
 
-def test_an_interrupted_training_ends_the_same(small: SudokuSet, tmp_path: Path) -> None:
-    whole = train_sudoku(TINY, small, tmp_path / "whole", progress=False)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_training_ends_the_same(small: SudokuSet, tmp_path: Path, optimizer: str) -> None:
+    config = dataclasses.replace(TINY, optimizer=optimizer)
+    whole = train_sudoku(config, small, tmp_path / "whole", progress=False)
     assert [p.name for p in whole.checkpoints] == [f"update-{u:07d}.pt" for u in (2, 4, 6)]
-    train_sudoku(TINY, small, tmp_path / "cut", progress=False)
+    train_sudoku(config, small, tmp_path / "cut", progress=False)
     for update in (4, 6):
         (tmp_path / "cut" / f"update-{update:07d}.pt").unlink()
-    resumed = train_sudoku(TINY, small, tmp_path / "cut", progress=False)
+    resumed = train_sudoku(config, small, tmp_path / "cut", progress=False)
     torch.testing.assert_close(resumed.losses, whole.losses, rtol=0, atol=0)
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -232,9 +234,11 @@ def test_checkpoints_carry_their_learning_rate(small: SudokuSet, tmp_path: Path)
     assert result.learning_rates[-1] == pytest.approx(1e-5)
 
 
-@pytest.mark.parametrize("loss_at", ["last", "every"])
-def test_training_lowers_the_loss_with_loop_counts_in_range(small: SudokuSet, tmp_path: Path, loss_at: str) -> None:
-    config = dataclasses.replace(TINY, updates=40, warmup=5, learning_rate=5e-3, loss_at=loss_at)
+@pytest.mark.parametrize(("loss_at", "optimizer"), [("last", "adamw"), ("every", "adamw"), ("every", "muon")])
+def test_training_lowers_the_loss_with_loop_counts_in_range(
+    small: SudokuSet, tmp_path: Path, loss_at: str, optimizer: str
+) -> None:
+    config = dataclasses.replace(TINY, updates=40, warmup=5, learning_rate=5e-3, loss_at=loss_at, optimizer=optimizer)
     result = train_sudoku(config, small, tmp_path, progress=False)
     assert result.losses[-10:].mean() < result.losses[:5].mean() - 0.05
     assert result.loop_counts.min() >= 1
