@@ -15,9 +15,7 @@ miniature. Peak memory is what the second call of a fresh process adds to its re
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bench import malloc
 from bench.provenance import Provenance, add_output, machine_line, machine_slug, write
 
 SKETCH_SIZE = 2048
@@ -248,9 +247,7 @@ def checkpointing() -> list[dict[str, Any]]:
 
 def _child(*arguments: str) -> float | None:
     command = [sys.executable, "-m", "bench.capture", *arguments, "--threads", str(torch.get_num_threads())]
-    # Large blocks go back to the system when freed (glibc): the resident set is what is in use, not what fragments.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
+    printed = malloc.printed_by(command)
     return None if printed == "None" else float(printed)
 
 

@@ -12,9 +12,7 @@ every step (features summed over steps, whose buffer is small).
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +22,7 @@ import stepinfluence
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import malloc
 from bench.capture import CASES, SKETCH_SIZE, Case, Looped, growth_mib, loss_fn, mib
 from bench.provenance import Provenance, add_output, machine_line, write
 
@@ -104,8 +103,7 @@ def child(steps: int, workspace: int, checkpointing: bool) -> float | None:
         "--memory-of",
         *map(str, (steps, workspace, int(checkpointing))),
     ]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
+    printed = malloc.printed_by(command)
     return None if printed == "None" else float(printed)
 
 
