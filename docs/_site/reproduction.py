@@ -24,7 +24,7 @@ and an analysis of what differs. The experiments are not installed: run them fro
     python -m reproduce {parity,sudoku} --scale hours
     python -m reproduce ... --scale paper            # the paper's configuration, as far as it states one; not run so far
 
-**What was run**: the `cpu` scale of each experiment below, the `hours` scale of parity and sudoku and the `gsm8k` scale of nanochat, each once, on two cores of an AMD EPYC that was shared with other
+**What was run**: the `cpu` scale of each experiment below, the `hours` scale of parity and sudoku and the `gsm8k` scale of nanochat, each once but where the table has columns of other seeds, on two cores of an AMD EPYC that was shared with other
 work (times by the clock are of that). Where something is trained, models and tasks are smaller
 than the paper's, or trained for less: directions and ratios can be compared, absolute values cannot. **What was not run**: the `paper` scale
 of any. [What of the paper is not done](#what-of-the-paper-is-not-done) is listed at the end.
