@@ -366,9 +366,10 @@ class TrainingInfluence:
             StoreError: it could not be written.
         """
         content = self.state_dict()
-        from stepinfluence.files import write_atomically  # it needs safetensors, which a GPU machine may lack
+        # It needs safetensors, which a GPU machine may lack.
+        from stepinfluence.files import save_torch, write_atomically
 
-        write_atomically(Path(path), lambda aside: torch.save(content, aside))
+        write_atomically(Path(path), lambda aside: save_torch(content, aside))
 
     def restore(self, path: str | Path) -> None:
         """:meth:`load_state_dict` of a file of :meth:`save`; nothing in it is run.

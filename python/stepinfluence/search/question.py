@@ -16,6 +16,7 @@ from stepinfluence.attribution.curvature import Choice, Curvature, Damping, Unro
 from stepinfluence.attribution.curvature.choice import fitted
 from stepinfluence.attribution.features import Features, Parameters
 from stepinfluence.errors import FeatureMismatchError
+from stepinfluence.machine import usable_device
 from stepinfluence.search.sources import FeatureSource, Rows, RowSource, StoreSource, as_source, lengths_of
 from stepinfluence.store import Store
 
@@ -92,6 +93,8 @@ def chosen_steps(steps: Steps, count: int) -> tuple[int, ...]:
     """
     if isinstance(steps, bool) or not isinstance(steps, int | slice | range | None):
         raise ValueError(f"steps: got {steps!r}; pass a 0-based step, a slice or a range")
+    if not count:
+        raise ValueError("query: has no rows, and so no steps; there is nothing to ask about")
     found: Sequence[int]
     if isinstance(steps, int):
         found = [steps + count if steps < 0 else steps]
@@ -141,6 +144,9 @@ def corrections(train: Rows, curvature: Choice, damping: Damping | None) -> list
     for one, space in zip(found or (), spaces, strict=False):
         one.space.require_equal(space)
     return found
+
+
+TOO_LARGE = "scores: some are too large for float32; featurize with smaller etas, or with a loss divided by a number"
 
 
 def default_device(train: RowSource) -> torch.device:
@@ -194,7 +200,7 @@ def ask(
     blocks = space.select(parameters)
     columns = slice(min(b.start for b in blocks), max(b.stop for b in blocks))
     outside = [block for block in space.blocks if block not in blocks]
-    place = default_device(source) if device is None else torch.device(device)
+    place = default_device(source) if device is None else usable_device(device)
     everyone = range(len(asked))
     vectors = []
     carried = (
@@ -205,10 +211,14 @@ def ask(
     for checkpoint, eta in enumerate(weights):
         if carried is not None:
             values = carried[checkpoint].clone()  # a segment's checkpoints share theirs, and columns are set to zero
+            usual = False
         else:
             values = asked.take(checkpoint, everyone).to(place, source.dtype)
+            usual = bool(values.isfinite().all())
             values = found[checkpoint].solve(values) if isinstance(found, list) else values
         values = (values if asked.per_step else values.unsqueeze(1)) * eta
+        if usual and not bool(values.isfinite().all()):
+            raise ValueError(TOO_LARGE)
         for block in outside:
             values[:, :, block.start : block.stop] = 0
         vectors.append(values[:, :, columns])

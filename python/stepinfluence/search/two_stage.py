@@ -132,7 +132,8 @@ def _per_query(found: Tensor, question: Question) -> Tensor:
     groups = found.reshape(len(question.query_ids), -1).tolist()
     unique = [sorted(set(group) - {NO_ROW}) if good else [] for group, good in zip(groups, question.valid, strict=True)]
     longest = max((len(u) for u in unique), default=0)
-    return torch.tensor([u + [NO_ROW] * (longest - len(u)) for u in unique], dtype=torch.int64).reshape(-1, longest)
+    padded = [u + [NO_ROW] * (longest - len(u)) for u in unique]
+    return torch.tensor(padded, dtype=torch.int64).reshape(len(unique), longest)
 
 
 class _Pairs:
