@@ -100,6 +100,8 @@ def _require_same(question: Question, exact: Recompute) -> None:
     """Raise unless exact influence can answer a question, and its examples are as many as the features are of."""
     if question.corrected:
         require_correctable(question)
+    if not question.train.valid.any():
+        raise ValueError("train: has no rows with features; there is nothing to recompute")
     for name, data, want in (
         ("train", exact.train, len(question.train)),
         ("query", exact.query, len(question.query_ids)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -149,7 +150,8 @@ def report(
             run, train=train, query=query, curvatures=_curvatures(run, curvature, damping), model=model, no_model=why
         )
     rows = [explorer.query.find(i) for i in ids] if ids else None
-    write_page(explorer, path, queries=queries, rows=rows, exactly=exact, by_token=tokens)
+    quiet = not sys.stderr.isatty()
+    write_page(explorer, path, queries=queries, rows=rows, exactly=exact, by_token=tokens, progress=not quiet)
     screen.print(f"Open {shown(path)}")
     if open_:
         webbrowser.open(path.resolve().as_uri())

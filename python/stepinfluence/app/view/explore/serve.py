@@ -32,7 +32,8 @@ def serve(
     try:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        wrong = "host" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "port"
+        # Numbers below zero are of names that stand for no address.
+        wrong = "host" if (error.errno or -1) < 0 or error.errno == errno.EADDRNOTAVAIL else "port"
         reason = str(error.strerror).partition(" (while")[0]
         raise ValueError(f"{wrong}: cannot listen on {host}:{port} ({reason}); choose another --{wrong}") from error
     with listener:
