@@ -19,7 +19,8 @@ def fourier(weight: Tensor) -> Tensor:
     """peft's FourierFT: a few numbers at fixed places of a spectrum."""
     spectrum = torch.zeros(WIDTH, WIDTH)
     spectrum[PLACES[0, :], PLACES[1, :]] = weight.float()
-    return torch.fft.ifft2(spectrum).real * 10.0
+    matrix: Tensor = torch.fft.ifft2(spectrum).real * 10.0
+    return matrix
 
 
 def placed(weight: Tensor) -> Tensor:
@@ -56,7 +57,8 @@ class Body(nn.Module):
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    return model(batch) ** 2
+    losses: Tensor = model(batch) ** 2
+    return losses
 
 
 def by_autograd(model: Looped, batch: Tensor) -> Tensor:
