@@ -156,6 +156,18 @@ def default_device(train: RowSource) -> torch.device:
     return train.device
 
 
+def _require_finite(vectors: Sequence[Tensor], asked: FeatureSource | StoreSource) -> None:
+    """Raise where what was made of queries that are finite is not.
+
+    Raises:
+        ValueError: it is not.
+    """
+    everyone = range(len(asked))
+    for checkpoint, values in enumerate(vectors):
+        if not bool(values.isfinite().all()) and bool(asked.take(checkpoint, everyone).isfinite().all()):
+            raise ValueError(TOO_LARGE)
+
+
 def ask(
     train: Rows,
     query: Rows,
@@ -211,17 +223,14 @@ def ask(
     for checkpoint, eta in enumerate(weights):
         if carried is not None:
             values = carried[checkpoint].clone()  # a segment's checkpoints share theirs, and columns are set to zero
-            usual = False
         else:
             values = asked.take(checkpoint, everyone).to(place, source.dtype)
-            usual = bool(values.isfinite().all())
             values = found[checkpoint].solve(values) if isinstance(found, list) else values
         values = (values if asked.per_step else values.unsqueeze(1)) * eta
-        if usual and not bool(values.isfinite().all()):
-            raise ValueError(TOO_LARGE)
         for block in outside:
             values[:, :, block.start : block.stop] = 0
         vectors.append(values[:, :, columns])
+    _require_finite(vectors, asked)
     longest = max(v.shape[1] for v in vectors)
     vectors = [torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in vectors]
     return Question(

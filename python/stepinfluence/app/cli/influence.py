@@ -77,23 +77,8 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON on stdout.")] = False,
 ) -> None:
     """See :data:`HELP`."""
-    if fmt not in (None, "json", "csv", "parquet"):
-        fail(f"format: got {fmt!r}; use json, csv or parquet")
-    if fmt == "parquet":
-        if k is None or out is None:
-            fail("format: parquet goes with --top-k, and into a file: --out top.parquet")
-        from stepinfluence.app.doctor import missing_modules
-
-        need_extra("notebook", missing_modules(("pyarrow",)))
-    if k is None and (per_step or harmful):
-        fail("per-step, harmful: go with --top-k; the full matrix has every step and both signs")
-    if k is None and fmt is not None:
-        fail("format: goes with --top-k; the full matrix is a .npy file")
-    if k is not None and as_json:
-        fail("json: tells what the full matrix was written to; with --top-k, give --format json")
+    _check(fmt, k, out, as_json=as_json, ranked=per_step or harmful, damped=curvature == "none" and damping is not None)
     fmt = fmt or "json"
-    if curvature == "none" and damping is not None:
-        fail("damping: goes with --curvature fisher or block")
     number = damping_of(damping)
     require_run(folder)
     if out is not None:
@@ -137,6 +122,26 @@ def run(
     if as_json:
         told = {"scores": str(path), "ids": str(beside), "shape": shape, "score": score_named(fitted)}
         print_json(told)
+
+
+def _check(fmt: str | None, k: int | None, out: Path | None, *, as_json: bool, ranked: bool, damped: bool) -> None:
+    """Leave if options say nothing together, or an extra is missing."""
+    if fmt not in (None, "json", "csv", "parquet"):
+        fail(f"format: got {fmt!r}; use json, csv or parquet")
+    if fmt == "parquet":
+        if k is None or out is None:
+            fail("format: parquet goes with --top-k, and into a file: --out top.parquet")
+        from stepinfluence.app.doctor import missing_modules
+
+        need_extra("notebook", missing_modules(("pyarrow",)))
+    if k is None and ranked:
+        fail("per-step, harmful: go with --top-k; the full matrix has every step and both signs")
+    if k is None and fmt is not None:
+        fail("format: goes with --top-k; the full matrix is a .npy file")
+    if k is not None and as_json:
+        fail("json: tells what the full matrix was written to; with --top-k, give --format json")
+    if damped:
+        fail("damping: goes with --curvature fisher or block")
 
 
 def _output(path: Path | None, write: Callable[[TextIO], object]) -> None:

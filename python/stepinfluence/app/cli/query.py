@@ -85,13 +85,8 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """See :data:`HELP`."""
-    if sum(given is not None for given in (ids or rows, file)) != 1:
-        fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
+    _check(ids or rows, file, exact, candidates, curvature, damping)
     require_run(folder)
-    if candidates is not None and (not exact or curvature == "fisher"):
-        fail("candidates: is the length of --exact's short list; with --curvature fisher it takes all rows")
-    if damping is not None and (curvature == "none" or (exact and curvature is None)):
-        fail("damping: goes with scores that are corrected for curvature: --curvature fisher or block")
     number = damping_of(damping)
     screen = console(json_output=True)
     with screen.status("reading"):
@@ -128,6 +123,23 @@ def run(
     from stepinfluence.app.cli._answers import show
 
     show(console(), together, harmful=harmful, step=step, exact=exact, why=why)
+
+
+def _check(
+    asked: list[str] | list[int] | None,
+    file: str | None,
+    exact: bool,
+    candidates: int | None,
+    curvature: str | None,
+    damping: str | None,
+) -> None:
+    """Leave if options say nothing together."""
+    if sum(given is not None for given in (asked, file)) != 1:
+        fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
+    if candidates is not None and (not exact or curvature == "fisher"):
+        fail("candidates: is the length of --exact's short list; with --curvature fisher it takes all rows")
+    if damping is not None and (curvature == "none" or (exact and curvature is None)):
+        fail("damping: goes with scores that are corrected for curvature: --curvature fisher or block")
 
 
 def _new(opened: StoredRun, train: Store, file: str) -> Asked:
