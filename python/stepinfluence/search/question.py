@@ -213,8 +213,7 @@ def ask(
     columns = slice(min(b.start for b in blocks), max(b.stop for b in blocks))
     outside = [block for block in space.blocks if block not in blocks]
     place = default_device(source) if device is None else usable_device(device)
-    everyone = range(len(asked))
-    vectors = []
+    everyone, vectors = range(len(asked)), []
     carried = (
         found.carried(asked.take(len(weights) - 1, everyone).to(place, source.dtype))
         if isinstance(found, Unrolled)
