@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from stepinfluence.errors import StoreError
-from stepinfluence.writers import aside, folder_aside
+from stepinfluence.writers import aside, folder_aside, own_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,11 +54,46 @@ def write_atomically(path: Path, fill: Callable[[Path], object]) -> None:
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"{path}: could not be written ({error}); free some space or mend the folder, and rerun"
-        ) from (error)
+            f"{own_name(path)}: could not be written ({reason(error)}); free some space or mend the folder, and rerun"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             made.unlink(missing_ok=True)
+
+
+def hand_out(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` write a file that was asked for by name: whole or not at all, through a link to where it points,
+    and straight into what is no file (``/dev/stdout``, a pipe).
+
+    Raises:
+        StoreError: it could not be written; a file that is there is then as it was.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        try:
+            fill(path)
+        except OSError as error:
+            raise StoreError(f"{path}: could not be written ({reason(error)})") from error
+    else:
+        write_atomically(path.resolve() if path.is_symlink() else path, fill)
+
+
+def save_torch(content: object, made: Path) -> None:
+    """``torch.save`` within :func:`write_atomically`.
+
+    Raises:
+        OSError: it could not be written; torch has a RuntimeError for that.
+    """
+    import torch
+
+    try:
+        torch.save(content, made)
+    except RuntimeError as error:
+        raise OSError("the disk is full, or the file may not be that large") from error
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read or written, without the names of files aside."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -76,7 +111,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError as error:
-        raise StoreError(f"{path}: could not be removed ({error}); mend the folder, and rerun") from error
+        raise StoreError(f"{path}: could not be removed ({reason(error)}); mend the folder, and rerun") from error
 
 
 def save_tensors(tensors: dict[str, Tensor], made: Path, metadata: dict[str, str] | None = None) -> None:
@@ -105,7 +140,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
     except OSError as error:
-        raise StoreError(f"{path}: this folder could not be made ({error})") from error
+        raise StoreError(f"{path}: this folder could not be made ({reason(error)}); give another") from error
 
 
 def file_digest(path: Path) -> str:

@@ -54,6 +54,28 @@ def machine_facts() -> dict[str, str]:
     return facts
 
 
+def usable_device(asked: str | torch.device) -> torch.device:
+    """The device of that name, once it is known that tensors can be on it.
+
+    Raises:
+        ValueError: there is no such device, or none here.
+    """
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {asked!r}; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count or (device.index is not None and device.index >= count):
+            raise ValueError(f"device: got {str(asked)!r}, but this machine has {count} GPUs that torch can use")
+        return device
+    try:
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, ImportError) as error:  # of devices that torch was built without
+        raise ValueError(f"device: got {str(asked)!r}, which torch cannot use here; use auto, cpu or cuda") from error
+    return device
+
+
 def cpu_model() -> str:
     """The CPU's name as the operating system gives it."""
     with contextlib.suppress(OSError):

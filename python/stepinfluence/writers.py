@@ -57,6 +57,12 @@ def aside(path: Path) -> Path:
     return made
 
 
+def own_name(path: Path) -> Path:
+    """The path that a file aside is to become; another path as it is."""
+    aside_name = _OWNED.match(path.name)
+    return path.with_name(path.name[aside_name.end() :].partition("-")[2]) if aside_name else path
+
+
 def remove_own_leftovers() -> None:
     """Remove what this process has left aside, and locks: for the way out after a signal, which may have come while it
     tidied."""

@@ -133,7 +133,7 @@ class Project:
             yield
         except StepInfluenceError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() in it would end sdi as if all were well
             raise ProjectError(f"{self.path}: {name}({arguments}) failed: {describe(error, self.path)}") from error
 
     def _wrong(self, name: str, got: object) -> ProjectError:

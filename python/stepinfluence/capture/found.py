@@ -105,7 +105,8 @@ class _Rows:
                 raise LayoutError(
                     f"{self.use.name}: the gradient of a row changes with the losses of other examples of its batch; "
                     "say which dimension holds the examples (batch_dim=), use no operation that mixes them (batch "
-                    "normalisation in training mode), and no hook on a gradient that is not linear"
+                    "normalisation in training mode) and no hook on a gradient that is not linear, and keep index "
+                    "tensors that are not of the batch as buffers (register_buffer)"
                 )
             found += digit.long() * place
         return _arranged(found, empty, size)

@@ -205,6 +205,11 @@ class TappedModel:
         leaves_of = {id(leaf): t.name for t in self.targets for leaf in (t.parameter, t.held)}
         names = leaves_of | {id(anchor): "model"}
         for name, user in diagnosis.reaching(losses, names):
+            if self.steps.elsewhere and name != "model":  # autograd counts in each thread for itself
+                raise UnsupportedUseError(
+                    f"{name}: the body was run in another thread ({self.steps.elsewhere}), where what is done with it "
+                    "cannot be seen; run the loop in the thread that featurizes"
+                )
             diagnosis.refuse_earlier(name, user, began)
             if name == "model":  # a tap of this pass, as they all should be
                 continue

@@ -37,7 +37,9 @@ from stepinfluence.capture.updates import (
     learning_rate,
     metric_of,
     read_factor,
+    require_weights,
     waiting,
+    weights_of,
 )
 from stepinfluence.errors import (
     CheckpointError,
@@ -47,7 +49,7 @@ from stepinfluence.errors import (
 )
 from stepinfluence.loaders import IdsOf, LossFn
 
-FORMAT = 1
+FORMAT = 2
 """Of saved states."""
 
 
@@ -121,6 +123,7 @@ class TrainingInfluence:
         self._rows: tuple[tuple[Hashable, ...], tuple[int, ...]] | None = None  # ids and content of the queries
         self._tally: Tally | None = None
         self._parts: list[Part | None] = []  # of the update that is being made; None: gradients not finite
+        self._saved_with = ""  # of a state that was loaded: digest of the weights it goes on from; "": checked
         self._before = capture.preconditioner
         self._roots: Preconditioner | None = None  # of the queries
         self._handle = optimizer.register_step_post_hook(lambda *_: self._updated())
@@ -153,6 +156,9 @@ class TrainingInfluence:
         given: list[Hashable] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         if self._parts and not waiting(self.capture.targets):
             self._parts = []  # dropped without an update
+        if self._saved_with:
+            require_weights(self.capture.model, self._saved_with, self.updates_made)
+            self._saved_with = ""
         if not self._parts and (self._queries is None or self._age >= self.refresh_every):
             self._refresh()
         inline = self.capture.inline(batch, ids=given, weighted=True)
@@ -318,7 +324,7 @@ class TrainingInfluence:
             "counts": [self.updates_made, self.unscored, self.unseen, self.skipped, self.refreshes],
             "queries": None if due else self._queries, "losses": self._losses,
             "roots": {t.name: roots[t.name].tensors[0] for t in capture.targets} if roots else None,
-            "tally": None if self._tally is None else self._tally.state(),
+            "tally": None if self._tally is None else self._tally.state(), "weights": weights_of(capture.model),
         }  # fmt: skip
 
     def _kind(self) -> dict[str, Any]:
@@ -330,7 +336,8 @@ class TrainingInfluence:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave, with model and optimizer as they were then.
+        """Go on from what :meth:`state_dict` gave, with model and optimizer as they were then. The next batch raises
+        ``FeatureMismatchError`` if the model has other weights: updates in between would count twice, or never.
 
         Raises:
             CheckpointError: it is no such state.
@@ -355,7 +362,7 @@ class TrainingInfluence:
             self._epoch, self._age, self._tally = int(state["epoch"]), int(state["age"]), tally
             self._rows = None if rows is None else (tuple(rows[0]), tuple(rows[1]))
             self._queries = None if queries is None else queries.to(self.capture.device)
-            self._losses, self._parts = state["losses"], []
+            self._losses, self._parts, self._saved_with = state["losses"], [], str(state["weights"])
         except (KeyError, AttributeError, IndexError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"state: not a TrainingInfluence's ({type(error).__name__}: {error})") from error
 
@@ -366,9 +373,10 @@ class TrainingInfluence:
             StoreError: it could not be written.
         """
         content = self.state_dict()
-        from stepinfluence.files import write_atomically  # it needs safetensors, which a GPU machine may lack
+        # It needs safetensors, which a GPU machine may lack.
+        from stepinfluence.files import save_torch, write_atomically
 
-        write_atomically(Path(path), lambda aside: torch.save(content, aside))
+        write_atomically(Path(path), lambda aside: save_torch(content, aside))
 
     def restore(self, path: str | Path) -> None:
         """:meth:`load_state_dict` of a file of :meth:`save`; nothing in it is run.

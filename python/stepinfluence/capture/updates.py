@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepinfluence.arguments import one_of
+from stepinfluence.attribution.features import weights_digest
 from stepinfluence.capture.body.targets import Target
 from stepinfluence.capture.inline import first_beyond, sketch_of_gradients
 from stepinfluence.capture.recording.sketching import Sketching
-from stepinfluence.errors import LayoutError
+from stepinfluence.errors import FeatureMismatchError, LayoutError
 
 Metric: TypeAlias = Literal["sgd", "adam"]
 METRICS = ("sgd", "adam")
@@ -133,3 +134,22 @@ def metric_of(optimizer: torch.optim.Optimizer, metric: Metric | None) -> Metric
         f"metric: that of {type(optimizer).__name__} is not known; pass 'adam' if it steps with Adam's second moments, "
         "or 'sgd' for plain inner products"
     )
+
+
+def weights_of(model: nn.Module) -> str:
+    """Digest of all parameters, by name."""
+    named = dict(model.named_parameters())
+    return weights_digest([named[name].detach() for name in sorted(named)])
+
+
+def require_weights(model: nn.Module, saved_with: str, updates: int) -> None:
+    """Raise unless a model has the weights that a state of a training was saved with.
+
+    Raises:
+        FeatureMismatchError: it does not.
+    """
+    if weights_of(model) != saved_with:
+        raise FeatureMismatchError(
+            f"state: it was saved after {updates} updates of other weights than the model has; load the checkpoint of "
+            "that moment, too, of model and optimizer"
+        )

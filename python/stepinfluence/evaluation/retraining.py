@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from stepinfluence.evaluation.problem import Problem
-from stepinfluence.files import write_atomically
+from stepinfluence.files import parse_json, save_torch, write_atomically, write_bytes
 from stepinfluence.machine import cpu_model
 
 Array = npt.NDArray[np.float64]
@@ -147,7 +147,7 @@ class Retrainings:
             "correct": self.problem.query_correct(model).tolist() if self.problem.correct else None,
         }
         if digest == self._all:  # before the line that says so
-            write_atomically(self._weights(seed, repeat), lambda aside: torch.save(model.state_dict(), aside))
+            write_atomically(self._weights(seed, repeat), lambda aside: save_torch(model.state_dict(), aside))
         with (self.folder / f"seed-{seed}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self._known[key] = record
@@ -158,14 +158,17 @@ class Retrainings:
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         about, facts = self.folder / "about.json", _facts(self.problem)
-        kept = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else facts
+        kept = parse_json(str(about), about.read_bytes()) if about.is_file() else facts
+        if not isinstance(kept, dict):
+            raise ValueError(f"folder: {about} is not what sdi evaluate writes there; give another folder")
         for name, value in facts.items():
             if kept.get(name) != value:
                 raise ValueError(
                     f"folder: {self.folder} holds models with {name} {kept.get(name)!r}, now it is {value!r}; "
                     "give another folder"
                 )
-        about.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        if not about.is_file():
+            write_bytes(about, (json.dumps(facts, indent=1) + "\n").encode())
         for path in sorted(self.folder.glob("seed-*.jsonl")):
             self._read(path)
         self._check()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stepinfluence.errors import CheckpointError
-from stepinfluence.files import write_atomically
+from stepinfluence.files import save_torch, write_atomically
 from stepinfluence.wrappers import canonical_name, unwrap
 
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col")
@@ -185,7 +185,7 @@ class Saver:
             "loop_counts": dict(loop_counts or {}),
         }
         path = self.folder / f"step-{step:07d}.pt"
-        write_atomically(path, lambda aside: torch.save(content, aside))
+        write_atomically(path, lambda aside: save_torch(content, aside))
         self.paths.append(path)
         self.bytes += path.stat().st_size
         self.seconds += time.perf_counter() - began

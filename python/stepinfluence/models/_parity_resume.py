@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stepinfluence.files import write_atomically
+from stepinfluence.files import save_torch, write_atomically
 
 if TYPE_CHECKING:
     from stepinfluence.models._parity_training import Curriculum, ParityTrainConfig
@@ -66,7 +66,7 @@ class TrainState:
             "history": [asdict(row) for row in self.history],
             "checkpoints": self.checkpoints,
         }
-        write_atomically(path, lambda aside: torch.save(content, aside))
+        write_atomically(path, lambda aside: save_torch(content, aside))
 
     def take_up(self, path: Path) -> None:
         """Go on from a file that :meth:`save` wrote.

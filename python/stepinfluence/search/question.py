@@ -16,6 +16,7 @@ from stepinfluence.attribution.curvature import Choice, Curvature, Damping, Unro
 from stepinfluence.attribution.curvature.choice import fitted
 from stepinfluence.attribution.features import Features, Parameters
 from stepinfluence.errors import FeatureMismatchError
+from stepinfluence.machine import usable_device
 from stepinfluence.search.sources import FeatureSource, Rows, RowSource, StoreSource, as_source, lengths_of
 from stepinfluence.store import Store
 
@@ -92,6 +93,8 @@ def chosen_steps(steps: Steps, count: int) -> tuple[int, ...]:
     """
     if isinstance(steps, bool) or not isinstance(steps, int | slice | range | None):
         raise ValueError(f"steps: got {steps!r}; pass a 0-based step, a slice or a range")
+    if not count:
+        raise ValueError("query: has no rows, and so no steps; there is nothing to ask about")
     found: Sequence[int]
     if isinstance(steps, int):
         found = [steps + count if steps < 0 else steps]
@@ -143,11 +146,26 @@ def corrections(train: Rows, curvature: Choice, damping: Damping | None) -> list
     return found
 
 
+TOO_LARGE = "scores: some are too large for float32; featurize with smaller etas, or with a loss divided by a number"
+
+
 def default_device(train: RowSource) -> torch.device:
     """Where rows already are, or a GPU if there is one for rows that are read from disk."""
     if isinstance(train, StoreSource) and torch.cuda.is_available():
         return torch.device("cuda")
     return train.device
+
+
+def _require_finite(vectors: Sequence[Tensor], asked: FeatureSource | StoreSource) -> None:
+    """Raise where what was made of queries that are finite is not.
+
+    Raises:
+        ValueError: it is not.
+    """
+    everyone = range(len(asked))
+    for checkpoint, values in enumerate(vectors):
+        if not bool(values.isfinite().all()) and bool(asked.take(checkpoint, everyone).isfinite().all()):
+            raise ValueError(TOO_LARGE)
 
 
 def ask(
@@ -194,9 +212,8 @@ def ask(
     blocks = space.select(parameters)
     columns = slice(min(b.start for b in blocks), max(b.stop for b in blocks))
     outside = [block for block in space.blocks if block not in blocks]
-    place = default_device(source) if device is None else torch.device(device)
-    everyone = range(len(asked))
-    vectors = []
+    place = default_device(source) if device is None else usable_device(device)
+    everyone, vectors = range(len(asked)), []
     carried = (
         found.carried(asked.take(len(weights) - 1, everyone).to(place, source.dtype))
         if isinstance(found, Unrolled)
@@ -212,6 +229,7 @@ def ask(
         for block in outside:
             values[:, :, block.start : block.stop] = 0
         vectors.append(values[:, :, columns])
+    _require_finite(vectors, asked)
     longest = max(v.shape[1] for v in vectors)
     vectors = [torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in vectors]
     return Question(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sdi_kernels import row_products
-from stepinfluence.search.question import Question
+from stepinfluence.search.question import TOO_LARGE, Question
 from stepinfluence.search.sources import RawBlock
 
 BLOCK_BYTES = 32 << 20
@@ -59,6 +59,23 @@ def score_blocks(question: Question, vectors: tuple[Tensor, ...]) -> Iterator[Te
                 scores += products(part, some, question.columns)
             first = parts[0].first
             good = valid[first : first + len(scores)]
+            if not bool(torch.isfinite(scores.sum())):  # finite only if all are, unless the sum overflows
+                _require_no_overflow(scores, good.to(scores.device), parts, vectors)
             if not bool(good.all()):
                 scores[~good.to(scores.device)] = torch.nan
             yield scores
+
+
+def _require_no_overflow(scores: Tensor, good: Tensor, parts: Sequence[RawBlock], vectors: Sequence[Tensor]) -> None:
+    """Raise where finite rows and finite queries have a score that is not: left out, it would be missed at the top.
+
+    Raises:
+        ValueError: there is one.
+    """
+    wrong = ~torch.isfinite(scores) & good.unsqueeze(1)
+    for mine in vectors:
+        wrong[:, ~torch.isfinite(mine).all(1)] = False
+    for row in wrong.any(1).nonzero().flatten().tolist():
+        stored = [given[row] for part in parts for given in (part.codes, part.scales) if given is not None]
+        if all(bool(torch.isfinite(values).all()) for values in stored):
+            raise ValueError(TOO_LARGE)

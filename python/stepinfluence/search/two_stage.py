@@ -100,6 +100,8 @@ def _require_same(question: Question, exact: Recompute) -> None:
     """Raise unless exact influence can answer a question, and its examples are as many as the features are of."""
     if question.corrected:
         require_correctable(question)
+    if not question.train.valid.any():
+        raise ValueError("train: has no rows with features; there is nothing to recompute")
     for name, data, want in (
         ("train", exact.train, len(question.train)),
         ("query", exact.query, len(question.query_ids)),
@@ -132,7 +134,8 @@ def _per_query(found: Tensor, question: Question) -> Tensor:
     groups = found.reshape(len(question.query_ids), -1).tolist()
     unique = [sorted(set(group) - {NO_ROW}) if good else [] for group, good in zip(groups, question.valid, strict=True)]
     longest = max((len(u) for u in unique), default=0)
-    return torch.tensor([u + [NO_ROW] * (longest - len(u)) for u in unique], dtype=torch.int64).reshape(-1, longest)
+    padded = [u + [NO_ROW] * (longest - len(u)) for u in unique]
+    return torch.tensor(padded, dtype=torch.int64).reshape(len(unique), longest)
 
 
 class _Pairs:

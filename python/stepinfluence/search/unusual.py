@@ -85,6 +85,8 @@ def outliers(
             grad = found[checkpoint].solve(grad) if isinstance(found, list) else grad
             total = total.to(values) + eta * torch.einsum("nsd,nd->ns", values, grad)
         steps.append(total.cpu())
+    if not steps:
+        return []
     by_step = torch.cat(steps)
     by_step[torch.from_numpy(~source.valid)] = torch.nan
     scores, losses = by_step.sum(1).nan_to_num(-torch.inf), source.losses(len(weights) - 1)

@@ -219,8 +219,14 @@ class Manifest:
         """In words, the first field in which two manifests differ; None if none does."""
         mine, theirs = _described(self), _described(other)
         for name in mine:
-            if mine[name] != theirs[name]:
-                return f"{name}: {_short(mine[name])} here, {_short(theirs[name])} there"
+            if mine[name] == theirs[name]:
+                continue
+            for one, two in zip(self.checkpoints, other.checkpoints, strict=False) if name == "checkpoints" else ():
+                if one.name == two.name and one.space.weights != two.space.weights:
+                    return f"{name}: {one.name} has other weights in the loop body"
+                if one.name == two.name and one.space.model_weights != two.space.model_weights:
+                    return f"{name}: {one.name} has other weights outside of the loop body"
+            return f"{name}: {_short(mine[name])} here, {_short(theirs[name])} there"
         return None
 
     # ------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_states_of_others_are_refused(tmp_path: Path) -> None:
         with pytest.raises(FeatureMismatchError, match="another tables"):
             other.load_state_dict(state)
         with pytest.raises(CheckpointError, match="not a TrainingInfluence's"):
-            other.load_state_dict({"format": 1})
+            other.load_state_dict({"format": 2})
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(CheckpointError, match="could not be read"):
             other.restore(path)
@@ -123,3 +123,33 @@ def test_queries_that_change_are_refused() -> None:
         query[0] = examples(2, 3)
         with pytest.raises(FeatureMismatchError, match="query: the loader gave other examples"):
             accumulate(influence, model)
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_state_goes_on_from_the_weights_that_it_was_saved_with(late: int, tmp_path: Path) -> None:
+    """A checkpoint of the model from another moment: updates between the two would count twice, or never."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path, weights = tmp_path / "influence.pt", []
+
+    def update(influence: TrainingInfluence, places: list[int], batch: Any) -> None:
+        with influence.batch(batch, ids=[f"example {i}" for i in places]) as inline:
+            inline.losses(loss_fn(model, batch)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    made = list(batches(4))
+    with TrainingInfluence(captured(model), optimizer, [QUERY], loss_fn) as influence:
+        for number, (places, batch) in enumerate(made[:3]):
+            update(influence, places, batch)
+            weights.append({name: value.clone() for name, value in model.state_dict().items()})
+            if number == 1:
+                influence.save(path)
+    model.load_state_dict(weights[late])
+    with TrainingInfluence(captured(model), optimizer, [QUERY], loss_fn) as influence:
+        influence.restore(path)
+        with pytest.raises(FeatureMismatchError, match="saved after 2 updates of other weights than the model has"):
+            update(influence, *made[3])
+        model.load_state_dict(weights[1])
+        update(influence, *made[3])
+        assert influence.updates_made == 3

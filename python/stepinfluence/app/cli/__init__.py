@@ -11,7 +11,14 @@ from typing import Annotated
 import typer
 
 from stepinfluence.app.cli import demo, doctor, evaluate, explore, featurize, influence, init, outliers, query, store
-from stepinfluence.app.cli._common import CommandGroup, SubCommand, end_on_signals, left, show_version
+from stepinfluence.app.cli._common import (
+    CommandGroup,
+    SubCommand,
+    end_on_signals,
+    left,
+    print_anything,
+    show_version,
+)
 
 HELP = """Which training examples shaped a looped transformer's answer, and at which loop step.
 
@@ -74,6 +81,7 @@ for name, text, run in (
 
 def main() -> None:
     """Entry point of the ``sdi`` command and of ``python -m stepinfluence``."""
+    print_anything()
     end_on_signals()
     try:
         app(prog_name="sdi")

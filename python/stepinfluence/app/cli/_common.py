@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import signal
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from stepinfluence.extras import install_command
@@ -18,6 +22,8 @@ from stepinfluence.writers import remove_own_leftovers
 FAILED_CHECK = 1
 WRONG_USE = 2
 
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""What a command line is refused with; of click, or of the copy of it that newer versions of typer bring."""
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status after Ctrl-C; other signals that end a command have 128 and their own number."""
@@ -33,6 +39,13 @@ class Stopped(KeyboardInterrupt):  # no error
 
 _came: list[int] = []
 """Signals that asked this process to end."""
+
+
+def print_anything() -> None:
+    """Have characters that a terminal or UTF-8 does not have (a file's name may be any bytes) spelled out."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def end_on_signals() -> None:
@@ -79,7 +92,10 @@ class _OneLineErrors:
         """People add ``--debug`` at the end of the line that has just failed: take it from there too."""
         self._debug = "--debug" in args
         rest = [a for a in args if a != "--debug"]
-        return super().parse_args(ctx, rest or args)  # type: ignore[misc, no-any-return]  # of click's command
+        try:
+            return super().parse_args(ctx, rest or args)  # type: ignore[misc, no-any-return]  # of click's command
+        except UsageError as error:
+            self._refuse(error)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
@@ -91,13 +107,30 @@ class _OneLineErrors:
             return super().invoke(ctx)  # type: ignore[misc]
         except BrokenPipeError:  # the reader of stdout has gone (head): typer leaves without a word
             raise
+        except UsageError as error:
+            self._refuse(error)
         # StepInfluenceError is a ValueError; naming it would import torch.
         except (ValueError, OSError) as error:
             if self._debug:
                 raise
-            fail(str(error) or type(error).__name__, program=self.program)
+            fail(_words(error), program=self.program)
+        except SystemExit as error:  # no command of ours calls it, and its status 0 would mean that all is well
+            if self._debug:
+                raise
+            fail(f"a project's code or data ended the program (sys.exit({error.code!r})); have it raise an error")
         except KeyboardInterrupt as error:
             raise interrupted(error) from None
+
+    def _refuse(self, error: Any) -> NoReturn:
+        """A command line that cannot be read, in one line; with nothing on it, the help.
+
+        Raises:
+            typer.Exit: with code 2.
+        """
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise error
+        where = error.ctx.command_path if error.ctx is not None else self.program
+        fail(f"{error.format_message().rstrip('.')}; see {where} --help", program=self.program)
 
 
 class _PlainTypes:
@@ -132,7 +165,14 @@ class SubCommand(_PlainTypes, TyperCommand):
     """A command below ``sdi``, which deals with errors."""
 
 
-def fail(message: str, *, program: str = "sdi") -> None:
+def _words(error: Exception) -> str:
+    """What an error says; of the system's, which file it is about and what was wrong."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def fail(message: str, *, program: str = "sdi") -> NoReturn:
     """Say in one line on stderr what is wrong, and leave.
 
     Raises:
@@ -152,6 +192,33 @@ def require_run(run: Path) -> None:
     if not run.is_dir():
         fail(f"{run}: no run here (no such folder); sdi featurize makes one")
 
+
+def require_output(path: Path, *suffixes: str) -> None:
+    """Before anything is computed: that a file that was asked for can be written, and takes nobody else's place.
+
+    Args:
+        suffixes: what its name ends in, if a file of that name may be replaced.
+
+    Raises:
+        typer.Exit: with code 2, if it is a folder, its folder is missing, it is one of a run's own files, or it exists
+            and is of another kind.
+    """
+    if path.is_dir():
+        fail(f"out: {path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        fail(f"out: {path} cannot be written: there is no folder {path.parent}; make it first")
+    within = (path.absolute().parent, *path.absolute().parent.parents)[:3]
+    of_run = path.name in ("config.yaml", ".lock", ".written-here") or path.name.endswith(OF_A_RUN)
+    if any((folder / "manifest.json").is_file() for folder in within) or (
+        of_run and any(path.absolute().parent.glob("*/manifest.json"))
+    ):
+        fail(f"out: {path} is among the files of a store or run, which would be lost; give another name")
+    if path.is_file() and path.suffix not in suffixes:
+        fail(f"out: {path} exists, and does not end in {' or '.join(suffixes)}; give another name")
+
+
+OF_A_RUN = (".pinned.json", ".answers.json")
+"""What names of files beside a run's stores end in."""
 
 TRUST_HELP = "Run the project file that a run from elsewhere names."
 
@@ -192,6 +259,30 @@ def damping_of(text: str | None) -> Any:
         return float(text)
     except ValueError:
         fail(f"damping: got {text!r}; give training, auto, or a number relative to the largest eigenvalue")
+
+
+def shown(value: object) -> str:
+    """A name that others gave, to be put into what a console prints: brackets in it are no markup."""
+    return escape(str(value))
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on stdout: as it is read best there, and with null for numbers that JSON does not have."""
+    plain = _finite(value)
+    text = json.dumps(plain, ensure_ascii=False, indent=2)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(plain, indent=2)
+    typer.echo(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def console(*, json_output: bool = False) -> Console:

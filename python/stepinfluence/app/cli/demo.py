@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from stepinfluence.app.cli._common import FAILED_CHECK, console, need_extra
+from stepinfluence.app.cli._common import FAILED_CHECK, console, need_extra, print_json
 
 if TYPE_CHECKING:
     from stepinfluence.app.demo.data import DemoConfig, DemoResult
@@ -36,13 +36,18 @@ About three minutes on a CPU core.
   [cyan]sdi demo --config sdi-demo/config.json --out again[/cyan]
 """
 
+LARGEST_SEED = 2**63 - 1  # that torch's generators take
+
 
 def run(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the report, the scores and the checkpoints.")
     ] = Path("sdi-demo"),
     seed: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Of the data, the model and the sketches. \\[default: 0]")
+        int | None,
+        typer.Option(
+            metavar="N", min=0, max=LARGEST_SEED, help="Of the data, the model and the sketches. \\[default: 0]"
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A tiny model, in seconds. It need not solve the task.")
@@ -87,14 +92,15 @@ def run(
     write_report(report, out / "report.html")
     if images is not None:
         from stepinfluence.app.view.report.pictures import save_pictures
+        from stepinfluence.files import write_bytes
 
         images.mkdir(parents=True, exist_ok=True)
         save_pictures(report, images, prefix="demo-")
-        (images / "demo-findings.json").write_text(json.dumps(_findings(result), indent=2) + "\n", "utf-8")
+        write_bytes(images / "demo-findings.json", (json.dumps(_findings(result), indent=2) + "\n").encode())
     wrote = time.perf_counter() - began
 
     if as_json:
-        typer.echo(json.dumps(_json(result, out), indent=2))
+        print_json(_json(result, out))
     else:
         from stepinfluence.app.demo.summary import show
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stepinfluence.app.cli._common import console, fail, need_extra
+from stepinfluence.app.cli._common import console, fail, need_extra, require_output, shown
 
 PROBLEMS = ("adder", "majority", "language", "parity", "trm")
 HELP = """Compare attribution methods with what retraining says: which scores deserve trust?
@@ -60,13 +60,15 @@ def run(
     folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where trained models are kept; evaluate-PROBLEM if not given.")
     ] = None,
-    threads: Annotated[int, typer.Option(metavar="N", min=1, help="torch threads.")] = 1,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, max=4096, help="torch threads.")] = 1,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Also write all figures.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
 ) -> None:
     """See :data:`HELP`."""
     if problem not in PROBLEMS:
         fail(f"problem: got {problem!r}; use one of {', '.join(PROBLEMS)}")
+    if out is not None:
+        require_output(out, ".json")
     screen = console(json_output=as_json)
     with screen.status("starting"):
         import torch
@@ -80,6 +82,7 @@ def run(
         from stepinfluence.evaluation import evaluate
         from stepinfluence.evaluation.methods import available
         from stepinfluence.evaluation.problems import make_problem
+        from stepinfluence.files import hand_out
     known = available()
     unknown = [m for m in methods or () if m not in known]
     if unknown:
@@ -99,13 +102,13 @@ def run(
     facts = {"settings": counts, **found.to_dict(), "machine": machine_facts(), "versions": versions()}
     text = json.dumps(facts, indent=1)
     if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
+        hand_out(out, lambda made: made.write_text(text + "\n", encoding="utf-8"))
     if as_json:
         typer.echo(text)
         return
     screen.print(
         f"{problem}: {len(made.train)} training examples, {len(made.queries)} queries, {seeds} seeds, "
-        f"{found.retrainings} models, kept in {kept}"
+        f"{found.retrainings} models, kept in {shown(kept)}"
     )
     from rich.markdown import Markdown
 

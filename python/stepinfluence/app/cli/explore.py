@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,12 @@ from stepinfluence.app.cli._common import (
     DampingOption,
     console,
     damping_of,
+    fail,
     need_extra,
+    require_output,
     require_run,
     require_trust,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -79,6 +83,8 @@ def explore(
     open_: Open = True,
 ) -> None:
     """See :data:`EXPLORE_HELP`."""
+    if not host:
+        fail("host: got ''; give an address to listen on, such as 127.0.0.1")
     require_run(run)
     screen = console()
     with screen.status("starting"):
@@ -94,7 +100,7 @@ def explore(
         )
 
     def ready(address: str) -> None:
-        screen.print(f"{run}: open [bold link={address}]{address}[/] (Ctrl-C stops)")
+        screen.print(f"{shown(run)}: open [bold link={address}]{address}[/] (Ctrl-C stops)")
         if open_:
             webbrowser.open(address)
 
@@ -125,6 +131,8 @@ def report(
 ) -> None:
     """See :data:`REPORT_HELP`."""
     require_run(run)
+    path = out or run / "report.html"
+    require_output(path, ".html", ".htm")
     screen = console()
     model, why = None, ""
     if exact or tokens:
@@ -141,10 +149,10 @@ def report(
         explorer = Explorer.open(
             run, train=train, query=query, curvatures=_curvatures(run, curvature, damping), model=model, no_model=why
         )
-    path = out or run / "report.html"
     rows = [explorer.query.find(i) for i in ids] if ids else None
-    write_page(explorer, path, queries=queries, rows=rows, exactly=exact, by_token=tokens)
-    screen.print(f"Open {path}")
+    quiet = not sys.stderr.isatty()
+    write_page(explorer, path, queries=queries, rows=rows, exactly=exact, by_token=tokens, progress=not quiet)
+    screen.print(f"Open {shown(path)}")
     if open_:
         webbrowser.open(path.resolve().as_uri())
 

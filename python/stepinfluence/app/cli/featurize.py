@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from stepinfluence.app.cli._common import TRUST_HELP, console, damping_of, fail, interrupted, require_trust
+from stepinfluence.app.cli._common import (
+    TRUST_HELP,
+    console,
+    damping_of,
+    fail,
+    interrupted,
+    print_json,
+    require_trust,
+    shown,
+)
 
 if TYPE_CHECKING:
     from stepinfluence.app.runs import RunConfig, SplitReport, Worker
@@ -136,6 +144,8 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
     project = given.get("project")
     if project is not None and not project.is_file():  # before anything is imported that takes a second
         fail(f"{project}: no such project file; sdi init writes one")
+    if config is not None and not config.is_file():
+        fail(f"config: {config} is no file; give the config.yaml of a run")
     with screen.status("starting"):
         from stepinfluence.app.project import Project
         from stepinfluence.app.runs import Prepared, Worker, run_splits
@@ -145,7 +155,6 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
         folder = out if out is not None else config.parent if config is not None else None
         if folder is None:
             fail("out: missing; name the run's folder: --out run")
-        assert folder is not None
         earlier = _read(folder / CONFIG)
         asked = _asked(given, _read(config) if config is not None else earlier)
     if "project" not in given:
@@ -162,8 +171,10 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
             columns = f"{prepared.capture.width:,} columns {per_step}"
             body = ", ".join(prepared.capture.step_log.names.values())
             parameters = len(prepared.capture.targets)
-            screen.print(f"[dim]loop body: {body} ({parameters} parameters)[/]", soft_wrap=True)
-            screen.print(f"[dim]{split}: {rows:,} examples, {columns}, {note}, on {prepared.device}[/]", soft_wrap=True)
+            screen.print(f"[dim]loop body: {shown(body)} ({parameters} parameters)[/]", soft_wrap=True)
+            screen.print(
+                f"[dim]{shown(split)}: {rows:,} examples, {columns}, {note}, on {prepared.device}[/]", soft_wrap=True
+            )
 
     reports = []
     for report in run_splits(
@@ -173,12 +184,12 @@ def _run(screen: Console, given: dict[str, Any], out: Path | None, config: Path 
         accept_changes=given["accept_changes"],
         progress=terminal and worker.local_rank == 0,
         on_start=on_start,
-        log=None if terminal else lambda line: screen.print(f"{who}{line}", soft_wrap=True),
+        log=None if terminal else lambda line: screen.print(f"{who}{shown(line)}", soft_wrap=True),
     ):
         reports.append(report)
         _say(screen, report, worker, who)
     if as_json and worker.rank == 0:
-        typer.echo(json.dumps({"run": str(folder), "splits": [_json(report) for report in reports]}, indent=2))
+        print_json({"run": str(folder), "splits": [_json(report) for report in reports]})
 
 
 def _read(path: Path) -> RunConfig | None:
@@ -224,7 +235,7 @@ def _checkpoints_note(count: int, from_files: bool) -> str:
 
 
 def _say(screen: Console, report: SplitReport, worker: Worker, who: str) -> None:
-    name = f"{who}[bold]{report.path}[/bold]"
+    name = f"{who}[bold]{shown(report.path)}[/bold]"
     failed = f", {len(report.failed):,} failed" if report.failed else ""
     if report.complete:
         done = f"complete: {report.rows:,} examples{failed}"
@@ -236,7 +247,7 @@ def _say(screen: Console, report: SplitReport, worker: Worker, who: str) -> None
         done = f"wrote {report.written} shards in {report.seconds:.1f} s; {report.missing} are still missing{failed}"
     screen.print(f"{name} {done}", soft_wrap=True)
     for row, reason in list(report.failed.items())[:3] if worker.rank == 0 else []:
-        screen.print(f"  [yellow]row {row}[/yellow]: {reason}", soft_wrap=True, markup=True)
+        screen.print(f"  [yellow]row {row}[/yellow]: {shown(reason)}", soft_wrap=True)
 
 
 def _json(report: SplitReport) -> dict[str, Any]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from stepinfluence.app.cli._common import DampingOption, console, damping_of, fail, need_extra, require_run
+from stepinfluence.app.cli._common import (
+    DampingOption,
+    console,
+    damping_of,
+    fail,
+    need_extra,
+    print_json,
+    require_output,
+    require_run,
+    shown,
+)
 
 if TYPE_CHECKING:
     from stepinfluence.search import TopK
@@ -46,8 +55,9 @@ def run(
     ] = None,
     k: Annotated[int | None, typer.Option("--top-k", "-k", metavar="K", min=1, help="Leading examples only.")] = None,
     fmt: Annotated[
-        str, typer.Option("--format", help="Of --top-k: json (with trajectories), csv or parquet.")
-    ] = "json",
+        str | None,
+        typer.Option("--format", help="Of --top-k: json (with trajectories), csv or parquet. \\[default: json]"),
+    ] = None,
     per_step: Annotated[bool, typer.Option("--per-step", help="With --top-k: rank at each loop step.")] = False,
     harmful: Annotated[bool, typer.Option("--harmful", help="With --top-k: those that raise the loss most.")] = False,
     parameters: Annotated[
@@ -67,20 +77,12 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON on stdout.")] = False,
 ) -> None:
     """See :data:`HELP`."""
-    if fmt not in ("json", "csv", "parquet"):
-        fail(f"format: got {fmt!r}; use json, csv or parquet")
-    if fmt == "parquet":
-        if k is None or out is None:
-            fail("format: parquet goes with --top-k, and into a file: --out top.parquet")
-        from stepinfluence.app.doctor import missing_modules
-
-        need_extra("notebook", missing_modules(("pyarrow",)))
-    if k is None and (per_step or harmful):
-        fail("per-step, harmful: go with --top-k; the full matrix has every step and both signs")
-    if curvature == "none" and damping is not None:
-        fail("damping: goes with --curvature fisher or block")
+    _check(fmt, k, out, as_json=as_json, ranked=per_step or harmful, damped=curvature == "none" and damping is not None)
+    fmt = fmt or "json"
     number = damping_of(damping)
     require_run(folder)
+    if out is not None:
+        require_output(out, ".npy" if k is None else f".{fmt}")
     screen = console(json_output=True)
     with screen.status("reading"):
         from stepinfluence.app.runs.curvatures import kept_curvatures, score_named
@@ -106,27 +108,55 @@ def run(
             progress=not quiet,
         )
         _write_leading(out, fmt, found, rows, queries, score_named(fitted))
-        screen.print(f"[dim]{score_named(fitted)}[/]", soft_wrap=True)
+        screen.print(f"[dim]{shown(score_named(fitted))}[/]", soft_wrap=True)
         return
     path = out if out is not None else folder / SCORES
     shape = write_scores(
         rows, queries, path, parameters=parameters, device=device, progress=not quiet, curvature=fitted
     )
     beside = description_path(path)
-    screen.print(f"wrote {path} {tuple(shape)} (n_train, n_query, steps), ids in {beside}", soft_wrap=True)
-    screen.print(f"[dim]{score_named(fitted)}[/]", soft_wrap=True)
+    screen.print(
+        f"wrote {shown(path)} {tuple(shape)} (n_train, n_query, steps), ids in {shown(beside)}", soft_wrap=True
+    )
+    screen.print(f"[dim]{shown(score_named(fitted))}[/]", soft_wrap=True)
     if as_json:
         told = {"scores": str(path), "ids": str(beside), "shape": shape, "score": score_named(fitted)}
-        typer.echo(json.dumps(told, indent=2))
+        print_json(told)
 
 
-@contextlib.contextmanager
-def _output(path: Path | None) -> Iterator[TextIO]:
+def _check(fmt: str | None, k: int | None, out: Path | None, *, as_json: bool, ranked: bool, damped: bool) -> None:
+    """Leave if options say nothing together, or an extra is missing."""
+    if fmt not in (None, "json", "csv", "parquet"):
+        fail(f"format: got {fmt!r}; use json, csv or parquet")
+    if fmt == "parquet":
+        if k is None or out is None:
+            fail("format: parquet goes with --top-k, and into a file: --out top.parquet")
+        from stepinfluence.app.doctor import missing_modules
+
+        need_extra("notebook", missing_modules(("pyarrow",)))
+    if k is None and ranked:
+        fail("per-step, harmful: go with --top-k; the full matrix has every step and both signs")
+    if k is None and fmt is not None:
+        fail("format: goes with --top-k; the full matrix is a .npy file")
+    if k is not None and as_json:
+        fail("json: tells what the full matrix was written to; with --top-k, give --format json")
+    if damped:
+        fail("damping: goes with --curvature fisher or block")
+
+
+def _output(path: Path | None, write: Callable[[TextIO], object]) -> None:
+    """Have text written to stdout, or into a file that is there whole or not at all."""
+    from stepinfluence.files import hand_out
+
+    def fill(made: Path) -> None:
+        # What UTF-8 cannot hold, halves of characters, is spelled out.
+        with made.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            write(file)
+
     if path is None:
-        yield sys.stdout
+        write(sys.stdout)
     else:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            yield file
+        hand_out(path, fill)
 
 
 def _hits(found: TopK, train: Store) -> Iterator[tuple[int, int | None, list[dict[str, Any]]]]:
@@ -158,12 +188,10 @@ def _write_leading(out: Path | None, fmt: str, found: TopK, train: Store, query:
     if fmt == "parquet":
         assert out is not None
         _write_parquet(out, found, train, query)
-        return
-    with _output(out) as file:
-        if fmt == "csv":
-            _write_csv(file, found, train, query)
-        else:
-            _write_json(file, found, train, query, score)
+    elif fmt == "csv":
+        _output(out, lambda file: _write_csv(file, found, train, query))
+    else:
+        _output(out, lambda file: _write_json(file, found, train, query, score))
 
 
 def _write_json(file: TextIO, found: TopK, train: Store, query: Store, score: str) -> None:
@@ -176,7 +204,7 @@ def _write_json(file: TextIO, found: TopK, train: Store, query: Store, score: st
         }
         for q, step, hits in _hits(found, train)
     ]
-    json.dump(entries, file, ensure_ascii=False, indent=2)
+    json.dump(entries, file, ensure_ascii=(file.encoding or "utf-8").lower() not in ("utf-8", "utf8"), indent=2)
     file.write("\n")
 
 
@@ -204,10 +232,15 @@ def _write_parquet(path: Path, found: TopK, train: Store, query: Store) -> None:
     from pyarrow import parquet
 
     from stepinfluence.display.words import one_type
+    from stepinfluence.files import hand_out
 
     lines = list(_lines(found, train, query))
     columns: dict[str, Any] = {name: [cells[k] for cells, _ in lines] for k, name in enumerate(COLUMNS)}
     for name in ("query_id", "train_id"):
         columns[name] = one_type(columns[name])
+    columns = {
+        name: [c.encode("utf-8", "backslashreplace").decode() if isinstance(c, str) else c for c in column]
+        for name, column in columns.items()
+    }
     columns["trajectory"] = [hit["trajectory"] for _, hit in lines]
-    parquet.write_table(pyarrow.table(columns), path)
+    hand_out(path, lambda made: parquet.write_table(pyarrow.table(columns), made))

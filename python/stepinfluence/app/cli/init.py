@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from stepinfluence.app.cli._common import console, fail
+from stepinfluence.app.cli._common import console, fail, require_output, shown
 from stepinfluence.app.templates import TEMPLATES
+from stepinfluence.writers import aside
 
 NAME = "my_project.py"
 HELP = (
@@ -34,7 +35,9 @@ runs as it is; replace its parts by your own.
 
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path(NAME),
-    template: Annotated[str, typer.Option("--template", "-t", help="One of: " + ", ".join(TEMPLATES) + ".")] = "gpt",
+    template: Annotated[
+        str | None, typer.Option("--template", "-t", help=f"One of: {', '.join(TEMPLATES)}. \\[default: gpt]")
+    ] = None,
     hf: Annotated[
         str | None,
         typer.Option(
@@ -50,19 +53,27 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Write over a file that exists.")] = False,
 ) -> None:
     """See :data:`HELP`."""
-    if template not in TEMPLATES:
+    if template is not None and template not in TEMPLATES:
         fail(f"template: got {template!r}; use one of {', '.join(TEMPLATES)}")
+    if hf is None and (data is not None or task is not None):
+        fail(f"{'task' if data is None else 'data'}: goes with --hf, which names a model; leave it out, or add --hf")
+    if hf is not None and template is not None:
+        fail("template: --hf writes a file of its own, instead of a template; give one of the two")
     if file.suffix != ".py":
         fail(f"{file}: a project file is Python; give it a name that ends in .py")
-    text = _template(template, file) if hf is None else _pretrained(hf, data, task, file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w" if force else "x", encoding="utf-8") as out:
-            out.write(text)
-    except FileExistsError:
+    text = _template(template or "gpt", file) if hf is None else _pretrained(hf, data, task, file)
+    if file.exists() and not force:
         fail(f"{file}: exists; give another name, or --force to write over it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    require_output(file, ".py")
+    made = aside(file)  # a file that is replaced is lost only once its successor is there
+    try:
+        made.write_text(text, encoding="utf-8")
+        made.replace(file)
+    finally:
+        made.unlink(missing_ok=True)
     screen = console(json_output=True)
-    name = shlex.quote(os.fspath(file))
+    name = shown(shlex.quote(os.fspath(file)))
     screen.print(f"Wrote {name}. Next:")
     featurize = f"sdi featurize --project {name} --split train --split query"
     lines = (

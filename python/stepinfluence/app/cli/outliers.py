@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepinfluence.app.cli._common import console, damping_of, fail, require_run
+from stepinfluence.app.cli._common import console, damping_of, fail, print_json, require_run
 
 if TYPE_CHECKING:
     from stepinfluence.attribution.curvature import Damping
@@ -33,7 +31,9 @@ def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that sdi featurize wrote.")],
     k: Annotated[int, typer.Option("-k", "--top-k", metavar="N", min=1, help="How many training examples.")] = 20,
     by: Annotated[str, typer.Option(metavar="SCORE", help="self-influence or leverage.")] = "self-influence",
-    curvature: Annotated[str, typer.Option(metavar="KIND", help="Of the leverage: fisher or block.")] = "fisher",
+    curvature: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Of the leverage: fisher or block. \\[default: fisher]")
+    ] = None,
     damping: Annotated[
         str | None,
         typer.Option(
@@ -48,8 +48,11 @@ def run(
     """See :data:`HELP`."""
     if by not in ("self-influence", "leverage"):
         fail(f"by: got {by!r}; use self-influence or leverage")
-    if by != "leverage" and damping is not None:
-        fail("damping: goes with --by leverage")
+    if by != "leverage" and not (damping is None and curvature is None):
+        fail(f"{'curvature' if damping is None else 'damping'}: goes with --by leverage")
+    curvature = curvature or "fisher"
+    if curvature not in ("fisher", "block"):
+        fail(f"curvature: got {curvature!r}; leverage needs fisher or block")
     number: Damping = "auto" if damping is None else damping_of(damping)
     require_run(folder)
     with console(json_output=True).status("reading"):
@@ -60,8 +63,6 @@ def run(
         opened = StoredRun.open(folder)
         store = opened.store(train)
         if by == "leverage":
-            if curvature in ("none", "source"):
-                fail(f"curvature: got {curvature!r}; leverage needs fisher or block")
             fitted = kept_curvatures(opened.path, store, curvature, number)
             assert isinstance(fitted, list)
             found = outliers(store, k, by="leverage", curvature=fitted)
@@ -70,7 +71,7 @@ def run(
             found = outliers(store, k)
             shown = "self-influence"
     if as_json:
-        typer.echo(json.dumps([_json(one, by) for one in found], ensure_ascii=False, indent=2))
+        print_json([_json(one, by) for one in found])
         return
     _show(found, shown, per_step=store.per_step)
 
@@ -82,7 +83,7 @@ def _json(one: Outlier, by: str) -> dict[str, object]:
         "text": one.text,
         "by": by,
         "score": one.score,
-        "loss": one.loss if math.isfinite(one.loss) else None,
+        "loss": one.loss,
         "steps": one.steps.tolist(),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from stepinfluence.app.cli._common import (
     console,
     damping_of,
     fail,
+    print_json,
     require_run,
     require_trust,
 )
@@ -85,11 +85,8 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """See :data:`HELP`."""
-    if sum(given is not None for given in (ids or rows, file)) != 1:
-        fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
+    _check(ids or rows, file, exact, candidates, curvature, damping)
     require_run(folder)
-    if damping is not None and (curvature == "none" or (exact and curvature is None)):
-        fail("damping: goes with scores that are corrected for curvature: --curvature fisher or block")
     number = damping_of(damping)
     screen = console(json_output=True)
     with screen.status("reading"):
@@ -121,11 +118,28 @@ def run(
     together = list(zip(*found, strict=True))
     if as_json:
         lines = [_json(one) | {"also": [_json(other) for other in rest]} for one, *rest in together]
-        typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))
+        print_json(lines)
         return
     from stepinfluence.app.cli._answers import show
 
     show(console(), together, harmful=harmful, step=step, exact=exact, why=why)
+
+
+def _check(
+    asked: list[str] | list[int] | None,
+    file: str | None,
+    exact: bool,
+    candidates: int | None,
+    curvature: str | None,
+    damping: str | None,
+) -> None:
+    """Leave if options say nothing together."""
+    if sum(given is not None for given in (asked, file)) != 1:
+        fail("query: say what to ask about: --id ID, --row N (both repeatable), or --input FILE with new examples")
+    if candidates is not None and (not exact or curvature == "fisher"):
+        fail("candidates: is the length of --exact's short list; with --curvature fisher it takes all rows")
+    if damping is not None and (curvature == "none" or (exact and curvature is None)):
+        fail("damping: goes with scores that are corrected for curvature: --curvature fisher or block")
 
 
 def _new(opened: StoredRun, train: Store, file: str) -> Asked:
@@ -154,7 +168,7 @@ def _steps(text: str | None, queries: Features) -> range | None:
 def _examples(name: str) -> list[Any]:
     """What a JSON or JSON lines file holds, one value per example."""
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
         if name.endswith(".json"):
             content = json.loads(text)
             found = content if isinstance(content, list) else [content]
@@ -170,17 +184,13 @@ def _examples(name: str) -> list[Any]:
     return found
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _json(one: Answer) -> dict[str, Any]:
     errors = one.agreement.errors
     return {
         "query": {
             "id": one.id,
             "text": one.text,
-            "loss": _number(one.loss),
+            "loss": one.loss,
             "answer": one.answered.answer,
             "truth": one.answered.truth,
         },
@@ -191,7 +201,7 @@ def _json(one: Answer) -> dict[str, Any]:
         ],
         "dominated_by": None if one.dominance is None else one.dominance.name,
         "agreement": {
-            "standard_error": None if one.agreement.noise is None else _number(one.agreement.noise),
+            "standard_error": one.agreement.noise,
             "lead_by_halves": one.agreement.halves,
             "lead_exactly": one.agreement.exact,
             "unknown": one.agreement.unknown or None,
@@ -201,12 +211,12 @@ def _json(one: Answer) -> dict[str, Any]:
                 "row": hit.row,
                 "id": hit.id,
                 "text": hit.text,
-                "score": _number(hit.score),
-                "total": _number(hit.total),
+                "score": hit.score,
+                "total": hit.total,
                 "peak_step": hit.peak_step,
-                "trajectory": [_number(float(value)) for value in hit.trajectory],
-                **({"estimate": _number(hit.estimate)} if hit.estimate is not None else {}),
-                **({"standard_error": _number(errors[place])} if errors else {}),
+                "trajectory": [float(value) for value in hit.trajectory],
+                **({"estimate": hit.estimate} if hit.estimate is not None else {}),
+                **({"standard_error": errors[place]} if errors else {}),
             }
             for place, hit in enumerate(one.hits)
         ],

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepinfluence.app.cli._common import FAILED_CHECK, SubCommand, SubGroup, console, fail
+from stepinfluence.app.cli._common import (
+    FAILED_CHECK,
+    SubCommand,
+    SubGroup,
+    console,
+    fail,
+    print_json,
+    require_output,
+    shown,
+)
 
 if TYPE_CHECKING:
     from stepinfluence.store import Store
@@ -54,16 +62,16 @@ def info(stores: Stores, as_json: Json = False) -> None:
 
         opened = [Store.open(path) for path in folders]
     if as_json:
-        typer.echo(json.dumps([_facts(store) for store in opened], indent=2, ensure_ascii=False))
+        print_json([_facts(store) for store in opened])
         return
     screen = console()
     for store in opened:
         facts = _facts(store)
-        table = Table(title=str(store.path), title_justify="left", title_style="bold", box=None, show_header=False)
+        table = Table(title=shown(store.path), title_justify="left", title_style="bold", box=None, show_header=False)
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in _lines(facts):
-            table.add_row(name, value)
+            table.add_row(name, value if name == "state" else shown(value))
         screen.print(table)
         screen.print()
 
@@ -167,13 +175,13 @@ def verify(
     if report is not None:
         found[str(report)] = _report_problems(stores[0], report)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
     else:
         for name, problems in found.items():
             for problem in problems:
                 typer.echo(problem)
             if not problems:
-                console(json_output=True).print(f"{name}: all well", soft_wrap=True)
+                console(json_output=True).print(f"{shown(name)}: all well", soft_wrap=True)
     if any(found.values()):
         raise typer.Exit(FAILED_CHECK)
 
@@ -203,7 +211,7 @@ def merge(
     merged = put_together(stores, out, link=not copy, progress=sys.stderr.isatty())
     missing = merged.missing_count
     state = "complete" if not missing else f"{missing} shards still missing"
-    console(json_output=True).print(f"{out}: {len(merged):,} rows, {state}", soft_wrap=True)
+    console(json_output=True).print(f"{shown(out)}: {len(merged):,} rows, {state}", soft_wrap=True)
 
 
 @app.command(
@@ -220,8 +228,10 @@ def export(
         fail(f"{out}: the format goes by the file's name; end it in .npz or .safetensors")
     if out.exists() and not force:
         fail(f"{out}: exists; give another name, or --force to write over it")
+    require_output(out, ".npz", ".safetensors")
     with console(json_output=True).status("writing"):
         from stepinfluence.store import export as write_out
 
         write_out(store, out, "npz" if fmt == "npz" else "safetensors")
-    console(json_output=True).print(f"wrote {out} ({out.stat().st_size / 2**20:,.1f} MiB)", soft_wrap=True)
+    size = f"{out.stat().st_size / 2**20:,.1f} MiB"
+    console(json_output=True).print(f"wrote {shown(out)} ({size})", soft_wrap=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stepinfluence.attribution.aggregation import Dominance, dominating, energy_of
 from stepinfluence.attribution.periods import Period, period_of
+from stepinfluence.files import write_atomically, write_bytes
 from stepinfluence.machine import machine_facts, versions
 from stepinfluence.models.parity import ParityConfig
 from stepinfluence.models.parity_task import ParityExample, ParityTrainConfig
@@ -306,28 +307,28 @@ def save_arrays(result: DemoResult, path: Path) -> None:
     paper's: see :class:`DemoResult`.
     """
     rows, columns, exact = result.exact
-    np.savez_compressed(
-        path,
-        sdi=result.sdi,
-        plain=result.plain,
-        by_checkpoint=result.by_checkpoint,
-        corrected_by_checkpoint=result.corrected_by_checkpoint,
-        damping=np.array(result.damping),
-        trained=np.array(result.trained),
-        chosen=result.chosen,
-        train_ids=np.array([e.id for e in result.train]),
-        train_texts=np.array([e.text for e in result.train]),
-        train_losses=result.train_losses,
-        query_ids=np.array([q.example.id for q in result.queries]),
-        query_texts=np.array([q.example.text for q in result.queries]),
-        query_losses=np.array([q.loss for q in result.queries]),
-        query_predictions=np.array([q.prediction for q in result.queries]),
-        query_margins=np.stack([q.margin for q in result.queries]),
-        etas=np.array(result.etas),
-        exact_rows=rows,
-        exact_columns=columns,
-        exact_sdi=exact,
-    )
+    arrays: dict[str, Any] = {
+        "sdi": result.sdi,
+        "plain": result.plain,
+        "by_checkpoint": result.by_checkpoint,
+        "corrected_by_checkpoint": result.corrected_by_checkpoint,
+        "damping": np.array(result.damping),
+        "trained": np.array(result.trained),
+        "chosen": result.chosen,
+        "train_ids": np.array([e.id for e in result.train]),
+        "train_texts": np.array([e.text for e in result.train]),
+        "train_losses": result.train_losses,
+        "query_ids": np.array([q.example.id for q in result.queries]),
+        "query_texts": np.array([q.example.text for q in result.queries]),
+        "query_losses": np.array([q.loss for q in result.queries]),
+        "query_predictions": np.array([q.prediction for q in result.queries]),
+        "query_margins": np.stack([q.margin for q in result.queries]),
+        "etas": np.array(result.etas),
+        "exact_rows": rows,
+        "exact_columns": columns,
+        "exact_sdi": exact,
+    }
+    write_atomically(path, lambda made: np.savez_compressed(made, **arrays))
 
 
 def save_config(config: DemoConfig, path: Path, **extra: Any) -> None:
@@ -339,4 +340,4 @@ def save_config(config: DemoConfig, path: Path, **extra: Any) -> None:
         "machine": machine_facts(),
         **extra,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())

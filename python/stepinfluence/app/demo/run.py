@@ -25,6 +25,7 @@ from stepinfluence.attribution.curvature.choice import fitted
 from stepinfluence.attribution.scoring import influence, influence_over_checkpoints
 from stepinfluence.attribution.visiting import visit_checkpoints
 from stepinfluence.capture import Capture, ExactCapture, attach
+from stepinfluence.files import save_torch, write_atomically
 from stepinfluence.machine import PeakMemory, machine_facts, versions
 from stepinfluence.models.parity import ParityTransformer, parity_loss
 from stepinfluence.models.parity_task import (
@@ -153,7 +154,7 @@ def _train(config: DemoConfig, folder: Path, *, progress: bool) -> tuple[TrainRe
     def save(step: int, model: ParityTransformer, optimizer: torch.optim.Optimizer) -> None:
         paths.append(folder / f"step-{step:05d}.pt")
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        torch.save(content, paths[-1])
+        write_atomically(paths[-1], lambda made: save_torch(content, made))
 
     return train_parity(config.training, on_checkpoint=save, progress=progress), paths
 

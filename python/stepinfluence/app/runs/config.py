@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import reprlib
 from collections.abc import Mapping
@@ -27,6 +28,9 @@ SUMMED_SPLIT = "train"
 """The split whose rows are summed over steps unless told otherwise: the side that is searched."""
 
 CONFIG_LIMIT = 16 << 20
+
+MOST_THREADS = 4096
+"""More threads than any machine has cores; with many more, starting them ends the process."""
 
 OnFailure: TypeAlias = Literal["stop", "skip"]
 CurvatureKind: TypeAlias = Literal["fisher", "block", "source", "none"]
@@ -53,9 +57,12 @@ class SplitConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        _plain(self)
         for name in ("batch_size", "shard_rows", "threads"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ConfigError(f"threads: got {self.threads}; give at most {MOST_THREADS}")
         _one_of("dtype", self.dtype, get_args(StoreDtype))
 
 
@@ -106,6 +113,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.checkpoints, str):
             raise ConfigError(f"checkpoints: got the text {self.checkpoints!r}; give a tuple of paths or patterns")
+        _plain(self)
+        if self.eta is not None and not math.isfinite(self.eta):
+            raise ConfigError(f"eta: got {self.eta}; give a finite number")
         _positive("sketch_size", self.sketch_size)
         _one_of("hashing", self.hashing, get_args(HashFamily))
         _one_of("layout", self.layout, get_args(Layout))
@@ -315,6 +325,13 @@ def _typed(name: str, value: Any, *types: Any) -> Any:
     if isinstance(value, int) and abs(value) >= 2**64:
         raise ConfigError(f"{name}: got a number of more than 64 bits; give a smaller one")
     return value
+
+
+def _plain(settings: RunConfig | SplitConfig) -> None:
+    """Numbers and texts that ``config.yaml`` can hold: a run whose settings could not be read again would be lost."""
+    for entry in dataclasses.fields(settings):
+        if entry.name not in ("project", "splits", "checkpoints"):
+            _typed(entry.name, getattr(settings, entry.name), *TYPES[entry.name])
 
 
 def _positive(name: str, value: int) -> None:

@@ -105,7 +105,8 @@ def ask_rows(run: StoredRun, store: Store, rows: Sequence[int]) -> Asked:
     failed = store.failed
     for row in rows:
         if not 0 <= row < len(store):
-            raise StoreError(f"row: got {row}; {store.path} has rows 0 to {len(store) - 1}")
+            there = f"rows 0 to {len(store) - 1}" if len(store) else "no rows"
+            raise StoreError(f"row: got {row}; {store.path} has {there}")
         if row in failed:
             raise StoreError(f"row: {row} of {store.path} has no features: {failed[row]}")
     features = [store.features(k, rows=list(rows)) for k in range(len(store.checkpoints))]

@@ -14,7 +14,7 @@ from stepinfluence.app.runs.curvatures import Correction, score_named
 from stepinfluence.attribution.curvature import Choice
 from stepinfluence.attribution.features import Parameters
 from stepinfluence.errors import StoreError
-from stepinfluence.files import file_digest, read_sealed, remove, sealed, sync_folder, write_bytes
+from stepinfluence.files import file_digest, read_sealed, reason, remove, sealed, sync_folder, write_bytes
 from stepinfluence.search import scores
 from stepinfluence.store import Store
 from stepinfluence.writers import aside, remove_leftovers
@@ -60,6 +60,10 @@ def write_scores(
         raise ValueError(f"out: got {str(path)!r}; give a file name that ends in .npy")
     remove_leftovers(path.parent)
     made, beside = aside(path), description_path(path)
+    if beside.is_file() and path.name != SCORES and not _is_description(beside):
+        raise ValueError(
+            f"out: the ids go into {beside}, which is there and holds something else, or is damaged; give another name"
+        )
     try:
         choice: Choice = "none" if curvature is None else curvature
         result = scores(
@@ -72,7 +76,7 @@ def write_scores(
             made.replace(path)
             sync_folder(path.parent)
         except OSError as error:
-            raise StoreError(f"{path}: could not be written ({error}); mend the folder, and rerun") from error
+            raise StoreError(f"{path}: could not be written ({reason(error)}); mend the folder, and rerun") from error
     finally:
         with contextlib.suppress(OSError):
             made.unlink(missing_ok=True)
@@ -90,6 +94,12 @@ def write_scores(
     }
     write_bytes(beside, sealed(content))
     return shape
+
+
+def _is_description(path: Path) -> bool:
+    with contextlib.suppress(StoreError):
+        return "scores" in read_sealed(path, LIMIT)
+    return False
 
 
 def scores_problem(path: Path) -> str | None:

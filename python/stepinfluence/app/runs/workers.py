@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from stepinfluence.errors import ConfigError
+from stepinfluence.machine import usable_device
 
 LAUNCHERS = (
     ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -66,12 +67,9 @@ class Worker:
         if asked == "auto":
             asked = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            device = torch.device(asked)
-        except RuntimeError as error:
-            raise ConfigError(f"device: got {asked!r}; use auto, cpu, cuda or cuda:N") from error
-        if device.type != "cuda":
+            device = usable_device(asked)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if device.type != "cuda" or device.index is not None:
             return device
-        count = torch.cuda.device_count()
-        if not count or (device.index is not None and device.index >= count):
-            raise ConfigError(f"device: got {asked!r}, but this machine has {count} GPUs that torch can use")
-        return device if device.index is not None else torch.device("cuda", self.local_rank % count)
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())

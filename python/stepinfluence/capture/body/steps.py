@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
@@ -48,6 +49,9 @@ class StepTracker:
         self._entries: dict[nn.Module, list[int]] = {module: [] for module in self.body}
         self._moments = 0
         self._stack: list[int | None] = []
+        self.thread = threading.current_thread()
+        self.elsewhere = ""
+        """Name of another thread that entered the body, where operations cannot be seen."""
         self.count = 0
         """Number of steps seen so far."""
         self.labels: list[str] = []
@@ -71,6 +75,8 @@ class StepTracker:
     def _enter(self, module: nn.Module, _inputs: Any) -> None:
         if in_backward():
             return
+        if (here := threading.current_thread()) is not self.thread:
+            self.elsewhere = here.name
         if self.loop == "timeline":
             step = self._stack[-1] if self._stack and self._stack[-1] is not None else self.count
         else:

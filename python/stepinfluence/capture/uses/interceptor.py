@@ -39,7 +39,7 @@ from stepinfluence.capture.owners.calls import (
     undispatched,
 )
 from stepinfluence.capture.owners.rows import Pass, Use, gains_examples
-from stepinfluence.capture.uses.operands import Operands
+from stepinfluence.capture.uses.operands import Operands, in_transform
 from stepinfluence.capture.uses.ownership import Ownership
 from stepinfluence.capture.uses.recall import Recall
 from stepinfluence.capture.uses.sinks import GradientSink
@@ -214,6 +214,10 @@ class Interceptor(TorchFunctionMode):
         with self:
             return body(*args, **kwargs)
 
+    def is_one_for_all(self, value: Tensor, index: list[Tensor]) -> bool:
+        """Whether no examples are among what was made without data, and is written to at ``index``, by their shapes."""
+        return self._provenance.constants.has_id(id(value)) and not any(map(self._is_batch_shaped, index))
+
     def unsupported(self, sources: list[Source], func: Callable[..., Any], why: str) -> UnsupportedUseError:
         names = ", ".join(dict.fromkeys(s.name for s in sources))
         return UnsupportedUseError(
@@ -266,7 +270,7 @@ class Interceptor(TorchFunctionMode):
             return self.batch_free(func, args, kwargs, found.sources)
         if not in_backward():
             if torch._C._functorch.maybe_current_level() is not None:
-                raise self.unsupported(found.sources, func, "inside torch.func or torch.vmap")
+                raise in_transform(found.sources)
             self.owners.give(found.data)
         outer, self._without_rows = self._without_rows, all(t.numel() == 0 for t in found.data)
         try:

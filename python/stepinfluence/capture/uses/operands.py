@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from stepinfluence.capture.body.sources import Provenance, Source
+from stepinfluence.errors import UnsupportedUseError
 
 
 class Operands:
@@ -43,3 +44,12 @@ class Operands:
                     self.only_doubtful &= known.doubtful.has_id(key)
             elif type(value) in (tuple, list):
                 self._sort(known, value)
+
+
+def in_transform(sources: Iterable[Source]) -> UnsupportedUseError:
+    """The error for any use within ``torch.vmap`` or ``torch.func``: whose rows are whose cannot be seen there."""
+    names = ", ".join(dict.fromkeys(source.name for source in sources))
+    return UnsupportedUseError(
+        f"{names}: used inside torch.vmap or torch.func, where examples cannot be told apart; call the module on the "
+        "whole batch instead (most modules take leading dimensions as they are)"
+    )

@@ -120,11 +120,17 @@ def getitem(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         # Which part of the parameter it is does not depend on anything that gradients flow through.
         items = tuple(int(i) if isinstance(i, Tensor) else i for i in (index if isinstance(index, tuple) else (index,)))
         return it.batch_free(func, (table, items), {}, [source])
+    if source is not None and any(i.dtype == torch.bool for i in _tensors(index)):
+        return it.batch_free(func, args, {}, [source])  # whichever rows are picked, those of others have no gradient
     if isinstance(index, tuple) and len(index) == 1:
         (index,) = index
     if it.source(table) is None or not isinstance(index, Tensor) or index.dtype == torch.bool:
         return NotImplemented
     return _lookup(it, func, table, index, -1, False)
+
+
+def _tensors(index: Any) -> list[Tensor]:
+    return [i for i in (index if isinstance(index, tuple) else (index,)) if isinstance(i, Tensor)]
 
 
 def _picks_one(index: Any) -> bool:
@@ -260,6 +266,8 @@ def setitem(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     source = it.source(value)
     if source is None or it.source(x) is not None:
         return NotImplemented
+    if it.is_one_for_all(x, _tensors(index)):
+        return it.batch_free(func, args, {}, [source])  # a matrix that is filled from a vector, at kept places
     places = x.detach()[index]
     part = it.owners.after(Tensor.__getitem__, (x, index), places)
     func(x, index, expanded(it, func, source, tuple(places.shape), part))

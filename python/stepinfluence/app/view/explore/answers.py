@@ -22,6 +22,7 @@ from stepinfluence.attribution.features import Features
 from stepinfluence.display.words import visible
 from stepinfluence.errors import StoreError
 from stepinfluence.search import checkpoint_energy
+from stepinfluence.search.question import TOO_LARGE
 from stepinfluence.store import Store
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class Explorer:
             totals = self.scored.totals(what, slice(0, self.query.steps))
             energy, signed = scores.abs().nansum(0).numpy(), scores.nansum(0).numpy()
             if not np.isfinite(energy).all():
-                raise ValueError("scores: some are too large for float32; look at checkpoints with smaller etas")
+                raise ValueError(TOO_LARGE)
             total, late = float(energy.sum()), float(energy[len(energy) // 2 :].sum())
             return {
                 "energy": energy.tolist(),

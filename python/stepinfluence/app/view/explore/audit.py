@@ -96,7 +96,10 @@ def problems(explorer: Explorer, path: Path) -> list[str]:
         StoreError: as for :func:`read_page`.
     """
     content = read_page(path)
-    return [f"{path}: {problem}" for problem in _problems(explorer, content["overview"], content["answers"])]
+    found = list(_problems(explorer, content["overview"], content["answers"]))
+    if not found and not read_within(path, LIMIT).rstrip().endswith(b"</html>"):
+        found.append("is cut short: write it again with sdi report")
+    return [f"{path}: {problem}" for problem in found]
 
 
 def _problems(explorer: Explorer, overview: Mapping[str, Any], answers: Mapping[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from stepinfluence.app.view.explore.examples import MOST_ROWS
 from stepinfluence.app.view.explore.model import exact
 from stepinfluence.app.view.explore.scored import ALIKE, BY_SIZE, What
 from stepinfluence.app.view.page import render
+from stepinfluence.files import hand_out
 from stepinfluence.progress import tqdm
 from stepinfluence.search.topk import trajectories
 
@@ -186,4 +187,5 @@ def write_page(
     The page names the run's stores by their digests: :func:`.audit.problems` checks it against them.
     """
     answers = saved_answers(explorer, queries=queries, rows=rows, exactly=exactly, by_token=by_token, progress=progress)
-    path.write_text(render_page(sealed_overview(explorer, answers), answers), encoding="utf-8")
+    page = render_page(sealed_overview(explorer, answers), answers)
+    hand_out(path, lambda made: made.write_text(page, encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 
@@ -31,7 +32,10 @@ def serve(
     try:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ValueError(f"port: cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
+        # Numbers below zero are of names that stand for no address.
+        wrong = "host" if (error.errno or -1) < 0 or error.errno == errno.EADDRNOTAVAIL else "port"
+        reason = str(error.strerror).partition(" (while")[0]
+        raise ValueError(f"{wrong}: cannot listen on {host}:{port} ({reason}); choose another --{wrong}") from error
     with listener:
         shown = f"[{host}]" if ":" in host else host
         names = (host, shown, *LOOPBACK, "[::1]") if host in LOOPBACK else (host, shown)

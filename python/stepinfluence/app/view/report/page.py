@@ -7,6 +7,7 @@ from pathlib import Path
 from stepinfluence.app.view.page import render
 from stepinfluence.app.view.report.data import Report
 from stepinfluence.app.view.report.payload import payload
+from stepinfluence.files import hand_out
 
 
 def render_report(report: Report) -> str:
@@ -19,5 +20,5 @@ def render_report(report: Report) -> str:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Render the page into a file; errors as for :func:`render_report`."""
-    path.write_text(render_report(report), encoding="utf-8")
+    """Render the page into a file; errors as for :func:`render_report` and :func:`hand_out`."""
+    hand_out(path, lambda made: made.write_text(render_report(report), encoding="utf-8"))
