@@ -90,7 +90,7 @@ def fft(case: Case) -> dict[str, Any]:
 
 def layouts_of(case: Case) -> tuple[slots.Layout, slots.Layout]:
     """How the kernel gathers both sides, "in" and "out", of a sketch of the default family."""
-    config = transforms.SKETCH[case.m]
+    config = transforms.config_of(case.m, case.dtype == torch.float32, common.FALLBACK_SHARED)
     sketch, size = TensorSketch(case.d_out, case.d_in, case.m), case.dtype.itemsize
     layout_in, layout_out = (
         slots.layout_of(side.bucket.astype(np.int64), side.d, size, config) for side in (sketch.inp, sketch.out)

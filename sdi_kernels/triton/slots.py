@@ -9,7 +9,9 @@ feature.
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,9 @@ MAX_SLOTS = 1 << 14
 
 WIDE_SLOTS = 1 << 13
 """Slots of a pass beyond which a gather leaves no registers for anything else."""
+
+WHOLE_BYTES = 64 << 10
+"""Of rows on a device that has shared memory for the matrices of two residues as well."""
 
 HEAD = 4
 """Numbers between passes: as many as one load of 128 bits has."""
@@ -46,7 +51,7 @@ class Layout(NamedTuple):
     Attributes:
         row: features of a pass, a power of two (or, in order, those of all chunks); 0: gathered from memory.
         slots: of a bucket and pass, a power of two; 0: feature i lies in bucket i.
-        chunks: of m buckets that hold sources, by residues.
+        chunks: of m / residues buckets each, those that hold sources.
         passes: over a token's features.
     """
 
@@ -61,7 +66,8 @@ class Layout(NamedTuple):
         return max(1, self.slots) * self.chunks
 
 
-def constants_of(layouts: tuple[Layout, Layout], size: int, config: FftConfig) -> dict[str, Any]:
+@functools.lru_cache(maxsize=256)
+def constants_of(layouts: tuple[Layout, Layout], size: int, config: FftConfig) -> Mapping[str, Any]:
     """What the kernel is compiled for: ``layouts`` of the sides "in" and "out", of ``size`` bytes a feature at most."""
     chunk = config.rows * config.n2
     by_row = config.tokens == 1
@@ -74,7 +80,8 @@ def constants_of(layouts: tuple[Layout, Layout], size: int, config: FftConfig) -
         left -= needed[k] if kept[k] else 0
     short = all(kept) and sum(needed) <= AHEAD_REGISTERS and sum(x.row for x in layouts) * size <= AHEAD_BYTES
     constants: dict[str, Any] = {
-        "IS_WHOLE": by_row and is_wide and config.residues == 2, "PREFETCH": config.prefetch and (short or not by_row),
+        "IS_WHOLE": by_row and is_wide and config.residues == 2 and config.row_bytes >= WHOLE_BYTES,
+        "PREFETCH": config.prefetch and (short or not by_row),
         "IS_SHORT": by_row and not is_wide and config.residues <= 2 and layouts[0].row == chunk // 2
         and layouts[0].slots == 0,
     }  # fmt: skip
@@ -98,7 +105,7 @@ def layout_of(bucket: npt.NDArray[np.int64], d: int, size: int, config: FftConfi
         chunks = 1 << (-(-d // chunk) - 1).bit_length()
         return Layout(chunk // 2 if d <= chunk // 2 else chunks * chunk, 0, chunks, 1)
     found = []
-    row = min(max(128, 1 << (d - 1).bit_length()), MAX_ROW)
+    row = min(max(128, 1 << (d - 1).bit_length()), MAX_ROW, config.row_bytes // size)
     while row >= 128:
         passes, fullest = -(-d // row), 1
         for first in range(0, d, row):
@@ -156,7 +163,7 @@ def side(table: Tensor, d: int, size: int, config: FftConfig) -> Side:
         return Side(table, Layout(0, 0, 1, table.shape[1]))
     if table.is_inference():
         return _made(table, d, size, config)
-    key = table.data_ptr(), *table.shape, table.device, d, size, config[:4]
+    key = table.data_ptr(), *table.shape, table.device, d, size, config
     reference, version, found = _known.get(key, (lambda: None, 0, None))
     seen = reference()
     if found is None or seen is None or not version == seen._version == table._version:

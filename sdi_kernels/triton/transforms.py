@@ -24,6 +24,8 @@ class FftConfig(NamedTuple):
     num_warps: int
     prefetch: bool
     """Load the next token while one is transformed, where registers allow it."""
+    row_bytes: int = 0
+    """Of a token's row, as much as is brought to shared memory at a time."""
 
 
 FINISH = {
@@ -40,7 +42,10 @@ SHARED_BYTES = 200 << 10
 
 def config_of(m: int, has_low: bool, shared_bytes: int) -> FftConfig:
     """The configuration of a sketch size on a device. ``has_low``: see :func:`constants`."""
-    return SKETCH[m]._replace(prefetch=not has_low and m in (1024, 2048) and shared_bytes >= SHARED_BYTES)
+    return SKETCH[m]._replace(
+        prefetch=not has_low and m in (1024, 2048) and shared_bytes >= SHARED_BYTES,
+        row_bytes=1 << (shared_bytes // 3).bit_length() - 1,  # the rest is for constants
+    )
 
 
 def _roots(exponents: Tensor, order: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +67,7 @@ def constants(config: FftConfig, device: torch.device, has_low: bool) -> Tensor:
 
     The second stage's matrices are block diagonal, twiddles and weights are there for every token of a block.
     """
-    residues, n1, n2, tokens, _, _ = config
+    residues, n1, n2, tokens = config[:4]
     size, m = n1 * n2, residues * n1 * n2
     # A residue's weights of n = N2 n1 + n2, W_m^{n r}, are part of what follows: of the first matrix' columns n1, and
     # of the twiddles of column n2.

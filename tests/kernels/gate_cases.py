@@ -86,13 +86,16 @@ def _fft_case(
     )  # fmt: skip
 
 
-def _layouts(m: int, d_out: int, d_in: int, has_low: bool, hashing: Any = "balanced") -> tuple[Any, Any]:
+def _layouts(
+    target: Target, m: int, d_out: int, d_in: int, has_low: bool, hashing: Any = "balanced"
+) -> tuple[Any, Any]:
     import numpy as np
 
     from sdi_kernels import TensorSketch
     from sdi_kernels.triton import slots, transforms
 
-    config, sketch = transforms.SKETCH[m], TensorSketch(d_out, d_in, m, hashing=hashing)
+    config = transforms.config_of(m, has_low, SHARED_LIMIT[target] << 10)
+    sketch = TensorSketch(d_out, d_in, m, hashing=hashing)
     layout_in, layout_out = (
         slots.layout_of(side.bucket.astype(np.int64), side.d, 4 if has_low else 2, config)
         for side in (sketch.inp, sketch.out)
@@ -101,14 +104,15 @@ def _layouts(m: int, d_out: int, d_in: int, has_low: bool, hashing: Any = "balan
 
 
 def _fft_layers(target: Target, sizes: tuple[int, ...]) -> list[Case]:
-    """Every sketch size at 768 x 768; on sm_90 whatever was counted."""
+    """Every sketch size at 768 x 768; on sm_90 whatever was counted, and where shared memory is short wide rows."""
     cases = []
     for (m, d_out, d_in), counts in COUNTED.items():
-        if m in sizes and (target == SM90 or (d_out, d_in) == (768, 768)):
+        is_wide = target == SM86 and (m, d_out, d_in) == (4096, 4096, 11008)
+        if m in sizes and (target == SM90 or (d_out, d_in) == (768, 768) or is_wide):
             for has_low in (False, True):
                 name = "" if (d_out, d_in) == (768, 768) else f" layer {d_out}x{d_in}"
                 counted = counts[has_low] if target == SM90 else None
-                cases.append(_fft_case(target, m, has_low, _layouts(m, d_out, d_in, has_low), name, counted))
+                cases.append(_fft_case(target, m, has_low, _layouts(target, m, d_out, d_in, has_low), name, counted))
     return cases
 
 
@@ -122,7 +126,7 @@ def _fft_variants() -> list[Case]:
             many = Layout(0, 0, 1, 2)
             cases.append(_fft_case(SM90, m, has_low, (many, many), " 2 sources"))
         cases += [
-            _fft_case(SM90, m, has_low, _layouts(m, 2048, 4096, has_low, "iid"), " layer 2048x4096 iid")
+            _fft_case(SM90, m, has_low, _layouts(SM90, m, 2048, 4096, has_low, "iid"), " layer 2048x4096 iid")
             for m in (1024, 2048, 4096, 8192)
         ]
         long = Layout(8192, 2, 1, 4)

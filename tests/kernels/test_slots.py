@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from sdi_kernels import CountSketch
 from sdi_kernels.triton import slots, transforms
 from sdi_kernels.triton.slots import HEAD, Layout
 
+CONFIGS = {m: transforms.config_of(m, True, 227 << 10) for m in transforms.SKETCH}
+
 
 def gathered(x: np.ndarray, made: slots.Side, m: int) -> np.ndarray:
     """What the kernel makes of one token's side, from the layout's description."""
     table, layout = made.table.numpy(), made.layout
-    chunk = m // transforms.SKETCH[m].residues
+    chunk = m // CONFIGS[m].residues
     out = np.zeros((layout.chunks, chunk))
     size = layout.lines * chunk
     first = 0
@@ -45,7 +48,7 @@ def test_slots_are_the_count_sketch(m: int, hashing: Any, role: Any, d: int) -> 
     want = np.zeros(m)
     np.add.at(want, sketch.bucket, sketch.sign * x)
     for size in (2, 4):
-        made = slots.side(sketch.tables()[2], d, size, transforms.SKETCH[m])
+        made = slots.side(sketch.tables()[2], d, size, CONFIGS[m])
         assert np.array_equal(gathered(x, made, m), want)
         assert (made.layout.slots == 0) == (sketch.contiguous and d <= m)
 
@@ -53,7 +56,7 @@ def test_slots_are_the_count_sketch(m: int, hashing: Any, role: Any, d: int) -> 
 def test_layouts() -> None:
     def layout(d: int, m: int, role: Any = "out") -> Layout:
         sketch = CountSketch(d, m, role=role)
-        return slots.layout_of(sketch.bucket.astype(np.int64), d, 2, transforms.SKETCH[m])
+        return slots.layout_of(sketch.bucket.astype(np.int64), d, 2, CONFIGS[m])
 
     assert layout(768, 2048) == Layout(row=1024, slots=1, chunks=1, passes=1)
     assert layout(768, 2048, "in") == Layout(row=1024, slots=0, chunks=1, passes=1)
@@ -67,8 +70,18 @@ def test_layouts() -> None:
     assert long.lines * 1024 <= slots.MAX_SLOTS
 
 
+def test_rows_leave_shared_memory_to_the_matrices() -> None:
+    bucket = CountSketch(11008, 2048).bucket.astype(np.int64)
+    for shared, longest in ((227 << 10, 64 << 10), (163 << 10, 32 << 10), (99 << 10, 32 << 10), (64 << 10, 16 << 10)):
+        config = transforms.config_of(2048, True, shared)
+        assert config.row_bytes == longest
+        assert slots.layout_of(bucket, 11008, 4, config).row * 4 <= longest
+    wide = Layout(8192, 4, 2, 2)
+    assert not slots.constants_of((wide, wide), 4, transforms.config_of(4096, True, 99 << 10))["IS_WHOLE"]
+
+
 def test_what_stays_in_registers() -> None:
-    def constants(m: int, size: int, side_in: Layout, side_out: Layout, has_low: bool = False) -> dict[str, Any]:
+    def constants(m: int, size: int, side_in: Layout, side_out: Layout, has_low: bool = False) -> Mapping[str, Any]:
         return slots.constants_of((side_in, side_out), size, transforms.config_of(m, has_low, 227 << 10))
 
     one, order = Layout(1024, 1, 1, 1), Layout(1024, 0, 1, 1)
@@ -87,7 +100,7 @@ def test_what_stays_in_registers() -> None:
 
 def test_made_once_while_the_table_stays_as_it_is() -> None:
     table = CountSketch(100, 1024).tables()[2].clone()
-    config = transforms.SKETCH[1024]
+    config = CONFIGS[1024]
     made = slots.side(table, 100, 4, config)
     assert slots.side(table, 100, 4, config) is made
     assert slots.side(table, 100, 2, config) is not made

@@ -3,6 +3,7 @@ number of sources, in one pass or in several."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +13,15 @@ from sketch_cases import expected_linear
 
 from sdi_kernels import TensorSketch
 from sdi_kernels.calls import LinearCall
-from sdi_kernels.triton import fft, slots, transforms
+from sdi_kernels.triton import common, fft, slots, transforms
 
 FP16 = 2.0**-11
 """What rounding to nearest loses of an operand of fp16."""
 
 
-def constants_of(sketch: TensorSketch, size: int = 4) -> dict[str, Any]:
+def constants_of(sketch: TensorSketch, size: int = 4) -> Mapping[str, Any]:
     """What the kernel is compiled for."""
-    config = transforms.SKETCH[sketch.m]
+    config = transforms.config_of(sketch.m, size == 4, common.FALLBACK_SHARED)
     sides = (slots.side(x.tables()[2], x.d, size, config) for x in (sketch.inp, sketch.out))
     layout_in, layout_out = (side.layout for side in sides)
     return slots.constants_of((layout_in, layout_out), size, config)
