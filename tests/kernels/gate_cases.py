@@ -54,12 +54,18 @@ class Case(NamedTuple):
 EPILOGUE_STACK = 32
 """Of ``direct``: a few values around the epilogue, none of them in the token loop."""
 
-FFT_SPILLS: dict[tuple[Target, str], tuple[int, int]] = {}
+FFT_SPILLS: dict[tuple[Target, str], tuple[int, int]] = {
+    (SM80, "fft m=512 half"): (88, 21), (SM80, "fft m=512 fp32"): (432, 144), (SM80, "fft m=2048 fp32"): (16, 4),
+    (SM80, "fft m=512 finish"): (72, 0), (SM80, "fft m=2048 finish"): (112, 0),
+    (SM86, "fft m=2048 fp32"): (16, 3), (SM86, "fft m=4096 fp32"): (48, 14),
+    (SM86, "fft m=1024 finish"): (96, 0), (SM86, "fft m=2048 finish"): (128, 0), (SM86, "fft m=4096 finish"): (16, 7),
+    (SM100, "fft m=2048 fp32"): (32, 5),
+    (SM90, "fft m=4096 half layer 2048x4096 iid"): (192, 81), (SM90, "fft m=8192 half layer 2048x4096 iid"): (152, 54),
+    (SM90, "fft m=2048 fp32 layer 2048x4096 iid"): (48, 6), (SM90, "fft m=4096 fp32 layer 2048x4096 iid"): (344, 110),
+    (SM90, "fft m=8192 fp32 layer 2048x4096 iid"): (280, 81), (SM90, "fft m=2048 fp32 layer of 4 passes"): (128, 39),
+}  # fmt: skip
 """(Bytes of stack, local loads and stores in the loop) of cases that are not counted, by target and name: the most of
 both versions. All others need none."""
-
-FINISH_STACK = 80
-"""Of the launch that inverts: around its matrices, once a row."""
 
 
 def _fft_case(
@@ -146,7 +152,7 @@ def _finish_cases(target: Target, sizes: tuple[int, ...]) -> list[Case]:
         }  # fmt: skip
         cases.append(
             Case(f"fft m={m} finish", target, "inverse", "fft_finish_kernel", constants, {}, config.num_warps, 1,
-                 _wanted(target), FINISH_STACK if target != GFX942 else 128)
+                 _wanted(target), *FFT_SPILLS.get((target, f"fft m={m} finish"), (0, 0)))
         )  # fmt: skip
     return cases
 
