@@ -2,7 +2,7 @@
 
     python -m bench.gpu.predict --keep    # bench/results/predicted-sm90.json; docs/kernels.md states its figures
 
-Needs no GPU. Cycles are counted in machine code (cost.py and :data:`DIRECT_CYCLES`), rates of the device are data
+Needs no GPU. Cycles are counted in machine code (counted.py and :data:`DIRECT_CYCLES`), rates of the device are data
 sheets' with a margin (:data:`ASSUMED`). A launch takes as long as the busiest of what it needs: to issue instructions,
 shared memory, tensor cores, bytes of its inputs. What is known to come on top is added: ``direct``'s epilogue and
 atomics, launches. gpu-check prints measured over predicted for each row, so that the first run says which of these is
@@ -18,10 +18,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from bench.gpu.counted import COUNTED
 from bench.gpu.layers import DTYPES, Case, cases
-from sdi_kernels.triton import configs, cost, transforms
+from sdi_kernels import TensorSketch
+from sdi_kernels.triton import common, configs, cost, slots, transforms
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "predicted-sm90.json"
 
@@ -34,8 +37,9 @@ ASSUMED = {
     "weight-gradient product of float32, FLOP a second": 50e12,
 }
 
-SOURCE_ISSUE = 0.13
-"""Cycles to issue one of several sources of a bucket, from what the compile gate counts with two (docs/kernels.md)."""
+CONFLICTS = 2.5 / 32
+"""Cycles of shared memory for each feature that is gathered there, beyond those counted without conflicts: 32 addresses
+at random in as many banks take 3.5 turns."""
 
 
 DIRECT_CYCLES: dict[str, tuple[tuple[int, int, int], cost.Cycles, cost.Cycles]] = {
@@ -64,35 +68,34 @@ def _busy(cycles: cost.Cycles) -> dict[str, float]:
 
 
 def fft(case: Case) -> dict[str, Any]:
-    """Both launches. What is counted is for layers of up to 1024 features with one source to a bucket; on top of it
-    come conflicts of banks in rows, lines of gathers from memory, and further sources of a bucket (d > m)."""
+    """Both launches. On top of the shared memory counted come conflicts of banks in gathers, and lines that pass
+    through the cache, which shares its pipe: features, and slots and registers that are loaded for every token."""
     single = case.dtype == torch.float32
-    config = (transforms.COMPACT if single else transforms.HALF)[case.m]
-    cycles = cost.FFT_CYCLES[case.m][single]
-    by_row = transforms.rows_of(config, case.d_in, case.d_out) != (0, 0)
-    issue, shared = cycles.issue, cycles.shared
-    for d, in_order in ((case.d_out, False), (case.d_in, case.d_in <= case.m)):
-        width = -(-d // case.m)
-        issue += SOURCE_ISSUE * case.m * config.residues * (width if width > 1 else 0)
-        shared += config.residues * case.m / 32 * _turns(d, width, case.dtype.itemsize, in_order, by_row, case.m)
-    busy = _times(cycles._replace(issue=issue, shared=shared), case.rows * case.tokens)
+    found = COUNTED[case.m, case.d_out, case.d_in][single]
+    config = transforms.config_of(case.m, single, common.FALLBACK_SHARED)
+    chunk = config.rows * config.n2
+    layouts = layouts_of(case)
+    constants = slots.constants_of(layouts, case.dtype.itemsize, config)
+    shared = found.shared + found.local * config.num_warps
+    for layout, d, name in zip(layouts, (case.d_in, case.d_out), ("IN", "OUT"), strict=True):
+        lines = d * case.dtype.itemsize / 128
+        if not constants[f"IS_KEPT_{name}"]:
+            lines += layout.passes * layout.lines * chunk * 4 / 128
+        shared += lines + (d * CONFLICTS if layout.slots else 0)
+    programs = 1 if constants["IS_WHOLE"] else config.residues
+    busy = _times(cost.Cycles(found.issue, shared, found.tensor), programs * case.rows * case.tokens)
     read = input_bytes(case) / ASSUMED["memory, bytes a second"]
     return _launch({**_busy(busy), "bytes": read}, 2 * ASSUMED["launch, seconds"])
 
 
-def _turns(d: int, width: int, size: int, in_order: bool, by_row: bool, m: int) -> float:
-    """Cycles of shared memory or of the cache, which share a pipe, for a side's load of 32 buckets, beyond those
-    counted: 32 addresses at random in as many banks take 3.5 turns, and from memory one a line. A bucket's several
-    entries of the table lie side by side: a line each."""
-    lanes = 32 * min(1.0, d / (m * width))
-    table = float(width * min(width, 32)) if width > 1 else 0.0
-    if by_row:
-        row = (width - 1) * (1 + d * size / 128 / (m / 32))
-        return table + row + (0.0 if in_order else width * 2.5 * lanes / 32)
-    if in_order:
-        return size * 32 / 128
-    lines = max(1.0, d * size / 128)
-    return table + width * lines * (1 - (1 - 1 / lines) ** lanes)
+def layouts_of(case: Case) -> tuple[slots.Layout, slots.Layout]:
+    """How the kernel gathers both sides, "in" and "out", of a sketch of the default family."""
+    config = transforms.config_of(case.m, case.dtype == torch.float32, common.FALLBACK_SHARED)
+    sketch, size = TensorSketch(case.d_out, case.d_in, case.m), case.dtype.itemsize
+    layout_in, layout_out = (
+        slots.layout_of(side.bucket.astype(np.int64), side.d, size, config) for side in (sketch.inp, sketch.out)
+    )
+    return layout_in, layout_out
 
 
 def direct(case: Case) -> dict[str, Any]:

@@ -32,14 +32,15 @@ class Cycles(NamedTuple):
 
 
 FFT_CYCLES: dict[int, tuple[Cycles, Cycles]] = {
-    256: (Cycles(87, 64, 36), Cycles(126, 160, 108)),
-    512: (Cycles(176, 128, 72), Cycles(253, 320, 216)),
-    1024: (Cycles(377, 428, 120), Cycles(593, 1012, 360)),
-    2048: (Cycles(597, 624, 288), Cycles(973, 1424, 864)),
-    4096: (Cycles(1224, 1792, 960), Cycles(3432, 2464, 1728)),
-    8192: (Cycles(5560, 3008, 1920), Cycles(10800, 4928, 3456)),
+    256: (Cycles(68, 55, 48), Cycles(113, 140, 132)),
+    512: (Cycles(138, 109, 96), Cycles(227, 280, 264)),
+    1024: (Cycles(323, 320, 160), Cycles(516, 772, 456)),
+    2048: (Cycles(496, 448, 320), Cycles(861, 1040, 864)),
+    4096: (Cycles(1182, 1024, 640), Cycles(1908, 2208, 1728)),
+    8192: (Cycles(4292, 2752, 1536), Cycles(5600, 5440, 4224)),
 }
-"""A token of ``fft``, by sketch size: (16-bit inputs, fp32); layers of up to 1024 features, one source to a bucket."""
+"""A token of ``fft``, by sketch size: (16-bit inputs, fp32); layers of up to 1024 features, one source to a bucket
+(bench/gpu/counted.py has others)."""
 
 SHEAR_CYCLES, SHEAR_TILE = (341, 720), ((64, 128), (64, 64))
 """Cycles of one multiprocessor per token and tile of ``shear``, and the tile's blocks and columns: for one tf32

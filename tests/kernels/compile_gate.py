@@ -50,8 +50,8 @@ class Cost(NamedTuple):
     error: str = ""
 
 
-PLAIN = ("rows", "tokens", "tokens_per_split", "lines_per_split", "width_in", "width_out", "splits", "parts", "i_begin",
-         "query_tokens", "queries_per_split")  # fmt: skip
+PLAIN = ("rows", "tokens", "tokens_per_split", "lines_per_split", "passes_in", "passes_out", "table_step", "splits",
+         "parts", "i_begin", "query_tokens", "queries_per_split")  # fmt: skip
 """Arguments that the kernels ask the launcher not to specialize on."""
 
 

@@ -5,7 +5,13 @@ Needs nothing but the configurations; kernels are imported where a case is measu
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the gate runs as a script, too
+
+from bench.gpu.counted import COUNTED, Counted
 
 Target = tuple[str, int | str]
 SM80, SM86, SM90, SM100 = ("cuda", 80), ("cuda", 86), ("cuda", 90), ("cuda", 100)
@@ -33,9 +39,9 @@ class Case(NamedTuple):
     """Local loads and stores (spilled registers) that are allowed in the longest loop."""
     tokens: int = 1
     """Tokens that one pass of the loop works off."""
-    shared_cycles: int | None = None
+    shared_cycles: float | None = None
     """Cycles of shared memory a token that are allowed, where they are counted."""
-    issue_cycles: int | None = None
+    issue_cycles: float | None = None
     """Cycles a token to issue the loop's instructions that are allowed, where they are counted."""
     single_loads: int = 0
     """Loads of one 16-bit number that have to be in the loop: gathers, whose hint of contiguity need not be true."""
@@ -48,78 +54,112 @@ class Case(NamedTuple):
 EPILOGUE_STACK = 32
 """Of ``direct``: a few values around the epilogue, none of them in the token loop."""
 
-FFT_CYCLES = {
-    (256, False, 0): (88, 64), (256, True, 0): (126, 160), (512, False, 0): (177, 128), (512, True, 0): (254, 320),
-    (1024, False, 1024): (378, 428), (1024, True, 1024): (596, 1012), (2048, False, 1024): (598, 624),
-    (2048, False, 2048): (622, 656), (2048, True, 1024): (974, 1424), (2048, True, 2048): (1012, 1488),
-    (4096, False, 1024): (1226, 1792), (4096, False, 4096): (1308, 1888), (4096, True, 0): (1724, 1232),
-    (8192, False, 0): (2782, 1504), (8192, True, 0): (2704, 1232),
+FFT_SPILLS: dict[tuple[Target, str], tuple[int, int]] = {
+    (SM80, "fft m=512 half"): (88, 21), (SM80, "fft m=512 fp32"): (432, 144), (SM80, "fft m=2048 fp32"): (16, 4),
+    (SM80, "fft m=512 finish"): (72, 0), (SM80, "fft m=2048 finish"): (112, 0),
+    (SM86, "fft m=2048 fp32"): (16, 3), (SM86, "fft m=4096 fp32"): (80, 30),
+    (SM86, "fft m=4096 half layer 4096x11008"): (264, 128), (SM86, "fft m=4096 fp32 layer 4096x11008"): (304, 122),
+    (SM86, "fft m=1024 finish"): (128, 0), (SM86, "fft m=2048 finish"): (128, 0), (SM86, "fft m=4096 finish"): (16, 7),
+    (SM100, "fft m=2048 fp32"): (32, 5),
+    (SM90, "fft m=4096 half layer 2048x4096 iid"): (192, 81), (SM90, "fft m=8192 half layer 2048x4096 iid"): (152, 54),
+    (SM90, "fft m=2048 fp32 layer 2048x4096 iid"): (48, 6), (SM90, "fft m=4096 fp32 layer 2048x4096 iid"): (352, 112),
+    (SM90, "fft m=8192 fp32 layer 2048x4096 iid"): (280, 85), (SM90, "fft m=2048 fp32 layer of 4 passes"): (128, 39),
 }  # fmt: skip
-"""Cycles a token and residue on sm_90, by sketch size, whether inputs are fp32, and row: (to issue, of shared memory),
-the most of Triton 3.6.0 and 3.7.1."""
-
-FFT_SPILLS: dict[tuple[Target, int, bool, int], tuple[int, int]] = {
-    (SM90, 8192, True, 1): (88, 22), (SM80, 512, True, 1): (80, 17), (SM80, 2048, True, 1): (56, 13),
-    (SM100, 2048, True, 1): (80, 16), (SM86, 1024, True, 1): (64, 15), (SM86, 2048, True, 1): (64, 14),
-    (SM86, 4096, True, 1): (8, 1),
-    (SM90, 2048, True, 2): (80, 10), (SM90, 4096, False, 2): (8, 0), (SM90, 4096, True, 2): (448, 134),
-    (SM90, 8192, False, 2): (400, 130), (SM90, 8192, True, 2): (1240, 473),
-}  # fmt: skip
-"""(Bytes of stack, local loads and stores in the loop) by target, sketch size, whether inputs are fp32, and sources of
-the fullest bucket (2: several, gathered from memory): the most of both versions. All others need none."""
-
-FINISH_STACK = 80
-"""Of the launch that inverts: around its matrices, once a row."""
+"""(Bytes of stack, local loads and stores in the loop) of cases that are not counted, by target and name: the most of
+both versions. All others need none."""
 
 
-def _fft_case(target: Target, m: int, has_low: bool, sources: int, row: int) -> Case:
-    """``row``: features of both sides where they are gathered from rows, 0 where they are not."""
-    from sdi_kernels.triton import transforms
+def _fft_case(
+    target: Target, m: int, has_low: bool, layouts: tuple[Any, Any], name: str = "", counted: Counted | None = None
+) -> Case:
+    """``layouts``: of the sides "in" and "out"."""
+    from sdi_kernels.triton import slots, transforms
 
-    compact = has_low or SHARED_LIMIT[target] << 10 < transforms.SHARED_BYTES
-    config = (transforms.COMPACT if compact else transforms.HALF)[m]
+    config = transforms.config_of(m, has_low, SHARED_LIMIT[target] << 10)
+    size = 4 if has_low else 2
     constants = {
-        "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens, "MANY_IN": sources > 1,
-        "MANY_OUT": sources > 1, "IS_WIDE": False, "PREFETCH": config.prefetch, "HAS_LOW": has_low, "ROW_IN": row,
-        "ROW_OUT": row, "stride_ad": 1, "stride_gd": 1, **ONE_PAIR,
+        "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens, "HAS_LOW": has_low,
+        **slots.constants_of(layouts, size, config), "IS_WIDE": False, "stride_ad": 1, "stride_gd": 1, **ONE_PAIR,
     }  # fmt: skip
-    stack, local = FFT_SPILLS.get((target, m, has_low, sources), (0, 0)) if not (row and target == SM90) else (0, 0)
-    counted = target == SM90 and sources == 1
-    issue, shared = FFT_CYCLES[m, has_low, row] if counted else (None, None)
-    gathered = 2 * config.residues * config.rows * config.n2 * config.tokens // (32 * config.num_warps)
-    name = f"fft m={m} {'fp32' if has_low else 'half'}" + (f" row {row}" if row else "")
+    name = f"fft m={m} {'fp32' if has_low else 'half'}{name}"
+    stack, local = FFT_SPILLS.get((target, name), (0, 0))
+    is_single = counted and config.tokens > 1 and not has_low
+    single = 2 * config.rows * config.n2 * config.tokens // (32 * config.num_warps) if is_single else 0
     return Case(
-        name + (f" {sources} sources" if sources > 1 else ""), target, "fft", "fft_sketch_kernel", constants,
-        {} if has_low else _half("half", "p_a", "p_g"), config.num_warps, 1, _wanted(target), stack, local,
-        config.tokens, shared, issue, gathered if counted and not has_low and not row else 0,
-        2 * (row * (4 if has_low else 2) // (16 * 32 * config.num_warps)) if counted else 0,
+        name, target, "fft", "fft_sketch_kernel", constants, {} if has_low else _half("half", "p_a", "p_g"),
+        config.num_warps, 1, _wanted(target), counted.stack if counted else stack, counted.local if counted else local,
+        config.tokens, counted and counted.shared, counted and counted.issue, single,
+        counted.wide if counted else 0,
     )  # fmt: skip
 
 
-def _fft_cases(target: Target, sizes: tuple[int, ...], counts: tuple[int, ...]) -> list[Case]:
-    from sdi_kernels.triton import fft, transforms
+def _layouts(
+    target: Target, m: int, d_out: int, d_in: int, has_low: bool, hashing: Any = "balanced"
+) -> tuple[Any, Any]:
+    import numpy as np
+
+    from sdi_kernels import TensorSketch
+    from sdi_kernels.triton import slots, transforms
+
+    config = transforms.config_of(m, has_low, SHARED_LIMIT[target] << 10)
+    sketch = TensorSketch(d_out, d_in, m, hashing=hashing)
+    layout_in, layout_out = (
+        slots.layout_of(side.bucket.astype(np.int64), side.d, 4 if has_low else 2, config)
+        for side in (sketch.inp, sketch.out)
+    )
+    return layout_in, layout_out
+
+
+def _fft_layers(target: Target, sizes: tuple[int, ...]) -> list[Case]:
+    """Every sketch size at 768 x 768; on sm_90 whatever was counted, and where shared memory is short wide rows."""
+    cases = []
+    for (m, d_out, d_in), counts in COUNTED.items():
+        is_wide = target == SM86 and (m, d_out, d_in) == (4096, 4096, 11008)
+        if m in sizes and (target == SM90 or (d_out, d_in) == (768, 768) or is_wide):
+            for has_low in (False, True):
+                name = "" if (d_out, d_in) == (768, 768) else f" layer {d_out}x{d_in}"
+                counted = counts[has_low] if target == SM90 else None
+                cases.append(_fft_case(target, m, has_low, _layouts(target, m, d_out, d_in, has_low), name, counted))
+    return cases
+
+
+def _fft_variants() -> list[Case]:
+    """Buckets with several sources that are gathered from memory, independent hashing, rows in several passes."""
+    from sdi_kernels.triton.slots import Layout
+
+    cases = []
+    for has_low in (False, True):
+        for m in (256, 512):
+            many = Layout(0, 0, 1, 2)
+            cases.append(_fft_case(SM90, m, has_low, (many, many), " 2 sources"))
+        cases += [
+            _fft_case(SM90, m, has_low, _layouts(SM90, m, 2048, 4096, has_low, "iid"), " layer 2048x4096 iid")
+            for m in (1024, 2048, 4096, 8192)
+        ]
+        long = Layout(8192, 2, 1, 4)
+        cases.append(_fft_case(SM90, 2048, has_low, (long, long), " layer of 4 passes"))
+    return cases
+
+
+def _finish_cases(target: Target, sizes: tuple[int, ...]) -> list[Case]:
+    from sdi_kernels.triton import inverse, transforms
 
     cases = []
     for m in sizes:
-        for has_low in (False, True):
-            rows = [row for size, low, row in FFT_CYCLES if (size, low) == (m, has_low)] if target == SM90 else [0]
-            if target != SM90 and m in (1024, 2048):
-                rows = [1024]
-            cases += [_fft_case(target, m, has_low, 1, row) for row in rows]
-            if m in (1024, 2048) or (m == 4096 and not has_low):  # wide layers, by rows and beyond their length
-                cases += [_fft_case(target, m, has_low, 2, 4096) for sources in counts if sources == 2]
-            cases += [_fft_case(target, m, has_low, sources, 0) for sources in counts if sources > 1]
         config = transforms.FINISH[m]
-        residues = (transforms.HALF if target == SM90 else transforms.COMPACT)[m].residues
         constants = {
-            "N1": config.rows, "N2": config.n2, "R": config.residues, "R_WORK": residues,
-            "COLS": transforms.COLUMNS, "AHEAD": fft.AHEAD, "stride_om": 1, "IS_LIST": False,
+            "N1": config.rows, "N2": config.n2, "R": config.residues, "COLS": transforms.COLUMNS,
+            "AHEAD": inverse.AHEAD, "stride_om": 1, "IS_LIST": False,
         }  # fmt: skip
         cases.append(
-            Case(f"fft m={m} finish", target, "fft", "fft_finish_kernel", constants, {}, config.num_warps, 1,
-                 _wanted(target), FINISH_STACK if target != GFX942 else 128)
+            Case(f"fft m={m} finish", target, "inverse", "fft_finish_kernel", constants, {}, config.num_warps, 1,
+                 _wanted(target), *FFT_SPILLS.get((target, f"fft m={m} finish"), (0, 0)))
         )  # fmt: skip
     return cases
+
+
+def _fft_cases(target: Target, sizes: tuple[int, ...]) -> list[Case]:
+    return _fft_layers(target, sizes) + _finish_cases(target, sizes)
 
 
 def _tuned(kernel: str, kinds: tuple[str, ...], all_candidates: bool) -> list[tuple[str, str, Any]]:
@@ -135,13 +175,19 @@ def _tuned(kernel: str, kinds: tuple[str, ...], all_candidates: bool) -> list[tu
     return found
 
 
+LIST_STACK, LIST_LOCAL = 16, 2
+
 ONE_PAIR = {"IS_LIST": False, "IS_ALIGNED": False}
 
 
 def _lists(found: list[Case]) -> list[Case]:
-    """Cases of the linear kernels as they read lists of pairs, with rows that allow wide loads."""
+    """Cases of the linear kernels as they read lists of pairs, with rows that allow wide loads. What ``fft`` reads of
+    the table may take a register or two, and a few instructions."""
     return [
         case._replace(
+            stack=case.stack + LIST_STACK * (case.kernel == "fft_sketch_kernel"),
+            local=case.local + LIST_LOCAL * (case.kernel == "fft_sketch_kernel"),
+            issue_cycles=case.issue_cycles and 1.01 * case.issue_cycles,
             name=f"{case.name}, list", dtypes={**case.dtypes, "p_table": "i64"},
             constants={**case.constants, **{name: True for name in ONE_PAIR if name in case.constants}},
         )
@@ -272,7 +318,7 @@ def _wanted(target: Target) -> tuple[str, ...]:
 def is_main(case: Case) -> bool:
     """For sm_90, of what ships, one pair of tensors with one source to a bucket: `make test` compiles these. All others
     are variants of them, and `make test-triton` compiles all, under both versions of Triton."""
-    variants = (" sources", " tile ", ", list", ", sizes 1", " metric")
+    variants = (" sources", " layer ", " tile ", ", list", ", sizes 1", " metric")
     return case.target == SM90 and not any(word in case.name for word in variants)
 
 
@@ -280,19 +326,20 @@ def cases() -> list[Case]:
     """Every kernel x configuration for sm_90; every kernel at its main configurations for the other targets."""
     kinds, half = ("half", "tf32", "tf32x3"), ("half",)
     sizes = 256, 512, 1024, 2048, 4096, 8192
-    found = _lists(_fft_cases(SM90, sizes, (1,)) + _direct_cases(SM90, kinds) + _shear_cases(SM90, kinds))
-    found += _lists(_fft_cases(SM80, (2048,), (1,)) + _direct_cases(SM80, kinds, (False,)))
-    found += _fft_cases(SM90, sizes, (1, 2))
+    found = _lists([case for case in _fft_cases(SM90, sizes) if " layer " not in case.name])
+    found += _lists(_direct_cases(SM90, kinds) + _shear_cases(SM90, kinds))
+    found += _lists(_fft_cases(SM80, (2048,)) + _direct_cases(SM80, kinds, (False,)))
+    found += _fft_cases(SM90, sizes) + _fft_variants()
     found += _direct_cases(SM90, kinds, all_candidates=True) + _shear_cases(SM90, kinds, (2048, 8192), True)
     found += _pairwise_cases(SM90, kinds, True) + _other_cases(SM90)
-    found += _fft_cases(SM80, (512, 2048), (1,))
+    found += _fft_cases(SM80, (512, 2048))
     found += _direct_cases(SM80, kinds, (False,)) + _shear_cases(SM80, kinds) + _pairwise_cases(SM80, kinds)
     found += _other_cases(SM80)
-    found += _fft_cases(SM86, (1024, 2048, 4096), (1,))
-    found += _fft_cases(SM100, (2048,), (1,))
+    found += _fft_cases(SM86, (1024, 2048, 4096))
+    found += _fft_cases(SM100, (2048,))
     found += _direct_cases(SM100, half, (False,))[:1] + _shear_cases(SM100, half) + _pairwise_cases(SM100, half)
     found += _other_cases(SM100)
-    found += _fft_cases(GFX942, (512,), (1,))
+    found += _fft_cases(GFX942, (512,))
     found += _direct_cases(GFX942, half, (False,))[:1] + _shear_cases(GFX942, half) + _pairwise_cases(GFX942, half)
     found += _other_cases(GFX942)
     first: dict[str, Case] = {}
