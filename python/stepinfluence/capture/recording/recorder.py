@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -28,8 +26,8 @@ class SketchRecorder(DenseSink):
     """Adds the sketches of one backward pass to a buffer ``(B, steps, D)``, or ``(B, D)`` summed over steps.
 
     Uses of linear layers wait for each other as far as the capture's workspace goes
-    (:mod:`stepinfluence.capture.recording.waiting`), and so do a vector's gradients, once they are summed over tokens;
-    all else is sketched at once.
+    (:mod:`stepinfluence.capture.recording.waiting`); gradients of a vector are summed over tokens, and what that gives
+    waits for the end; all else is sketched at once.
 
     Args:
         sketching: of the capture.
@@ -41,8 +39,7 @@ class SketchRecorder(DenseSink):
     def __init__(self, sketching: Sketching, buffer: Tensor, *, wait: bool = True) -> None:
         super().__init__(buffer.dtype)
         self._sketching, self.buffer = sketching, buffer
-        self._share = sketching.share if wait else 0
-        self._waiting = WaitingUses(self._share, buffer)
+        self._waiting = WaitingUses(sketching.share if wait else 0, buffer)
         self._layers: dict[Piece, Layer | None] = {}
         self._totals: dict[Piece, Tensor | None] = {}
 
@@ -120,11 +117,11 @@ class SketchRecorder(DenseSink):
 
     def _total(self, piece: Piece, sketch: CountSketch) -> Tensor | None:
         """Where the gradients of a vector, summed over tokens, wait: ``(B, steps, d)``, or ``(B, 1, d)`` summed over
-        steps; None where that would take more than the share of a weight."""
+        steps; None where that would be more than its columns of the feature rows."""
         if piece not in self._totals:
             shape = (len(self.buffer), self.buffer.shape[1] if self.buffer.dim() == 3 else 1, sketch.d)
-            fits = math.prod(shape) * self.buffer.element_size() <= self._share
-            self._totals[piece] = self.buffer.new_zeros(shape) if fits else None
+            own = self._sketching.layout == "concat" and piece.whole and sketch.d <= sketch.m
+            self._totals[piece] = self.buffer.new_zeros(shape) if own else None
         return self._totals[piece]
 
     def scaled(
