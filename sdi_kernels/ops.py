@@ -105,17 +105,17 @@ def _(*arguments: Any) -> None:
     borders.slots(call.steps, call.rows, call.activations, call.out.shape[:2])
 
 
-def add_to(out: Tensor, operator: Callable[..., None], *arguments: Any) -> None:
+def add_to(out: Tensor, operator: Callable[..., None], *arguments: Any, **options: Any) -> None:
     """Call one of the operators above with tensors that need no gradient.
 
     Torch's dispatcher takes its time for each of autograd's two keys (most of all with lists of a hundred tensors). For
     such tensors those have nothing to do but to count that ``out`` was written to.
     """
     if torch.compiler.is_compiling() or out.is_inference():
-        operator(out, *arguments)
+        operator(out, *arguments, **options)
         return
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        operator(out, *arguments)
+        operator(out, *arguments, **options)
     torch.autograd.graph.increment_version(out)
 
 
@@ -128,7 +128,7 @@ def _returning(name: str, kind: type, add: CustomOpDef, create: Callable[..., Te
 
     def body(*arguments: Any, **options: Any) -> Tensor:
         out = create(*arguments, **options)
-        add(out, *arguments, **options)
+        add_to(out, add, *arguments, **options)
         return out
 
     _schema(body, kind, without=("out",), returns=Tensor)
@@ -176,7 +176,7 @@ def linear_steps_sketch(
             f"size: got {size} for {len(activations)} pairs; pass rows and steps of the result, and a pair"
         )
     out = activations[0].new_zeros(*size, m, dtype=sketch_dtype(activations[0], grad_outputs[0]))
-    linear_steps_sketch_(out, activations, grad_outputs, tables, m, route, steps, rows, metric)
+    add_to(out, linear_steps_sketch_, activations, grad_outputs, tables, m, route, steps, rows, metric)
     return out
 
 

@@ -217,6 +217,13 @@ def test_fallback_without_the_library(route: str, monkeypatch: pytest.MonkeyPatc
 
 
 @needs_kernels
+@pytest.mark.parametrize("m", [8, 100])
+def test_small_calls_stay_compiled_where_the_transform_is_not(m: int) -> None:
+    assert not native.supports_fft(m)
+    assert plan.plan_linear(2, 3, TensorSketch(16, 16, m), torch.device("cpu")).route == "direct"
+
+
+@needs_kernels
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("shape", [(4, 64, 700, 500, 2048), (3, 2000, 32, 32, 1024), (2, 3, 3000, 40, 1 << 18)])
 def test_workspace_stays_in_its_limit(shape: tuple[int, int, int, int, int], route: str) -> None:

@@ -103,6 +103,37 @@ INLINE void apply_metric(const float *metric, int64_t stride, int64_t rows, int6
   }
 }
 
+/* The part of a side that the next unit reads: `count` tokens from `at` on, of `bytes` each. */
+struct part {
+  const char *at;
+  int64_t count, stride, bytes;
+};
+
+INLINE struct part part_of(const struct side *s, int64_t row, int64_t first, int64_t count, int64_t from, int64_t n) {
+  int64_t size = s->dtype == FLOAT32 ? 4 : 2;
+  const char *at = (const char *)s->data + (row * s->row_stride + first * s->token_stride + from) * size;
+  return (struct part){at, count, s->token_stride * size, n * size};
+}
+
+INLINE void prefetch(struct part *part, int64_t tokens) {
+  for (; tokens > 0 && part->count > 0; tokens--, part->count--, part->at += part->stride)
+    for (int64_t k = 0; k < part->bytes; k += 64) __builtin_prefetch(part->at + k, 0, 2);
+}
+
+/* What this worker packs next is brought closer while tiles are multiplied: packing waits for memory, tiles do not. */
+INLINE void upcoming(const struct job *job, int64_t row, int64_t unit, struct part *next_g, struct part *next_a) {
+  const struct side *grads = &job->grads.s, *acts = &job->acts.s;
+  int64_t next = unit + 1 < job->units ? unit + 1 : 0;
+  if (next == 0) row += job->workers;
+  if (job->workers == 0 || row >= job->call->rows) return;
+  int64_t first = next / job->row_chunks * job->depth, left = job->call->tokens - first;
+  int64_t count = left < job->depth ? left : job->depth;
+  int64_t top = grads->d > job->height ? 0 : next % job->row_chunks * DIRECT_ROWS; /* a folded side is read whole */
+  int64_t n = grads->d > job->height || grads->d - top < DIRECT_ROWS ? grads->d - top : DIRECT_ROWS;
+  *next_g = part_of(grads, row, first, count, top, n);
+  *next_a = part_of(acts, row, first, count, 0, acts->d);
+}
+
 static void direct_unit(const struct job *job, int64_t row, int64_t unit, float *partial, float *scratch) {
   const struct call *call = job->call;
   const struct view *grads = &job->grads, *acts = &job->acts;
@@ -125,12 +156,18 @@ static void direct_unit(const struct job *job, int64_t row, int64_t unit, float 
     pack(a, fold_a ? job->ones : acts->sign, width, TILE_COLUMNS, depth, t, panels_a);
   }
 
+  struct part next_g = {0}, next_a = {0};
+  upcoming(job, row, unit, &next_g, &next_a);
+  int64_t tiles = ((height + TILE_ROWS - 1) / TILE_ROWS) * ((width + TILE_COLUMNS - 1) / TILE_COLUMNS);
+  int64_t tokens_each = (job->depth + tiles - 1) / tiles;
+
   /* Positions h_out(i) + j run past m; the overhang is folded back in direct_finish. */
   memset(partial, 0, sizeof(float) * job->partial);
   const int32_t *h_out = grads->s.bucket, *h_in = acts->s.bucket;
   for (int64_t j = 0; j < width; j += TILE_COLUMNS) {
     for (int64_t i = 0; i < height; i += TILE_ROWS) {
       V acc[TILE_ROWS][TILE_VECTORS];
+      prefetch(&next_g, tokens_each), prefetch(&next_a, tokens_each);
       tile(panels_g + i / TILE_ROWS * panel_floats(depth, TILE_ROWS),
            panels_a + j / TILE_COLUMNS * panel_floats(depth, TILE_COLUMNS), depth, acc);
       int64_t used = height - i < TILE_ROWS ? height - i : TILE_ROWS;

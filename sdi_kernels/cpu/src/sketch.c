@@ -333,6 +333,7 @@ EXPORT int sdi_linear_sketch(const struct call *call) {
   for (int64_t p = 0; p < ones; p++) memory[views + p] = 1;
   struct work work = {.job = &job, .variant = v, .scratch = memory + shared, .scratch_each = each};
   if (!split) {
+    job.workers = threads;
     work.task = row_task, work.tasks = call->rows;
     run(&work, threads);
   } else {

@@ -69,6 +69,7 @@ struct job {
   int64_t panels_g, panels_a; /* direct: floats of the packed panels */
   const float *ones;          /* direct: signs of a folded side; m of them */
   int64_t units, partial, scratch;
+  int64_t workers; /* that go through the rows in order, each with a whole row at a time; 0: another order */
 };
 
 struct variant {

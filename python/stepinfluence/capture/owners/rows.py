@@ -125,6 +125,8 @@ class Use:
         elif owners is not None and self.shared.relabelled is None:
             if owners.shape != tuple(lead):
                 raise LayoutError(f"{self.name}: its gradient has rows {tuple(lead)}, its use had {owners.shape}")
+            if owners.along == 0 and len(lead) == 2 and lead[0] == size:  # as most are: nothing to do
+                return tensor, 0
             if owners.along is not None and lead[owners.along] == size:
                 return tensor.movedim(owners.along, 0).reshape(size, tokens // size, *tail), 0
         assert owners is not None

@@ -26,7 +26,8 @@ class SketchRecorder(DenseSink):
     """Adds the sketches of one backward pass to a buffer ``(B, steps, D)``, or ``(B, D)`` summed over steps.
 
     Uses of linear layers wait for each other as far as the capture's workspace goes
-    (:mod:`stepinfluence.capture.recording.waiting`); all else is sketched at once.
+    (:mod:`stepinfluence.capture.recording.waiting`); gradients of a vector are summed over tokens, and what that gives
+    waits for the end; all else is sketched at once.
 
     Args:
         sketching: of the capture.
@@ -40,9 +41,21 @@ class SketchRecorder(DenseSink):
         self._sketching, self.buffer = sketching, buffer
         self._waiting = WaitingUses(sketching.share if wait else 0, buffer)
         self._layers: dict[Piece, Layer | None] = {}
+        self._totals: dict[Piece, Tensor | None] = {}
 
     def finish(self) -> None:
         self._waiting.sketch()
+        for piece, total in self._totals.items():
+            sketch = self._sketching.sketch_of(piece)
+            if total is not None and isinstance(sketch, CountSketch):
+                g = self._sketching.times_root(piece, total).unsqueeze(2)
+                sketch_vector_grads(g, sketch, out=self._columns(piece.target))
+        self._totals = {}
+
+    def _columns(self, target: Target) -> Tensor:
+        """The columns of a parameter: ``(B, steps, m)``, or ``(B, 1, m)`` summed over steps."""
+        rows = self.buffer if self.buffer.dim() == 3 else self.buffer.unsqueeze(1)
+        return rows[:, :, self._sketching.columns_of(target)]
 
     def _layer(self, source: Source) -> Layer | None:
         """How a source is sketched that is used as a linear map; None where it is no matrix, or piece of one."""
@@ -51,15 +64,14 @@ class SketchRecorder(DenseSink):
             return None
         if piece not in self._layers:
             sketch, root = self._sketching.sketch_of(piece), self._sketching.root_of(piece)
-            by_step, columns = self.buffer.dim() == 3, self._sketching.columns_of(piece.target)
             self._layers[piece] = (
                 None
                 if not isinstance(sketch, TensorSketch)
                 else Layer(
                     piece,
                     sketch,
-                    out=(self.buffer if by_step else self.buffer.unsqueeze(1))[:, :, columns],
-                    by_step=by_step,
+                    out=self._columns(piece.target),
+                    by_step=self.buffer.dim() == 3,
                     route=self._sketching.route,
                     metric=root.sqrt if isinstance(root, Elementwise) else None,
                 )
@@ -96,8 +108,21 @@ class SketchRecorder(DenseSink):
             super().vector(source, use, grads)
             return
         g, first = use.rows(grads)
+        total = self._total(piece, sketch)
+        if total is not None:
+            total[first : first + len(g), use.step if self.buffer.dim() == 3 else 0] += g.sum(1, dtype=self.dtype)
+            return
         g = self._sketching.times_root(piece, self._cast(g))
         sketch_vector_grads(g, sketch, out=self._out(piece.target, use.step, first, len(g)))
+
+    def _total(self, piece: Piece, sketch: CountSketch) -> Tensor | None:
+        """Where the gradients of a vector, summed over tokens, wait: ``(B, steps, d)``, or ``(B, 1, d)`` summed over
+        steps; None where that would be more than its columns of the feature rows."""
+        if piece not in self._totals:
+            shape = (len(self.buffer), self.buffer.shape[1] if self.buffer.dim() == 3 else 1, sketch.d)
+            own = self._sketching.layout == "concat" and piece.whole and sketch.d <= sketch.m
+            self._totals[piece] = self.buffer.new_zeros(shape) if own else None
+        return self._totals[piece]
 
     def scaled(
         self, source: Source, use: Use, grads: Tensor, factors: Tensor, center: Tensor | None, scale: Tensor

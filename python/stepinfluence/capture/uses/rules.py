@@ -8,7 +8,7 @@ the form it knows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -181,14 +181,22 @@ def layer_norm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[s
     weight, bias = given.get("weight"), given.get("bias")
     if it.source(x) is not None:
         return NotImplemented
-    output = torch.layer_norm(x, shape, it.detached(weight), it.detached(bias), eps)
+    output, *kept = _normalized(x, shape, it.detached(weight), it.detached(bias), eps)
 
     def statistics(flat: Tensor) -> tuple[Tensor, Tensor]:
         # By the fused normalisation, whose result is dropped: several times faster on CPUs than var_mean.
         _, mean, rstd = torch.native_layer_norm(flat, flat.shape[-1:], None, None, eps)
         return mean.squeeze(-1), rstd.squeeze(-1)
 
-    return _norm_tap(it, func, output, x, len(shape), it.source(weight), it.source(bias), statistics)
+    return _norm_tap(it, func, output, x, len(shape), it.source(weight), it.source(bias), statistics, kept)
+
+
+def _normalized(x: Tensor, shape: tuple[int, ...], *rest: Any) -> tuple[Tensor, ...]:
+    """A layer norm, with the mean and deviation that it took where it took them in the precision of its input."""
+    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+        return (torch.layer_norm(x, shape, *rest),)
+    output, mean, rstd = torch.native_layer_norm(x, shape, *rest)
+    return output, mean.detach(), rstd.detach()
 
 
 def rms_norm(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -216,7 +224,9 @@ def _norm_tap(
     weight: Source | None,
     bias: Source | None,
     statistics: Callable[[Tensor], tuple[Tensor | None, Tensor]],
+    kept: Sequence[Tensor] = (),
 ) -> Any:
+    """``kept``: the mean and deviation of each token, if they are known; else they are taken again."""
     use = it.use(func, it.owners.of(x, feature_dims), weight, bias)
 
     def receive(grad: Tensor, saved: tuple[Tensor, ...]) -> None:
@@ -224,12 +234,13 @@ def _norm_tap(
         precise = torch.promote_types(grad.dtype, torch.float32)
         data, g = (t.to(precise).flatten(t.dim() - feature_dims) for t in (saved[0], grad))
         if weight is not None:
-            # Mean and deviation again, which costs less than keeping normalised activations of every step.
-            it.sink.scaled(weight, use, g, data, *statistics(data))
+            # Not the normalised activations, which would be kept for every step.
+            taken = [t.flatten(t.dim() - feature_dims).squeeze(-1) for t in saved[1:]] or statistics(data)
+            it.sink.scaled(weight, use, g, data, *taken)
         if bias is not None:
             it.sink.vector(bias, use, g)
 
-    return it.tap(output, use, receive, x)
+    return it.tap(output, use, receive, x, *kept)
 
 
 def elementwise(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
