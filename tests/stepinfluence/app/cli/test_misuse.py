@@ -280,7 +280,7 @@ def test_a_folder_of_any_name(tmp_path: Path) -> None:
     """Every command on a run whose name is no text, and looks like markup, does the same as ever."""
     name = b"r\xff [bold]x[/y] [[\n\xe2\x80\xae {split} %s"
     folder = tmp_path / os.fsdecode(name)
-    folder.mkdir()
+    folder.mkdir(parents=True)  # its name has a slash, too
     script = tmp_path / "all.py"
     script.write_text(
         "import json, sys\nfrom stepinfluence.app.cli import main\n"
