@@ -1,6 +1,6 @@
 """The paper's scalability model at its own batch (D.1): 135.1M parameters, 32 loop steps, 40 examples, on a CPU.
 
-    python -m bench.paper_batch            # two rounds: about half an hour of one core, 8 GiB of memory
+    python -m bench.paper_batch            # two rounds: about half an hour of one core, 10 GB of memory
     python -m bench.paper_batch --keep     # kept: docs/scale.md states its figures
     python -m bench.paper_batch --small    # a model of the same code in a second, to try the command
 

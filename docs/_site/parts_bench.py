@@ -141,7 +141,7 @@ def paper_batch() -> str:
     return (
         f"{result['parameters']:,} parameters, τ = {result['steps']}, {result['examples']} examples of {result['tokens']} "
         f"tokens; fp32, medians of {rounds} rounds: a forward pass for inference {forward:.0f} processor seconds, featurizing "
-        f"{featurize:.0f}, {featurize / forward:.1f} of it (the core is checkpointed and runs once more), the scores of all pairs "
+        f"{featurize:.0f}, {featurize / forward:.1f} times that (the core is checkpointed and runs once more), the scores of all pairs "
         f"{medians['scores of all pairs']:.1f}. Over the forward pass that is {result['processor seconds over the forward pass']:.0f} "
         f"seconds for a checkpoint, where the paper's GPU (RTX A6000), which keeps the activations, takes 2.55. Peak memory "
         f"{data(sizes['peak'])}, {data(sizes['peak with the model made'])} of it with the model made; features "

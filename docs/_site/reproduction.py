@@ -49,7 +49,7 @@ Row by row; "smaller" rows are in the tables above at another size than the pape
 | of the paper | here |
 |---|---|
 | §4, D.1: largest batch in 48 GB of an RTX A6000, in steps of 4 | smaller: resident memory of a process under 2.1 GB on a CPU, width 256, 8 steps, 64 tokens |
-| §4, D.1: 2.55 s per checkpoint over an inference-only forward pass, batch 40, 10 trials, GPU | smaller: processor seconds of one CPU at batch 4 and 8 steps, 3 rounds |
+| §4, D.1: 2.55 s per checkpoint over an inference-only forward pass, batch 40, 10 trials, GPU | at the paper's batch {batch} processor seconds of one CPU, 2 rounds ([Scale](scale.md#the-papers-batch-40-examples-32-loop-steps)); in the table batch 4 and 8 steps, 3 rounds |
 | D.1: overhead of featurizing over a plain backward pass on CUDA | not on a GPU; on CPUs in the README's table |
 | §4: "a 1B-parameter model" in FLOPs, 135.1M parameters, 132 effective blocks | errors and conservation at this size; no training (the paper's inputs are random, too) |
 | Fig. 4: errors for six sketch sizes, ten seeds, SDI and TracIn | done at the paper's size, batch 4 (the paper does not state the batch of this figure) |
@@ -94,7 +94,9 @@ def _not_done(kept: dict[str, Any]) -> str:
     checkpoints = len(kept["parity"]["config"]["training"]["checkpoint_digits"]) + 1
     talk = kept["nanochat-gsm8k"]["config"]
     stages = [talk[name]["updates"] for name in ("pretraining", "mid_training", "fine_tuning")]
+    batch = json.loads((DOCS.parent / "bench" / "results" / "paper-batch.json").read_text(encoding="utf-8"))
     parts = {
+        "batch": f"{batch['processor seconds over the forward pass']:.0f}",
         "parity": f"{checkpoints} checkpoints",
         "nanochat": f"{_parameters(kept['nanochat'])}, {kept['nanochat']['config']['pretraining']['updates']} updates of one "
         "stage, text of Python's documentation",
