@@ -206,8 +206,16 @@ def reproduction() -> str:
             "Sudoku: self-influence of hard over easy training puzzles, medians",
             "2.00",
             (
-                f"6 × 6 boards: {comparison('sudoku', 'self-influence, hard / easy median')}; 9 × 9, trained for a twentieth, which "
-                f"solves none: {comparison('sudoku-hours', 'self-influence, hard / easy median')}"
+                f"6 × 6 boards: {comparison('sudoku', 'self-influence, hard / easy median')}; 9 × 9, trained for a tenth: "
+                f"{comparison('sudoku-hours', 'self-influence, hard / easy median')}"
+            ),
+        ],
+        [
+            "Sudoku, 9 × 9: rank correlation of blanks with self-influence, and with the mass of influence on test puzzles",
+            "0.428, 0.500",
+            (
+                f"{comparison('sudoku-hours', 'Spearman: blanks, self-influence')}, "
+                f"{comparison('sudoku-hours', 'Spearman: blanks, cross-influence mass C')}"
             ),
         ],
         [

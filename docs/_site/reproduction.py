@@ -58,9 +58,9 @@ Row by row; "smaller" rows are in the tables above at another size than the pape
 | Fig. 1B: phase portrait and transition matrix | done at the paper's width; drawn in the report |
 | D.2: 384 test strings of 40 bits, calibration and evaluation of the proxy | done; there are fewer alternating strings than the paper's counts of them |
 | §4: 100 % at 40 bits | reached at the paper's width, one seed; not by the smaller model, three seeds |
-| Fig. 2A, D.3: board accuracy at 4 to 64 loops, SATNet's 9 × 9 puzzles, width 128, mean of 32 loops | 9 × 9 boards that we generate, width 128, mean of 32 loops (`hours`): trained for a twentieth, it solves none; smaller: 6 × 6, width 64, mean of 8 loops |
-| Fig. 2B: energy curves by difficulty | smaller; at most checkpoints the slower decay is not there (report) |
-| Table 1, D.4: 512 + 512 puzzles | done of the model that solves none; smaller: 256 + 256, all rows |
+| Fig. 2A, D.3: board accuracy at 4 to 64 loops, SATNet's 9 × 9 puzzles, width 128, mean of 32 loops | 9 × 9 boards that we generate, width 128, mean of 32 loops (`hours`): trained for a tenth, mostly with short loops: accuracy rises from 4 to 12 loops and stays; smaller: 6 × 6, width 64, mean of 8 loops |
+| Fig. 2B: energy curves by difficulty | done at 9 × 9 (`hours`), and smaller; the slower decay of hard puzzles is not there (reports) |
+| Table 1, D.4: 512 + 512 puzzles | done at 9 × 9 (`hours`), three evaluations; smaller: 256 + 256, all rows |
 | D.4: centre of mass and CDF crossings ("auxiliary") | the paper prints no numbers |
 | Fig. 3, D.5: 328.3M-parameter recursive nanochat, three training stages, 82 and 71 checkpoints | smaller: {nanochat}; {gsm8k} |
 | §4, D.5: GSM8K, SmolTalk, MMLU, ARC, SpellingBee; 1024 conversations of 2048 tokens; mid-training and fine-tuning | smaller: GSM8K and spelling tasks made here, {examples} of {tokens} tokens, both stages; no SmolTalk, MMLU, ARC |
