@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 import architecture
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.tags import sys_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
@@ -253,23 +255,59 @@ def test_a_circle_is_found() -> None:
     assert architecture.circles(graph) == [["a", "b", "c"]]
 
 
+def _pins() -> list[tuple[str, str, Requirement]]:
+    """Name, version and line of every pin in constraints.txt."""
+    pins: list[tuple[str, str, Requirement]] = []
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            constraint = Requirement(line)
+            exact = re.fullmatch(r"==([^*,]+)", str(constraint.specifier))
+            assert exact, f"not an exact pin: {constraint}"
+            pins.append((canonicalize_name(constraint.name), exact[1], constraint))
+    return pins
+
+
 def test_constraints_pin_what_make_installs(wheel: Wheel) -> None:
     """Every requirement that make installs has an exact pin, inside the range that is declared."""
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    constraints = [Requirement(line) for line in lines if line and not line.startswith("#")]
     pins: dict[str, list[str]] = {}
-    for constraint in constraints:
-        exact = re.fullmatch(r"==([^*,]+)", str(constraint.specifier))
-        assert exact, f"not an exact pin: {constraint}"
-        pins.setdefault(canonicalize_name(constraint.name), []).append(exact[1])
-
-    # Left to their users: large, and no target of the Makefile installs them.
-    unpinned = {"faiss-cpu", "lightning", "sdi-kernels"}
+    for name, version, _ in _pins():
+        pins.setdefault(name, []).append(version)
     for text in wheel.metadata.get_all("Requires-Dist", []):
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
-        if name in unpinned:
+        if name == "sdi-kernels":  # an extra of ours that is made of others
             continue
         assert name in pins, f"no pin for {requirement}"
         for version in pins[name]:
             assert requirement.specifier.contains(version), f"{name}=={version} is outside {requirement}"
+
+
+def test_every_supported_python_can_install_the_pins(wheel: Wheel) -> None:
+    """A pin that only newer Pythons can install has a second line for the others; seen in what is installed here."""
+    classifiers = wheel.metadata.get_all("Classifier", [])
+    pythons = [c.rpartition(" ")[2] for c in classifiers if re.search(r":: 3\.\d+$", c)]
+    assert len(pythons) >= 4
+    installed: dict[str, importlib.metadata.Distribution] = {
+        canonicalize_name(d.name): d for d in importlib.metadata.distributions()
+    }
+    looked_at = 0
+    for name, version, constraint in _pins():
+        if name not in installed or installed[name].version.partition("+")[0] != version:
+            continue  # another Python's line, or of an extra that is not installed
+        needs = SpecifierSet(installed[name].metadata["Requires-Python"] or "")
+        for python in pythons:
+            asked = constraint.marker is None or constraint.marker.evaluate({"python_version": python})
+            # of each Python its latest release, which is what CI installs
+            assert not asked or needs.contains(f"{python}.99"), f"{constraint} needs Python {needs}"
+        looked_at += 1
+    assert looked_at > 50
+
+
+def test_pins_leave_no_python_without_a_line() -> None:
+    lines: dict[str, list[Requirement]] = {}
+    for name, _, constraint in _pins():
+        lines.setdefault(name, []).append(constraint)
+    for name, constraints in lines.items():
+        for python in ("3.10", "3.11", "3.12", "3.13", "3.14") if len(constraints) > 1 else ():
+            asked = [c for c in constraints if c.marker is None or c.marker.evaluate({"python_version": python})]
+            assert len(asked) == 1, f"Python {python}: {len(asked)} lines of {name}"
