@@ -334,19 +334,19 @@ def linear_fft(call: LinearCall | LinearStepsCall, *, workspace: int = 64 << 20)
     const, inverse_const = constants(config, out.device, has_low), constants(finish, out.device, True)
     table_out, layout_out = side(call.tables[2], g.shape[2], g.element_size(), config)
     table_in, layout_in = side(call.tables[5], a.shape[2], a.element_size(), config)
-    total = found.slots * found.rows
-    programs = total * found.pairs * config.residues
-    smallest = max(1, SMALLEST_PART // config.tokens)
-    splits, per_split = common.parts(programs, found.longest, config.tokens, smallest, out.device)
-    parts = found.pairs * splits
-    chunk = min(total, max(1, workspace // (8 * m * parts)))
-    spectra = out.new_empty(chunk * parts * 2 * m)
     compiled_for = {
         "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens, "HAS_LOW": has_low,
         **constants_of((layout_in, layout_out), max(a.element_size(), g.element_size()), config),
         "IS_WIDE": common.wide(a) or common.wide(g), "num_warps": config.num_warps, "num_stages": 1, **found.constants,
     }  # fmt: skip
     residues = 1 if compiled_for["IS_WHOLE"] else config.residues
+    total = found.slots * found.rows
+    programs = total * found.pairs * residues
+    smallest = max(1, SMALLEST_PART // config.tokens)
+    splits, per_split = common.parts(programs, found.longest, config.tokens, smallest, out.device)
+    parts = found.pairs * splits
+    chunk = min(total, max(1, workspace // (8 * m * parts)))
+    spectra = out.new_empty(chunk * parts * 2 * m)
     for begin in range(0, total, chunk):
         count = min(chunk, total - begin)
         fft_sketch_kernel[(count, parts, residues)](
