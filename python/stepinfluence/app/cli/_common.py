@@ -117,7 +117,10 @@ class _OneLineErrors:
         except SystemExit as error:  # no command of ours calls it, and its status 0 would mean that all is well
             if self._debug:
                 raise
-            fail(f"a project's code or data ended the program (sys.exit({error.code!r})); have it raise an error")
+            fail(
+                f"a project's code or data ended the program (sys.exit({error.code!r})); have it raise an error",
+                program=self.program,
+            )
         except KeyboardInterrupt as error:
             raise interrupted(error) from None
 
