@@ -224,10 +224,6 @@ def fft_sketch_kernel(
         if not IS_LONG:
             o_g, b_g_sign = sources(p_table_out, o_bucket)
             o_a, b_a_sign = sources(p_table_in, o_bucket)
-            if PREFETCH:
-                m_token = i_first + o_token < i_last
-                b_g = gather(p_gx, o_g, b_g_sign, stride_gd, m_token, True)
-                b_a = gather(p_ax, o_a, b_a_sign, stride_ad, m_token, True)
     for i_t in range(i_first, i_last, BLOCK_T):
         if BLOCK_T == 1:
             if PREFETCH:
@@ -264,19 +260,13 @@ def fft_sketch_kernel(
             else:
                 b_zr, b_zi = b_zr.reshape(N1, N2), b_zi.reshape(N1, N2)
         else:
+            m_token = i_t + o_token < i_last
             if IS_LONG:
-                m_token = i_t + o_token < i_last
                 c_g = sums(p_gx, p_table_out, o_bucket, stride_gd, passes_out, m_token)
                 c_a = sums(p_ax, p_table_in, o_bucket, stride_ad, passes_in, m_token)
-            elif PREFETCH:
-                c_g, c_a = b_g, b_a
-                m_token = i_t + BLOCK_T + o_token < i_last
-                b_g = gather(p_gx + step_g, o_g, b_g_sign, stride_gd, m_token, True)
-                b_a = gather(p_ax + step_a, o_a, b_a_sign, stride_ad, m_token, True)
             else:
-                m_token = i_t + o_token < i_last
-                c_g = gather(p_gx, o_g, b_g_sign, stride_gd, m_token, True)
-                c_a = gather(p_ax, o_a, b_a_sign, stride_ad, m_token, True)
+                c_g = gather(p_gx, o_g, b_g_sign, stride_gd, m_token)
+                c_a = gather(p_ax, o_a, b_a_sign, stride_ad, m_token)
             b_g_up, b_a_up, b_down = _scales(c_g * c_g, c_a * c_a, N1, N2, BLOCK_T)
             b_zr, b_zi = c_g * b_g_up, c_a * b_a_up
         p_ax += step_a
