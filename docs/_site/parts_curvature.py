@@ -92,7 +92,7 @@ def steps_removed() -> str:
             f"{source(f'steps-removed-{name}.json', False, result)}"
         )
     head = ["problem", "chosen by", "loss by one use", "logit lens", "two steps' sets in common"]
-    return "\n\n".join([table(head, rows), *texts])
+    return "\n\n".join([table(head, rows), folded("Where these figures come from", *texts)])
 
 
 def cost() -> str:
