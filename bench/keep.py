@@ -79,8 +79,8 @@ def main() -> int:
         return 0
     if unknown := sorted(set(options.names) - set(COMMANDS)):
         parser.error(f"NAME: got {', '.join(unknown)}; use some of {', '.join(COMMANDS)}")
-    failed = []
-    for name in options.names or [n for n in COMMANDS if n not in IF_ASKED]:
+    failed, names = [], options.names or [n for n in COMMANDS if n not in IF_ASKED]
+    for name in names:
         print(f"--- {name}", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
             command = [scratch if part == "SCRATCH" else part for part in COMMANDS[name]]
@@ -89,7 +89,8 @@ def main() -> int:
     picture = RESULTS / "soak.png"
     if picture.exists():
         picture.replace(Path(ROOT, "docs", "images", "soak.png"))
-    subprocess.run([sys.executable, Path("docs", "_site", "figures.py")], cwd=ROOT, check=True)
+    for script in ("figures.py", *(["curvature_figures.py"] if RETRAINED.keys() & set(names) else ())):
+        subprocess.run([sys.executable, Path("docs", "_site", script)], cwd=ROOT, check=True)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kept import folded
 from stepinfluence.evaluation import Evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +31,8 @@ def block(problem: str) -> str:
     """What the page says of one problem."""
     data = json.loads((ROOT / "bench" / "results" / f"evaluate-{problem}.json").read_text(encoding="utf-8"))
     found = Evaluation.from_dict(data)
-    return "\n".join(["", _head(found, data), "", found.markdown(), "", _differences(found), "", ""])
+    text = [_head(found, data), found.markdown(), _differences(found)]
+    return f"\n{folded(f'{problem}: all figures', *text)}\n\n"
 
 
 def _head(found: Evaluation, data: dict[str, Any]) -> str:

@@ -85,6 +85,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {line} |" if k != 1 else f"|{line}|" for k, line in enumerate(lines))
 
 
+def folded(summary: str, *texts: str) -> str:
+    """Texts that open at a click, on the site and on GitHub: for tables that few readers need."""
+    return "\n\n".join([f'<details markdown="1"><summary>{summary}</summary>', *texts, "</details>"])
+
+
 def mean(values: list[float]) -> float:
     return statistics.mean(values)
 
@@ -109,8 +114,8 @@ def rewritten(text: str, parts: Parts) -> str:
 
 
 def _wrapped(block: str) -> str:
-    """Lines of at most 120 characters, but for tables and code."""
-    if block.startswith(("|", "```")):
+    """Lines of at most 120 characters, but for tables, code, images and where something is folded."""
+    if block.startswith(("|", "```", "<details", "![")):
         return block
     lines = block.split("\n") if block.startswith("- ") else [block]
     options = {"width": 120, "break_long_words": False, "break_on_hyphens": False}

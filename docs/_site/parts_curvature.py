@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from kept import Parts, load, machines, source, table
+from kept import Parts, folded, load, machines, source, table
 from parts_evaluation import FISHER, LENGTH, MISSING, difference, kept, less
 from stepinfluence.evaluation import Evaluation, Figure, over_seeds
 
@@ -37,17 +37,19 @@ def ladder() -> str:
         [f"{name}: processor seconds", *(f"{k[name].seconds:.1f}" if name in k else MISSING for k in merits.values())]
         for name in (FISHER, LENGTH, *further)
     ]
-    rows += [row for row in more if set(row[1:]) != {MISSING}]
     smooth = [one.smoothness for one in found.values()]
-    rows += [
+    more = [row for row in more if set(row[1:]) != {MISSING}]
+    more += [
         ["*metasmoothness, across step sizes*", *(MISSING if s is None else str(s.across_steps) for s in smooth)],
         ["*metasmoothness, at nearby weights*", *(MISSING if s is None else str(s.nearby) for s in smooth)],
     ]
     texts = ["LDS over the same eight queries; means and 95 % intervals over seeds:", table(["method", *found], rows)]
+    texts.append(folded("Differences, processor seconds, and how smooth training is", table(["", *found], more)))
     texts.append(
         "By step: rank correlation over train examples of a method's score at a loop step with the exact metagradient "
         "at the same step, and at the others; mean over steps and queries:"
     )
+    about = []
     for problem, result in results.items():
         settings = result["settings"]
         texts.append(
@@ -56,12 +58,12 @@ def ladder() -> str:
                 [[name, *_agreement(result, name)] for name in result["agreement"][0]],
             )
         )
-        texts.append(
+        about.append(
             f"**{problem}**: {settings['seeds']} seeds, each with {settings['subsets']} retrainings on random halves from the "
             f"scored model's initialisation; by step {settings['by_step']} queries a seed. "
             f"{source(f'ladder-{problem}.json', False, result)}"
         )
-    return "\n\n".join(texts)
+    return "\n\n".join([*texts, folded("Where these figures come from", *about)])
 
 
 def _agreement(result: Mapping[str, Any], name: str) -> list[str]:
@@ -90,7 +92,7 @@ def steps_removed() -> str:
             f"{source(f'steps-removed-{name}.json', False, result)}"
         )
     head = ["problem", "chosen by", "loss by one use", "logit lens", "two steps' sets in common"]
-    return "\n\n".join([table(head, rows), *texts])
+    return "\n\n".join([table(head, rows), folded("Where these figures come from", *texts)])
 
 
 def cost() -> str:
@@ -158,7 +160,7 @@ def kronecker() -> str:
     """LDS of Kronecker factors less that of the sketched Fisher, and what both cost."""
     results = kept("kronecker")
     found = {problem: result["lds"] for problem, result in results.items()}
-    texts = []
+    tables = []
     for title, dampings in COMPARED.items():
         lds = {p: np.mean(one[with_damping(one, kron.SKETCHED, dampings[1])]) for p, one in found.items()}
         rows = [[f"*{kron.SKETCHED}*", *(f"*{value:.2f}*" for value in lds.values())]]
@@ -167,19 +169,27 @@ def kronecker() -> str:
         for method in (*exact, *kron.KRONECKER):
             less_by = differences(found, method, dampings)
             rows.append([method, *(f"{d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}]" for d in less_by.values())])
-        texts += [f"LDS {title}; of all others less that of the sketched Fisher:", table(["", *found], rows)]
-    texts.append(_settings(results))
+        tables += [f"LDS {title}; of all others less that of the sketched Fisher:", table(["", *found], rows)]
     every = [d for w in COMPARED.values() for m in kron.KRONECKER for d in differences(found, m, w).values()]
     above, below = sum(d.low > 0 for d in every), sum(d.high < 0 for d in every)
-    texts.append(
-        f"Of the {len(every)} differences of Kronecker factors {above} have an interval above zero and {below} one below."
+    costs = [[name, *(_cost(result, name) for result in results.values())] for name in COSTS]
+    return "\n\n".join(
+        [
+            "![LDS of twelve Kronecker factors less that of the sketched Fisher, on four problems, with four pairs of dampings](images/curvature-kronecker.png)",
+            "*LDS of Kronecker factors less that of the sketched Fisher; means over seeds with 95 % intervals. To the left of zero the Fisher predicts retraining better.*",
+            f"Of the {len(every)} differences {above} have an interval above zero and {below} one below. {_settings(results)}",
+            folded("All of them in numbers, beside the exact Fisher and its blocks", *tables),
+            folded(
+                "Processor seconds, and numbers that are kept",
+                "Processor seconds of the pass over all examples + the fit + one query side transformed and multiplied; and numbers that are kept of the curvature:",
+                table(["", *found], costs),
+            ),
+            folded(
+                "Where these figures come from",
+                *(source(f"kronecker-{problem}.json", False, result) for problem, result in results.items()),
+            ),
+        ]
     )
-    texts.append(
-        "Processor seconds of the pass over all examples + the fit + one query side transformed and multiplied; and numbers that are kept of the curvature:"
-    )
-    texts.append(table(["", *found], [[name, *(_cost(result, name) for result in results.values())] for name in COSTS]))
-    texts += [source(f"kronecker-{problem}.json", False, result) for problem, result in results.items()]
-    return "\n\n".join(texts)
 
 
 def _settings(results: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kept import RESULTS, NotKeptError, Parts, load, source, table
+from kept import RESULTS, NotKeptError, Parts, folded, load, source, table
 from stepinfluence.evaluation import Evaluation, Figure
 from stepinfluence.evaluation.result import Merits
 
@@ -75,12 +75,16 @@ def summary() -> str:
     less[FISHER].append([f"{SMALLEST}, minus {TRAK}", *(difference(one, SMALLEST, TRAK) for one in found.values())])
     texts = ["LDS; means and 95 % intervals over five seeds:", table(["method", *found], rows)]
     for method, lines in less.items():
-        texts += [f"LDS of `{method}` (m = 2048), seed by seed, less that of others:", table(head, lines)]
+        texts.append(folded(f"LDS of {method} (m = 2048), seed by seed, less that of others", table(head, lines)))
     texts += [
-        "Brittleness: answers that turn when the most helpful fifth is left out, and how much their loss rises (nats):",
-        table(["method", *found], [_removed(name, by_name) for name in names]),
-        "Processor time of scoring, and bytes that are kept of a training example:",
-        table(["method", *found], [row(name, "cost") for name in names if name != "random"]),
+        folded(
+            "Brittleness: answers that turn without the most helpful fifth, and how much their loss rises (nats)",
+            table(["method", *found], [_removed(name, by_name) for name in names]),
+        ),
+        folded(
+            "Processor time of scoring, and bytes that are kept of a training example",
+            table(["method", *found], [row(name, "cost") for name in names if name != "random"]),
+        ),
     ]
     return "\n\n".join(texts)
 
@@ -121,12 +125,23 @@ def dampings() -> str:
 
     rows = [[f"`{name}`", *(mean(lds, name) for lds in found.values())] for name in names]
     chosen = ("fisher, auto", "fisher, training time", "fisher, training", "block, auto")
-    rows += [
-        [f"*`{name}` less the best*", *(lost(lds, name) for lds in found.values())] for name in chosen if name in names
-    ]
-    texts = [source(f"dampings-{problem}.json", False, result) for problem, result in kept("dampings").items()]
-    head = "LDS by damping, means over five seeds; in the last rows, less the best of the grid, with the 95 % interval:"
-    return "\n\n".join([head, table(["damping", *found], rows), *texts])
+    less_best = [[f"`{name}`", *(lost(lds, name) for lds in found.values())] for name in chosen if name in names]
+    caption = "Curves: a damping for all, relative to the largest eigenvalue. Lines: what nobody chooses."
+    return "\n\n".join(
+        [
+            "![LDS by damping on five problems](images/curvature-dampings.png)",
+            f"*LDS by damping, means over five seeds. {caption}*",
+            "LDS of what nobody chooses, less the best of its grid (in brackets: which), with the 95 % interval:",
+            table(["damping", *found], less_best),
+            folded("LDS of every damping", table(["damping", *found], rows)),
+            folded("Where these figures come from", *_sources("dampings")),
+        ]
+    )
+
+
+def _sources(kind: str) -> list[str]:
+    """A sentence on each kept result of a kind."""
+    return [source(f"{kind}-{problem}.json", False, result) for problem, result in kept(kind).items()]
 
 
 def _three(figure: Figure) -> str:

@@ -186,7 +186,7 @@ def _comparisons(
     small = "" if config.training.model == CONFIGS["paper"].training.model else "a smaller model, trained for less time"
     spread = f"{small}; " * bool(small) + "over seeds: " + ", ".join(percent(r.accuracy) for r in readings.values())
     return (
-        Comparison(f"accuracy at {n} bits", percent(ours.accuracy), "100 %", "4", spread),
+        Comparison(f"accuracy at {n} bits", percent(ours.accuracy), "100 %", "§4", spread),
         Comparison("period of the summed SDI profile, all checkpoints, loop steps", lag_text(every.period.lag), 4,
                    "Fig. 1A", f"{_period(every.period)}; {percent(max(profiles.share_by_checkpoint))} of it is one "
                    "checkpoint, at "
@@ -197,17 +197,17 @@ def _comparisons(
                    _period(ours.margin_period)),
         Comparison("last SDI peak at step", str(int(late.peaks[-1])) if len(late.peaks) else "none", str(n),
                    "Fig. 1A", f"{percent(late.last_share)} of the absolute profile is at step {n}"),
-        Comparison("largest SDI after the read-out", profiles.after, 0, "4, D.2", "exactly zero by construction"),
-        Comparison("margin increases follow SDI by, loop steps", str(late.delay), 1, "4",
+        Comparison("largest SDI after the read-out", profiles.after, 0, "§4, D.2", "exactly zero by construction"),
+        Comparison("margin increases follow SDI by, loop steps", str(late.delay), 1, "§4",
                    f"best of 0 to 3; correlation {late.delay_correlation:.2f}"),
-        Comparison(f"mean cosine of states {lag} steps apart", ours.cosine.get(lag, float("nan")), "about 0.95", "4"),
-        Comparison("transitions that are their state's likeliest", percent(ours.determinism), "98 %", "4",
+        Comparison(f"mean cosine of states {lag} steps apart", ours.cosine.get(lag, float("nan")), "about 0.95", "§4"),
+        Comparison("transitions that are their state's likeliest", percent(ours.determinism), "98 %", "§4",
                    "the paper's: from its matrix, one self-loop of 41 transitions"),
-        Comparison("states in the dominant cycle", str(len(ours.cycle)), 4, "4"),
+        Comparison("states in the dominant cycle", str(len(ours.cycle)), 4, "§4"),
         Comparison("proxy accuracy, alternating, at most training's length", percent(s["in_distribution"].accuracy),
-                   "100 %", "4"),
-        Comparison("proxy accuracy, alternating, longer", percent(s["out_of_distribution"].accuracy), "100 %", "4"),
-        Comparison(f"proxy accuracy, random test strings of {n} bits", percent(s["test"].accuracy), "about 93 %", "4",
+                   "100 %", "§4"),
+        Comparison("proxy accuracy, alternating, longer", percent(s["out_of_distribution"].accuracy), "100 %", "§4"),
+        Comparison(f"proxy accuracy, random test strings of {n} bits", percent(s["test"].accuracy), "about 93 %", "§4",
                    f"agrees with the model on {percent(s['test'].agreement)}"),
         Comparison("selective proxy accuracy, the same strings", percent(s["test"].selective), None, "D.2",
                    f"{percent(s['test'].coverage)} of them lie within the threshold"),

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import torch
 from stepinfluence.arguments import non_negative_int, one_of, positive_float, positive_int
-from stepinfluence.files import write_atomically
+from stepinfluence.files import save_torch, write_atomically
 from stepinfluence.models.gpt import sample_loop_counts
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -245,7 +245,7 @@ def _rows(config: SudokuTrainConfig, size: int, update: int) -> Tensor:
 def _save(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], losses: Tensor) -> None:
     states = [optimizer.state_dict() for optimizer in optimizers]
     content = {"model": model.state_dict(), "optimizers": states, "losses": losses.clone()}
-    write_atomically(path, lambda aside: torch.save(content, aside))
+    write_atomically(path, lambda aside: save_torch(content, aside))
 
 
 def _take_up(

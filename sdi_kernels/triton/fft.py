@@ -224,10 +224,6 @@ def fft_sketch_kernel(
         if not IS_LONG:
             o_g, b_g_sign = sources(p_table_out, o_bucket)
             o_a, b_a_sign = sources(p_table_in, o_bucket)
-            if PREFETCH:
-                m_token = i_first + o_token < i_last
-                b_g = gather(p_gx, o_g, b_g_sign, stride_gd, m_token, True)
-                b_a = gather(p_ax, o_a, b_a_sign, stride_ad, m_token, True)
     for i_t in range(i_first, i_last, BLOCK_T):
         if BLOCK_T == 1:
             if PREFETCH:
@@ -264,19 +260,13 @@ def fft_sketch_kernel(
             else:
                 b_zr, b_zi = b_zr.reshape(N1, N2), b_zi.reshape(N1, N2)
         else:
+            m_token = i_t + o_token < i_last
             if IS_LONG:
-                m_token = i_t + o_token < i_last
                 c_g = sums(p_gx, p_table_out, o_bucket, stride_gd, passes_out, m_token)
                 c_a = sums(p_ax, p_table_in, o_bucket, stride_ad, passes_in, m_token)
-            elif PREFETCH:
-                c_g, c_a = b_g, b_a
-                m_token = i_t + BLOCK_T + o_token < i_last
-                b_g = gather(p_gx + step_g, o_g, b_g_sign, stride_gd, m_token, True)
-                b_a = gather(p_ax + step_a, o_a, b_a_sign, stride_ad, m_token, True)
             else:
-                m_token = i_t + o_token < i_last
-                c_g = gather(p_gx, o_g, b_g_sign, stride_gd, m_token, True)
-                c_a = gather(p_ax, o_a, b_a_sign, stride_ad, m_token, True)
+                c_g = gather(p_gx, o_g, b_g_sign, stride_gd, m_token)
+                c_a = gather(p_ax, o_a, b_a_sign, stride_ad, m_token)
             b_g_up, b_a_up, b_down = _scales(c_g * c_g, c_a * c_a, N1, N2, BLOCK_T)
             b_zr, b_zi = c_g * b_g_up, c_a * b_a_up
         p_ax += step_a
@@ -334,19 +324,19 @@ def linear_fft(call: LinearCall | LinearStepsCall, *, workspace: int = 64 << 20)
     const, inverse_const = constants(config, out.device, has_low), constants(finish, out.device, True)
     table_out, layout_out = side(call.tables[2], g.shape[2], g.element_size(), config)
     table_in, layout_in = side(call.tables[5], a.shape[2], a.element_size(), config)
-    total = found.slots * found.rows
-    programs = total * found.pairs * config.residues
-    smallest = max(1, SMALLEST_PART // config.tokens)
-    splits, per_split = common.parts(programs, found.longest, config.tokens, smallest, out.device)
-    parts = found.pairs * splits
-    chunk = min(total, max(1, workspace // (8 * m * parts)))
-    spectra = out.new_empty(chunk * parts * 2 * m)
     compiled_for = {
         "N1": config.rows, "N2": config.n2, "R": config.residues, "BLOCK_T": config.tokens, "HAS_LOW": has_low,
         **constants_of((layout_in, layout_out), max(a.element_size(), g.element_size()), config),
         "IS_WIDE": common.wide(a) or common.wide(g), "num_warps": config.num_warps, "num_stages": 1, **found.constants,
     }  # fmt: skip
     residues = 1 if compiled_for["IS_WHOLE"] else config.residues
+    total = found.slots * found.rows
+    programs = total * found.pairs * residues
+    smallest = max(1, SMALLEST_PART // config.tokens)
+    splits, per_split = common.parts(programs, found.longest, config.tokens, smallest, out.device)
+    parts = found.pairs * splits
+    chunk = min(total, max(1, workspace // (8 * m * parts)))
+    spectra = out.new_empty(chunk * parts * 2 * m)
     for begin in range(0, total, chunk):
         count = min(chunk, total - begin)
         fft_sketch_kernel[(count, parts, residues)](

@@ -12,11 +12,9 @@ HEAD = tl.constexpr(slots.HEAD)
 
 
 @triton.jit
-def gather(p_x, o_source, b_sign, stride, m_token, HAS_MASK: tl.constexpr):
+def gather(p_x, o_source, b_sign, stride, m_token):
     """One signed source of each bucket, in fp32. Empty buckets read feature 0, times zero."""
-    p_x += o_source * stride
-    b_x = tl.load(p_x, mask=m_token, other=0.0) if HAS_MASK else tl.load(p_x)
-    return b_x.to(tl.float32) * b_sign
+    return tl.load(p_x + o_source * stride, mask=m_token, other=0.0).to(tl.float32) * b_sign
 
 
 @triton.jit

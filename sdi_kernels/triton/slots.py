@@ -81,7 +81,7 @@ def constants_of(layouts: tuple[Layout, Layout], size: int, config: FftConfig) -
     short = all(kept) and sum(needed) <= AHEAD_REGISTERS and sum(x.row for x in layouts) * size <= AHEAD_BYTES
     constants: dict[str, Any] = {
         "IS_WHOLE": by_row and is_wide and config.residues == 2 and config.row_bytes >= WHOLE_BYTES,
-        "PREFETCH": config.prefetch and (short or not by_row),
+        "PREFETCH": config.prefetch and short,
         "IS_SHORT": by_row and not is_wide and config.residues <= 2 and layouts[0].row == chunk // 2
         and layouts[0].slots == 0,
     }  # fmt: skip

@@ -324,7 +324,8 @@ class TrainingInfluence:
             "counts": [self.updates_made, self.unscored, self.unseen, self.skipped, self.refreshes],
             "queries": None if due else self._queries, "losses": self._losses,
             "roots": {t.name: roots[t.name].tensors[0] for t in capture.targets} if roots else None,
-            "tally": None if self._tally is None else self._tally.state(), "weights": weights_of(capture.model),
+            "tally": None if self._tally is None else self._tally.state(),
+            "weights": self._saved_with or weights_of(capture.model),  # of a state that was loaded, until it goes on
         }  # fmt: skip
 
     def _kind(self) -> dict[str, Any]:
@@ -354,15 +355,16 @@ class TrainingInfluence:
                 )
             tally = None if state["tally"] is None else Tally.from_state(state["tally"])
             queries, roots, rows = state["queries"], state["roots"], state["rows"]
+            losses, weights = state["losses"], str(state["weights"])
+            counts = [int(count) for count in state["counts"]]
             if roots is not None:
                 self._roots = {name: Elementwise(root) for name, root in roots.items()}
                 self.capture.precondition(self._roots)
-            counts = [int(count) for count in state["counts"]]
             self.updates_made, self.unscored, self.unseen, self.skipped, self.refreshes = counts
             self._epoch, self._age, self._tally = int(state["epoch"]), int(state["age"]), tally
             self._rows = None if rows is None else (tuple(rows[0]), tuple(rows[1]))
             self._queries = None if queries is None else queries.to(self.capture.device)
-            self._losses, self._parts, self._saved_with = state["losses"], [], str(state["weights"])
+            self._losses, self._parts, self._saved_with = losses, [], weights
         except (KeyError, AttributeError, IndexError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"state: not a TrainingInfluence's ({type(error).__name__}: {error})") from error
 

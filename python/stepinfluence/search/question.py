@@ -157,15 +157,15 @@ def default_device(train: RowSource) -> torch.device:
 
 
 def _require_finite(vectors: Sequence[Tensor], asked: FeatureSource | StoreSource) -> None:
-    """Raise where what was made of queries that are finite is not.
+    """Raise where what was made of a query that is finite is not.
 
     Raises:
         ValueError: it is not.
     """
-    everyone = range(len(asked))
     for checkpoint, values in enumerate(vectors):
-        if not bool(values.isfinite().all()) and bool(asked.take(checkpoint, everyone).isfinite().all()):
-            raise ValueError(TOO_LARGE)
+        for row in (~values.flatten(1).isfinite().all(1)).nonzero().flatten().tolist():
+            if bool(asked.take(checkpoint, [row]).isfinite().all()):
+                raise ValueError(TOO_LARGE)
 
 
 def ask(

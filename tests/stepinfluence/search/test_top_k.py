@@ -164,6 +164,15 @@ def test_scores_that_are_not_finite_are_never_returned() -> None:
         assert sorted(found.rows[0, :-2].tolist()) == [r for r in range(12) if r not in (2, 5)]
 
 
+def test_overflow_is_refused_beside_a_query_that_is_not_finite() -> None:
+    train = made.features(made.small_integers(9, made.WIDTH))
+    values = made.small_integers(2, 2, made.WIDTH, seed=1) + 10
+    assert top_k(train, made.features(values), 4, etas=1e30).scores.isfinite().all()
+    values[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="scores: some are too large for float32"):
+        top_k(train, made.features(values), 4, etas=1e38)
+
+
 def test_queries_that_failed_have_no_winners(tmp_path: Path) -> None:
     train = made.features(made.small_integers(9, made.WIDTH))
     query = made.store(tmp_path / "q", [made.features(made.normal(3, 2, made.WIDTH))], failed=[1])

@@ -117,7 +117,10 @@ class _OneLineErrors:
         except SystemExit as error:  # no command of ours calls it, and its status 0 would mean that all is well
             if self._debug:
                 raise
-            fail(f"a project's code or data ended the program (sys.exit({error.code!r})); have it raise an error")
+            fail(
+                f"a project's code or data ended the program (sys.exit({error.code!r})); have it raise an error",
+                program=self.program,
+            )
         except KeyboardInterrupt as error:
             raise interrupted(error) from None
 
@@ -209,12 +212,19 @@ def require_output(path: Path, *suffixes: str) -> None:
         fail(f"out: {path} cannot be written: there is no folder {path.parent}; make it first")
     within = (path.absolute().parent, *path.absolute().parent.parents)[:3]
     of_run = path.name in ("config.yaml", ".lock", ".written-here") or path.name.endswith(OF_A_RUN)
-    if any((folder / "manifest.json").is_file() for folder in within) or (
-        of_run and any(path.absolute().parent.glob("*/manifest.json"))
-    ):
+    if any(map(_is_store, within)) or (of_run and any(map(_is_store, path.absolute().parent.glob("*/")))):
         fail(f"out: {path} is among the files of a store or run, which would be lost; give another name")
     if path.is_file() and path.suffix not in suffixes:
         fail(f"out: {path} exists, and does not end in {' or '.join(suffixes)}; give another name")
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether a folder has a store's manifest: of others' there are many of that name."""
+    try:
+        with (folder / "manifest.json").open("rb") as file:
+            return b'"sdi-store-' in file.read(64)
+    except OSError:
+        return False
 
 
 OF_A_RUN = (".pinned.json", ".answers.json")

@@ -187,6 +187,12 @@ def test_nothing_of_a_run_is_written_over(run: Path, tmp_path: Path) -> None:
     assert contents(run.parent) == before
 
 
+def test_a_manifest_of_something_else_is_no_store(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a site", "version": "1"}')
+    invoke("influence", run, "-k", 2, "-o", tmp_path / "top.json")
+    assert json.loads((tmp_path / "top.json").read_text())
+
+
 def test_the_ids_beside_scores_take_no_other_file_s_place(run: Path, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text("[1, 2, 3]")
     assert "data.json, which is there and holds something else" in refused(
