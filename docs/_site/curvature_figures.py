@@ -77,9 +77,9 @@ def dampings() -> tuple[Any, dict[str, Any]]:
             axis.plot(GRID, values, marker="o", markersize=3.5, color=color, label=f"{matrix}, damping of the axis")
         for name, (color, dashes) in RULES.items():
             axis.axhline(known[name], color=color, linestyle=dashes, linewidth=1.2, label=name)
-        axis.set(title=problem, ylim=(0, None), xticks=GRID[::2], xticklabels=[f"1e{k}" for k in GRID[::2]])
-    axes[0].set(ylabel="LDS, mean over five seeds")
-    made.supxlabel("damping, relative to the largest eigenvalue", color=SOFT)
+        axis.set(title=problem, xticks=GRID[::2], xticklabels=[f"1e{k}" for k in GRID[::2]])
+    axes[0].set(ylabel="LDS, mean over five seeds", ylim=(0, None))  # one scale for all: set when all are drawn
+    axes[len(lds) // 2].set_xlabel("damping, relative to the largest eigenvalue")
     made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return made, lds
 
