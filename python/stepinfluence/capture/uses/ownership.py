@@ -45,6 +45,7 @@ class Ownership:
         self.batch_size, self.batch_dim = batch_size, batch_dim
         self.follower = Follower(RULES, batch_size, memory)
         self.doubted = self.labelled = False
+        self._has_inputs = bool(inputs)
         self._provenance = provenance
         self._row_dims: dict[Any, list[int | None]] = {}
         self._alike: dict[Any, bool] = {}
@@ -58,6 +59,14 @@ class Ownership:
     def following(self) -> bool:
         """Whether owners are followed in the call that is running now."""
         return self.batch_size is not None and not in_backward()
+
+    def made_here(self, tensor: Tensor) -> bool:
+        """Whether a tensor that the pass makes of whole numbers is taken for a part of the batch, which holds none
+        itself: its texts as tokens, one by one or end to end. The losses will tell whether that was right."""
+        if self._has_inputs or self.batch_size is None or tensor.is_floating_point() or tensor.numel() <= 1:
+            return False
+        self.doubted = True
+        return True
 
     @property
     def example_dims(self) -> tuple[int, ...]:
