@@ -137,6 +137,7 @@ def test_a_batch_that_takes_no_part_is_called_that() -> None:
         attach(Reader(), body="core", sketch_size=16).featurize([torch.zeros(3, 4)], loss)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, within itself
 @pytest.mark.parametrize("form", ["dual", "function"])
 def test_derivatives_taken_forward_are_refused(form: str) -> None:
     from torch.autograd import forward_ad
@@ -164,18 +165,3 @@ def test_derivatives_taken_forward_are_refused(form: str) -> None:
     with pytest.raises(UnsupportedUseError, match=r"torch\.autograd\.forward_ad.*use ExactCapture"):
         attach(model, body="core", sketch_size=16).featurize([batch], loss)
     assert len(ExactCapture(model, body="core").featurize([batch], loss)) == 3
-
-
-def test_batch_normalisation_in_training_mode_says_what_to_do() -> None:
-    class Normed(Reader):
-        def __init__(self) -> None:
-            super().__init__()
-            self.core = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))
-
-    def loss(model: nn.Module, numbers: Tensor) -> Tensor:
-        return F.cross_entropy(model(numbers), numbers, reduction="none")
-
-    batch = torch.tensor([0, 1, 2, 3])
-    assert len(attach(Normed(), body="core", sketch_size=16).featurize([batch], loss)) == 4
-    with pytest.raises(UnsupportedUseError, match=r"core\.1\.weight: batch normalisation .*featurize in eval mode"):
-        attach(Normed(), body="core", sketch_size=16, training=True).featurize([batch], loss)

@@ -217,7 +217,9 @@ class Interceptor(TorchFunctionMode):
 
     def is_one_for_all(self, value: Tensor, index: list[Tensor]) -> bool:
         """Whether no examples are among what was made without data, and is written to at ``index``, by their shapes."""
-        return self._provenance.constants.has_id(id(value)) and not any(map(self._is_batch_shaped, index))
+        constant, shaped = self.is_constant(value), [i for i in index if self._is_batch_shaped(i)]
+        self.owners.doubted |= constant and bool(shaped) and all(map(self.owners.guessed.has_id, map(id, shaped)))
+        return constant and not shaped
 
     def unsupported(self, sources: list[Source], func: Callable[..., Any], why: str) -> UnsupportedUseError:
         names = ", ".join(dict.fromkeys(s.name for s in sources))
@@ -345,11 +347,10 @@ class Interceptor(TorchFunctionMode):
             raise inner_gradients(func.__qualname__)
 
     def _is_batch_shaped(self, value: Tensor) -> bool:
+        size, dims = self.owners.batch_size, self.owners.example_dims
         if not self._doubt or value.dim() == 0:
             return False
-        if self.owners.batch_size is None:
-            return True
-        return any(value.dim() > k and value.shape[k] == self.owners.batch_size for k in self.owners.example_dims)
+        return size is None or any(value.dim() > k and value.shape[k] == size for k in dims)
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, result: Any, found: Operands) -> None:
         """Tell data from constants in what an operation without target parameters gives."""

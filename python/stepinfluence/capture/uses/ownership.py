@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stepinfluence.capture.body.sources import Provenance
+from stepinfluence.capture.body.sources import Provenance, TensorSet
 from stepinfluence.capture.body.steps import in_backward
 from stepinfluence.capture.owners import RULES, Follower, Memory, Owners, meet
 
@@ -32,6 +32,7 @@ class Ownership:
         doubted: whether a parameter met a tensor made without data that was taken for a state of the examples, for its
             size.
         labelled: whether some of the batch's tensors say which example is which.
+        guessed: data of which nothing was known where it met a parameter.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Ownership:
         self.follower = Follower(RULES, batch_size, memory)
         self.doubted = self.labelled = False
         self._has_inputs = bool(inputs)
+        self.guessed = TensorSet()
         self._provenance = provenance
         self._row_dims: dict[Any, list[int | None]] = {}
         self._alike: dict[Any, bool] = {}
@@ -178,6 +180,8 @@ class Ownership:
         for tensor in data:
             follower.meets(tensor)
             part = follower.part(tensor)
+            if part is None:
+                self.guessed.add(tensor)
             if part is not None and (part.strong or not part.owners.one_for_all or part.owners.lo == part.owners.hi):
                 continue
             owners = self._suggested(tensor, self.batch_size)
