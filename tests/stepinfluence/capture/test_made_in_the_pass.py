@@ -12,9 +12,10 @@ import pytest
 import torch
 from stepinfluence import ExactCapture, LayoutError, UnsupportedUseError, attach
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from zoo import D
+from zoo import Core, D, normal
 
 TEXTS = ["abc", "bcdef", "ad", "fe"]
 
@@ -137,31 +138,38 @@ def test_a_batch_that_takes_no_part_is_called_that() -> None:
         attach(Reader(), body="core", sketch_size=16).featurize([torch.zeros(3, 4)], loss)
 
 
+class Forward(Reader):
+    """Adds the derivative of its core along the state, taken forward."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core  # type: ignore[assignment]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = x = self.embed(tokens)
+        for _ in range(2):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(h, torch.ones_like(h))
+                value, slope = forward_ad.unpack_dual(torch.tanh(self.core(dual)))
+            h = value + slope + x
+        logits: Tensor = self.head(h)
+        return logits
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, within itself
-@pytest.mark.parametrize("form", ["dual", "function"])
-def test_derivatives_taken_forward_are_refused(form: str) -> None:
-    from torch.autograd import forward_ad
-
-    class Forward(Reader):
-        def forward(self, tokens: Tensor) -> Tensor:
-            h = x = self.embed(tokens)
-            for _ in range(2):
-                with forward_ad.dual_level():
-                    dual = forward_ad.make_dual(h, torch.ones_like(h))
-                    dual = torch.tanh(self.core(dual) if form == "dual" else dual * self.core.weight[0])
-                    value, slope = forward_ad.unpack_dual(dual)
-                h = value + slope + x
-            logits: Tensor = self.head(h)
-            return logits
-
+def test_derivatives_taken_forward() -> None:
+    """Refused where a tap does not see them; what is only multiplied by a parameter is an ordinary use of it."""
     batch = torch.randint(6, (3, 4), generator=torch.Generator().manual_seed(0))
 
     def loss(model: nn.Module, numbers: Tensor) -> Tensor:
         return F.cross_entropy(model(numbers).mT, numbers, reduction="none").sum(1)
 
-    model = Forward()
-    if form == "function":
-        model.core.bias.requires_grad_(False)
+    linear = Forward(nn.Linear(D, D))
     with pytest.raises(UnsupportedUseError, match=r"torch\.autograd\.forward_ad.*use ExactCapture"):
-        attach(model, body="core", sketch_size=16).featurize([batch], loss)
-    assert len(ExactCapture(model, body="core").featurize([batch], loss)) == 3
+        attach(linear, body="core", sketch_size=16).featurize([batch], loss)
+    assert len(ExactCapture(linear, body="core").featurize([batch], loss)) == 3
+    gain = Forward(Core(lambda s, x: x * s.gain, gain=normal(D))).double()
+    capture = attach(gain, body="core", sketch_size=16)
+    exact = ExactCapture(gain, body="core").featurize([batch], loss).values
+    expected = oracle.sketched({"core.gain": exact}, {t.name: t.sketch for t in capture.targets})
+    torch.testing.assert_close(capture.featurize([batch], loss).values, expected)
