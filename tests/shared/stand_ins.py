@@ -161,27 +161,45 @@ class URM(nn.Module):
         return state.detach(), self.inner.lm_head(state), self.inner.q_head(state[:, 0]).squeeze(-1)
 
 
+class Recursion(nn.Module):
+    """One recursion over the tokens that its router keeps of those that the last one kept; the others stay as they are.
+
+    ``forward`` takes the state ``(B, T, d)`` and the places of tokens that are left ``(B, n)``, and returns both.
+    """
+
+    def __init__(self, d: int, heads: int, share: float) -> None:
+        super().__init__()
+        self.block, self.mor_router, self.share = Block(d, heads), nn.Linear(d, 1, bias=False), share
+
+    def forward(self, state: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        held = state.gather(1, chosen.unsqueeze(-1).expand(-1, -1, state.shape[-1]))
+        weight = self.mor_router(held).sigmoid().squeeze(-1)
+        best = weight.topk(max(1, int(self.share * state.shape[1])), dim=1).indices.sort(1).values
+        chosen, weight = chosen.gather(1, best), weight.gather(1, best)
+        index = chosen.unsqueeze(-1).expand(-1, -1, state.shape[-1])
+        return state.scatter_add(1, index, self.block(state.gather(1, index)) * weight.unsqueeze(-1)), chosen
+
+
 class MixtureOfRecursions(nn.Module):
-    """Mixture-of-recursions (Bae et al. 2025), expert choice: at every recursion a router keeps the tokens that go on,
-    fewer each time; a token that is left out keeps its state. ``kept`` holds the share of tokens of each recursion."""
+    """Mixture-of-recursions (Bae et al. 2025), expert choice: a first and a last layer of their own, and between them a
+    layer for each recursion, with a router of its own and the weights that all recursions share. ``kept`` holds the
+    share of tokens that go on at each."""
 
     def __init__(self, vocab: int, d: int, heads: int, kept: Sequence[float]) -> None:
         super().__init__()
         self.embed_tokens, self.lm_head = nn.Embedding(vocab, d), nn.Linear(d, vocab, bias=False)
-        self.first, self.last = Block(d, heads), Block(d, heads)
-        self.block = Block(d, heads)
-        self.routers = nn.ModuleList(nn.Linear(d, 1, bias=False) for _ in kept)
-        self.kept = tuple(kept)
+        recursions = [Recursion(d, heads, share) for share in kept]
+        for other in recursions[1:]:
+            shared = recursions[0].block.named_modules()
+            for (_, part), (_, source) in zip(other.block.named_modules(), shared, strict=True):
+                part._parameters.update(source._parameters)
+        self.layers = nn.ModuleList([Block(d, heads), *recursions, Block(d, heads)])
 
     def forward(self, ids: Tensor) -> Tensor:
-        state = self.first(self.embed_tokens(ids))
+        first, *recursions, last = self.layers
+        state = first(self.embed_tokens(ids))
         chosen = torch.arange(ids.shape[1]).expand(ids.shape)  # (B, tokens that are left), in order
-        for router, share in zip(self.routers, self.kept, strict=True):
-            held = state.gather(1, chosen.unsqueeze(-1).expand(-1, -1, state.shape[-1]))
-            weight = router(held).sigmoid().squeeze(-1)
-            best = weight.topk(max(1, int(share * ids.shape[1])), dim=1).indices.sort(1).values
-            chosen, weight = chosen.gather(1, best), weight.gather(1, best)
-            index = chosen.unsqueeze(-1).expand(-1, -1, state.shape[-1])
-            state = state.scatter_add(1, index, self.block(state.gather(1, index)) * weight.unsqueeze(-1))
-        logits: Tensor = self.lm_head(self.last(state))
+        for recursion in recursions:
+            state, chosen = recursion(state, chosen)
+        logits: Tensor = self.lm_head(last(state))
         return logits

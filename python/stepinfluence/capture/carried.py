@@ -111,8 +111,8 @@ class Carried(TorchFunctionMode):
         """Arguments with leaves in place of what belongs to another step than the present one."""
         if isinstance(value, dict):
             return {k: self._replaced(v) for k, v in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(self._replaced(v) for v in value)
+        if isinstance(value, tuple | list):
+            return (tuple if isinstance(value, tuple) else list)(self._replaced(v) for v in value)
         held = self._step_of.get(id(value)) if isinstance(value, Tensor) and torch.is_grad_enabled() else None
         if held is None or held[1] == self._current or not value.requires_grad:
             return value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepinfluence.capture.body.state import running
+from stepinfluence.capture.owners.calls import OUTSIDE
+from stepinfluence.capture.owners.rows import Told, Use
 from stepinfluence.errors import BodyError, LayoutError, LossError, StepInfluenceError, UnsupportedUseError
 
 UNDERFLOW = "in half precision (fp16); multiply the loss by a constant (its scale is yours), or use bfloat16 or float32"
@@ -80,6 +82,57 @@ def refuse_earlier(name: str, user: Any, since: int) -> None:
             f"{name}: reaches the loss through a tensor that was computed in an earlier pass ({user.name()}) and "
             "kept; clear what the model or the loss keeps, so that every forward pass computes it anew"
         )
+
+
+def used_outside(name: str, operation: str) -> BodyError:
+    """The error for a body parameter that an operation uses outside the loop."""
+    return BodyError(
+        f"{name}: used outside the loop body (by {operation}); pass outside='ignore' to leave such uses out of the "
+        "influence, or make their module part of the body"
+    )
+
+
+def inner_gradients(operation: str) -> UnsupportedUseError:
+    """The error for a model that takes gradients through the loop in its forward pass."""
+    return UnsupportedUseError(
+        f"model: takes gradients through the loop body in its forward pass ({operation}); what the body's parameters "
+        "do to those gradients cannot be captured, use ExactCapture"
+    )
+
+
+def constants_only(name: str) -> UnsupportedUseError:
+    """The error for a loop that was run on what counts for constants."""
+    return UnsupportedUseError(
+        f"{name}: the loop was run on tensors that no tensor of the batch went into; such as a pass makes itself "
+        "(torch.tensor, torch.zeros) count for constants unless they have a row for each example: make them in the "
+        "loader, or from the batch's tensors (torch.zeros_like)"
+    )
+
+
+def may_be_one_by_one(uses: Iterable[Use], told: Told, size: int, steps: int) -> bool:
+    """Whether no step has rows of several examples, as far as they were followed."""
+    if not 1 < size <= steps:
+        return False
+    known = (u.owners for u in uses if u.step != OUTSIDE and u.owners is not None)
+    return told == "found" or not any(bool(o.lo.min() < o.hi.max()) for o in known if o.lo.numel())
+
+
+def refuse_one_by_one(features: Tensor) -> None:
+    """Refuse features by step ``(B, steps, D)`` of a loop that was run for one example at a time.
+
+    Raises:
+        LayoutError: as said (names the second example that was run, and its first step).
+    """
+    active = (features != 0).any(-1)
+    if bool((active.sum(0) > 1).any()) or int(active.any(1).sum()) < 2:
+        return
+    whose = [(step, int(one.nonzero()[0, 0])) for step, one in enumerate(active.T) if bool(one.any())]
+    step, example = next((step, example) for step, example in whose if example != whose[0][1])
+    raise LayoutError(
+        "loss_fn: runs the loop for one example of the batch at a time, so that steps are counted on from one to the "
+        f"next (the first of example {example} is step {step + 1}); run the batch in one pass (padded), give batches "
+        "of one, mark steps yourself (loop='manual'), or pass per_step=False"
+    )
 
 
 def never_entered(model: nn.Module, again: Callable[[], int], *, training: bool) -> BodyError:

@@ -63,7 +63,11 @@ class _Rows:
         if self.last is None and rows.numel():
             self._column = _large_column(rows, norm)
         value = norm if self._column is None else rows.gather(1, self._column).squeeze(1).double()
-        return (value, norm) if factor is None else (value * factor, norm * factor)
+        if factor is None:
+            return value, norm
+        # Where one of them is zero, the other one may be the gradient, of a bias that is added to the product.
+        alone, number = norm == 0, torch.where(factor == 0, 1, factor)
+        return torch.where(alone, factor, value * number), torch.where(alone, factor, norm * number)
 
     @property
     def tolerance(self) -> float:
@@ -71,7 +75,7 @@ class _Rows:
 
     def check_proportional(self, rows: Tensor, factor: Tensor | None, times: float) -> None:
         """After a look with ``times`` 1: whether gradients are as large as the losses are multiplied."""
-        norm = self._look(rows, factor)[1]
+        norm = self._look(rows, None)[1] if factor is None else self._look(rows, None)[1] * factor
         if self._norm is None:
             self._norm = norm
         elif not bool(((norm - times * self._norm).abs() <= self.tolerance * times * self._norm).all()):
@@ -81,8 +85,8 @@ class _Rows:
         """Keep what tells the owners' digit of weight ``place``."""
         self._digits.append((base, place, *self._look(rows, factor)))
 
-    def owners(self, rows: Tensor, factor: Tensor | None, size: int) -> Tensor:
-        """``(n,)``, from the rows with all weights one.
+    def owners(self, rows: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``(n,)``, from the rows with all weights one, and which rows belong to nobody.
 
         Raises:
             LossError: gradients that are not finite.
@@ -109,7 +113,7 @@ class _Rows:
                     "tensors that are not of the batch as buffers (register_buffer)"
                 )
             found += digit.long() * place
-        return _arranged(found, empty, size)
+        return found, empty
 
 
 def _arranged(owners: Tensor, empty: Tensor, size: int) -> Tensor:
@@ -134,7 +138,8 @@ class Scout:
 
     def __init__(self, size: int, base: int) -> None:
         self._size, self._base = size, base
-        self._rows: dict[int, _Rows] = {}
+        self._rows: dict[tuple[int, int], _Rows] = {}
+        self._told: dict[int, tuple[Tensor, Tensor]] = {}
         self._digit: tuple[int, int] | None = None
         self._times: float | None = None
         self._passes = 0
@@ -165,10 +170,14 @@ class Scout:
     def finish(self) -> None:
         """Nothing waits."""
 
-    def _scout(self, use: Use, grad: Tensor, trailing: int, other: Tensor | None = None) -> None:
-        """Look at gradients ``(*lead, *trailing dims)`` of a use; ``other``, with a row for each, scales with them."""
-        held = self._rows.setdefault(id(use), _Rows(use, grad.dtype))
-        if held.last == self._passes:  # once a pass: other sources have the same rows
+    def _scout(self, use: Use, grad: Tensor, trailing: int, other: Tensor | None = None, part: int = 0) -> None:
+        """Look at gradients ``(*lead, *trailing dims)`` of a use; ``other``, with a row for each, scales with them.
+
+        Args:
+            part: tells sources of one use apart whose rows are not the same gradients.
+        """
+        held = self._rows.setdefault((id(use), part), _Rows(use, grad.dtype))
+        if held.last == self._passes:  # once a pass
             return
         lead = grad.dim() - trailing
         if grad.is_complex():  # as pairs of numbers
@@ -178,13 +187,16 @@ class Scout:
         factor: Tensor | None = None
         if other is not None:
             factor = _totals(other.reshape(len(rows), other.shape[-1]))
-            factor = torch.where(factor == 0, 1, factor)
         if self._times is not None:
             held.check_proportional(rows, factor, self._times)
         elif self._digit is not None:
             held.read(rows, factor, *self._digit)
         else:
-            owners = held.owners(rows, factor, self._size)
+            found, empty = held.owners(rows, factor)
+            if (before := self._told.get(id(use))) is not None:  # of another source
+                found, empty = torch.where(empty, before[0], found), empty & before[1]
+            self._told[id(use)] = found, empty
+            owners = _arranged(found, empty, self._size)
             if self._kept is None or not torch.equal(self._kept.lo, owners):
                 self._kept = Owners(owners.shape, owners, owners)
             use.found = self._kept  # one object for uses in a row that have the same: they are arranged once
@@ -215,7 +227,7 @@ class Scout:
         self._scout(use, arranged, grad.dim() - len(free))
 
     def dense_rows(self, source: Source, use: Use, grads: Tensor) -> None:
-        self._scout(use, grads, grads.dim() - 1)
+        self._scout(use, grads, grads.dim() - 1, part=id(source.tensor))
 
 
 class _Finding:

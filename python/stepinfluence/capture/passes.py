@@ -191,6 +191,8 @@ class TappedModel:
                 self.model, lambda: self._count_steps(batch, loss_fn, index), training=self.model.training
             )
         losses = session.check_losses(losses, size, ids)
+        if (source := interceptor.source(losses)) is not None:
+            raise diagnosis.constants_only(source.targets[0].name)
         self._check_uses(losses, began)
         return losses, interceptor
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepinfluence.attribution.features import FeatureBuilder, FeatureSpace
-from stepinfluence.capture import session
+from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.discovery import warn_if_the_loop_is_elsewhere
 from stepinfluence.capture.owners.rows import Told
 from stepinfluence.capture.passes import TappedModel
@@ -76,10 +76,13 @@ class SketchedRun:
         given = list(ids) if ids is not None else list(range(builder.count, builder.count + size))
         buffer = builder.reserve(size, one.steps)
         seen = self.ledger.add(one.uses, self.told)
+        apart = buffer.dim() == 3 and diagnosis.may_be_one_by_one(one.uses, self.told, size, steps)
         one.backward(SketchRecorder(self.sketching, buffer, wait=not one.hooked))
         del one  # and with it what the forward pass computed from parameters
         sharding.add_up(buffer, self.sketching.blocks)
         session.check_features(buffer, ids)
+        if apart:
+            diagnosis.refuse_one_by_one(buffer)
         if first and steps == 1 and self.verifying and company.alone:
             self._look_for_a_loop(labels[0], batch, index)
         if company.any(size > 1 and self.wants_verification(index)):

@@ -196,8 +196,14 @@ def test_tokens_leave_by_their_own_choice() -> None:
 
 def test_tokens_leave_by_the_choice_of_routers() -> None:
     model = widened(MixtureOfRecursions(VOCABULARY, D, 2, kept=(1.0, 0.6, 0.2)))
-    assert set(compare(model, batches(), plain_loss, body=["block"]).lengths) == {3}
-    compare(model, batches(), plain_loss, body=["routers.0", "block"], loop="timeline")
+    recursions = ["layers.1", "layers.2", "layers.3"]
+    assert set(compare(model, batches(), plain_loss, body=recursions, loop="timeline").lengths) == {3}
+    blocks = [f"{name}.block" for name in recursions]
+    compare(model, batches(), plain_loss, body=blocks, loop="timeline")
+    with pytest.raises(
+        BodyError, match=r"layers\.1\.block\.\S+: used outside the loop body"
+    ):  # by the other recursions
+        attach(model, body=blocks[0]).featurize(batches(), plain_loss)
 
 
 HUGINN = ["transformer.adapter", "transformer.core_block"]
@@ -231,7 +237,11 @@ INLINE = {
     "halting by token": (lambda: UniversalTransformer(VOCABULARY, D, 2, max_steps=4), act_loss, "transition"),
     "exit gates": (lambda: Ouro(VOCABULARY, D, 2, layers=1, total_ut_steps=3), expected_loss, "model.layers"),
     "examples leave": (lambda: LeavingTheBatch("put back"), plain_loss, "core"),
-    "tokens leave": (lambda: MixtureOfRecursions(VOCABULARY, D, 2, kept=(1.0, 0.4)), plain_loss, "block"),
+    "tokens leave": (
+        lambda: MixtureOfRecursions(VOCABULARY, D, 2, kept=(1.0, 0.4)),
+        plain_loss,
+        ["layers.1", "layers.2"],
+    ),
 }
 
 
@@ -239,7 +249,8 @@ INLINE = {
 def test_inline_features_are_those_of_a_featurize_call(name: str) -> None:
     make, loss_fn, body = INLINE[name]
     model, (batch,) = widened(make()).eval(), batches(4)
-    capture = attach(model, body=body, sketch_size=16)
+    loop: Any = "timeline" if isinstance(body, list) else "entries"
+    capture = attach(model, body=body, sketch_size=16, loop=loop)
     expected = capture.featurize([batch], loss_fn)
     with capture.inline(batch, per_step=True) as inline:
         inline.losses(loss_fn(model, batch)).mean().backward()

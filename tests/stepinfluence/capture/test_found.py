@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo
 from compare import compare
-from stepinfluence import attach
+from stepinfluence import LayoutError, attach
 from torch import Tensor, nn
 from zoo import Core, D
 
@@ -95,3 +95,45 @@ def test_large_and_small_gradients_of_a_row() -> None:
         assert capture.owners == "found"
         scaled = capture.featurize([batch], lambda m, b, k=scale: k * zoo.squared_error(m, b), progress=False).values
         assert torch.equal(scaled.double() / scale, plain.double())
+
+
+DEAD = {
+    "addmm": (lambda s, rows: s.part(rows), lambda: zoo.Conv1D()),
+    "bilinear": (lambda s, rows: s.part(rows, rows), lambda: nn.Bilinear(D, D, D)),
+    "transposed convolution": (
+        lambda s, rows: s.part(rows.unsqueeze(-1)).squeeze(-1),
+        lambda: nn.ConvTranspose1d(D, D, 1),
+    ),
+    "addmm behind a norm": (lambda s, rows: s.part(rows), lambda: nn.Sequential(nn.LayerNorm(D), zoo.Conv1D())),
+}
+
+
+@pytest.mark.parametrize("name", DEAD)
+def test_rows_of_zeros_have_a_bias_all_the_same(name: str) -> None:
+    """The weight has no gradient there, and the bias has."""
+    use, make = DEAD[name]
+
+    def run(s: Any, x: Tensor) -> Tensor:
+        order = order_of("shuffled", *x.shape[:2])
+        rows = Ordered.apply(x.flatten(0, 1), order)
+        rows = rows * (rows.detach().sum(-1, keepdim=True) > 0.1)
+        return Ordered.apply(use(s, rows), order.argsort()).view_as(x).tanh()
+
+    torch.manual_seed(2)
+    model = zoo.Looped(Core(run, part=make()), steps=2).double()
+    batches = [zoo.make_batch(size, tokens, dtype=torch.float64) for size, tokens in ((3, 4), (4, 5))]
+    assert compare(model, batches).capture.owners == "found"
+
+
+def test_rows_without_gradient_are_no_sign_of_clipping() -> None:
+    """What is wrong here is that examples meet; rows that no loss looks at do not scale with any."""
+
+    def run(s: Any, x: Tensor) -> Tensor:
+        rows = Ordered.apply(x.flatten(0, 1), order_of("backwards", *x.shape[:2]))
+        back = Ordered.apply(rows @ s.matrix, order_of("backwards", *x.shape[:2])).view_as(x)
+        return (back[:, :2] + back[:, :2].mean((0, 1))).tanh().repeat(1, 2, 1)
+
+    torch.manual_seed(0)
+    capture = attach(zoo.Looped(Core(run, matrix=zoo.normal(D, D)), steps=2), body="core", sketch_size=16)
+    with pytest.raises(LayoutError, match="changes with the losses of other examples"):
+        capture.featurize([zoo.make_batch(3, 4)], zoo.squared_error)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -21,6 +22,23 @@ from zoo import Core, D, linear
 EXAMPLES = 4
 S = (4, 3, 2)
 Q = torch.tensor([0.1, 0.2, 0.5, 0.7], dtype=torch.float64)
+AT, ORDER, PAIRS = torch.tensor(1), torch.tensor([2, 0, 3, 1]), torch.tensor([[0, 1], [1, 0]])
+KEPT, ALL = torch.tensor([True, False, True, True]), slice(None)
+INDICES: dict[str, Any] = {
+    "one": (ALL, AT), "one, the new dimension first": (None, ALL, AT), "one, the new dimension last": (AT, ALL, None),
+    "one, the new dimension between": (ALL, None, AT), "one behind dots": (None, ..., AT),
+    "a whole number of numpy": (None, ALL, np.int64(1)), "an order": ORDER,
+    "an order behind a new dimension": (None, ORDER), "an order of the second": (ALL, ORDER),
+    "an order and a new dimension": (None, ALL, ORDER), "pairs": (ALL, PAIRS),
+    "an order and one": (ORDER, ALL, AT), "two orders": (ORDER, ORDER), "a list": [2, 0, 3, 1],
+    "a list of a slice and an order": [ALL, ORDER], "a list of two slices": [ALL, slice(1, 3)],
+    "a list of two orders": [ORDER, ORDER], "a list of lists": [[0, 1], [1, 0]], "a list of a slice and one": [ALL, AT],
+    "a list of a slice and a number": [ALL, 1], "a list with dots": [..., 1],
+    "a list with a new dimension": [None, ALL], "a mask": KEPT, "a mask of the second": (ALL, KEPT),
+    "a mask behind a new dimension": (None, KEPT),
+    "lists of truth values": [True, False, True, True], "an array": np.array([1, 0, 3, 2]),
+}  # fmt: skip
+"""Of a tensor (4, 4, 3)."""
 Case: TypeAlias = tuple[Callable[..., Any], Sequence[tuple[int, ...]]]
 
 CASES: dict[str, Case] = {
@@ -60,6 +78,24 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+def read(index: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: x[index]
+
+
+def written(index: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    def write(x: Tensor, y: Tensor) -> Tensor:
+        z = x * 1
+        z[index] = y.flip(0)[index]
+        return z
+
+    return write
+
+
+W = (4, 4, 3)
+CASES |= {f"picked: {name}": (read(index), (W,)) for name, index in INDICES.items()}
+CASES |= {f"written: {name}": (written(index), (W, W)) for name, index in INDICES.items()}
+
+
 class Following(TorchFunctionMode):
     """Follows every call, as a capture does."""
 
@@ -92,14 +128,18 @@ def owners_of(shape: tuple[int, ...], style: str, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("style", ["first dimension", "second dimension", "one", "random"])
 @pytest.mark.parametrize("name", CASES)
-def test_nobody_is_left_out(name: str, style: str) -> None:
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_nobody_is_left_out(name: str, style: str, once: bool) -> None:
+    """``once``: owners are kept once along dimensions on which they do not depend."""
     call, shapes = CASES[name]
     torch.manual_seed(len(name))
     values = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     whose = [owners_of(shape, style, k) for k, shape in enumerate(shapes)]
     follower, given = Follower(RULES, EXAMPLES, Memory()), [v * 1 for v in values]
     for tensor, owners in zip(given, whose, strict=True):
-        follower.note(tensor, Owners(tuple(owners.shape), owners, owners), tapped=True)
+        noted = Owners(tuple(owners.shape), owners, owners)
+        follower.note(tensor, noted.compressed() if once else noted, tapped=True)
     with Following(follower):
         results = [r for r in pytree.tree_leaves(call(*given)) if isinstance(r, Tensor) and r.requires_grad]
     assert results
@@ -107,6 +147,9 @@ def test_nobody_is_left_out(name: str, style: str) -> None:
         found = follower.owners(result)
         assert found is not None
         low, high = (e.expand(result.shape).flatten().tolist() for e in (found.lo, found.hi))
+        if found.along is not None:
+            numbers = torch.arange(result.shape[found.along]).view([-1] + [1] * (result.dim() - 1))
+            assert low == high == numbers.movedim(0, found.along).expand(result.shape).flatten().tolist()
         for place, element in enumerate(result.flatten()):
             slopes = torch.autograd.grad(element, values, retain_graph=True, allow_unused=True)
             pairs = [(g, w) for g, w in zip(slopes, whose, strict=True) if g is not None]

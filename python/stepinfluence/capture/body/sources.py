@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from sdi_kernels import CountSketch, TensorSketch
 from stepinfluence.capture.body.targets import Target
@@ -126,11 +125,17 @@ def _block(tensor: Tensor, target: Target) -> Piece | None:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A batch-free tensor computed from ``targets``; ``strided`` says which part of a parameter it is, if it is one."""
+    """A batch-free tensor computed from ``targets``.
+
+    Attributes:
+        strided: which part of a parameter it is, if it is one.
+        in_loop: whether constants went into it within the loop: it may come from a state that was taken for one.
+    """
 
     tensor: Tensor
     targets: tuple[Target, ...]
     strided: Piece | None
+    in_loop: bool = False
 
     @property
     def piece(self) -> Piece | None:
@@ -181,8 +186,12 @@ class TensorSet:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors among arguments or results of a torch function."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    """The tensors among arguments or results of a torch function, in tuples and lists of any class."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in tensors_in(v)] if isinstance(value, tuple | list) else []
 
 
 def base_of(tensor: Tensor) -> Tensor:
@@ -235,15 +244,17 @@ class Provenance:
             if known.has_id(id(before)):
                 known.add(after)
 
-    def add_derived(self, tensor: Tensor, origins: Iterable[Source]) -> None:
+    def add_derived(self, tensor: Tensor, origins: Iterable[Source], *, in_loop: bool = False) -> None:
         """Register a tensor computed from ``origins`` (and constants) alone."""
+        origins = list(origins)
         if not tensor.requires_grad:
             # Detached, integer, or computed without gradients: nothing flows back through it.
             self.constants.add(tensor)
             return
         targets = tuple(dict.fromkeys(t for origin in origins for t in origin.targets))
         piece = find_piece(tensor, targets[0]) if len(targets) == 1 else None
-        self._sources[id(tensor)] = Source(tensor, targets, piece)
+        in_loop = in_loop or any(origin.in_loop for origin in origins)
+        self._sources[id(tensor)] = Source(tensor, targets, piece, in_loop)
 
     def changed_in_place(self, tensor: Tensor, origins: Iterable[Source]) -> None:
         """``tensor`` now depends on ``origins`` too, and so do all tensors that share its memory."""

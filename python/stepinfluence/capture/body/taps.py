@@ -18,8 +18,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from stepinfluence.errors import UnsupportedUseError
+
 Receive: TypeAlias = Callable[[Tensor, tuple[Tensor, ...]], None]
 """Called in the backward pass with (gradient, saved tensors)."""
+
+
+def _refuse_tangents(ctx: Any, *grad_inputs: Any) -> Any:
+    raise UnsupportedUseError(
+        "model: takes derivatives forward (torch.autograd.forward_ad) through the loop body; what the body's "
+        "parameters do to those cannot be captured, use ExactCapture"
+    )
 
 
 class _OutputTap(torch.autograd.Function):
@@ -41,6 +50,8 @@ class _OutputTap(torch.autograd.Function):
             ctx.receive(grad.to_dense(), saved)  # the same, unless a lookup gave it as a sparse tensor
         return (grad, *(None,) * (2 + len(ctx.needs_input_grad[3:])))
 
+    jvp = staticmethod(_refuse_tangents)
+
 
 class _ExpandTap(torch.autograd.Function):
     """A parameter expanded to ``shape``; the gradient that comes back is not yet summed over anything."""
@@ -57,6 +68,8 @@ class _ExpandTap(torch.autograd.Function):
             ctx.receive(grad, ())
             total = grad.sum_to_size(ctx.shape) if ctx.needs_input_grad[0] else None
         return total, None, None, None
+
+    jvp = staticmethod(_refuse_tangents)
 
 
 TAPS = (_OutputTap._backward_cls, _ExpandTap._backward_cls)

@@ -18,6 +18,9 @@ STRUCTURE_FACTORIES = {
 """Factories whose result never holds one row per example, whatever its size. Other results of calls without tensors
 (zeros, randn, ...) may be per-example states, and are taken for data where they have the batch's size."""
 
+CONSTRUCTORS = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
+"""Functions that make tensors of numbers that are not in one yet."""
+
 EXPANSIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to}
 """Functions that may give a batch-free tensor a row per example."""
 

@@ -12,6 +12,20 @@ from stepinfluence.capture.owners.follow import Follower, Found, Rule, arguments
 from stepinfluence.capture.owners.intervals import NOBODY, UNKNOWN, Owners
 from stepinfluence.capture.owners.structure import functions, view
 
+MOST_ITEMS = 32
+"""A list of as many items as this is one index, whatever is in it."""
+
+
+def items_of(index: Any) -> tuple[Any, ...]:
+    """An index's parts, one after the other. To torch, a list is as good as a tuple where some of its items could be no
+    numbers of an index: slices, tensors, lists, ``None``, ``...``."""
+    if isinstance(index, tuple):
+        return index
+    if not isinstance(index, list) or len(index) >= MOST_ITEMS:
+        return (index,)
+    apart = any(i is None or i is Ellipsis or isinstance(i, slice | Tensor | list | tuple) for i in index)
+    return tuple(index) if apart else (index,)
+
 
 def _consumed(item: Any) -> int:
     """Dimensions of the indexed tensor that an item of an index takes up."""
@@ -22,7 +36,7 @@ def _consumed(item: Any) -> int:
 
 def touched_dims(index: Any, dim: int) -> set[int] | None:
     """Which dimensions of a tensor of ``dim`` dimensions an index picks from; None if that cannot be told."""
-    items = index if isinstance(index, tuple) else (index,)
+    items = items_of(index)
     taken = sum(map(_consumed, items))
     touched: set[int] = set()
     at = 0
@@ -40,7 +54,7 @@ def touched_dims(index: Any, dim: int) -> set[int] | None:
 
 
 def _is_basic(index: Any) -> bool:
-    items = index if isinstance(index, tuple) else (index,)
+    items = items_of(index)
     return all(i is None or i is Ellipsis or (isinstance(i, int | slice) and not isinstance(i, bool)) for i in items)
 
 
@@ -48,16 +62,17 @@ def getitem(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Foun
     """``x[index]`` of any form; a table that nobody has a part in gives its rows to who looks them up."""
     x, index = args
     owners = f.owners(x)
+    items = items_of(index)
     if owners is None:
-        item = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+        item = items[0] if len(items) == 1 else index
         part = f.part(item) if isinstance(item, Tensor) and item.dtype != torch.bool else None
         return None if part is None else lookup(part.owners, result)
     if _is_basic(index):
-        return view(f, func, args, kwargs, result)
+        return view(f, func, (x, items), kwargs, result)
     touched = touched_dims(index, x.dim())
     if touched is None:
         return f.not_known(result)
-    return _picked(owners, touched, result, lambda ends: ends[index])
+    return _picked(owners, touched, result, lambda ends: ends[items], stay=not any(i is None for i in items))
 
 
 def lookup(ids: Owners, result: Tensor) -> Owners:
@@ -72,8 +87,12 @@ def lookup(ids: Owners, result: Tensor) -> Owners:
     return found
 
 
-def _picked(owners: Owners, touched: set[int], result: Tensor, pick: Callable[[Tensor], Tensor]) -> Owners:
-    if not any(owners.varies(d) for d in touched) and len(touched) == 1 and result.dim() == len(owners.shape):
+def _picked(
+    owners: Owners, touched: set[int], result: Tensor, pick: Callable[[Tensor], Tensor], *, stay: bool = True
+) -> Owners:
+    """``stay``: whether a result of as many dimensions has each where it was."""
+    alike = not any(owners.varies(d) for d in touched)
+    if alike and len(touched) == 1 and stay and result.dim() == len(owners.shape):
         return Owners(result.shape, owners.lo, owners.hi, owners.along)  # all along that dimension are alike
     return owners.expanded(touched).map(result.shape, lambda ends, _: pick(ends)).compressed()
 
@@ -131,7 +150,7 @@ def setitem(f: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> Foun
     x, index, value = args[:3]
     if kwargs.get("accumulate", args[3] if len(args) > 3 else False):
         return f.not_known(x)
-    index = tuple(index) if isinstance(index, list) else index
+    index = items_of(index) if func is Tensor.__setitem__ else tuple(index)
     owners = f.owners(x) or f.nobody(x)
     if f.in_use and f.part(value) is None:
         return owners  # a parameter was written there, for those who have these places

@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from stepinfluence.capture.body.sources import Provenance, Source
+from stepinfluence.capture.body.sources import Provenance, Source, tensors_in
 from stepinfluence.capture.body.steps import in_backward
 from stepinfluence.capture.body.taps import Receive, has_tap, tap_expanded, tap_output
+from stepinfluence.capture.diagnosis import constants_only, inner_gradients, used_outside
 from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.owners.calls import (
+    CONSTRUCTORS,
     EXPANSIONS,
     FACTS,
     GRADIENT_TAKERS,
@@ -39,13 +41,13 @@ from stepinfluence.capture.owners.calls import (
     undispatched,
 )
 from stepinfluence.capture.owners.rows import Pass, Use, gains_examples
-from stepinfluence.capture.uses.operands import Operands, in_transform
+from stepinfluence.capture.uses.operands import Operands, in_transform, plain
 from stepinfluence.capture.uses.ownership import Ownership
 from stepinfluence.capture.uses.recall import Recall
 from stepinfluence.capture.uses.sinks import GradientSink
 from stepinfluence.capture.uses.tapping import Tapping, nested
 from stepinfluence.capture.uses.usage import LOOKS, Usage
-from stepinfluence.errors import BodyError, UnsupportedUseError
+from stepinfluence.errors import UnsupportedUseError
 from stepinfluence.shards import is_sharded
 
 
@@ -168,11 +170,10 @@ class Interceptor(TorchFunctionMode):
             return 0
         step = self._tapping.steps.current
         targets = [target for source in used if source is not None for target in source.targets]
+        if step is None and any(source is not None and source.in_loop for source in used):
+            raise constants_only(targets[0].name)
         if step is None and self._tapping.outside == "error":
-            raise BodyError(
-                f"{targets[0].name}: used outside the loop body (by {resolve_name(operation) or operation.__name__}); "
-                "pass outside='ignore' to leave such uses out of the influence, or make their module part of the body"
-            )
+            raise used_outside(targets[0].name, resolve_name(operation) or operation.__name__)
         if step is None:
             self.usage.outside.update(targets)
             return OUTSIDE
@@ -216,7 +217,9 @@ class Interceptor(TorchFunctionMode):
 
     def is_one_for_all(self, value: Tensor, index: list[Tensor]) -> bool:
         """Whether no examples are among what was made without data, and is written to at ``index``, by their shapes."""
-        return self._provenance.constants.has_id(id(value)) and not any(map(self._is_batch_shaped, index))
+        constant, shaped = self.is_constant(value), [i for i in index if self._is_batch_shaped(i)]
+        self.owners.doubted |= constant and bool(shaped) and all(map(self.owners.guessed.has_id, map(id, shaped)))
+        return constant and not shaped
 
     def unsupported(self, sources: list[Source], func: Callable[..., Any], why: str) -> UnsupportedUseError:
         names = ", ".join(dict.fromkeys(s.name for s in sources))
@@ -244,6 +247,8 @@ class Interceptor(TorchFunctionMode):
                 self._note(func, args, kwargs, result, self._operands(func, args, kwargs))
             return result
         found = self._operands(func, args, kwargs)
+        if found.named:
+            return self.__torch_function__(func, types, plain(args), plain(kwargs))
         self.usage.looked |= func in LOOKS and bool(found.data)
         self.hooked |= func is Tensor.register_hook
         if func in GRADIENT_TAKERS:
@@ -339,17 +344,13 @@ class Interceptor(TorchFunctionMode):
     def _refuse_inner_gradients(self, func: Any, args: Any) -> None:
         outputs = args[0] if args and isinstance(args[0], tuple | list) else args[:1]
         if has_tap(outputs):
-            raise UnsupportedUseError(
-                f"model: takes gradients through the loop body in its forward pass ({func.__qualname__}); what the "
-                "body's parameters do to those gradients cannot be captured, use ExactCapture"
-            )
+            raise inner_gradients(func.__qualname__)
 
     def _is_batch_shaped(self, value: Tensor) -> bool:
+        size, dims = self.owners.batch_size, self.owners.example_dims
         if not self._doubt or value.dim() == 0:
             return False
-        if self.owners.batch_size is None:
-            return True
-        return any(value.dim() > k and value.shape[k] == self.owners.batch_size for k in self.owners.example_dims)
+        return size is None or any(value.dim() > k and value.shape[k] == size for k in dims)
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, result: Any, found: Operands) -> None:
         """Tell data from constants in what an operation without target parameters gives."""
@@ -364,7 +365,7 @@ class Interceptor(TorchFunctionMode):
     def _note_constants(self, func: Any, args: Any, result: Any, from_constants: bool) -> None:
         known, size, dims = self._provenance, self.owners.batch_size, self.owners.example_dims
         for value in result if isinstance(result, tuple | list) else (result,):
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or (func in CONSTRUCTORS and self._doubt and self.owners.made_here(value)):
                 continue
             if from_constants:
                 # A table of positions, one row for all examples, becomes data where it gets a row for each.
@@ -392,7 +393,8 @@ class Interceptor(TorchFunctionMode):
         if changes_in_place(func, kwargs):
             self._provenance.changed_in_place(kwargs["out"] if kwargs.get("out") is not None else args[0], sources)
             return result
+        inside = self._tapping.steps.current is not None and any(map(self.is_constant, tensors_in((args, kwargs))))
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor) and self.source(value) is None:
-                self._provenance.add_derived(value, sources)
+                self._provenance.add_derived(value, sources, in_loop=inside)
         return result

@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stepinfluence.capture.body.sources import Provenance, Source
 from stepinfluence.errors import UnsupportedUseError
+
+_PLAIN = (tuple, list, torch.Size)
+
+
+def plain(value: Any) -> Any:
+    """Arguments with tuples and lists in place of those of classes derived from them: torch takes both alike."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if not isinstance(value, tuple | list) or type(value) is torch.Size:
+        return value
+    return (tuple if isinstance(value, tuple) else list)(plain(v) for v in value)
 
 
 class Operands:
@@ -19,6 +31,7 @@ class Operands:
         data: tensors that the batch has a part in.
         has_constant: whether there are others, made without data.
         only_doubtful: whether no data surely is data, see :class:`Provenance`.
+        named: whether some stand in tuples or lists of other classes, such as named tuples.
     """
 
     def __init__(self, known: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -26,6 +39,7 @@ class Operands:
         self.data: list[Tensor] = []
         self.has_constant = False
         self.only_doubtful = True
+        self.named = False
         self._sort(known, args)
         if kwargs:
             self._sort(known, kwargs.values())
@@ -42,7 +56,8 @@ class Operands:
                 else:
                     self.data.append(value)
                     self.only_doubtful &= known.doubtful.has_id(key)
-            elif type(value) in (tuple, list):
+            elif isinstance(value, tuple | list):
+                self.named |= type(value) not in _PLAIN
                 self._sort(known, value)
 
 

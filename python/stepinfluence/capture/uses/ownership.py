@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stepinfluence.capture.body.sources import Provenance
+from stepinfluence.capture.body.sources import Provenance, TensorSet
 from stepinfluence.capture.body.steps import in_backward
 from stepinfluence.capture.owners import RULES, Follower, Memory, Owners, meet
 
@@ -32,6 +32,7 @@ class Ownership:
         doubted: whether a parameter met a tensor made without data that was taken for a state of the examples, for its
             size.
         labelled: whether some of the batch's tensors say which example is which.
+        guessed: data of which nothing was known where it met a parameter.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class Ownership:
         self.batch_size, self.batch_dim = batch_size, batch_dim
         self.follower = Follower(RULES, batch_size, memory)
         self.doubted = self.labelled = False
+        self._has_inputs = bool(inputs)
+        self.guessed = TensorSet()
         self._provenance = provenance
         self._row_dims: dict[Any, list[int | None]] = {}
         self._alike: dict[Any, bool] = {}
@@ -58,6 +61,14 @@ class Ownership:
     def following(self) -> bool:
         """Whether owners are followed in the call that is running now."""
         return self.batch_size is not None and not in_backward()
+
+    def made_here(self, tensor: Tensor) -> bool:
+        """Whether a tensor that the pass makes of whole numbers is taken for a part of the batch, which holds none
+        itself: its texts as tokens, one by one or end to end. The losses will tell whether that was right."""
+        if self._has_inputs or self.batch_size is None or tensor.is_floating_point() or tensor.numel() <= 1:
+            return False
+        self.doubted = True
+        return True
 
     @property
     def example_dims(self) -> tuple[int, ...]:
@@ -169,6 +180,8 @@ class Ownership:
         for tensor in data:
             follower.meets(tensor)
             part = follower.part(tensor)
+            if part is None:
+                self.guessed.add(tensor)
             if part is not None and (part.strong or not part.owners.one_for_all or part.owners.lo == part.owners.hi):
                 continue
             owners = self._suggested(tensor, self.batch_size)

@@ -13,6 +13,7 @@ from stepinfluence.capture.body.sources import Source
 from stepinfluence.capture.body.steps import in_backward
 from stepinfluence.capture.owners.calls import OUTSIDE, changes_in_place
 from stepinfluence.capture.uses.interceptor import Interceptor
+from stepinfluence.errors import UnsupportedUseError
 
 
 def per_row(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -25,6 +26,11 @@ def per_row(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     sources = [s for s in map(it.source, leaves) if s is not None]
     if changes_in_place(func, kwargs):
         return _written(it, func, args, kwargs, sources)
+    if func is torch.batch_norm and kwargs.get("training", args[5] if len(args) > 5 else False):
+        raise UnsupportedUseError(
+            f"{sources[0].name}: batch normalisation by the batch's own statistics mixes its examples; featurize in "
+            "eval mode (training=False, with running statistics), or normalise within examples (GroupNorm, LayerNorm)"
+        )
     plain = it.without_capture(func, args, kwargs)
     if not isinstance(plain, Tensor):
         raise it.unsupported(sources, func, "it gives several results, and its rule is not known")

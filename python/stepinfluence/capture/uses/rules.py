@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from stepinfluence.capture.body.sources import Source
 from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.owners.calls import EXPANSIONS, GROUPED, changes_in_place
+from stepinfluence.capture.owners.indexing import items_of
 from stepinfluence.capture.owners.rows import gains_examples
 from stepinfluence.capture.uses.bags import embedding_bag
 from stepinfluence.capture.uses.composed import (
@@ -118,24 +119,24 @@ def getitem(it: Interceptor, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     source = it.source(table)
     if source is not None and _picks_one(index):
         # Which part of the parameter it is does not depend on anything that gradients flow through.
-        items = tuple(int(i) if isinstance(i, Tensor) else i for i in (index if isinstance(index, tuple) else (index,)))
+        items = tuple(int(i) if isinstance(i, Tensor) else i for i in items_of(index))
         return it.batch_free(func, (table, items), {}, [source])
     if source is not None and any(i.dtype == torch.bool for i in _tensors(index)):
         return it.batch_free(func, args, {}, [source])  # whichever rows are picked, those of others have no gradient
-    if isinstance(index, tuple) and len(index) == 1:
-        (index,) = index
+    if len(items := items_of(index)) == 1:
+        (index,) = items
     if it.source(table) is None or not isinstance(index, Tensor) or index.dtype == torch.bool:
         return NotImplemented
     return _lookup(it, func, table, index, -1, False)
 
 
 def _tensors(index: Any) -> list[Tensor]:
-    return [i for i in (index if isinstance(index, tuple) else (index,)) if isinstance(i, Tensor)]
+    return [i for i in items_of(index) if isinstance(i, Tensor)]
 
 
 def _picks_one(index: Any) -> bool:
     """Whether an index is made of whole numbers, slices and 0-d tensors: one expert of many, say."""
-    items = index if isinstance(index, tuple) else (index,)
+    items = items_of(index)
     single = [i for i in items if isinstance(i, Tensor)]
     if not single or any(i.dim() or i.dtype in (torch.bool, torch.uint8) for i in single):
         return False
