@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeAlias
 from torch import nn
 
 from stepinfluence.attribution.checkpoints import Checkpoint, Etas, PathLike, Reader, load_checkpoint, resolve_etas
-from stepinfluence.attribution.features import Features, FeatureSpace
+from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import KINDS, Kind, Preconditioner, from_optimizer
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.loaders import IdsOf, LossFn
 from stepinfluence.progress import tqdm
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from stepinfluence.arguments import per_checkpoint
 from stepinfluence.attribution.curvature import Choice, Curvature, Damping, Unrolled
 from stepinfluence.attribution.curvature.choice import fitted
-from stepinfluence.attribution.features import Features, Parameters
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.space import Parameters
 from stepinfluence.errors import FeatureMismatchError
 from stepinfluence.machine import usable_device
 from stepinfluence.search.sources import FeatureSource, Rows, RowSource, StoreSource, as_source, lengths_of

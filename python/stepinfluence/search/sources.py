@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from stepinfluence.attribution.alignment import aligned_to
-from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.features import Features, weights_digest
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.files import file_digest
 from stepinfluence.store import Store, bytes_per_row

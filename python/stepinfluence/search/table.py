@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stepinfluence.attribution.curvature import Choice, Damping
-from stepinfluence.attribution.features import Parameters
 from stepinfluence.attribution.result import Influence
+from stepinfluence.attribution.space import Parameters
 from stepinfluence.files import write_atomically
 from stepinfluence.progress import tqdm
 from stepinfluence.search.question import Question, Steps, ask

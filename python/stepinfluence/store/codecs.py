@@ -9,7 +9,7 @@ Measured errors are in docs/store.md.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +17,7 @@ import torch
 from torch import Tensor
 
 from stepinfluence.errors import StoreError
-
-StoreDtype: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
-STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
-
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-NUMPY_DTYPES: dict[str, npt.DTypeLike] = {"fp32": "<f4", "fp16": "<f2", "bf16": "<u2", "int8": "i1"}
-"""What :meth:`Store.raw_blocks` gives; numpy has no bfloat16, so its bits come as uint16."""
-
-SCALED = ("fp16", "int8")
-"""Dtypes with a float32 scale per row: value = code * scale."""
-
-
-def bytes_per_row(width: int, dtype: StoreDtype) -> int:
-    """Bytes of one row of ``width`` columns, its scale included."""
-    return width * TORCH_DTYPES[dtype].itemsize + (4 if dtype in SCALED else 0)
+from stepinfluence.store.dtypes import StoreDtype
 
 
 def encode(values: Tensor, dtype: StoreDtype) -> tuple[Tensor, Tensor | None]:

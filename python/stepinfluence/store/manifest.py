@@ -10,20 +10,20 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from sdi_kernels import HASH_FORMAT, HashFamily, __version__
+from sdi_kernels import HASH_FAMILIES, HASH_FORMAT, HashFamily, __version__
 from stepinfluence.attribution.curvature import length
 from stepinfluence.attribution.curvature.length import Progress
-from stepinfluence.attribution.features import Block, FeatureSpace
-from stepinfluence.capture import Capture, ExactCapture
+from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.errors import StoreError
 from stepinfluence.files import canonical, read_sealed, sealed
-from stepinfluence.store.codecs import STORE_DTYPES, StoreDtype
-from stepinfluence.store.models import model_digest, model_fingerprint
+from stepinfluence.store.dtypes import STORE_DTYPES, StoreDtype
+
+if TYPE_CHECKING:
+    from stepinfluence.capture import Capture, ExactCapture
 
 FORMAT = "sdi-store-2"
 MIGRATION = {
@@ -82,12 +82,16 @@ def checkpoint_of(
     capture: Capture | ExactCapture, name: str, eta: float, progress: Progress | str = ""
 ) -> StoredCheckpoint:
     """What a store tells of the weights (and the metric) that a capture's model has now."""
+    from stepinfluence.store.models import model_digest  # a manifest is read without torch
+
     space = dataclasses.replace(capture.space(), model_weights=model_digest(capture.model))
     return StoredCheckpoint(name, eta, space, progress)
 
 
 def versions() -> dict[str, str]:
     """Versions of the code that features depend on."""
+    import torch
+
     return {
         "stepinfluence": __version__,
         "torch": str(torch.__version__),
@@ -178,6 +182,9 @@ class Manifest:
         Raises:
             StoreError: a field is not one of those above, or out of range.
         """
+        from stepinfluence.capture import Capture
+        from stepinfluence.store.models import model_fingerprint
+
         given = checkpoints if checkpoints is not None else [checkpoint_of(capture, "present", 1.0)]
         spec = SketchSpec.of(capture) if isinstance(capture, Capture) else None
         described = {"sketch": spec, "model": model_fingerprint(capture.model), **fields}
@@ -371,7 +378,7 @@ def _parsed(content: Mapping[str, Any]) -> Manifest:
     )
     spec = content["sketch"]
     if spec is not None:
-        if spec["hashing"] not in get_args(HashFamily):
+        if spec["hashing"] not in HASH_FAMILIES:
             raise ValueError(f"hashing: got {_short(spec['hashing'])}")
         sizes = {_text(name): _whole("sizes", m, 1, MAX_WIDTH) for name, m in spec["sizes"].items()}
         spec = SketchSpec(sizes, spec["hashing"], spec["seed"], _text(spec["hash_format"]))

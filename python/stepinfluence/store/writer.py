@@ -18,6 +18,7 @@ from stepinfluence.machine import arithmetic
 from stepinfluence.store.codecs import encode
 from stepinfluence.store.manifest import FORMAT, MANIFEST, Manifest
 from stepinfluence.store.shards import (
+    TIMES,
     FailedRow,
     Record,
     RowInfo,
@@ -31,9 +32,6 @@ from stepinfluence.store.shards import (
     written_shards,
 )
 from stepinfluence.writers import ASIDE, remove_leftovers
-
-TIMES = "times.jsonl"
-"""Seconds that shards took, one line each: a log beside the store, no part of it."""
 
 
 def is_unwritten(path: Path) -> bool:
