@@ -14,6 +14,7 @@ from torch import Tensor
 from stepinfluence.arguments import per_checkpoint
 from stepinfluence.attribution.curvature import Choice, Curvature, Damping, Unrolled
 from stepinfluence.attribution.curvature.choice import fitted
+from stepinfluence.attribution.extremes import TOO_LARGE, largest, tell_of_small
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.space import Parameters
 from stepinfluence.errors import FeatureMismatchError
@@ -147,9 +148,6 @@ def corrections(train: Rows, curvature: Choice, damping: Damping | None) -> list
     return found
 
 
-TOO_LARGE = "scores: some are too large for float32; featurize with smaller etas, or with a loss divided by a number"
-
-
 def default_device(train: RowSource) -> torch.device:
     """Where rows already are, or a GPU if there is one for rows that are read from disk."""
     if isinstance(train, StoreSource) and torch.cuda.is_available():
@@ -167,6 +165,20 @@ def _require_finite(vectors: Sequence[Tensor], asked: FeatureSource | StoreSourc
     for checkpoint, values in enumerate(vectors):
         if not bool(values.isfinite().all()) and bool(asked.take(checkpoint, everyone).isfinite().all()):
             raise ValueError(TOO_LARGE)
+
+
+def _tell_of_small_weights(vectors: Sequence[Tensor], before: Sequence[Tensor], query_ids: Sequence[Hashable]) -> None:
+    """Tell of queries that were multiplied by etas so small that nothing is left of them, at any checkpoint.
+
+    Args:
+        before: by checkpoint ``(Q,)``: their largest magnitude without the eta; 0 where that is 0.
+
+    Raises:
+        ValueError: they all were.
+    """
+    after = torch.stack([largest(values, (1, 2)) for values in vectors]).amax(0)
+    had = torch.stack(list(before)).amax(0) > 0
+    tell_of_small(torch.where(had, after.clamp(min=5e-324), 0.0), vectors[0].dtype, query_ids)
 
 
 def ask(
@@ -214,7 +226,7 @@ def ask(
     columns = slice(min(b.start for b in blocks), max(b.stop for b in blocks))
     outside = [block for block in space.blocks if block not in blocks]
     place = default_device(source) if device is None else usable_device(device)
-    everyone, vectors = range(len(asked)), []
+    everyone, vectors, before = range(len(asked)), [], []
     carried = (
         found.carried(asked.take(len(weights) - 1, everyone).to(place, source.dtype))
         if isinstance(found, Unrolled)
@@ -226,11 +238,13 @@ def ask(
         else:
             values = asked.take(checkpoint, everyone).to(place, source.dtype)
             values = found[checkpoint].solve(values) if isinstance(found, list) else values
+        before.append(largest(values, tuple(range(1, values.dim()))) * bool(eta))
         values = (values if asked.per_step else values.unsqueeze(1)) * eta
         for block in outside:
             values[:, :, block.start : block.stop] = 0
         vectors.append(values[:, :, columns])
     _require_finite(vectors, asked)
+    _tell_of_small_weights(vectors, before, asked.ids())
     longest = max(v.shape[1] for v in vectors)
     vectors = [torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in vectors]
     return Question(
