@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepinfluence.arguments import non_negative_int, positive_int
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.files import file_digest, make_folder, save_tensors, sealed, write_atomically, write_bytes
 from stepinfluence.machine import arithmetic
+from stepinfluence.store.again import differ_by_rounding
 from stepinfluence.store.codecs import encode
 from stepinfluence.store.manifest import FORMAT, MANIFEST, Manifest
 from stepinfluence.store.shards import (
@@ -32,6 +34,20 @@ from stepinfluence.store.shards import (
     written_shards,
 )
 from stepinfluence.writers import ASIDE, remove_leftovers
+
+
+class _StaysError(Exception):
+    """A shard that is to be written is there, with other roundings."""
+
+
+def _check_share(rank: int, world_size: int) -> None:
+    """Raise unless there is a worker ``rank`` of ``world_size``.
+
+    Raises:
+        TypeError, ValueError: there is none.
+    """
+    if positive_int("world_size", world_size) <= non_negative_int("rank", rank):
+        raise ValueError(f"rank: got {rank} of world_size {world_size}; workers are counted from 0")
 
 
 def is_unwritten(path: Path) -> bool:
@@ -52,6 +68,7 @@ class StoreWriter:
         self.path = path
         self.manifest = manifest
         self._digest = manifest.digest
+        self._wrote = False
 
     @classmethod
     def create(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
@@ -111,8 +128,28 @@ class StoreWriter:
     def pending(self, checkpoint: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
         """Shards that have not been written at a checkpoint: all, or the share of worker ``rank`` of ``world_size``."""
         self._check(checkpoint, 0)
+        _check_share(rank, world_size)
         written = set(written_shards(self.path, checkpoint, self.manifest))
         return [shard for shard in range(rank, self.manifest.n_shards, world_size) if shard not in written]
+
+    def to_write(self, checkpoint: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
+        """:meth:`pending`, and before these, in a store that was begun earlier, a shard that is there.
+
+        It must come out as it was, but for rounding: what no manifest tells (the data and their order, the loss, the
+        model's code and mode, the batches) is seen to be the same before anything is added. It is the last of the
+        worker's share, of the last checkpoint that has any; where nothing is pending at any checkpoint, none is.
+        """
+        missing = self.pending(checkpoint, rank=rank, world_size=world_size)
+        if self._wrote or not any(
+            self.pending(k, rank=rank, world_size=world_size) for k in range(checkpoint, self._checkpoints)
+        ):
+            return missing
+        there = {
+            k: [s for s in written_shards(self.path, k, self.manifest) if s % world_size == rank]
+            for k in range(self._checkpoints)
+        }
+        last = max((k for k, shards in there.items() if shards), default=None)
+        return [there[checkpoint][-1], *missing] if last == checkpoint else missing
 
     def _check(self, checkpoint: int, shard: int) -> None:
         if not 0 <= checkpoint < self._checkpoints:
@@ -141,8 +178,9 @@ class StoreWriter:
 
         Raises:
             StoreError: numbers of rows do not fit, features of other columns or steps than the manifest's, values that
-                are not finite, rows other than at an earlier checkpoint, another content than a shard that is there, or
-                the disk is full (then nothing of the shard counts as written, and it can be written again).
+                are not finite, rows other than at an earlier checkpoint, another content than a shard that is there
+                (one that differs by rounding stays as it is), or the disk is full (then nothing of the shard counts as
+                written, and it can be written again).
         """
         self._check(checkpoint, index)
         numbers = self.manifest.rows_of(index)
@@ -170,6 +208,7 @@ class StoreWriter:
             files={"rows": self._write_rows(index, rows), "values": (0, "")},
         )
         self._commit(record, arrays, {failure.row: rows[failure.row - numbers.start].id for failure in failed})
+        self._wrote = True
         if seconds is not None:
             line = json.dumps(
                 {"checkpoint": checkpoint, "shard": index, "rows": len(rows), "seconds": round(seconds, 3)}
@@ -242,15 +281,20 @@ class StoreWriter:
             files["values"] = (aside.stat().st_size, file_digest(aside))
             if there.is_file():
                 before = read_record(self.path, self.manifest, self._digest, checkpoint, shard)
-                if not before.same_shard(replace(record, files=files)):
-                    raise StoreError(
-                        f"{there}: was written before with other content; featurizing is not repeatable here "
-                        "(docs/store.md), or the store is damaged"
-                    )
+                if before.same_shard(replace(record, files=files)):
+                    return
+                if differ_by_rounding(self.path, self.manifest, before, record, arrays):
+                    raise _StaysError
+                raise StoreError(
+                    f"{there}: was written before with other content: the data, their order, the batches, the loss or "
+                    "the model's code or mode have changed since, or featurizing is not repeatable here "
+                    "(docs/store.md), or the store is damaged; put things back, or use another folder"
+                )
 
-        write_atomically(path, fill)
-        content = replace(record, files=files).content(self.manifest, ids)
-        write_bytes(there, sealed(content))
+        with contextlib.suppress(_StaysError):
+            write_atomically(path, fill)
+            content = replace(record, files=files).content(self.manifest, ids)
+            write_bytes(there, sealed(content))
 
     def finish(self) -> None:
         """Check that everything was written, and remove what dead writers left behind.

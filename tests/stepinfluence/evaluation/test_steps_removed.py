@@ -64,7 +64,9 @@ def test_a_run_and_what_is_kept_of_it(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_is_left_out_by_metagradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose weight in the training moves a step's share of the query's loss most, by central differences; kept
     apart from what is left out by other scores."""
-    problem = replace(make_problem("majority", n_train=20, n_query=3, steps=2), training=Recipe(3, 3e-3, root_epsilon=1e-8))
+    problem = replace(
+        make_problem("majority", n_train=20, n_query=3, steps=2), training=Recipe(3, 3e-3, root_epsilon=1e-8)
+    )
     found = steps_removed.run(problem, 1, 1, "metagradient", tmp_path)
     training = Training(problem, steps_removed.training_seed(0, 0))
     starts = query_parts(training, training.final(), [found[0]["query"]])[0]
