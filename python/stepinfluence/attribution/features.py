@@ -115,6 +115,26 @@ class Features:
     content: tuple[int, ...] = ()
     stored_as: str = ""
 
+    def require_whole(self, name: str) -> None:
+        """Raise unless the parts fit together: features are made by captures and stores, but anyone can make some.
+
+        Raises:
+            TypeError, ValueError: they do not (says which), beginning with ``name``.
+        """
+        shape = tuple(self.values.shape)
+        if not self.values.is_floating_point():
+            raise TypeError(f"{name}: values of {self.values.dtype}; pass floating numbers")
+        if len(shape) not in (2, 3) or shape[-1] != self.space.width:
+            raise ValueError(
+                f"{name}: values of shape {shape}; their space has {self.space.width} columns: (N, [steps,] D)"
+            )
+        found = {"losses": len(self.losses), "steps": len(self.steps), "ids": len(self.ids)}
+        found |= {} if self.lengths is None else {"lengths": len(self.lengths)}
+        found |= {"content": len(self.content)} if self.content else {}
+        other = next((part for part, count in found.items() if count != shape[0]), None)
+        if other is not None:
+            raise ValueError(f"{name}: {found[other]} {other} for {shape[0]} examples; give one each")
+
     @property
     def per_step(self) -> bool:
         return self.values.dim() == 3

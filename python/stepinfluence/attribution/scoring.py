@@ -37,6 +37,7 @@ def _as_list(features: FeatureList, side: str) -> list[Features]:
     for one in several:
         if not isinstance(one, Features):
             raise TypeError(f"{side}: got {type(one).__name__}; pass Features, or a list of one for each checkpoint")
+        one.require_whole(side)
     return several
 
 
@@ -59,6 +60,8 @@ def _aligned(
             raise ValueError(
                 f"query: features on {q.values.device}, train on {t.values.device}; use features.to(device)"
             )
+        if t.values.dtype != q.values.dtype:
+            raise ValueError(f"query: features of {q.values.dtype}, train of {t.values.dtype}; featurize both with one")
     return list(zip(trains, queries, weights, strict=True))
 
 

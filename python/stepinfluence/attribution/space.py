@@ -76,7 +76,9 @@ class FeatureSpace:
                 "parameters: the features are in the sum layout, in which all parameters share their columns; "
                 "featurize with layout='concat' to look at some of them"
             )
-        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+        patterns = [parameters] if isinstance(parameters, str) else parameters
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"parameters: got {parameters!r}; give names or patterns of body parameters, or None")
         names = [block.name for block in self.blocks]
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):

@@ -38,7 +38,13 @@ class Featurizer(Protocol):
 
 def path_list(checkpoints: PathLike | Sequence[PathLike]) -> Sequence[PathLike]:
     """Paths of checkpoints; one path stands for a list of it, and is not gone through letter by letter."""
-    return [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
+    if isinstance(checkpoints, str | Path):
+        return [checkpoints]
+    if not isinstance(checkpoints, Sequence):
+        raise TypeError(
+            f"checkpoints: got {type(checkpoints).__name__} {checkpoints!r}; pass a path, or a list of paths"
+        )
+    return checkpoints
 
 
 def visit_checkpoints(

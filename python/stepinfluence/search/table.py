@@ -97,7 +97,7 @@ def _blocks(question: Question, *, progress: bool) -> Iterator[Tensor]:
     rows = len(question.train)
     with torch.no_grad(), tqdm(total=rows, desc="scores", unit="row", delay=2, disable=not progress) as bar:
         for block in score_blocks(question, vectors):
-            block = block.view(-1, *shape).cpu()
+            block = block.view(len(block), *shape).cpu()
             block[:, silent] = torch.nan
             yield block
             bar.update(len(block))

@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
+from stepinfluence.arguments import one_of, positive_int
+
 StoreDtype: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
 STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
 
@@ -19,4 +21,6 @@ SCALED = ("fp16", "int8")
 
 def bytes_per_row(width: int, dtype: StoreDtype) -> int:
     """Bytes of one row of ``width`` columns, its scale included."""
+    positive_int("width", width)
+    one_of("dtype", dtype, STORE_DTYPES)
     return width * np.dtype(NUMPY_DTYPES[dtype]).itemsize + (4 if dtype in SCALED else 0)

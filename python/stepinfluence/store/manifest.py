@@ -139,6 +139,10 @@ class Manifest:
             raise StoreError(f"checkpoints: got {len(self.checkpoints)}; a store has 1 to {MAX_CHECKPOINTS}")
         first = self.checkpoints[0].space
         for checkpoint in self.checkpoints:
+            if not isinstance(checkpoint.name, str) or isinstance(checkpoint.eta, bool | str):
+                raise StoreError(
+                    f"checkpoints: {_short(checkpoint.name)} has eta {_short(checkpoint.eta)}; give a text and a number"
+                )
             if not math.isfinite(checkpoint.eta):
                 raise StoreError(f"checkpoints: {checkpoint.name!r} has eta {checkpoint.eta}; give a finite number")
             space = checkpoint.space
@@ -159,6 +163,13 @@ class Manifest:
         # As JSON gives them back, so that a manifest that was read equals the one that was written.
         object.__setattr__(self, "project", _plain("project", self.project))
         object.__setattr__(self, "fold", None if self.fold is None else _plain("fold", self.fold))
+        for name, kind, what in (
+            ("per_step", bool, "True or False"),
+            ("loss", str, "a text"),
+            ("model", str, "a text"),
+        ):
+            if type(getattr(self, name)) is not kind:
+                raise StoreError(f"{name}: got {_short(getattr(self, name))}; give {what}")
         if self.dtype not in STORE_DTYPES:
             raise StoreError(f"dtype: got {self.dtype!r}; use one of {', '.join(map(repr, STORE_DTYPES))}")
 

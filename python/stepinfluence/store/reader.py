@@ -282,8 +282,9 @@ class Store(StoredFeatures):
         """The numbers of rows, and shard by shard: their places among these, in the shard, and the shard's arrays."""
         n = len(self)
         wanted = np.arange(n)[rows] if isinstance(rows, slice) else np.arange(n) if rows is None else np.asarray(rows)
-        wanted = wanted.astype(np.int64)
-        if wanted.ndim != 1 or ((wanted < 0) | (wanted >= n)).any():
+        whole = wanted.dtype.kind in "iu" or not wanted.size
+        wanted = wanted.astype(np.int64) if whole else wanted
+        if not whole or wanted.ndim != 1 or ((wanted < 0) | (wanted >= n)).any():
             raise IndexError(f"rows: got {rows!r}; give numbers from 0 to {n - 1}")
         shards = wanted // self.manifest.shard_rows
 

@@ -68,6 +68,8 @@ class RowTable:
 
     def __getitem__(self, row: int) -> StoredRow:
         manifest = self._manifest
+        if isinstance(row, bool) or not isinstance(row, int | np.integer):
+            raise TypeError(f"row: got {type(row).__name__} {row!r}; give a whole number")
         if not 0 <= row < manifest.n_rows:
             raise IndexError(f"row: got {row}; the store has rows 0 to {manifest.n_rows - 1}")
         shard, k = divmod(row, manifest.shard_rows)

@@ -50,6 +50,23 @@ def _check_share(rank: int, world_size: int) -> None:
         raise ValueError(f"rank: got {rank} of world_size {world_size}; workers are counted from 0")
 
 
+def _check_rows(rows: Sequence[RowInfo], failed: Sequence[FailedRow]) -> None:
+    """Raise unless these are rows and failures that can be written.
+
+    Raises:
+        StoreError: they are not.
+    """
+    for name, given, kind in (("rows", rows, RowInfo), ("failed", failed, FailedRow)):
+        several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        wrong = next((one for one in several if not isinstance(one, kind)), None)
+        if wrong is not None or several is not given:
+            raise StoreError(
+                f"{name}: got {type(wrong if several is given else given).__name__}; give a list of {kind.__name__}"
+            )
+    if any(type(one.row) is not int or not isinstance(one.reason, str) for one in failed):
+        raise StoreError("failed: got a row or reason of another type; give the row's number and a text")
+
+
 def is_unwritten(path: Path) -> bool:
     """Whether there is nothing of a store in a folder, or its manifest alone: no shard has been begun."""
     return not any(
@@ -152,6 +169,9 @@ class StoreWriter:
         return [there[checkpoint][-1], *missing] if last == checkpoint else missing
 
     def _check(self, checkpoint: int, shard: int) -> None:
+        for name, number in (("checkpoint", checkpoint), ("index", shard)):
+            if type(number) is not int:
+                raise TypeError(f"{name}: got {type(number).__name__} {number!r}; give a whole number")
         if not 0 <= checkpoint < self._checkpoints:
             raise IndexError(f"checkpoint: got {checkpoint}; the store has {self._checkpoints}, counted from 0")
         if not 0 <= shard < max(1, self.manifest.n_shards):
@@ -183,6 +203,7 @@ class StoreWriter:
                 written, and it can be written again).
         """
         self._check(checkpoint, index)
+        _check_rows(rows, failed)
         numbers = self.manifest.rows_of(index)
         bad = {failure.row for failure in failed}
         if len(rows) != len(numbers):
@@ -221,6 +242,12 @@ class StoreWriter:
         manifest, space = self.manifest, self.manifest.checkpoints[checkpoint].space
         steps = manifest.steps or 0
         if features is not None:
+            try:
+                features.require_whole("features")
+            except (TypeError, ValueError) as error:
+                raise StoreError(str(error)) from None
+            if not bool(features.losses.isfinite().all()):
+                raise StoreError("features: a loss is not finite; leave such examples out as failed ones")
             try:
                 space.require_equal(features.space)
             except FeatureMismatchError as error:
