@@ -18,7 +18,8 @@ def largest(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     if not values.numel():
         kept = [n for k, n in enumerate(values.shape) if k not in ((dim,) if isinstance(dim, int) else dim)]
         return torch.zeros(kept, dtype=torch.float64)
-    return torch.linalg.vector_norm(values, torch.inf, dim=dim).to("cpu", torch.float64)
+    found: Tensor = torch.linalg.vector_norm(values, torch.inf, dim=dim)
+    return found.to("cpu", torch.float64)
 
 
 def tell_of_small(bounds: Tensor, dtype: torch.dtype, ids: Sequence[Hashable], what: str = "queries") -> None:

@@ -324,7 +324,7 @@ def influence_over_checkpoints(
                 sides = [aligned_to(first, found, side) for first, found, side in pairs]
             else:  # what rows are told apart by, without their values
                 rows = [replace(found, values=found.values[:0]) for found in sides]
-            found, bound = _bounded(*sides, eta, decompose, one, damp, normalize)
+            found, bound = _bounded(sides[0], sides[1], eta, decompose, one, damp, normalize)
             total, bounds = _add(total, found), torch.maximum(bounds, bound)
     assert total is not None
     tell_of_small(bounds, total.sdi.dtype, total.query_ids)

@@ -155,30 +155,29 @@ def default_device(train: RowSource) -> torch.device:
     return train.device
 
 
-def _require_finite(vectors: Sequence[Tensor], asked: FeatureSource | StoreSource) -> None:
-    """Raise where what was made of queries that are finite is not.
-
-    Raises:
-        ValueError: it is not.
-    """
-    everyone = range(len(asked))
-    for checkpoint, values in enumerate(vectors):
-        if not bool(values.isfinite().all()) and bool(asked.take(checkpoint, everyone).isfinite().all()):
-            raise ValueError(TOO_LARGE)
+def _padded(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Vectors ``(Q, S, D)`` of several checkpoints, of as many steps as the one with the most."""
+    longest = max(v.shape[1] for v in vectors)
+    return [torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in vectors]
 
 
-def _tell_of_small_weights(vectors: Sequence[Tensor], before: Sequence[Tensor], query_ids: Sequence[Hashable]) -> None:
-    """Tell of queries that were multiplied by etas so small that nothing is left of them, at any checkpoint.
+def _check_weighted(vectors: Sequence[Tensor], before: Sequence[Tensor], asked: FeatureSource | StoreSource) -> None:
+    """Raise where what was made of queries that are finite is not, or where etas were so small that nothing is left of
+    any of them, at any checkpoint; warn of some.
 
     Args:
         before: by checkpoint ``(Q,)``: their largest magnitude without the eta; 0 where that is 0.
 
     Raises:
-        ValueError: they all were.
+        ValueError: it is so.
     """
+    everyone = range(len(asked))
+    for checkpoint, values in enumerate(vectors):
+        if not bool(values.isfinite().all()) and bool(asked.take(checkpoint, everyone).isfinite().all()):
+            raise ValueError(TOO_LARGE)
     after = torch.stack([largest(values, (1, 2)) for values in vectors]).amax(0)
     had = torch.stack(list(before)).amax(0) > 0
-    tell_of_small(torch.where(had, after.clamp(min=5e-324), 0.0), vectors[0].dtype, query_ids)
+    tell_of_small(torch.where(had, after.clamp(min=5e-324), 0.0), vectors[0].dtype, asked.ids())
 
 
 def ask(
@@ -243,17 +242,15 @@ def ask(
         for block in outside:
             values[:, :, block.start : block.stop] = 0
         vectors.append(values[:, :, columns])
-    _require_finite(vectors, asked)
-    _tell_of_small_weights(vectors, before, asked.ids())
-    longest = max(v.shape[1] for v in vectors)
-    vectors = [torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in vectors]
+    _check_weighted(vectors, before, asked)
+    vectors = _padded(vectors)
     return Question(
         train=source,
         query=asked,
         vectors=tuple(vectors),
         parameters=parameters,
         columns=columns,
-        ranked=chosen_steps(steps, longest) if asked.per_step else (0,),
+        ranked=chosen_steps(steps, vectors[0].shape[1]) if asked.per_step else (0,),
         per_step=per_step,
         summed=not asked.per_step,
         harmful=harmful,

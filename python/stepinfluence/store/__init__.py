@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from stepinfluence.store.exporting import export
     from stepinfluence.store.folding import fold, fold_manifest, fold_store
     from stepinfluence.store.maintain import merge, verify
-    from stepinfluence.store.manifest import Manifest, SketchSpec, StoredCheckpoint, checkpoint_of
-    from stepinfluence.store.models import model_digest, model_fingerprint
+    from stepinfluence.store.manifest import Manifest, SketchSpec, StoredCheckpoint
+    from stepinfluence.store.models import checkpoint_of, model_digest, model_fingerprint
     from stepinfluence.store.reader import Store
     from stepinfluence.store.rows import StoredRow
     from stepinfluence.store.shards import FailedRow, RowInfo
@@ -59,8 +59,8 @@ __getattr__, __dir__ = lazily(
         "stepinfluence.store.exporting": ("export",),
         "stepinfluence.store.folding": ("fold", "fold_manifest", "fold_store"),
         "stepinfluence.store.maintain": ("merge", "verify"),
-        "stepinfluence.store.manifest": ("Manifest", "SketchSpec", "StoredCheckpoint", "checkpoint_of"),
-        "stepinfluence.store.models": ("model_digest", "model_fingerprint"),
+        "stepinfluence.store.manifest": ("Manifest", "SketchSpec", "StoredCheckpoint"),
+        "stepinfluence.store.models": ("checkpoint_of", "model_digest", "model_fingerprint"),
         "stepinfluence.store.reader": ("Store",),
         "stepinfluence.store.rows": ("StoredRow",),
         "stepinfluence.store.shards": ("FailedRow", "RowInfo"),

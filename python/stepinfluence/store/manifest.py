@@ -78,16 +78,6 @@ class SketchSpec:
         return cls({t.name: t.sketch.m for t in capture.targets}, capture.hashing, capture.seed)
 
 
-def checkpoint_of(
-    capture: Capture | ExactCapture, name: str, eta: float, progress: Progress | str = ""
-) -> StoredCheckpoint:
-    """What a store tells of the weights (and the metric) that a capture's model has now."""
-    from stepinfluence.store.models import model_digest  # a manifest is read without torch
-
-    space = dataclasses.replace(capture.space(), model_weights=model_digest(capture.model))
-    return StoredCheckpoint(name, eta, space, progress)
-
-
 def versions() -> dict[str, str]:
     """Versions of the code that features depend on."""
     import torch
@@ -163,12 +153,9 @@ class Manifest:
         # As JSON gives them back, so that a manifest that was read equals the one that was written.
         object.__setattr__(self, "project", _plain("project", self.project))
         object.__setattr__(self, "fold", None if self.fold is None else _plain("fold", self.fold))
-        for name, kind, what in (
-            ("per_step", bool, "True or False"),
-            ("loss", str, "a text"),
-            ("model", str, "a text"),
-        ):
+        for name, kind in (("per_step", bool), ("loss", str), ("model", str)):
             if type(getattr(self, name)) is not kind:
+                what = "True or False" if kind is bool else "a text"
                 raise StoreError(f"{name}: got {_short(getattr(self, name))}; give {what}")
         if self.dtype not in STORE_DTYPES:
             raise StoreError(f"dtype: got {self.dtype!r}; use one of {', '.join(map(repr, STORE_DTYPES))}")
@@ -186,7 +173,7 @@ class Manifest:
         Args:
             capture: what the features are made with; tells the sketch, the model and the columns.
             n_rows: length of the dataset.
-            checkpoints: as :attr:`checkpoints`, each from :func:`checkpoint_of` at its weights; the model's present
+            checkpoints: as :attr:`checkpoints`, each from :func:`.checkpoint_of` at its weights; the model's present
                 weights with an eta of 1 if not given.
             fields: the other attributes.
 
@@ -194,7 +181,7 @@ class Manifest:
             StoreError: a field is not one of those above, or out of range.
         """
         from stepinfluence.capture import Capture
-        from stepinfluence.store.models import model_fingerprint
+        from stepinfluence.store.models import checkpoint_of, model_fingerprint  # a manifest is read without torch
 
         given = checkpoints if checkpoints is not None else [checkpoint_of(capture, "present", 1.0)]
         spec = SketchSpec.of(capture) if isinstance(capture, Capture) else None

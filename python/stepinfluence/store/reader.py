@@ -1,7 +1,4 @@
-"""``Store``: a folder of feature shards, opened for reading.
-
-torch is imported where values are decoded or a model is looked at: what a store holds is told without it.
-"""
+"""``Store``: a folder of feature shards, opened for reading; torch is imported where values are decoded."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ import numpy.typing as npt
 
 from stepinfluence.attribution.curvature.stored import StoredFeatures
 from stepinfluence.errors import FeatureMismatchError, StoreError
-from stepinfluence.store.manifest import Manifest, StoredCheckpoint, checkpoint_of
-from stepinfluence.store.rows import RowIds, RowTable, StoredRow
+from stepinfluence.store.manifest import Manifest, StoredCheckpoint
+from stepinfluence.store.rows import RowIds, RowTable, StoredRow, numbers_of
 from stepinfluence.store.shards import (
     Record,
     RowId,
@@ -280,12 +277,7 @@ class Store(StoredFeatures):
         self, checkpoint: int, rows: Sequence[int] | slice | None
     ) -> tuple[npt.NDArray[np.int64], Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], dict[str, npt.NDArray[Any]]]]]:
         """The numbers of rows, and shard by shard: their places among these, in the shard, and the shard's arrays."""
-        n = len(self)
-        wanted = np.arange(n)[rows] if isinstance(rows, slice) else np.arange(n) if rows is None else np.asarray(rows)
-        whole = wanted.dtype.kind in "iu" or not wanted.size
-        wanted = wanted.astype(np.int64) if whole else wanted
-        if not whole or wanted.ndim != 1 or ((wanted < 0) | (wanted >= n)).any():
-            raise IndexError(f"rows: got {rows!r}; give numbers from 0 to {n - 1}")
+        wanted = numbers_of(rows, len(self))
         shards = wanted // self.manifest.shard_rows
 
         def parts() -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], dict[str, npt.NDArray[Any]]]]:
@@ -395,7 +387,7 @@ class Store(StoredFeatures):
             FeatureMismatchError: the model is another, or at no checkpoint's weights, or columns, sketches or metric
                 differ (says which).
         """
-        from stepinfluence.store.models import model_fingerprint
+        from stepinfluence.store.models import checkpoint_of, model_fingerprint
 
         if self.manifest.model and model_fingerprint(capture.model) != self.manifest.model:
             raise FeatureMismatchError(f"{self.path}: made with another model (names, shapes or dtypes differ)")
