@@ -44,9 +44,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
     return found
 
 
-def featurizing(
-    at: Path, workers: int, dtype: Any = "int8", died: Callable[[], None] | None = None
-) -> Callable[[], None]:
+def featurizing(at: Path, workers: int, died: Callable[[], None] | None = None) -> Callable[[], None]:
     """A program that fills a store by ``Capture.featurize``, at two checkpoints, in training mode (dropout).
 
     Args:
