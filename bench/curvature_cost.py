@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from stepinfluence import BlockFisher, Features, FeatureSpace, Fisher
 from stepinfluence.attribution.curvature.choice import KINDS
-from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.space import Block
 from stepinfluence.progress import tqdm
 from stepinfluence.search import ask
 from stepinfluence.search.topk import best_rows

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from stepinfluence.app.view.explore import Explorer
 from stepinfluence.app.view.explore.questions import questions_of
-from stepinfluence.attribution.features import Block, Features, FeatureSpace
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.store import Manifest, RowInfo, SketchSpec, StoredCheckpoint, StoreWriter
 
 from bench.provenance import Provenance, add_output, machine_line, machine_slug, write

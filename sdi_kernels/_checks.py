@@ -30,9 +30,17 @@ def positive_int(name: str, value: object, *, maximum: int | None = None) -> int
 def integer(name: str, value: object) -> int:
     """``value`` as an int of any sign; a float is refused: truncated, it would stand for another number."""
     try:
-        return operator.index(value)  # type: ignore[arg-type]  # a wrong type is the case handled here
+        number = operator.index(value)  # type: ignore[arg-type]  # a wrong type is the case handled here
     except TypeError:
-        raise TypeError(f"{name}: got {type(value).__name__} {value!r}; pass an integer") from None
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__} {value!r}; pass an integer")
+    return number
+
+
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}; use one of {', '.join(map(repr, choices))}")
 
 
 def instance(name: str, value: object, kind: type) -> None:
@@ -45,6 +53,8 @@ def float_tensor(name: str, value: object, *, min_dim: int) -> Tensor:
         raise TypeError(f"{name}: got {type(value).__name__}; pass a torch.Tensor")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}; pass float32, bfloat16, float16 or float64")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {value.layout}; pass a dense one (to_dense())")
     if value.dim() < min_dim:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}; pass at least {min_dim} dimensions")
     return value

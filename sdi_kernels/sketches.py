@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -78,8 +78,9 @@ class CountSketch:
         d = _checks.positive_int("d", d, maximum=2**31 - 2)
         m = _checks.positive_int("sketch_size", m, maximum=MAX_SKETCH_SIZE)
         seed = _checks.integer("seed", seed)
-        if hashing not in HASH_FAMILIES:
-            raise ValueError(f"hashing: got {hashing!r}; use one of {', '.join(map(repr, HASH_FAMILIES))}")
+        _checks.instance("name", name, str)
+        _checks.one_of("hashing", hashing, HASH_FAMILIES)
+        _checks.one_of("role", role, get_args(Role))
         self._set(
             draw_buckets(d, m, seed=seed, name=name, role=role, hashing=hashing),
             draw_signs(d, seed=seed, name=name, role=role),
@@ -123,7 +124,11 @@ class CountSketch:
     def select(self, index: slice | Sequence[int] | npt.NDArray[np.int64]) -> CountSketch:
         """The sketch restricted to some coordinates: for a slice ``x[index]`` of a vector sketched by ``self``."""
         if not isinstance(index, slice):
-            index = np.asarray(index)
+            index = _host_array("index", index)
+            if len(index) and not (index.min() >= 0 and index.max() < self.d):
+                raise IndexError(
+                    f"index: got {index.min()} to {index.max()}; the sketch has coordinates 0 to {self.d - 1}"
+                )
         return CountSketch.from_tables(self.bucket[index], self.sign[index], self.m)
 
     def tables(self, device: torch.device | str = "cpu") -> list[Tensor]:
@@ -187,6 +192,8 @@ class TensorSketch:
     @classmethod
     def from_sides(cls, out: CountSketch, inp: CountSketch) -> TensorSketch:
         """A TensorSketch from two CountSketches of equal size ``m``."""
+        _checks.instance("out", out, CountSketch)
+        _checks.instance("inp", inp, CountSketch)
         if out.m != inp.m:
             raise ValueError(f"out, inp: got sketch sizes {out.m} and {inp.m}; they must be equal")
         self = cls.__new__(cls)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from sdi_kernels.hashing import HashFamily, difference_probability, largest_difference_probability
+from sdi_kernels._checks import one_of, positive_int
+from sdi_kernels.hashing import HASH_FAMILIES, HashFamily, difference_probability, largest_difference_probability
 
 
 def collision(d: int, m: int, hashing: HashFamily) -> float:
@@ -56,7 +57,15 @@ def variance_bound(shape: Sequence[int], m: int, hashing: HashFamily) -> float:
 
     Returns:
         0 where the sketch is lossless: vectors of at most m entries, but for ``iid``.
+
+    Raises:
+        TypeError, ValueError: a size that is no positive integer, or no such family.
     """
-    if len(shape) <= 1:
-        return 2 * collision(math.prod(shape), m, hashing)
-    return matrix_bound(shape[0], math.prod(shape[1:]), m, hashing)
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape: got {type(shape).__name__} {shape!r}; pass a tuple of positive integers")
+    sizes = [positive_int("shape", size) for size in shape]
+    positive_int("m", m)
+    one_of("hashing", hashing, HASH_FAMILIES)
+    if len(sizes) <= 1:
+        return 2 * collision(math.prod(sizes), m, hashing)
+    return matrix_bound(sizes[0], math.prod(sizes[1:]), m, hashing)

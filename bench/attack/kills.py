@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+from bench.attack import programs
 from bench.attack.campaign import Attack, Campaign
 from bench.attack.made import featurize, halves, write_project
 from bench.attack.mutate import content_of
@@ -19,8 +20,8 @@ from bench.attack.processes import Disturbance, Ended, forked, must, must_work, 
 from bench.attack.verdicts import HANG, LOST, SAME, UNCAUGHT, Verdict, judged
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-PROGRAM = "index"
-"""What is no command, but a program of somebody's: Ctrl-C is its own affair."""
+PROGRAMS = ("index", "capture", "capture by workers", "training")
+"""What is no command, but a program of somebody's: how it ends by other signals than SIGKILL is its own affair."""
 
 EXPECTED = ("was not written", "were not written", "left behind")
 """What is said of a store whose writer was killed."""
@@ -55,7 +56,10 @@ def commands(folder: Path) -> dict[str, Callable[[Path], Callable[[], None]]]:
         "influence": lambda at: sdi("influence", run, "--out", at / "influence.npy", "--device", "cpu"),
         "merge": lambda at: sdi("store", "merge", *parts, "--out", at / "store"),
         "export": lambda at: sdi("store", "export", run / "train", at / "out.npz", "--force"),
-        PROGRAM: lambda at: index(run / "train", at),
+        "index": lambda at: index(run / "train", at),
+        "capture": lambda at: programs.featurizing(at, 0),
+        "capture by workers": lambda at: programs.featurizing(at, 2),
+        "training": programs.training,
     }
 
 
@@ -124,7 +128,7 @@ def prepare(folder: Path) -> Attack:
         kills = 0
         for _ in range(rng.choice((1, 1, 2, 3))):
             planned = disturbance(rng, seconds[name])
-            if name == PROGRAM and planned.number == signal.SIGINT:
+            if name in PROGRAMS and planned.number == signal.SIGINT:
                 planned = replace(planned, number=signal.SIGTERM)
             moment = f"event {planned.event}" if planned.event is not None else f"{planned.seconds:.2f} s"
             where = f"{name}, {signal.Signals(planned.number).name} at {moment}"

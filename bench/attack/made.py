@@ -94,7 +94,8 @@ def featurize(project: Path, out: Path, *more: object, splits: tuple[str, ...] =
 def write_store(path: Path, *, seed: int = 0, n_rows: int = 8, **fields: Any) -> None:
     """A store of made-up features at two checkpoints, each shard a function of its numbers alone."""
     import torch
-    from stepinfluence.attribution.features import Block, Features, FeatureSpace
+    from stepinfluence.attribution.features import Features
+    from stepinfluence.attribution.space import Block, FeatureSpace
     from stepinfluence.store import FailedRow, Manifest, RowInfo, StoredCheckpoint, StoreWriter
 
     blocks = (Block("w", (3, 4), 0, 8), Block("b", (3,), 8, 11))

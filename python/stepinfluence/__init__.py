@@ -10,8 +10,9 @@ Source: Kaissis et al., "Step-resolved data attribution for looped transformers"
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sdi_kernels.lazy import lazily
 
 if TYPE_CHECKING:
     from sdi_kernels import __version__
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from stepinfluence.attribution.checkpoints import Checkpoint, load_checkpoint
     from stepinfluence.attribution.curvature import BlockFisher, Fisher
     from stepinfluence.attribution.depth import align_steps
-    from stepinfluence.attribution.features import Features, FeatureSpace
+    from stepinfluence.attribution.features import Features
     from stepinfluence.attribution.result import Influence
     from stepinfluence.attribution.scoring import influence, influence_over_checkpoints, self_influence
+    from stepinfluence.attribution.space import FeatureSpace
     from stepinfluence.capture import Capture, ExactCapture, TrainingInfluence, attach
     from stepinfluence.errors import (
         BodyError,
@@ -37,34 +39,6 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedUseError,
     )
-
-# Where each public name lives. Imported at first use, so that `sdi --help` does not wait for torch.
-_HOMES = {
-    "sdi_kernels": ("__version__",),
-    "stepinfluence.attribution.allocation": ("allocate_sizes", "gradient_energies"),
-    "stepinfluence.capture": ("Capture", "ExactCapture", "TrainingInfluence", "attach"),
-    "stepinfluence.attribution.curvature": ("BlockFisher", "Fisher"),
-    "stepinfluence.attribution.checkpoints": ("Checkpoint", "load_checkpoint"),
-    "stepinfluence.attribution.depth": ("align_steps",),
-    "stepinfluence.errors": (
-        "BodyError",
-        "CheckpointError",
-        "ConfigError",
-        "FeatureMismatchError",
-        "LayoutError",
-        "LossError",
-        "ProjectError",
-        "StepInfluenceError",
-        "StoreError",
-        "UnsupportedUseError",
-    ),
-    "stepinfluence.attribution.features": ("FeatureSpace", "Features"),
-    "stepinfluence.app.project": ("Project",),
-    "stepinfluence.attribution.result": ("Influence",),
-    "stepinfluence.attribution.scoring": ("influence", "influence_over_checkpoints", "self_influence"),
-}
-_MODULES = {"curvature": "stepinfluence.attribution.curvature"}
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BlockFisher",
@@ -99,14 +73,33 @@ __all__ = [
     "self_influence",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME and name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = import_module(_MODULES[name]) if name in _MODULES else getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+# Imported at first use, so that `sdi --help` does not wait for torch.
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "sdi_kernels": ("__version__",),
+        "stepinfluence.attribution.allocation": ("allocate_sizes", "gradient_energies"),
+        "stepinfluence.capture": ("Capture", "ExactCapture", "TrainingInfluence", "attach"),
+        "stepinfluence.attribution.curvature": ("BlockFisher", "Fisher"),
+        "stepinfluence.attribution.checkpoints": ("Checkpoint", "load_checkpoint"),
+        "stepinfluence.attribution.depth": ("align_steps",),
+        "stepinfluence.errors": (
+            "BodyError",
+            "CheckpointError",
+            "ConfigError",
+            "FeatureMismatchError",
+            "LayoutError",
+            "LossError",
+            "ProjectError",
+            "StepInfluenceError",
+            "StoreError",
+            "UnsupportedUseError",
+        ),
+        "stepinfluence.attribution.features": ("Features",),
+        "stepinfluence.app.project": ("Project",),
+        "stepinfluence.attribution.result": ("Influence",),
+        "stepinfluence.attribution.scoring": ("influence", "influence_over_checkpoints", "self_influence"),
+        "stepinfluence.attribution.space": ("FeatureSpace",),
+    },
+    {"curvature": "stepinfluence.attribution.curvature"},
+)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from stepinfluence.errors import StoreError
-from stepinfluence.writers import aside, folder_aside, own_name
+from stepinfluence.writers import aside, folder_aside, own_name, tidy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,7 @@ def write_atomically(path: Path, fill: Callable[[Path], object]) -> None:
     Raises:
         StoreError: the file could not be written (disk full, no permission); ``path`` is then as it was.
     """
+    tidy(path.parent)
     made = aside(path)
     try:
         fill(made)

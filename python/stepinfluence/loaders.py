@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -29,11 +29,13 @@ def ids_in(batch: Any, ids: IdsOf | None) -> list[Hashable] | None:
     """The ids of a batch, where there is a function for them.
 
     Raises:
-        TypeError: one that cannot be hashed.
+        TypeError: no list of ids, or one that cannot be hashed.
     """
     if ids is None or (given := ids(batch)) is None:
         return None
     # A tensor's elements would be tensors, which are hashed by identity.
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise TypeError(f"ids: got {type(given).__name__} {given!r} for a batch; give one id for each of its examples")
     listed = given.tolist() if isinstance(given, Tensor) else list(given)
     for one in listed:
         try:

@@ -33,6 +33,9 @@ been written to for this long."""
 _recent: collections.deque[Path] = collections.deque(maxlen=64)
 """Names that :func:`aside` gave last; no thread is at more of them at a time."""
 
+_tidied: set[Path] = set()
+"""Folders in which :func:`tidy` has looked."""
+
 _locks: list[_Lock] = []
 """Locks that this process has taken, or is about to."""
 
@@ -91,6 +94,20 @@ def remove_leftovers(folder: Path, *, within: bool = False) -> None:
                     (Path(parent) / name).unlink(missing_ok=True)
         if not within:
             return
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed writers left aside in a folder that may be anybody's, the first time that this process writes
+    there: else a training that is often killed fills it up."""
+    if folder in _tidied:
+        return
+    _tidied.add(folder)
+    with contextlib.suppress(OSError):  # no such folder: whoever writes will say so
+        for entry in os.scandir(folder):
+            path = Path(entry)
+            if _OWNED.match(entry.name) and _is_abandoned(path):
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(path) if entry.is_dir(follow_symlinks=False) else path.unlink(missing_ok=True)
 
 
 def unknown_files(folder: Path, known: Collection[str]) -> list[str]:

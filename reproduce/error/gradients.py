@@ -12,7 +12,7 @@ from functools import partial
 
 import stepinfluence
 import torch
-from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.space import Block
 from stepinfluence.capture import ExactCapture
 from stepinfluence.models.gpt import LoopedGPT, gpt_loss
 from torch import Tensor, nn

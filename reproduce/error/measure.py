@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.space import Block
 from torch import Tensor
 
 from reproduce.arrays import Array

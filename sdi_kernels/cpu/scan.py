@@ -57,7 +57,23 @@ def row_products(codes: Tensor, scales: Tensor | None, vectors: Tensor) -> Tenso
 
     Returns:
         ``(R, C)`` float32; None where the kernel is not there, or these are not its types.
+
+    Raises:
+        TypeError, ValueError: no tensors, or shapes that do not fit.
     """
+    for name, value, dims in (("codes", codes, 2), ("vectors", vectors, 2), ("scales", scales, 1)):
+        if value is None and name == "scales":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}; pass a torch.Tensor")
+        if value.dim() != dims:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}; pass {dims} dimension{'s' * (dims > 1)}")
+    if vectors.shape[1] != codes.shape[1] or (scales is not None and len(scales) != len(codes)):
+        got = "no scales" if scales is None else f"{len(scales)} scales"
+        raise ValueError(
+            f"codes, scales, vectors: got {tuple(codes.shape)}, {got} and {tuple(vectors.shape)}; pass rows and "
+            "vectors of one width, and a scale for each row"
+        )
     entry = _entry()
     on_cpu = codes.device.type == vectors.device.type == "cpu"
     if entry is None or not on_cpu or codes.dtype not in DTYPES or vectors.dtype != torch.float32:

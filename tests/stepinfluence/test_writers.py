@@ -62,8 +62,6 @@ def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_files_aside_tell_their_writer(tmp_path: Path) -> None:
-    for name in (writers.aside(tmp_path / "a.json").name, f"{writers.ASIDE}{writers.host()}-99999999999-00000000-x"):
-        (tmp_path / name).write_text("")
     (tmp_path / "within").mkdir()
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom stepinfluence.files import write_atomically\n"
@@ -72,6 +70,8 @@ def test_files_aside_tell_their_writer(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "within"):
         killed = subprocess.run([sys.executable, "-c", code, str(place / "b.json")], check=False)
         assert killed.returncode == -signal.SIGKILL
+    for name in (writers.aside(tmp_path / "a.json").name, f"{writers.ASIDE}{writers.host()}-99999999999-00000000-x"):
+        (tmp_path / name).write_text("")
     assert len(list(tmp_path.rglob(".aside-*"))) == 4
     writers.remove_leftovers(tmp_path)
     assert len(list(tmp_path.rglob(".aside-*"))) == 2, "this process's own, and that in a folder within"
@@ -145,3 +145,18 @@ def test_a_signal_at_any_line_leaves_no_lock(tmp_path: Path, first: int) -> None
             break
     assert set(codes) <= {0, 143}
     assert 143 in codes
+
+
+def test_what_killed_writers_left_is_removed_once_a_file_is_written_there(tmp_path: Path) -> None:
+    """In a folder that may be anybody's: only what bears the name of a writer that is gone."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [tmp_path / f"{writers.ASIDE}{writers.host()}-{gone.pid}-12345678-state.pt{end}" for end in ("", ".folder")]
+    left[0].write_text("half")
+    left[1].mkdir()
+    own, foreign = writers.aside(tmp_path / "other"), tmp_path / f"{writers.ASIDE}notes"
+    for path in (own, foreign):
+        path.write_text("kept")
+    os.utime(foreign, (0, 0))
+    write_bytes(tmp_path / "state.pt", b"whole")
+    assert sorted(tmp_path.iterdir()) == sorted([own, foreign, tmp_path / "state.pt"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 
+from stepinfluence.arguments import boolean, positive_int
 from stepinfluence.attribution.features import Features
 
 
@@ -19,13 +20,20 @@ def gradient_energies(features: Features) -> dict[str, float]:
     Sketched norms are unbiased estimates of the exact ones, so a small pass of either kind does.
 
     Raises:
-        ValueError: no examples, or features in the ``sum`` layout, which do not tell parameters apart.
+        TypeError: no features.
+        ValueError: no examples, values that are not finite, or features in the ``sum`` layout, which do not tell
+            parameters apart.
     """
+    if not isinstance(features, Features):
+        raise TypeError(f"features: got {type(features).__name__}; pass Features of a capture")
+    features.require_whole("features")
     if features.space.layout == "sum":
         raise ValueError("features: in the sum layout parameters share their columns; featurize with layout='concat'")
     if not len(features):
         raise ValueError("features: got no examples; featurize a few dozen")
     squares = features.values.square().sum(tuple(range(features.values.dim() - 1))) / len(features)
+    if not bool(squares.isfinite().all()):
+        raise ValueError("features: some are not finite, or too large to be squared; leave such examples out")
     return {b.name: float(squares[b.start : b.stop].sum()) for b in features.space.blocks}
 
 
@@ -51,8 +59,12 @@ def allocate_sizes(
         powers_of_two: sizes of matrices are powers of two times ``smallest``, as the compiled FFT wants powers of two.
 
     Raises:
+        TypeError, ValueError: ``width`` or ``smallest`` is no positive int.
         ValueError: ``width`` is too small for ``smallest`` columns each, or features cannot tell parameters apart.
     """
+    positive_int("width", width)
+    positive_int("smallest", smallest)
+    boolean("powers_of_two", powers_of_two)
     left, right = gradient_energies(train), gradient_energies(query if query is not None else train)
     if left.keys() != right.keys():
         raise ValueError("query: features of other parameters than train's; featurize both with one capture")

@@ -64,12 +64,16 @@ def align_steps(values: Tensor, lengths: Tensor, align: Align = "start", *, bins
         ``(..., S)``, for ``"share"`` ``(..., bins)``. NaN where an example has no such step: zero is an influence.
 
     Raises:
+        TypeError: no tensors.
         ValueError: a length is negative or beyond S, ``lengths`` does not broadcast, or ``bins`` goes with another
             alignment.
     """
     one_of("align", align, ALIGNS)
+    for name, given in (("values", values), ("lengths", lengths)):
+        if not isinstance(given, Tensor) or not given.dim():
+            raise TypeError(f"{name}: got {type(given).__name__} {given!r:.60}; pass a tensor of one dimension or more")
     steps = values.shape[-1]
-    if lengths.is_floating_point() or bool(((lengths < 0) | (lengths > steps)).any()):
+    if lengths.is_floating_point() or lengths.dtype == torch.bool or bool(((lengths < 0) | (lengths > steps)).any()):
         raise ValueError(f"lengths: got {lengths.dtype} up to {lengths.max().item()}; pass whole numbers, 0 to {steps}")
     if bins is not None and align != "share":
         raise ValueError(f"bins: goes with align='share', not with {align!r}")

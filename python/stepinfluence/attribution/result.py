@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepinfluence.arguments import non_negative_int, one_of, positive_int
+from stepinfluence.arguments import boolean, non_negative_int, one_of, positive_int
 from stepinfluence.attribution.depth import AXES, Align, align_steps, axis_places
 from stepinfluence.display.table import Hit, Hits, padded, step_columns
 from stepinfluence.display.words import one_type, short, top_rows
@@ -141,6 +141,7 @@ class Influence:
         """
         self._one_step_axis("top")
         column, k = self._column(query), positive_int("k", k)
+        boolean("largest", largest)
         by_step = _numpy(self.sdi[:, column])
         scores = by_step.sum(1) if step is None else by_step[:, self._step(step)]
         order = np.argsort(-scores if largest else scores, kind="stable")[:k]

@@ -23,6 +23,7 @@ from stepinfluence.attribution.curvature.length import TrainingTime
 from stepinfluence.attribution.curvature.progress import training_time
 from stepinfluence.attribution.curvature.unrolled import Unrolled
 from stepinfluence.attribution.depth import added, lengths_of
+from stepinfluence.attribution.extremes import TOO_LARGE, largest, tell_of_small
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.result import Decompose, Influence
 from stepinfluence.attribution.visiting import Featurizer, Metric, path_list, visit_checkpoints
@@ -36,6 +37,7 @@ def _as_list(features: FeatureList, side: str) -> list[Features]:
     for one in several:
         if not isinstance(one, Features):
             raise TypeError(f"{side}: got {type(one).__name__}; pass Features, or a list of one for each checkpoint")
+        one.require_whole(side)
     return several
 
 
@@ -58,6 +60,8 @@ def _aligned(
             raise ValueError(
                 f"query: features on {q.values.device}, train on {t.values.device}; use features.to(device)"
             )
+        if t.values.dtype != q.values.dtype:
+            raise ValueError(f"query: features of {q.values.dtype}, train of {t.values.dtype}; featurize both with one")
     return list(zip(trains, queries, weights, strict=True))
 
 
@@ -111,8 +115,24 @@ def influence(
     Raises:
         FeatureMismatchError: features of different sketches, parameters, weights or examples.
         ValueError: numbers of checkpoints do not fit, or features are summed over steps but needed per step; a
-            curvature cannot be fitted, or was fitted to other checkpoints.
+            curvature cannot be fitted, or was fitted to other checkpoints; a score is too large for the dtype, or all
+            are too small (a warning, if those of some queries are).
     """
+    found, bounds = _bounded(train, query, etas, decompose, curvature, damping, normalize)
+    tell_of_small(bounds, found.sdi.dtype, found.query_ids)
+    return found
+
+
+def _bounded(
+    train: FeatureList,
+    query: FeatureList,
+    etas: float | Sequence[float],
+    decompose: Decompose,
+    curvature: Choice,
+    damping: Damping | None,
+    normalize: Normalize,
+) -> tuple[Influence, Tensor]:
+    """:func:`influence`, and what :func:`tell_of_small` is to know of the queries."""
     if decompose not in ("query", "train", "both"):
         raise ValueError(f"decompose: got {decompose!r}; use 'query', 'train' or 'both'")
     pairs = _aligned(train, query, etas)
@@ -142,7 +162,7 @@ def influence(
         result = sdi.transpose(1, 2)
     else:
         result = sdi[:, 0] if decompose == "query" else sdi[..., 0].transpose(1, 2)
-    return Influence(
+    found = Influence(
         sdi=result,
         decompose=decompose,
         train_ids=first_train.ids,
@@ -152,6 +172,26 @@ def influence(
         train_lengths=lengths_of([t for t, _, _ in pairs]) if decompose != "query" else None,
         query_lengths=lengths_of([x for _, x, _ in pairs]) if decompose != "train" else None,
     )
+    return found, _bounds(pairs, largest(result, (0, *range(2, result.dim()))), result.dtype)
+
+
+def _bounds(pairs: list[tuple[Features, Features, float]], peaks: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(Q,)``: largest products of numbers of rows and queries, as :func:`tell_of_small` takes them; infinite where
+    a score ``(Q,)`` shows that there is no need to look.
+
+    Raises:
+        ValueError: a score is not finite though all features are.
+    """
+    if not bool(peaks.isfinite().all()) and all(bool(f.values.isfinite().all()) for t, x, _ in pairs for f in (t, x)):
+        raise ValueError(TOO_LARGE)
+    if bool((peaks >= torch.finfo(dtype).tiny).all()):
+        return torch.full_like(peaks, torch.inf)
+    bounds = torch.zeros_like(peaks)
+    for t, x, eta in pairs:
+        of_queries = largest(x.values, tuple(range(1, x.values.dim())))
+        rows = float(largest(t.values.flatten(), 0))
+        bounds = torch.maximum(bounds, of_queries * rows * min(1.0, abs(eta)))
+    return torch.where(peaks < torch.finfo(dtype).tiny, bounds, torch.inf)
 
 
 def _energy(sdi: Tensor) -> Tensor:
@@ -183,7 +223,7 @@ def self_influence(
         ``(N, steps)`` for per-step features, ``(N,)`` for summed ones.
 
     Raises:
-        FeatureMismatchError, ValueError: as for :func:`influence`.
+        FeatureMismatchError, ValueError: as for :func:`influence`; too small is an error only if all are.
     """
     if isinstance(curvature, Unrolled) or curvature == SOURCE:
         raise ValueError("curvature: self-influence by SOURCE is not offered; use 'fisher' or 'block'")
@@ -201,6 +241,12 @@ def self_influence(
             raise ValueError("train: features of some checkpoints are summed over steps, of others not")
         total = term if total is None else added(total, term, term.dim() - 1)
     assert total is not None
+    # An example's own score may be as small as it likes beside those of others: it is one question, about all.
+    asked = [
+        (t, replace(other, values=other.values.reshape(1, -1)), eta)
+        for (t, _, eta), other in zip(pairs, solved, strict=True)
+    ]
+    tell_of_small(_bounds(asked, largest(total.flatten(), 0).view(1), total.dtype), total.dtype, ("all",))
     return total
 
 
@@ -264,6 +310,7 @@ def influence_over_checkpoints(
     dampings = _dampings(damping, capture, checkpoints, metric, reader)
     rows: list[Features] = []
     total: Influence | None = None
+    bounds = torch.zeros((), dtype=torch.float64)
     # Closed at once, also after an error: only then the model has its own weights again.
     visits = visit_checkpoints(capture, checkpoints, etas, metric, progress=progress, strict=strict, reader=reader)
     with closing(visits) as visited:
@@ -277,9 +324,10 @@ def influence_over_checkpoints(
                 sides = [aligned_to(first, found, side) for first, found, side in pairs]
             else:  # what rows are told apart by, without their values
                 rows = [replace(found, values=found.values[:0]) for found in sides]
-            found = influence(*sides, etas=eta, decompose=decompose, curvature=one, damping=damp, normalize=normalize)
-            total = _add(total, found)
+            found, bound = _bounded(sides[0], sides[1], eta, decompose, one, damp, normalize)
+            total, bounds = _add(total, found), torch.maximum(bounds, bound)
     assert total is not None
+    tell_of_small(bounds, total.sdi.dtype, total.query_ids)
     return total
 
 

@@ -65,6 +65,17 @@ class Rows:
         self._count = max(self._count, count)
         return self.values
 
+    def set(self, values: Tensor) -> None:
+        """Take these rows in place of those that are there.
+
+        Raises:
+            ValueError: they are of another shape or dtype.
+        """
+        wanted = (len(values), *self._data.shape[1:])
+        if values.shape != wanted or values.dtype != self._data.dtype:
+            raise ValueError(f"{values.dtype} of shape {tuple(values.shape)}, not {self._data.dtype} of {wanted}")
+        self._data, self._count = values.clone(), len(values)
+
     def append(self, row: Tensor) -> None:
         self.reach(self._count + 1)[-1] = row
 
@@ -193,11 +204,21 @@ class Tally:
         Raises:
             KeyError, TypeError, ValueError, RuntimeError: it is no such state.
         """
-        tally = Tally(state["query_ids"], state["steps"], state["dtype"], by_epoch=state["by_epoch"])
-        tally._places = {i: k for k, i in enumerate(state["ids"])}
+        tally = Tally(tuple(state["query_ids"]), state["steps"], state["dtype"], by_epoch=state["by_epoch"])
+        ids, updates = state["ids"], [len(values) for values in state["log"]]
+        tally._places = {i: k for k, i in enumerate(ids)}
         for values in state["sums"]:
             tally._sums.append(Rows(len(tally.query_ids), tally.steps, dtype=tally.dtype))
-            tally._sums[-1].reach(len(values)).copy_(values)
+            tally._sums[-1].set(values)
         for rows, values in zip(tally._log, state["log"], strict=True):
-            rows.reach(len(values)).copy_(values)
+            rows.set(values)
+        seen = max((len(values) for values in state["sums"]), default=0)
+        if (
+            type(ids) is not list
+            or type(tally.by_epoch) is not bool
+            or seen != len(tally._places)
+            or len(ids) != seen
+            or len({*updates}) != 1
+        ):
+            raise ValueError(f"{seen} examples of {len(ids)} ids, and numbers of {sorted({*updates})} updates")
         return tally

@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeAlias
 from torch import nn
 
 from stepinfluence.attribution.checkpoints import Checkpoint, Etas, PathLike, Reader, load_checkpoint, resolve_etas
-from stepinfluence.attribution.features import Features, FeatureSpace
+from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.preconditioners import KINDS, Kind, Preconditioner, from_optimizer
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.loaders import IdsOf, LossFn
 from stepinfluence.progress import tqdm
 
@@ -37,7 +38,13 @@ class Featurizer(Protocol):
 
 def path_list(checkpoints: PathLike | Sequence[PathLike]) -> Sequence[PathLike]:
     """Paths of checkpoints; one path stands for a list of it, and is not gone through letter by letter."""
-    return [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
+    if isinstance(checkpoints, str | Path):
+        return [checkpoints]
+    if not isinstance(checkpoints, Sequence):
+        raise TypeError(
+            f"checkpoints: got {type(checkpoints).__name__} {checkpoints!r}; pass a path, or a list of paths"
+        )
+    return checkpoints
 
 
 def visit_checkpoints(

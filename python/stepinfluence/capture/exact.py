@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepinfluence.attribution.features import Block, FeatureBuilder, Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.features import FeatureBuilder, Features, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, Root
+from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.body.batches import infer_batch_size, settled_size
 from stepinfluence.capture.body.hooks import read_factors, with_factors

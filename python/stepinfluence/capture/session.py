@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stepinfluence.arguments import boolean, function, non_negative_int
-from stepinfluence.attribution.features import FeatureBuilder, Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.features import FeatureBuilder, Features, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, Root, prepare
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.capture.body import state
 from stepinfluence.capture.body.batches import expected_rows, fingerprints, length_of, usable
 from stepinfluence.capture.body.threads import one_thread

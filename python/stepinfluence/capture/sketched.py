@@ -13,8 +13,9 @@ from torch import nn
 from sdi_kernels import HASH_FORMAT, CountSketch, HashFamily, Route
 from sdi_kernels.plan import ROUTES
 from stepinfluence.arguments import one_of
-from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.features import Features, weights_digest
 from stepinfluence.attribution.preconditioners import Preconditioner, Root
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.capture import session
 from stepinfluence.capture.body.hooks import read_factors, with_factors
 from stepinfluence.capture.body.steps import Loop, StepTracker

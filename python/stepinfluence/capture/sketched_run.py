@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepinfluence.attribution.features import FeatureBuilder, FeatureSpace
+from stepinfluence.attribution.features import FeatureBuilder
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.capture import diagnosis, session
 from stepinfluence.capture.discovery import warn_if_the_loop_is_elsewhere
 from stepinfluence.capture.owners.rows import Told

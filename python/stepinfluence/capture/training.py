@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from stepinfluence.arguments import positive_int
 from stepinfluence.attribution.alignment import places_of, require_repeatable
 from stepinfluence.attribution.features import Features
-from stepinfluence.attribution.preconditioners import Elementwise, Preconditioner, from_optimizer
+from stepinfluence.attribution.preconditioners import Preconditioner, from_optimizer
 from stepinfluence.attribution.result import Influence
 from stepinfluence.attribution.tally import Tally, Updates
 from stepinfluence.capture.body.hooks import read_factors
 from stepinfluence.capture.inline import Inline, sizes
+from stepinfluence.capture.saved import FORMAT, Saved
 from stepinfluence.capture.sketched import Capture
 from stepinfluence.capture.sketched_run import VERIFIED_SHARE
 from stepinfluence.capture.updates import (
@@ -36,10 +37,10 @@ from stepinfluence.capture.updates import (
     last_finite,
     learning_rate,
     metric_of,
+    moment_of,
     read_factor,
-    require_weights,
+    require_moment,
     waiting,
-    weights_of,
 )
 from stepinfluence.errors import (
     CheckpointError,
@@ -48,9 +49,6 @@ from stepinfluence.errors import (
     UnsupportedUseError,
 )
 from stepinfluence.loaders import IdsOf, LossFn
-
-FORMAT = 2
-"""Of saved states."""
 
 
 class TrainingInfluence:
@@ -123,7 +121,7 @@ class TrainingInfluence:
         self._rows: tuple[tuple[Hashable, ...], tuple[int, ...]] | None = None  # ids and content of the queries
         self._tally: Tally | None = None
         self._parts: list[Part | None] = []  # of the update that is being made; None: gradients not finite
-        self._saved_with = ""  # of a state that was loaded: digest of the weights it goes on from; "": checked
+        self._saved_with: dict[str, str] = {}  # of a state that was loaded: where it goes on from; empty: checked
         self._before = capture.preconditioner
         self._roots: Preconditioner | None = None  # of the queries
         self._handle = optimizer.register_step_post_hook(lambda *_: self._updated())
@@ -157,8 +155,8 @@ class TrainingInfluence:
         if self._parts and not waiting(self.capture.targets):
             self._parts = []  # dropped without an update
         if self._saved_with:
-            require_weights(self.capture.model, self._saved_with, self.updates_made)
-            self._saved_with = ""
+            require_moment(self.capture.model, self.optimizer, self._saved_with, self.updates_made)
+            self._saved_with = {}
         if not self._parts and (self._queries is None or self._age >= self.refresh_every):
             self._refresh()
         inline = self.capture.inline(batch, ids=given, weighted=True)
@@ -325,7 +323,8 @@ class TrainingInfluence:
             "queries": None if due else self._queries, "losses": self._losses,
             "roots": {t.name: roots[t.name].tensors[0] for t in capture.targets} if roots else None,
             "tally": None if self._tally is None else self._tally.state(),
-            "weights": self._saved_with or weights_of(capture.model),  # of a state that was loaded, until it goes on
+            # Of a state that was loaded, until it goes on.
+            "saved_with": self._saved_with or moment_of(capture.model, self.optimizer),
         }  # fmt: skip
 
     def _kind(self) -> dict[str, Any]:
@@ -338,35 +337,21 @@ class TrainingInfluence:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave, with model and optimizer as they were then. The next batch raises
-        ``FeatureMismatchError`` if the model has other weights: updates in between would count twice, or never.
+        ``FeatureMismatchError`` if the model has other weights, or the optimizer other moments: updates in between
+        would count twice, or never.
 
         Raises:
-            CheckpointError: it is no such state.
+            CheckpointError: it is no such state; nothing has changed then.
             FeatureMismatchError: of other sketches or settings (names them).
         """
-        try:
-            if state["format"] != FORMAT:
-                raise CheckpointError(f"state: got format {state['format']!r}, this version reads {FORMAT}")
-            kind = self._kind()
-            other = [name for name, value in state["kind"].items() if kind.get(name) != value]
-            if other:
-                raise FeatureMismatchError(
-                    f"state: it was saved with another {', '.join(other)}; begin with the same settings and sketches"
-                )
-            tally = None if state["tally"] is None else Tally.from_state(state["tally"])
-            queries, roots, rows = state["queries"], state["roots"], state["rows"]
-            losses, weights = state["losses"], str(state["weights"])
-            counts = [int(count) for count in state["counts"]]
-            if roots is not None:
-                self._roots = {name: Elementwise(root) for name, root in roots.items()}
-                self.capture.precondition(self._roots)
-            self.updates_made, self.unscored, self.unseen, self.skipped, self.refreshes = counts
-            self._epoch, self._age, self._tally = int(state["epoch"]), int(state["age"]), tally
-            self._rows = None if rows is None else (tuple(rows[0]), tuple(rows[1]))
-            self._queries = None if queries is None else queries.to(self.capture.device)
-            self._losses, self._parts, self._saved_with = losses, [], weights
-        except (KeyError, AttributeError, IndexError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"state: not a TrainingInfluence's ({type(error).__name__}: {error})") from error
+        found = Saved.of(state, self._kind(), self.capture)
+        if found.roots is not None:
+            self.capture.precondition(found.roots)
+            self._roots = found.roots
+        self.updates_made, self.unscored, self.unseen, self.skipped, self.refreshes = found.counts
+        self._epoch, self._age, self._tally, self._rows = found.epoch, found.age, found.tally, found.rows
+        self._queries = None if found.queries is None else found.queries.to(self.capture.device)
+        self._losses, self._parts, self._saved_with = found.losses, [], found.moment
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` into a file, whole or not at all.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -136,20 +136,34 @@ def metric_of(optimizer: torch.optim.Optimizer, metric: Metric | None) -> Metric
     )
 
 
-def weights_of(model: nn.Module) -> str:
-    """Digest of all parameters, by name."""
-    named = dict(model.named_parameters())
-    return weights_digest([named[name].detach() for name in sorted(named)])
+def moment_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """Where a training is: digests of all parameters, and of what the optimizer keeps of the gradients, by name."""
+    named = sorted(model.named_parameters())
+    kept = [
+        (f"{name} {key}", value.detach())
+        for name, parameter in named
+        for key, value in sorted(optimizer.state.get(parameter, {}).items())
+        if isinstance(value, Tensor) and value.dim()
+    ]
+    return {
+        "weights": weights_digest([parameter.detach() for _, parameter in named]),
+        "moments": " ".join(key for key, _ in kept) and weights_digest([value for _, value in kept]),
+    }
 
 
-def require_weights(model: nn.Module, saved_with: str, updates: int) -> None:
-    """Raise unless a model has the weights that a state of a training was saved with.
+def require_moment(
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved_with: Mapping[str, str], updates: int
+) -> None:
+    """Raise unless model and optimizer are where they were when a state of a training was saved.
 
     Raises:
-        FeatureMismatchError: it does not.
+        FeatureMismatchError: they are not.
     """
-    if weights_of(model) != saved_with:
+    now = moment_of(model, optimizer)
+    other = next((name for name in now if now[name] != saved_with[name]), None)
+    if other is not None:
+        what = {"weights": "weights than the model has", "moments": "moments than the optimizer has"}[other]
         raise FeatureMismatchError(
-            f"state: it was saved after {updates} updates of other weights than the model has; load the checkpoint of "
-            "that moment, too, of model and optimizer"
+            f"state: it was saved after {updates} updates of other {what}; load the checkpoint of that moment, too, of "
+            "model and optimizer"
         )

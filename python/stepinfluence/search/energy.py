@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from stepinfluence.attribution.curvature import Choice, Damping
-from stepinfluence.attribution.features import Parameters
+from stepinfluence.attribution.space import Parameters
 from stepinfluence.search.question import ask
 from stepinfluence.search.sources import Rows
 

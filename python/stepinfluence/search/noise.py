@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sdi_kernels import variance_bound
 from stepinfluence.attribution.curvature import Curvature
-from stepinfluence.attribution.features import Block, Features, FeatureSpace
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.search.question import Question
 from stepinfluence.search.ranking import NO_ROW, Ranking
 from stepinfluence.search.scan import score_blocks

@@ -14,7 +14,9 @@ from torch import Tensor
 from stepinfluence.arguments import per_checkpoint
 from stepinfluence.attribution.curvature import Choice, Curvature, Damping, Unrolled
 from stepinfluence.attribution.curvature.choice import fitted
-from stepinfluence.attribution.features import Features, Parameters
+from stepinfluence.attribution.extremes import TOO_LARGE, largest, tell_of_small
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.space import Parameters
 from stepinfluence.errors import FeatureMismatchError
 from stepinfluence.machine import usable_device
 from stepinfluence.search.sources import FeatureSource, Rows, RowSource, StoreSource, as_source, lengths_of
@@ -146,9 +148,6 @@ def corrections(train: Rows, curvature: Choice, damping: Damping | None) -> list
     return found
 
 
-TOO_LARGE = "scores: some are too large for float32; featurize with smaller etas, or with a loss divided by a number"
-
-
 def default_device(train: RowSource) -> torch.device:
     """Where rows already are, or a GPU if there is one for rows that are read from disk."""
     if isinstance(train, StoreSource) and torch.cuda.is_available():
@@ -156,16 +155,29 @@ def default_device(train: RowSource) -> torch.device:
     return train.device
 
 
-def _require_finite(vectors: Sequence[Tensor], asked: FeatureSource | StoreSource) -> None:
-    """Raise where what was made of a query that is finite is not.
+def _padded(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Vectors ``(Q, S, D)`` of several checkpoints, of as many steps as the one with the most."""
+    longest = max(v.shape[1] for v in vectors)
+    return [torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in vectors]
+
+
+def _check_weighted(vectors: Sequence[Tensor], before: Sequence[Tensor], asked: FeatureSource | StoreSource) -> None:
+    """Raise where what was made of queries that are finite is not, or where etas were so small that nothing is left of
+    any of them, at any checkpoint; warn of some.
+
+    Args:
+        before: by checkpoint ``(Q,)``: their largest magnitude without the eta; 0 where that is 0.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is so.
     """
     for checkpoint, values in enumerate(vectors):
         for row in (~values.flatten(1).isfinite().all(1)).nonzero().flatten().tolist():
             if bool(asked.take(checkpoint, [row]).isfinite().all()):
                 raise ValueError(TOO_LARGE)
+    after = torch.stack([largest(values, (1, 2)) for values in vectors]).amax(0)
+    had = torch.stack(list(before)).amax(0) > 0
+    tell_of_small(torch.where(had, after.clamp(min=5e-324), 0.0), vectors[0].dtype, asked.ids())
 
 
 def ask(
@@ -213,7 +225,7 @@ def ask(
     columns = slice(min(b.start for b in blocks), max(b.stop for b in blocks))
     outside = [block for block in space.blocks if block not in blocks]
     place = default_device(source) if device is None else usable_device(device)
-    everyone, vectors = range(len(asked)), []
+    everyone, vectors, before = range(len(asked)), [], []
     carried = (
         found.carried(asked.take(len(weights) - 1, everyone).to(place, source.dtype))
         if isinstance(found, Unrolled)
@@ -225,20 +237,20 @@ def ask(
         else:
             values = asked.take(checkpoint, everyone).to(place, source.dtype)
             values = found[checkpoint].solve(values) if isinstance(found, list) else values
+        before.append(largest(values, tuple(range(1, values.dim()))) * bool(eta))
         values = (values if asked.per_step else values.unsqueeze(1)) * eta
         for block in outside:
             values[:, :, block.start : block.stop] = 0
         vectors.append(values[:, :, columns])
-    _require_finite(vectors, asked)
-    longest = max(v.shape[1] for v in vectors)
-    vectors = [torch.nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in vectors]
+    _check_weighted(vectors, before, asked)
+    vectors = _padded(vectors)
     return Question(
         train=source,
         query=asked,
         vectors=tuple(vectors),
         parameters=parameters,
         columns=columns,
-        ranked=chosen_steps(steps, longest) if asked.per_step else (0,),
+        ranked=chosen_steps(steps, vectors[0].shape[1]) if asked.per_step else (0,),
         per_step=per_step,
         summed=not asked.per_step,
         harmful=harmful,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stepinfluence.attribution.alignment import require_repeatable
-from stepinfluence.attribution.features import Parameters
 from stepinfluence.attribution.result import Influence
+from stepinfluence.attribution.space import Parameters
 from stepinfluence.capture import Capture
 from stepinfluence.capture.body.batches import fingerprints, length_of
 from stepinfluence.capture.pairs import BatchGradients, PairCapture, PairRoute

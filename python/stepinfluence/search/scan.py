@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import row_products
-from stepinfluence.search.question import TOO_LARGE, Question
+from stepinfluence.attribution.extremes import TOO_LARGE, largest, tell_of_small
+from stepinfluence.search.question import Question
 from stepinfluence.search.sources import RawBlock
 
 BLOCK_BYTES = 32 << 20
@@ -40,11 +41,16 @@ def products(block: RawBlock, vectors: Tensor, columns: slice) -> Tensor:
 
 def score_blocks(question: Question, vectors: tuple[Tensor, ...]) -> Iterator[Tensor]:
     """Scores ``(r, C)`` of all rows in order, summed over checkpoints; ``vectors`` are ``(C, columns)`` by
-    checkpoint. Scores of rows without features are NaN."""
+    checkpoint. Scores of rows without features are NaN.
+
+    Raises:
+        ValueError: a score is too large for the dtype, or all are too small (a warning, if those of some queries are).
+    """
     train = question.train
     valid = torch.from_numpy(train.valid)
     counted = question.counted
     vectors = tuple(vectors[k] for k in counted)
+    small = _Small(question, vectors)
     for blocks in zip(*(train.blocks(k) for k in counted), strict=True):
         rows = len(blocks[0].codes)
         held = len(vectors[0])  # numbers that a stored row becomes
@@ -61,9 +67,52 @@ def score_blocks(question: Question, vectors: tuple[Tensor, ...]) -> Iterator[Te
             good = valid[first : first + len(scores)]
             if not bool(torch.isfinite(scores.sum())):  # finite only if all are, unless the sum overflows
                 _require_no_overflow(scores, good.to(scores.device), parts, vectors)
+            small.look(scores, parts)
             if not bool(good.all()):
                 scores[~good.to(scores.device)] = torch.nan
             yield scores
+    small.tell()
+
+
+class _Small:
+    """Watches for queries all of whose scores are too small for the dtype; looks at rows only as long as there may be
+    such a query."""
+
+    def __init__(self, question: Question, vectors: Sequence[Tensor]) -> None:
+        self._question = question
+        self._tiny = torch.finfo(vectors[0].dtype).tiny
+        # Of the queries, or of each of their steps where they are ranked by it, (checkpoints, rankings); of the rows.
+        self._asked = torch.stack([self._by_ranking(largest(v, 1)) for v in vectors])
+        self._rows = torch.zeros(len(vectors), dtype=torch.float64)
+        self._scores = torch.zeros(self._asked.shape[1], dtype=torch.float64)
+        self._watching = bool(self._asked.any())
+
+    def _by_ranking(self, columns: Tensor) -> Tensor:
+        if self._question.per_step or not len(columns):
+            return columns
+        return columns.view(len(self._question.query_ids), -1).amax(1)
+
+    def look(self, scores: Tensor, parts: Sequence[RawBlock]) -> None:
+        """Take a block's scores ``(r, C)`` and rows into account."""
+        if not self._watching:
+            return
+        self._scores = torch.maximum(self._scores, self._by_ranking(largest(scores, 0)))
+        self._rows = torch.maximum(self._rows, torch.stack([self._of_rows(part) for part in parts]))
+        self._watching = bool(((self._scores < self._tiny) & (self._asked > 0).any(0)).any())
+
+    def _of_rows(self, part: RawBlock) -> Tensor:
+        codes = part.codes[..., self._question.columns]
+        found = largest(codes.float() if codes.dtype == torch.int8 else codes, -1)
+        return (found if part.scales is None else found * part.scales.cpu()).amax()
+
+    def tell(self) -> None:
+        """All rows were looked at."""
+        if self._watching:
+            bounds = (self._asked * self._rows.unsqueeze(1)).amax(0)
+            each = len(bounds) // len(self._question.query_ids)
+            ids = [i for i in self._question.query_ids for _ in range(each)]
+            what = "steps of queries" if self._question.per_step else "queries"
+            tell_of_small(bounds, self._question.vectors[0].dtype, ids, what)
 
 
 def _require_no_overflow(scores: Tensor, good: Tensor, parts: Sequence[RawBlock], vectors: Sequence[Tensor]) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from stepinfluence.attribution.alignment import aligned_to
-from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.features import Features, weights_digest
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.files import file_digest
 from stepinfluence.store import Store, bytes_per_row
@@ -282,8 +283,9 @@ def as_source(name: str, given: Rows) -> FeatureSource | StoreSource:
     """
     if isinstance(given, Store):
         return StoreSource(name, given)
-    if isinstance(given, Features):
-        return FeatureSource(name, [given])
-    if isinstance(given, Sequence) and all(isinstance(f, Features) for f in given):
-        return FeatureSource(name, given)
+    several = [given] if isinstance(given, Features) else given
+    if isinstance(several, Sequence) and all(isinstance(f, Features) for f in several):
+        for one in several:
+            one.require_whole(name)
+        return FeatureSource(name, several)
     raise TypeError(f"{name}: got {type(given).__name__}; pass a Store, Features, or a list of Features")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stepinfluence.attribution.curvature import Choice, Damping
-from stepinfluence.attribution.features import Parameters
 from stepinfluence.attribution.result import Influence
+from stepinfluence.attribution.space import Parameters
 from stepinfluence.files import write_atomically
 from stepinfluence.progress import tqdm
 from stepinfluence.search.question import Question, Steps, ask
@@ -97,7 +97,7 @@ def _blocks(question: Question, *, progress: bool) -> Iterator[Tensor]:
     rows = len(question.train)
     with torch.no_grad(), tqdm(total=rows, desc="scores", unit="row", delay=2, disable=not progress) as bar:
         for block in score_blocks(question, vectors):
-            block = block.view(-1, *shape).cpu()
+            block = block.view(len(block), *shape).cpu()
             block[:, silent] = torch.nan
             yield block
             bar.update(len(block))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepinfluence.attribution.curvature import Choice, Damping
-from stepinfluence.attribution.features import Parameters
+from stepinfluence.attribution.space import Parameters
 from stepinfluence.progress import tqdm
 from stepinfluence.search.question import Question, Steps, ask
 from stepinfluence.search.ranking import NO_ROW, Ranking

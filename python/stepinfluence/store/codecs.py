@@ -9,41 +9,32 @@ Measured errors are in docs/store.md.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepinfluence.arguments import one_of
 from stepinfluence.errors import StoreError
-
-StoreDtype: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
-STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
-
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-NUMPY_DTYPES: dict[str, npt.DTypeLike] = {"fp32": "<f4", "fp16": "<f2", "bf16": "<u2", "int8": "i1"}
-"""What :meth:`Store.raw_blocks` gives; numpy has no bfloat16, so its bits come as uint16."""
-
-SCALED = ("fp16", "int8")
-"""Dtypes with a float32 scale per row: value = code * scale."""
-
-
-def bytes_per_row(width: int, dtype: StoreDtype) -> int:
-    """Bytes of one row of ``width`` columns, its scale included."""
-    return width * TORCH_DTYPES[dtype].itemsize + (4 if dtype in SCALED else 0)
+from stepinfluence.store.dtypes import NUMPY_DTYPES, SCALED, STORE_DTYPES, StoreDtype
 
 
 def encode(values: Tensor, dtype: StoreDtype) -> tuple[Tensor, Tensor | None]:
     """Codes ``(..., D)`` in the store's dtype and scales ``(...)`` float32 (None for fp32 and bf16) of ``values``.
 
     Raises:
-        StoreError: values that are not finite, or beyond the largest float32.
+        ValueError: no such dtype.
+        StoreError: values that are not finite, or beyond the largest float32, or all below its smallest normal one.
     """
-    values = values.detach().to("cpu", torch.float32)
+    one_of("dtype", dtype, STORE_DTYPES)
+    given, values = values, values.detach().to("cpu", torch.float32)
     largest = values.abs().amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
     if not bool(torch.isfinite(largest).all()):
         raise StoreError("features: NaN, infinite or beyond float32; leave such examples out as failed ones")
+    if given.dtype == torch.float64 and bool((largest < torch.finfo(torch.float32).tiny).all()) and bool(given.any()):
+        raise StoreError("features: all are too small for float32; featurize with a loss times a number")
     if dtype == "fp32":
         return values.contiguous(), None
     if dtype == "bf16":
@@ -87,6 +78,12 @@ def rounding_norm(values: Tensor, dtype: str) -> Tensor:
 
 def decode(codes: npt.NDArray[Any], scales: npt.NDArray[np.float32] | None, dtype: StoreDtype) -> Tensor:
     """Values ``(..., D)`` float32 of codes as :meth:`Store.raw_blocks` gives them; float32 codes are not copied."""
+    one_of("dtype", dtype, STORE_DTYPES)
+    if (scales is None) == (dtype in SCALED) or codes.dtype != np.dtype(NUMPY_DTYPES[dtype]):
+        raise ValueError(
+            f"codes, scales: got {codes.dtype} {'without' if scales is None else 'with'} scales for {dtype}; pass what "
+            "encode or Store.raw_blocks gives"
+        )
     tensor = torch.from_numpy(codes)
     if dtype == "fp32":
         return tensor

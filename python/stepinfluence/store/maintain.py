@@ -15,6 +15,7 @@ from stepinfluence.store.manifest import MANIFEST, Manifest
 from stepinfluence.store.reader import Store
 from stepinfluence.store.rows import RowTable
 from stepinfluence.store.shards import (
+    TIMES,
     Record,
     expected_arrays,
     map_arrays,
@@ -24,7 +25,6 @@ from stepinfluence.store.shards import (
     values_path,
     written_shards,
 )
-from stepinfluence.store.writer import TIMES, StoreWriter
 from stepinfluence.writers import ASIDE
 
 SHARD_NAME = re.compile(r"shard-([0-9]{8})\.(jsonl|safetensors|json)")
@@ -114,6 +114,8 @@ def merge(paths: Sequence[str | Path], out: str | Path, *, link: bool = True, pr
     Raises:
         StoreError: manifests differ (says where), a shard is damaged, or two stores hold different versions of one.
     """
+    from stepinfluence.store.writer import StoreWriter  # verify needs no torch
+
     if not paths:
         raise ValueError("paths: got none; give the stores to merge")
     sources = [Path(p) for p in paths]

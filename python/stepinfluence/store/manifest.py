@@ -10,20 +10,20 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from sdi_kernels import HASH_FORMAT, HashFamily, __version__
+from sdi_kernels import HASH_FAMILIES, HASH_FORMAT, HashFamily, __version__
 from stepinfluence.attribution.curvature import length
 from stepinfluence.attribution.curvature.length import Progress
-from stepinfluence.attribution.features import Block, FeatureSpace
-from stepinfluence.capture import Capture, ExactCapture
+from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.errors import StoreError
 from stepinfluence.files import canonical, read_sealed, sealed
-from stepinfluence.store.codecs import STORE_DTYPES, StoreDtype
-from stepinfluence.store.models import model_digest, model_fingerprint
+from stepinfluence.store.dtypes import STORE_DTYPES, StoreDtype
+
+if TYPE_CHECKING:
+    from stepinfluence.capture import Capture, ExactCapture
 
 FORMAT = "sdi-store-2"
 MIGRATION = {
@@ -78,16 +78,10 @@ class SketchSpec:
         return cls({t.name: t.sketch.m for t in capture.targets}, capture.hashing, capture.seed)
 
 
-def checkpoint_of(
-    capture: Capture | ExactCapture, name: str, eta: float, progress: Progress | str = ""
-) -> StoredCheckpoint:
-    """What a store tells of the weights (and the metric) that a capture's model has now."""
-    space = dataclasses.replace(capture.space(), model_weights=model_digest(capture.model))
-    return StoredCheckpoint(name, eta, space, progress)
-
-
 def versions() -> dict[str, str]:
     """Versions of the code that features depend on."""
+    import torch
+
     return {
         "stepinfluence": __version__,
         "torch": str(torch.__version__),
@@ -135,6 +129,10 @@ class Manifest:
             raise StoreError(f"checkpoints: got {len(self.checkpoints)}; a store has 1 to {MAX_CHECKPOINTS}")
         first = self.checkpoints[0].space
         for checkpoint in self.checkpoints:
+            if not isinstance(checkpoint.name, str) or isinstance(checkpoint.eta, bool | str):
+                raise StoreError(
+                    f"checkpoints: {_short(checkpoint.name)} has eta {_short(checkpoint.eta)}; give a text and a number"
+                )
             if not math.isfinite(checkpoint.eta):
                 raise StoreError(f"checkpoints: {checkpoint.name!r} has eta {checkpoint.eta}; give a finite number")
             space = checkpoint.space
@@ -155,6 +153,10 @@ class Manifest:
         # As JSON gives them back, so that a manifest that was read equals the one that was written.
         object.__setattr__(self, "project", _plain("project", self.project))
         object.__setattr__(self, "fold", None if self.fold is None else _plain("fold", self.fold))
+        for name, kind in (("per_step", bool), ("loss", str), ("model", str)):
+            if type(getattr(self, name)) is not kind:
+                what = "True or False" if kind is bool else "a text"
+                raise StoreError(f"{name}: got {_short(getattr(self, name))}; give {what}")
         if self.dtype not in STORE_DTYPES:
             raise StoreError(f"dtype: got {self.dtype!r}; use one of {', '.join(map(repr, STORE_DTYPES))}")
 
@@ -171,13 +173,16 @@ class Manifest:
         Args:
             capture: what the features are made with; tells the sketch, the model and the columns.
             n_rows: length of the dataset.
-            checkpoints: as :attr:`checkpoints`, each from :func:`checkpoint_of` at its weights; the model's present
+            checkpoints: as :attr:`checkpoints`, each from :func:`.checkpoint_of` at its weights; the model's present
                 weights with an eta of 1 if not given.
             fields: the other attributes.
 
         Raises:
             StoreError: a field is not one of those above, or out of range.
         """
+        from stepinfluence.capture import Capture
+        from stepinfluence.store.models import checkpoint_of, model_fingerprint  # a manifest is read without torch
+
         given = checkpoints if checkpoints is not None else [checkpoint_of(capture, "present", 1.0)]
         spec = SketchSpec.of(capture) if isinstance(capture, Capture) else None
         described = {"sketch": spec, "model": model_fingerprint(capture.model), **fields}
@@ -371,7 +376,7 @@ def _parsed(content: Mapping[str, Any]) -> Manifest:
     )
     spec = content["sketch"]
     if spec is not None:
-        if spec["hashing"] not in get_args(HashFamily):
+        if spec["hashing"] not in HASH_FAMILIES:
             raise ValueError(f"hashing: got {_short(spec['hashing'])}")
         sizes = {_text(name): _whole("sizes", m, 1, MAX_WIDTH) for name, m in spec["sizes"].items()}
         spec = SketchSpec(sizes, spec["hashing"], spec["seed"], _text(spec["hash_format"]))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 from torch import Tensor, nn
 
+from stepinfluence.attribution.curvature.length import Progress
 from stepinfluence.attribution.features import weights_digest
+from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.capture.body.targets import canonical_name
+from stepinfluence.store.manifest import StoredCheckpoint
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -29,3 +33,11 @@ def model_digest(model: nn.Module) -> str:
     for name in sorted(held):
         digest.update(repr((name, str(held[name].dtype), weights_digest([held[name]]))).encode())
     return digest.hexdigest()
+
+
+def checkpoint_of(
+    capture: Capture | ExactCapture, name: str, eta: float, progress: Progress | str = ""
+) -> StoredCheckpoint:
+    """What a store tells of the weights (and the metric) that a capture's model has now."""
+    space = dataclasses.replace(capture.space(), model_weights=model_digest(capture.model))
+    return StoredCheckpoint(name, eta, space, progress)

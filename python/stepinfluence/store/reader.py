@@ -1,24 +1,18 @@
-"""``Store``: a folder of feature shards, opened for reading."""
+"""``Store``: a folder of feature shards, opened for reading; torch is imported where values are decoded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from stepinfluence.attribution.curvature.stored import StoredFeatures
-from stepinfluence.attribution.features import Features
-from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.errors import FeatureMismatchError, StoreError
-from stepinfluence.store.codecs import decode
-from stepinfluence.store.manifest import Manifest, StoredCheckpoint, checkpoint_of
-from stepinfluence.store.models import model_fingerprint
-from stepinfluence.store.rows import RowIds, RowTable, StoredRow
+from stepinfluence.store.manifest import Manifest, StoredCheckpoint
+from stepinfluence.store.rows import RowIds, RowTable, StoredRow, numbers_of
 from stepinfluence.store.shards import (
     Record,
     RowId,
@@ -29,6 +23,12 @@ from stepinfluence.store.shards import (
     values_path,
     written_shards,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stepinfluence.attribution.features import Features
+    from stepinfluence.capture import Capture, ExactCapture
 
 BLOCK_BYTES = 32 << 20
 """Decoded bytes of a block of :meth:`Store.blocks`, unless told otherwise."""
@@ -264,6 +264,10 @@ class Store(StoredFeatures):
                 yield first + k, self._decoded(codes[part], None if scales is None else scales[part])
 
     def _decoded(self, codes: npt.NDArray[Any], scales: npt.NDArray[np.float32] | None) -> Tensor:
+        import torch
+
+        from stepinfluence.store.codecs import decode
+
         values = decode(codes, scales, self.manifest.dtype)
         if self.per_step and values.shape[1] < self.steps:
             values = torch.nn.functional.pad(values, (0, 0, 0, self.steps - values.shape[1]))
@@ -273,11 +277,7 @@ class Store(StoredFeatures):
         self, checkpoint: int, rows: Sequence[int] | slice | None
     ) -> tuple[npt.NDArray[np.int64], Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], dict[str, npt.NDArray[Any]]]]]:
         """The numbers of rows, and shard by shard: their places among these, in the shard, and the shard's arrays."""
-        n = len(self)
-        wanted = np.arange(n)[rows] if isinstance(rows, slice) else np.arange(n) if rows is None else np.asarray(rows)
-        wanted = wanted.astype(np.int64)
-        if wanted.ndim != 1 or ((wanted < 0) | (wanted >= n)).any():
-            raise IndexError(f"rows: got {rows!r}; give numbers from 0 to {n - 1}")
+        wanted = numbers_of(rows, len(self))
         shards = wanted // self.manifest.shard_rows
 
         def parts() -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], dict[str, npt.NDArray[Any]]]]:
@@ -296,16 +296,21 @@ class Store(StoredFeatures):
             IndexError, StoreError: as for :meth:`features`.
         """
         wanted, parts = self._within(checkpoint, rows)
-        values = torch.zeros(*((len(wanted), self.steps) if self.per_step else (len(wanted),)), self.width)
+        values = self._zeros(len(wanted))
         for places, within, arrays in parts:
             self._fill(values, places, within, arrays)
         return values
+
+    def _zeros(self, rows: int) -> Tensor:
+        import torch
+
+        return torch.zeros(*((rows, self.steps) if self.per_step else (rows,)), self.width)
 
     def _fill(self, values: Tensor, places: npt.NDArray[Any], within: npt.NDArray[Any], arrays: Any) -> None:
         for k in range(0, len(places), 256):
             part, chosen = places[k : k + 256], within[k : k + 256]
             scales = arrays["scales"][chosen] if "scales" in arrays else None
-            values[torch.from_numpy(part)] = self._decoded(arrays["values"][chosen], scales)
+            values[part] = self._decoded(arrays["values"][chosen], scales)
 
     def features(
         self, checkpoint: int = 0, rows: Sequence[int] | slice | None = None, *, numbered: bool = False
@@ -321,8 +326,12 @@ class Store(StoredFeatures):
             IndexError: a row that the store does not have.
             StoreError: a shard is missing or damaged.
         """
+        import torch
+
+        from stepinfluence.attribution.features import Features
+
         wanted, parts = self._within(checkpoint, rows)
-        values = torch.zeros(*((len(wanted), self.steps) if self.per_step else (len(wanted),)), self.width)
+        values = self._zeros(len(wanted))
         losses = np.zeros(len(wanted), "<f4")
         steps, lengths = np.zeros(len(wanted), "<i8"), np.zeros(len(wanted), "<i8")
         for places, within, arrays in parts:
@@ -378,6 +387,8 @@ class Store(StoredFeatures):
             FeatureMismatchError: the model is another, or at no checkpoint's weights, or columns, sketches or metric
                 differ (says which).
         """
+        from stepinfluence.store.models import checkpoint_of, model_fingerprint
+
         if self.manifest.model and model_fingerprint(capture.model) != self.manifest.model:
             raise FeatureMismatchError(f"{self.path}: made with another model (names, shapes or dtypes differ)")
         space = checkpoint_of(capture, "present", 1.0).space

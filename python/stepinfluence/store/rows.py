@@ -21,6 +21,20 @@ LINE_LIMIT = 1 << 26
 """Bytes of one row's text, metadata and tokens that are read, at most."""
 
 
+def numbers_of(rows: Sequence[int] | slice | None, count: int) -> npt.NDArray[np.int64]:
+    """The numbers of some of ``count`` rows, in the order given; None for all.
+
+    Raises:
+        IndexError: they are no whole numbers, or there are no such rows.
+    """
+    if rows is None or isinstance(rows, slice):
+        return np.arange(count)[slice(None) if rows is None else rows]
+    given = np.asarray(rows)
+    if given.ndim != 1 or (given.size and (given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= count)):
+        raise IndexError(f"rows: got {rows!r}; give numbers from 0 to {count - 1}")
+    return given.astype(np.int64)
+
+
 @dataclass(frozen=True)
 class StoredRow:
     """A row of a store.
@@ -68,6 +82,8 @@ class RowTable:
 
     def __getitem__(self, row: int) -> StoredRow:
         manifest = self._manifest
+        if isinstance(row, bool) or not isinstance(row, int | np.integer):
+            raise TypeError(f"row: got {type(row).__name__} {row!r}; give a whole number")
         if not 0 <= row < manifest.n_rows:
             raise IndexError(f"row: got {row}; the store has rows 0 to {manifest.n_rows - 1}")
         shard, k = divmod(row, manifest.shard_rows)

@@ -25,8 +25,11 @@ import numpy.typing as npt
 
 from stepinfluence.errors import StoreError
 from stepinfluence.files import parse_json, read_sealed
-from stepinfluence.store.codecs import NUMPY_DTYPES, SCALED
+from stepinfluence.store.dtypes import NUMPY_DTYPES, SCALED
 from stepinfluence.store.manifest import MAX_STEPS, Manifest
+
+TIMES = "times.jsonl"
+"""Seconds that shards took, one line each: a log beside the store, no part of it."""
 
 RowId: TypeAlias = str | int
 RECORD_LIMIT = 1 << 28

@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepinfluence.arguments import non_negative_int, positive_int
 from stepinfluence.attribution.features import Features
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.files import file_digest, make_folder, save_tensors, sealed, write_atomically, write_bytes
 from stepinfluence.machine import arithmetic
+from stepinfluence.store.again import differ_by_rounding
 from stepinfluence.store.codecs import encode
 from stepinfluence.store.manifest import FORMAT, MANIFEST, Manifest
 from stepinfluence.store.shards import (
+    TIMES,
     FailedRow,
     Record,
     RowInfo,
@@ -32,8 +35,36 @@ from stepinfluence.store.shards import (
 )
 from stepinfluence.writers import ASIDE, remove_leftovers
 
-TIMES = "times.jsonl"
-"""Seconds that shards took, one line each: a log beside the store, no part of it."""
+
+class _StaysError(Exception):
+    """A shard that is to be written is there, with other roundings."""
+
+
+def _check_share(rank: int, world_size: int) -> None:
+    """Raise unless there is a worker ``rank`` of ``world_size``.
+
+    Raises:
+        TypeError, ValueError: there is none.
+    """
+    if positive_int("world_size", world_size) <= non_negative_int("rank", rank):
+        raise ValueError(f"rank: got {rank} of world_size {world_size}; workers are counted from 0")
+
+
+def _check_rows(rows: Sequence[RowInfo], failed: Sequence[FailedRow]) -> None:
+    """Raise unless these are rows and failures that can be written.
+
+    Raises:
+        StoreError: they are not.
+    """
+    for name, given, kind in (("rows", rows, RowInfo), ("failed", failed, FailedRow)):
+        several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        wrong = next((one for one in several if not isinstance(one, kind)), None)
+        if wrong is not None or several is not given:
+            raise StoreError(
+                f"{name}: got {type(wrong if several is given else given).__name__}; give a list of {kind.__name__}"
+            )
+    if any(type(one.row) is not int or not isinstance(one.reason, str) for one in failed):
+        raise StoreError("failed: got a row or reason of another type; give the row's number and a text")
 
 
 def is_unwritten(path: Path) -> bool:
@@ -54,6 +85,7 @@ class StoreWriter:
         self.path = path
         self.manifest = manifest
         self._digest = manifest.digest
+        self._wrote = False
 
     @classmethod
     def create(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
@@ -113,10 +145,33 @@ class StoreWriter:
     def pending(self, checkpoint: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
         """Shards that have not been written at a checkpoint: all, or the share of worker ``rank`` of ``world_size``."""
         self._check(checkpoint, 0)
+        _check_share(rank, world_size)
         written = set(written_shards(self.path, checkpoint, self.manifest))
         return [shard for shard in range(rank, self.manifest.n_shards, world_size) if shard not in written]
 
+    def to_write(self, checkpoint: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
+        """:meth:`pending`, and before these, in a store that was begun earlier, a shard that is there.
+
+        It must come out as it was, but for rounding: what no manifest tells (the data and their order, the loss, the
+        model's code and mode, the batches) is seen to be the same before anything is added. It is the last of the
+        worker's share, of the last checkpoint that has any; where nothing is pending at any checkpoint, none is.
+        """
+        missing = self.pending(checkpoint, rank=rank, world_size=world_size)
+        if self._wrote or not any(
+            self.pending(k, rank=rank, world_size=world_size) for k in range(checkpoint, self._checkpoints)
+        ):
+            return missing
+        there = {
+            k: [s for s in written_shards(self.path, k, self.manifest) if s % world_size == rank]
+            for k in range(self._checkpoints)
+        }
+        last = max((k for k, shards in there.items() if shards), default=None)
+        return [there[checkpoint][-1], *missing] if last == checkpoint else missing
+
     def _check(self, checkpoint: int, shard: int) -> None:
+        for name, number in (("checkpoint", checkpoint), ("index", shard)):
+            if type(number) is not int:
+                raise TypeError(f"{name}: got {type(number).__name__} {number!r}; give a whole number")
         if not 0 <= checkpoint < self._checkpoints:
             raise IndexError(f"checkpoint: got {checkpoint}; the store has {self._checkpoints}, counted from 0")
         if not 0 <= shard < max(1, self.manifest.n_shards):
@@ -143,10 +198,12 @@ class StoreWriter:
 
         Raises:
             StoreError: numbers of rows do not fit, features of other columns or steps than the manifest's, values that
-                are not finite, rows other than at an earlier checkpoint, another content than a shard that is there, or
-                the disk is full (then nothing of the shard counts as written, and it can be written again).
+                are not finite, rows other than at an earlier checkpoint, another content than a shard that is there
+                (one that differs by rounding stays as it is), or the disk is full (then nothing of the shard counts as
+                written, and it can be written again).
         """
         self._check(checkpoint, index)
+        _check_rows(rows, failed)
         numbers = self.manifest.rows_of(index)
         bad = {failure.row for failure in failed}
         if len(rows) != len(numbers):
@@ -172,6 +229,7 @@ class StoreWriter:
             files={"rows": self._write_rows(index, rows), "values": (0, "")},
         )
         self._commit(record, arrays, {failure.row: rows[failure.row - numbers.start].id for failure in failed})
+        self._wrote = True
         if seconds is not None:
             line = json.dumps(
                 {"checkpoint": checkpoint, "shard": index, "rows": len(rows), "seconds": round(seconds, 3)}
@@ -184,6 +242,12 @@ class StoreWriter:
         manifest, space = self.manifest, self.manifest.checkpoints[checkpoint].space
         steps = manifest.steps or 0
         if features is not None:
+            try:
+                features.require_whole("features")
+            except (TypeError, ValueError) as error:
+                raise StoreError(str(error)) from None
+            if not bool(features.losses.isfinite().all()):
+                raise StoreError("features: a loss is not finite; leave such examples out as failed ones")
             try:
                 space.require_equal(features.space)
             except FeatureMismatchError as error:
@@ -244,15 +308,20 @@ class StoreWriter:
             files["values"] = (aside.stat().st_size, file_digest(aside))
             if there.is_file():
                 before = read_record(self.path, self.manifest, self._digest, checkpoint, shard)
-                if not before.same_shard(replace(record, files=files)):
-                    raise StoreError(
-                        f"{there}: was written before with other content; featurizing is not repeatable here "
-                        "(docs/store.md), or the store is damaged"
-                    )
+                if before.same_shard(replace(record, files=files)):
+                    return
+                if differ_by_rounding(self.path, self.manifest, before, record, arrays):
+                    raise _StaysError
+                raise StoreError(
+                    f"{there}: was written before with other content: the data, their order, the batches, the loss or "
+                    "the model's code or mode have changed since, or featurizing is not repeatable here "
+                    "(docs/store.md), or the store is damaged; put things back, or use another folder"
+                )
 
-        write_atomically(path, fill)
-        content = replace(record, files=files).content(self.manifest, ids)
-        write_bytes(there, sealed(content))
+        with contextlib.suppress(_StaysError):
+            write_atomically(path, fill)
+            content = replace(record, files=files).content(self.manifest, ids)
+            write_bytes(there, sealed(content))
 
     def finish(self) -> None:
         """Check that everything was written, and remove what dead writers left behind.

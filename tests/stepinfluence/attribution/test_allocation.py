@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from stepinfluence import Features, FeatureSpace, allocate_sizes, gradient_energies
-from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.space import Block
 
 
 def features(energies: dict[str, float], shapes: dict[str, tuple[int, ...]] | None = None) -> Features:

@@ -13,7 +13,7 @@ from stepinfluence import BlockFisher, Features, FeatureSpace, Fisher, influence
 from stepinfluence.attribution.curvature import damping as auto
 from stepinfluence.attribution.curvature import factors, fisher, load, save
 from stepinfluence.attribution.curvature.choice import unit_norm
-from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.space import Block
 from stepinfluence.errors import FeatureMismatchError, StoreError
 from stepinfluence.search import outliers
 from torch import Tensor

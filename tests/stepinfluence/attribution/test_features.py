@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stepinfluence.attribution.features import (
-    Block,
-    FeatureBuilder,
-    Features,
-    FeatureSpace,
-    _weighted_sums,
-    weights_digest,
-)
+from stepinfluence.attribution.features import FeatureBuilder, Features, _weighted_sums, weights_digest
+from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.errors import FeatureMismatchError
 
 SPACE = FeatureSpace("sketch", (Block("a", (2, 2), 0, 3), Block("b", (2,), 3, 5)), "tables", "weights")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accuracy import multilinear
 from stepinfluence import ExactCapture, Features, Fisher, attach, influence, influence_over_checkpoints, self_influence
-from stepinfluence.attribution.features import Block, FeatureSpace
+from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.errors import CheckpointError, FeatureMismatchError
 from stepinfluence.models import LoopedGPT, LoopedGPTConfig, gpt_loss
 from torch import Tensor

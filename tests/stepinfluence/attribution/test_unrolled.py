@@ -14,7 +14,7 @@ import torch
 from stepinfluence import BlockFisher, Features, FeatureSpace, Fisher, influence
 from stepinfluence.attribution.curvature import Segment, Unrolled
 from stepinfluence.attribution.curvature.factors import of_gram
-from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.space import Block
 from stepinfluence.errors import FeatureMismatchError
 from stepinfluence.search import top_k
 from torch import Tensor

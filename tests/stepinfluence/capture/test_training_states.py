@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ def test_states_of_others_are_refused(tmp_path: Path) -> None:
         with pytest.raises(FeatureMismatchError, match="another tables"):
             other.load_state_dict(state)
         with pytest.raises(CheckpointError, match="not a TrainingInfluence's"):
-            other.load_state_dict({"format": 2})
+            other.load_state_dict({"format": 3})
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(CheckpointError, match="could not be read"):
             other.restore(path)
@@ -79,6 +81,67 @@ def test_states_of_others_are_refused(tmp_path: Path) -> None:
         optimizer.step()
         with pytest.raises(TypeError, match="which a file cannot keep"):
             other.save(path)
+
+
+def test_an_optimizer_of_another_moment_is_refused() -> None:
+    """Its moments are the metric, and make the training that goes on."""
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+
+    def update(influence: TrainingInfluence) -> None:
+        accumulate(influence, model)
+        influence.optimizer.step()
+        influence.optimizer.zero_grad()
+
+    with TrainingInfluence(captured(model), optimizer, [QUERY], loss_fn, refresh_every=3) as influence:
+        for _ in range(3):
+            update(influence)
+        state = copy.deepcopy((influence.state_dict(), optimizer.state_dict()))
+    fresh = torch.optim.AdamW(model.parameters(), lr=0.05)
+    with TrainingInfluence(captured(model), fresh, [QUERY], loss_fn, refresh_every=3) as influence:
+        influence.load_state_dict(state[0])
+        with pytest.raises(FeatureMismatchError, match="after 3 updates of other moments than the optimizer has"):
+            update(influence)
+        fresh.load_state_dict(state[1])
+        update(influence)
+        assert influence.updates_made == 4
+
+
+WRONG = (None, -1, "x", [], {}, float("nan"), torch.zeros(3), 10**30)
+
+
+def test_states_whose_parts_do_not_fit_are_refused() -> None:
+    """One part at a time is replaced; what is refused leaves the one that was to load it as it was."""
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    with TrainingInfluence(captured(model), optimizer, [QUERY], loss_fn, refresh_every=3) as influence:
+        for _ in range(3):
+            accumulate(influence, model)
+            optimizer.step()
+            optimizer.zero_grad()
+        state, before = influence.state_dict(), repr(influence)
+        parts = [(name,) for name in state]
+        parts += [(whole, name) for whole in ("kind", "tally", "saved_with") for name in state[whole]]
+        accepted, said = set(), set()
+        for *above, name in parts:
+            for wrong in WRONG:
+                other = copy.deepcopy(state)
+                place = other[above[0]] if above else other
+                place[name] = wrong
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch's, of texts as indices
+                    try:
+                        influence.load_state_dict(other)
+                        accumulate(influence, model)
+                    except (CheckpointError, FeatureMismatchError) as error:
+                        said.add(str(error).partition(":")[0])
+                    else:
+                        accepted.add((*above, name))
+                influence.load_state_dict(state)
+                optimizer.zero_grad()
+                assert repr(influence) == before
+    assert accepted <= {("age",), ("epoch",)}, "a number may be any"
+    assert said <= {"state", "query"}
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from stepinfluence.evaluation.metagradient import query_parts
 from stepinfluence.evaluation.problems import make_problem
-from stepinfluence.evaluation.training import Recipe
+from stepinfluence.evaluation.training import Recipe, Training
 
 from bench import steps_removed
 
@@ -57,3 +59,32 @@ def test_a_run_and_what_is_kept_of_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert 0 <= steps_removed.overlap(found) <= 1
     with pytest.raises(ValueError, match="is of another training of majority"):
         steps_removed.run(replace(problem, training=Recipe(4, 3e-3)), 2, 2, "fisher", tmp_path)
+
+
+def test_what_is_left_out_by_metagradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose weight in the training moves a step's share of the query's loss most, by central differences; kept
+    apart from what is left out by other scores."""
+    problem = replace(
+        make_problem("majority", n_train=20, n_query=3, steps=2), training=Recipe(3, 3e-3, root_epsilon=1e-8)
+    )
+    found = steps_removed.run(problem, 1, 1, "metagradient", tmp_path)
+    training = Training(problem, steps_removed.training_seed(0, 0))
+    starts = query_parts(training, training.final(), [found[0]["query"]])[0]
+    h, moved = 1e-2, []
+    for row in range(20):
+        ends = [training.final(torch.ones(20) + sign * h * (torch.arange(20) == row)).parameters for sign in (1, -1)]
+        moved.append(starts[:2].double() @ (ends[1] - ends[0]).double() / (2 * h))
+    scores = torch.stack(moved)
+    for record in found:
+        mine = scores[:, record["step"]]
+        least = mine.topk(2).values[-1] - 1e-2 * mine.abs().max()  # of float32, over a difference of 2 h
+        assert bool((mine[record["rows"]] >= least).all())
+        other = problem.retrain(np.delete(np.arange(20), record["rows"]), steps_removed.training_seed(0, 0))
+        model = training.model_at(training.final())
+        assert record["lens"][-1] == pytest.approx(
+            float((problem.query_losses(other) - problem.query_losses(model))[record["query"]]), abs=1e-6
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["removed-metagradient.jsonl"]
+    steps_removed.run(problem, 1, 1, "fisher", tmp_path)
+    monkeypatch.setattr(steps_removed, "seeds_records", None)  # nothing is left to do
+    assert steps_removed.run(problem, 1, 1, "metagradient", tmp_path) == found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from stepinfluence import Features, FeatureSpace
 from stepinfluence.attribution.curvature import Progress
-from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.space import Block
 from stepinfluence.store import Manifest, RowInfo, Store, StoredCheckpoint, StoreWriter
 from stepinfluence.store.shards import FailedRow
 from torch import Tensor

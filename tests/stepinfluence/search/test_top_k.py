@@ -11,7 +11,7 @@ import pytest
 import torch
 from accuracy import inner_products
 from stepinfluence import FeatureMismatchError, StoreError, influence
-from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.space import Block
 from stepinfluence.search import scan, sources, top_k
 from stepinfluence.store import Manifest, Store, StoredCheckpoint, StoreWriter
 

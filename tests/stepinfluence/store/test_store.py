@@ -13,7 +13,7 @@ import stores
 import torch
 from safetensors.torch import load_file
 from stepinfluence import FeatureMismatchError, StoreError
-from stepinfluence.attribution.features import Block
+from stepinfluence.attribution.space import Block
 from stepinfluence.store import STORE_DTYPES, FailedRow, Manifest, RowInfo, Store, StoreDtype, StoreWriter, decode
 
 

@@ -116,7 +116,10 @@ def report(
     query: Query = "",
     curvature: Kind = None,
     damping: DampingOption = None,
-    queries: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many queries the file holds.")] = 50,
+    queries: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=1000, help="How many queries the file holds. \\[default: 50]"),
+    ] = None,
     ids: Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="This query only; repeatable.")] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Also recompute the influence of the leading examples from the model.")
@@ -130,6 +133,10 @@ def report(
     open_: Open = False,
 ) -> None:
     """See :data:`REPORT_HELP`."""
+    if queries is not None and ids:
+        fail("queries: the file holds those of --id; leave one of the two out")
+    if device is not None and not (exact or tokens):
+        fail("device: is where the model runs, for --exact and --tokens; without them, it does not")
     require_run(run)
     path = out or run / "report.html"
     require_output(path, ".html", ".htm")
@@ -151,7 +158,7 @@ def report(
         )
     rows = [explorer.query.find(i) for i in ids] if ids else None
     quiet = not sys.stderr.isatty()
-    write_page(explorer, path, queries=queries, rows=rows, exactly=exact, by_token=tokens, progress=not quiet)
+    write_page(explorer, path, queries=queries or 50, rows=rows, exactly=exact, by_token=tokens, progress=not quiet)
     screen.print(f"Open {shown(path)}")
     if open_:
         webbrowser.open(path.resolve().as_uri())
@@ -170,12 +177,12 @@ def _model(run: Path, device: str | None, *, trusted: bool) -> tuple[RunModel | 
     from stepinfluence.app.runs.stored import StoredRun
     from stepinfluence.app.runs.trust import is_written_here, mark
     from stepinfluence.app.view.explore.model import RunModel
-    from stepinfluence.errors import ConfigError, StoreError
+    from stepinfluence.errors import ConfigError
 
+    opened = StoredRun.open(run, device=device)
     try:
-        opened = StoredRun.open(run, device=device)
         project = opened.config.project
-    except (ConfigError, StoreError) as error:
+    except ConfigError as error:
         return None, str(error)
     if trusted:
         mark(run, project)

@@ -86,6 +86,10 @@ def run(
 ) -> None:
     """See :data:`HELP`."""
     _check(ids or rows, file, exact, candidates, curvature, damping)
+    if query and file is not None:
+        fail("query: is the split of --id and --row; --input has the queries")
+    if device is not None and not exact and file is None:
+        fail("device: is where the model runs, for --input and --exact; without them, it does not")
     require_run(folder)
     number = damping_of(damping)
     screen = console(json_output=True)

@@ -21,8 +21,9 @@ from stepinfluence.app.project import MOST_TOKENS
 from stepinfluence.app.runs.prepared import Prepared
 from stepinfluence.app.runs.stored import StoredRun
 from stepinfluence.attribution.curvature import Choice
-from stepinfluence.attribution.features import Features, Parameters
+from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.sameness import losses_differ, precision
+from stepinfluence.attribution.space import Parameters
 from stepinfluence.capture.session import isolated
 from stepinfluence.errors import FeatureMismatchError, ProjectError
 from stepinfluence.search import scores

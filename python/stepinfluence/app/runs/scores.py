@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from stepinfluence.app.runs.curvatures import Correction, score_named
-from stepinfluence.attribution.curvature import Choice
-from stepinfluence.attribution.features import Parameters
+from stepinfluence.attribution.space import Parameters
 from stepinfluence.errors import StoreError
 from stepinfluence.files import file_digest, read_sealed, reason, remove, sealed, sync_folder, write_bytes
-from stepinfluence.search import scores
-from stepinfluence.store import Store
 from stepinfluence.writers import aside, remove_leftovers
+
+if TYPE_CHECKING:
+    from stepinfluence.app.runs.curvatures import Correction
+    from stepinfluence.attribution.curvature import Choice
+    from stepinfluence.store import Store
 
 SCORES = "influence.npy"
 """The name of a run's score table, unless another is given."""
@@ -56,6 +58,9 @@ def write_scores(
         StoreError: a file could not be written; a store is incomplete or damaged.
         FeatureMismatchError, ValueError: as for :func:`stepinfluence.search.scores`.
     """
+    from stepinfluence.app.runs.curvatures import score_named  # to check a table takes no torch
+    from stepinfluence.search import scores
+
     if path.suffix != ".npy":
         raise ValueError(f"out: got {str(path)!r}; give a file name that ends in .npy")
     remove_leftovers(path.parent)

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stepinfluence.app.project import MapStyle, Project
 from stepinfluence.app.runs.config import CONFIG, SUMMED_SPLIT, RunConfig
 from stepinfluence.app.runs.examples import featurize_part
@@ -29,7 +31,7 @@ class StoredRun:
         splits: names of the stores in it, ``train`` first.
     """
 
-    def __init__(self, path: Path, splits: tuple[str, ...], device: str | None) -> None:
+    def __init__(self, path: Path, splits: tuple[str, ...], device: torch.device | None) -> None:
         self.path, self.splits = path, splits
         self._device = device
 
@@ -42,14 +44,15 @@ class StoredRun:
 
         Raises:
             StoreError: there is no store in it.
+            ConfigError: there is no such device.
         """
-        path = Path(path)
+        path, place = Path(path), None if device is None else Worker.here().device(device)
         if (path / MANIFEST).is_file():
             raise StoreError(f"{path}: is one store; give the run's folder, which holds it: {path.absolute().parent}")
         found = sorted(p.parent.name for p in path.glob(f"*/{MANIFEST}"))
         if not found:
             raise StoreError(f"{path}: no run here (no folder in it holds a store); sdi featurize makes one")
-        return cls(path, tuple(sorted(found, key=lambda name: name != SUMMED_SPLIT)), device)
+        return cls(path, tuple(sorted(found, key=lambda name: name != SUMMED_SPLIT)), place)
 
     def store(self, split: str) -> Store:
         """The store of a split.
@@ -92,7 +95,7 @@ class StoredRun:
             ConfigError: the run has no ``config.yaml``.
             StepInfluenceError: the project or a checkpoint is not as it must be.
         """
-        device = Worker.here().device(self._device or self.config.device)
+        device = self._device or Worker.here().device(self.config.device)
         return Prepared(Project.load(self.config.project), self.config, device)
 
     def new_features(self, data: MapStyle, *, per_step: bool = True, batch_size: int = 32) -> list[Features]:

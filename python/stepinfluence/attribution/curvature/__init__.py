@@ -20,13 +20,20 @@ Under an optimizer's metric ``sqrt(P)``, which features then hold, the same form
 ``g^T (F + lambda P^-1)^-1 phi_t`` in the plain gradients: the damping is measured in the metric.
 """
 
-from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected
-from stepinfluence.attribution.curvature.damping import Damping
-from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, Fisher
-from stepinfluence.attribution.curvature.kept import load, save
-from stepinfluence.attribution.curvature.length import Progress, TrainingTime
-from stepinfluence.attribution.curvature.progress import training_time
-from stepinfluence.attribution.curvature.unrolled import Segment, Unrolled, segments_of
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sdi_kernels.lazy import lazily
+
+if TYPE_CHECKING:
+    from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected
+    from stepinfluence.attribution.curvature.damping import Damping
+    from stepinfluence.attribution.curvature.fisher import BlockFisher, Curvature, Fisher
+    from stepinfluence.attribution.curvature.kept import load, save
+    from stepinfluence.attribution.curvature.length import Progress, TrainingTime
+    from stepinfluence.attribution.curvature.progress import training_time
+    from stepinfluence.attribution.curvature.unrolled import Segment, Unrolled, segments_of
 
 __all__ = [
     "BlockFisher",
@@ -45,3 +52,17 @@ __all__ = [
     "segments_of",
     "training_time",
 ]
+
+# At first use: training's length is read from a store without torch.
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "stepinfluence.attribution.curvature.choice": ("Choice", "Normalize", "corrected"),
+        "stepinfluence.attribution.curvature.damping": ("Damping",),
+        "stepinfluence.attribution.curvature.fisher": ("BlockFisher", "Curvature", "Fisher"),
+        "stepinfluence.attribution.curvature.kept": ("load", "save"),
+        "stepinfluence.attribution.curvature.length": ("Progress", "TrainingTime"),
+        "stepinfluence.attribution.curvature.progress": ("training_time",),
+        "stepinfluence.attribution.curvature.unrolled": ("Segment", "Unrolled", "segments_of"),
+    },
+)

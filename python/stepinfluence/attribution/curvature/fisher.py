@@ -17,7 +17,8 @@ from stepinfluence.attribution.curvature.factors import Factor
 from stepinfluence.attribution.curvature.length import TrainingTime
 from stepinfluence.attribution.curvature.rows import FitRows, PooledRows, TrainRows
 from stepinfluence.attribution.curvature.stored import of_checkpoint
-from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.features import Features, weights_digest
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.errors import FeatureMismatchError
 
 Fitted = TypeVar("Fitted", bound="Curvature")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from stepinfluence.attribution.curvature.factors import Factor
 from stepinfluence.attribution.curvature.fisher import KINDS, Curvature
 from stepinfluence.attribution.curvature.unrolled import Segment, Unrolled
-from stepinfluence.attribution.features import Block, FeatureSpace
+from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.errors import StoreError
 from stepinfluence.files import (
     file_digest,

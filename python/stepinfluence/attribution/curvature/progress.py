@@ -10,8 +10,8 @@ from torch import nn
 from stepinfluence.attribution.border import border
 from stepinfluence.attribution.checkpoints import Checkpoint, PathLike, Reader, load_checkpoint
 from stepinfluence.attribution.curvature.length import Progress, TrainingTime, known
-from stepinfluence.attribution.features import FeatureSpace
 from stepinfluence.attribution.preconditioners import Kind, adam_root, of_state_dict
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.errors import CheckpointError
 from stepinfluence.wrappers import canonical_name, unwrap
 

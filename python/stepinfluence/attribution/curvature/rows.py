@@ -14,7 +14,8 @@ from torch import Tensor
 
 from stepinfluence.attribution.curvature.factors import CHUNK_BYTES
 from stepinfluence.attribution.curvature.stored import StoredFeatures
-from stepinfluence.attribution.features import Features, FeatureSpace
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.errors import FeatureMismatchError, StoreError
 
 TrainRows: TypeAlias = Features | StoredFeatures

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from stepinfluence.attribution.curvature.length import Progress, TrainingTime, known
-from stepinfluence.attribution.features import Features
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stepinfluence.attribution.features import Features
 
 
 @runtime_checkable

@@ -36,7 +36,8 @@ from stepinfluence.attribution.curvature.fisher import KINDS, factors_of
 from stepinfluence.attribution.curvature.length import Progress, TrainingTime
 from stepinfluence.attribution.curvature.rows import FitRows, PooledRows
 from stepinfluence.attribution.curvature.stored import StoredFeatures
-from stepinfluence.attribution.features import Features, FeatureSpace, weights_digest
+from stepinfluence.attribution.features import Features, weights_digest
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.errors import FeatureMismatchError
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sdi_kernels import CountSketch, Route, TensorSketch
-from stepinfluence.attribution.features import Block
 from stepinfluence.attribution.preconditioners import Elementwise, Root
+from stepinfluence.attribution.space import Block
 from stepinfluence.capture.body.sources import Piece
 from stepinfluence.capture.body.targets import Layout, Target
 

@@ -14,39 +14,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import featurized, invoke, refused
 from stepinfluence.app.cli import app
 from stepinfluence.store import Store
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 PYTHON = "import sys; from stepinfluence.app.cli import main; sys.argv[0] = 'sdi'; main()"
-
-
-def invoke(*arguments: object, code: int = 0) -> Result:
-    done = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"})
-    assert done.exit_code == code, done.output
-    return done
-
-
-def refused(*arguments: object) -> str:
-    lines = invoke(*arguments, code=2).stderr.strip().splitlines()
-    assert len([line for line in lines if line.startswith("sdi: ")]) == 1, lines
-    assert "Traceback" not in "".join(lines)
-    return lines[-1]
 
 
 def contents(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def featurized(folder: Path, extra: str = "", *more: object) -> Path:
-    """A run of the blank template, with something added to its project file."""
-    invoke("init", folder / "p.py", "--template", "blank")
-    with (folder / "p.py").open("a", encoding="utf-8") as file:
-        file.write(extra)
-    asked = ("featurize", "-p", folder / "p.py", "-s", "train", "-s", "query", "--sketch-size", "64")
-    invoke(*asked, "-o", folder / "run", *more)
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +146,13 @@ def test_scores_that_overflow_are_refused_rather_than_left_out(tmp_path: Path, d
     run = featurized(tmp_path, "_l = loss\ndef loss(model, batch): return _l(model, batch) * 1e25\n", "--dtype", dtype)
     for asked in (("influence", run), ("influence", run, "-k", 3), ("query", run, "--row", 0, "--curvature", "none")):
         assert "scores: some are too large for float32" in refused(*asked)
+    assert not (run / "influence.npy").exists()
+
+
+def test_scores_that_are_too_small_are_refused(tmp_path: Path) -> None:
+    run = featurized(tmp_path, "_l = loss\ndef loss(model, batch): return _l(model, batch) * 1e-25\n")
+    for asked in (("influence", run), ("influence", run, "-k", 3), ("query", run, "--row", 0, "--curvature", "none")):
+        assert "scores: all are too small for float32" in refused(*asked)
     assert not (run / "influence.npy").exists()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepinfluence.attribution.features import Block, Features, FeatureSpace
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.store import FailedRow, Manifest, RowInfo, SketchSpec, StoredCheckpoint, StoreWriter
 
 STEPS = 6

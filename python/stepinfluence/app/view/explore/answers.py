@@ -18,11 +18,11 @@ from stepinfluence.app.view.explore.examples import MOST_ROWS, Side
 from stepinfluence.app.view.explore.scored import CORRECTED, SDI, Array, Scored, What, leading
 from stepinfluence.attribution.aggregation import OF_AN_EXAMPLE, dominating, energy_shares, first_order_unit
 from stepinfluence.attribution.curvature import Choice, Curvature, Unrolled
+from stepinfluence.attribution.extremes import TOO_LARGE
 from stepinfluence.attribution.features import Features
 from stepinfluence.display.words import visible
 from stepinfluence.errors import StoreError
 from stepinfluence.search import checkpoint_energy
-from stepinfluence.search.question import TOO_LARGE
 from stepinfluence.store import Store
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sdi_kernels.hashing import draw_signs
 from stepinfluence.attribution.alignment import aligned_to
-from stepinfluence.attribution.features import Features, FeatureSpace
+from stepinfluence.attribution.features import Features
+from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.errors import FeatureMismatchError
 from stepinfluence.store.manifest import Manifest, StoredCheckpoint
 from stepinfluence.store.reader import Store
