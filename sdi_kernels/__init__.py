@@ -2,32 +2,24 @@
 
 The kernels behind Step-Decomposed Influence (arXiv 2602.10097): CountSketch for vectors, TensorSketch for the
 outer-product gradients of linear layers and embeddings. Knows nothing of attribution; see ``stepinfluence`` for
-that. Importing this package needs neither a GPU nor Triton. ``torch.ops.sdi_kernels`` is there once one of its
-functions was used, or ``sdi_kernels.ops`` was imported.
+that. Importing this package needs neither a GPU nor Triton.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from sdi_kernels._version import __version__
-from sdi_kernels.lazy import lazily
-
-if TYPE_CHECKING:
-    from sdi_kernels.cpu.scan import row_products
-    from sdi_kernels.functional import (
-        sketch_embedding_grads,
-        sketch_linear_grads,
-        sketch_matrix_grads,
-        sketch_scaled_vector_grads,
-        sketch_vector_grads,
-    )
-    from sdi_kernels.hashing import HASH_FAMILIES, HASH_FORMAT, HashFamily
-    from sdi_kernels.linear import sketched_linear
-    from sdi_kernels.pairwise import pairwise_linear_influence
-    from sdi_kernels.plan import LinearPlan, Route, plan_linear
-    from sdi_kernels.sketches import CountSketch, TensorSketch
-    from sdi_kernels.variance import variance_bound
+from sdi_kernels.cpu.scan import row_products
+from sdi_kernels.functional import (
+    sketch_embedding_grads,
+    sketch_linear_grads,
+    sketch_matrix_grads,
+    sketch_scaled_vector_grads,
+    sketch_vector_grads,
+)
+from sdi_kernels.hashing import HASH_FAMILIES, HASH_FORMAT, HashFamily
+from sdi_kernels.linear import sketched_linear
+from sdi_kernels.pairwise import pairwise_linear_influence
+from sdi_kernels.plan import LinearPlan, Route, plan_linear
+from sdi_kernels.sketches import CountSketch, TensorSketch
+from sdi_kernels.variance import variance_bound
 
 __all__ = [
     "HASH_FAMILIES",
@@ -49,24 +41,3 @@ __all__ = [
     "sketched_linear",
     "variance_bound",
 ]
-
-# Not before they are used: a stored sketch's format is read without torch.
-__getattr__, __dir__ = lazily(
-    __name__,
-    {
-        "sdi_kernels.cpu.scan": ("row_products",),
-        "sdi_kernels.functional": (
-            "sketch_embedding_grads",
-            "sketch_linear_grads",
-            "sketch_matrix_grads",
-            "sketch_scaled_vector_grads",
-            "sketch_vector_grads",
-        ),
-        "sdi_kernels.hashing": ("HASH_FAMILIES", "HASH_FORMAT", "HashFamily"),
-        "sdi_kernels.linear": ("sketched_linear",),
-        "sdi_kernels.pairwise": ("pairwise_linear_influence",),
-        "sdi_kernels.plan": ("LinearPlan", "Route", "plan_linear"),
-        "sdi_kernels.sketches": ("CountSketch", "TensorSketch"),
-        "sdi_kernels.variance": ("variance_bound",),
-    },
-)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdi_kernels.lazy import lazily
+from stepinfluence.lazy import lazily
 
 if TYPE_CHECKING:
     from sdi_kernels import __version__

@@ -13,7 +13,6 @@ import pytest
 from stepinfluence.app.runs.scores import SCORES, write_scores
 
 LAZY = (
-    "sdi_kernels",
     "stepinfluence",
     "stepinfluence.app.runs",
     "stepinfluence.attribution.curvature",
@@ -35,6 +34,12 @@ finally:
 @pytest.mark.parametrize("module", ["attribution.preconditioners", "store", "app.runs"])
 def test_first(module: str) -> None:
     subprocess.run([sys.executable, "-c", f"import stepinfluence.{module}"], check=True, timeout=120)
+
+
+def test_importing_the_kernels_registers_their_operators() -> None:
+    """Whatever is imported first: exported programs are loaded by what is registered."""
+    code = "import sdi_kernels, torch; torch.ops.sdi_kernels.linear_sketch_.default"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("command", [("info",), ("info", "--json"), ("verify",)])

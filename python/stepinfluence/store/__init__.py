@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdi_kernels.lazy import lazily
+from stepinfluence.lazy import lazily
 
 if TYPE_CHECKING:
     from stepinfluence.store.codecs import decode, encode

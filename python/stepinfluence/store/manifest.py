@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdi_kernels import HASH_FAMILIES, HASH_FORMAT, HashFamily, __version__
 from stepinfluence.attribution.curvature import length
 from stepinfluence.attribution.curvature.length import Progress
 from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.errors import StoreError
 from stepinfluence.files import canonical, read_sealed, sealed
 from stepinfluence.store.dtypes import STORE_DTYPES, StoreDtype
+from stepinfluence.store.hashes import HASH_FAMILIES, HASH_FORMAT, HashFamily
 
 if TYPE_CHECKING:
     from stepinfluence.capture import Capture, ExactCapture
@@ -81,6 +81,8 @@ class SketchSpec:
 def versions() -> dict[str, str]:
     """Versions of the code that features depend on."""
     import torch
+
+    from sdi_kernels import __version__
 
     return {
         "stepinfluence": __version__,

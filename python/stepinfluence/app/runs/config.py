@@ -14,13 +14,13 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import yaml
 
-from sdi_kernels import HashFamily
 from stepinfluence.attribution.curvature.damping import checked
 from stepinfluence.attribution.preconditioners import Kind
 from stepinfluence.capture.body.targets import Layout
 from stepinfluence.errors import ConfigError
 from stepinfluence.files import make_folder, read_within, write_bytes
 from stepinfluence.store import StoreDtype
+from stepinfluence.store.hashes import HashFamily
 
 CONFIG = "config.yaml"
 HEADER = "# Repeat with: sdi featurize --config {name}\n# Paths are relative to this file.\n"

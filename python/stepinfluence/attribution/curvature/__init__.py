@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdi_kernels.lazy import lazily
+from stepinfluence.lazy import lazily
 
 if TYPE_CHECKING:
     from stepinfluence.attribution.curvature.choice import Choice, Normalize, corrected
