@@ -57,17 +57,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _sketched_linear.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.11 cannot trace it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
 def _autocast(value: Tensor) -> Tensor:
     """``value`` as autocast would hand it to F.linear: cast where autograd sees it, not in the operator."""
     device = value.device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
-        return value
-    if value.dtype == torch.float64:
+    try:  # torch.amp.is_autocast_available would say, but torch 2.11 cannot compile it
+        enabled = torch.is_autocast_enabled(device)
+    except RuntimeError:  # there is no autocast for this kind of device, such as meta
+        enabled = False
+    if not enabled or value.dtype == torch.float64:
         return value
     return value.to(torch.get_autocast_dtype(device))
 

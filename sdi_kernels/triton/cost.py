@@ -108,8 +108,9 @@ def _pair(values: Any) -> tuple[float, float]:
 SHIPPED = Rates()
 
 
-def shear_tiles(sketch: TensorSketch, single: bool) -> int:
-    """Tiles that ``shear`` works through for every token; several sources of a bucket count anew."""
+def shear_tiles(sketch: TensorSketch, single: int) -> int:
+    """Tiles that ``shear`` works through for every token, with float32 if ``single``; several sources of a bucket
+    count anew."""
     blocks, columns = SHEAR_TILE[single]
     width = sketch.d_in + BLOCK_BUCKETS - 1
     return -(-sketch.out.blocks // blocks) * -(-width // columns) * -(-sketch.d_out // sketch.m)
@@ -120,7 +121,7 @@ def estimate(
 ) -> dict[str, float]:
     """Seconds of each route for ``rows`` examples of ``tokens`` tokens each; ``shear`` only where it can run."""
     m, size = sketch.m, sketch.d_out * sketch.d_in
-    single = dtype == torch.float32
+    single = int(dtype == torch.float32)  # an index: torch 2.11 cannot compile one that is a bool
     read = rows * tokens * (sketch.d_out + sketch.d_in) * (4 if single else 2) / rates.bytes
     product = 2.0 * rows * tokens * size / rates.flops[single]
     direct = max(read, product) + rows * size / rates.atomic_adds + rates.launch

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from processes import together
 from stepinfluence import BodyError, Capture, ExactCapture, Features, UnsupportedUseError, attach
 from stepinfluence.capture.pairs import PairCapture
+from stepinfluence.capture.sharded.gathered import _groups_of
 from stepinfluence.models import LoopedGPT, LoopedGPTConfig, gpt_loss
 from torch import Tensor, nn
 
@@ -237,7 +238,7 @@ def refusals(rank: int, mesh: Any) -> None:
     with pytest.raises(UnsupportedUseError, match=r"core\.bias: reaches the loss through"):
         featurize(outside, [x], reaching)
     capture = attach(outside, body="core", sketch_size=32)
-    (group,) = outside.core._get_fsdp_state()._fsdp_param_groups
+    (group,) = _groups_of(outside.core._get_fsdp_state())
     group.fsdp_params[0]._unsharded_param = nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(BodyError, match="its sharded parameters were made anew"):
         capture.featurize([x], lambda model, batch: model(batch))
