@@ -295,7 +295,7 @@ def test_every_supported_python_can_install_the_pins(wheel: Wheel) -> None:
         if name not in installed or installed[name].version.partition("+")[0] != version:
             continue  # another Python's line, or of an extra that is not installed
         about = installed[name].metadata
-        needs = SpecifierSet(about["Requires-Python"] if "Requires-Python" in about else "")
+        needs = SpecifierSet(about["Requires-Python"] if "Requires-Python" in about else "")  # noqa: SIM401  # it has no get
         for python in pythons:
             asked = constraint.marker is None or constraint.marker.evaluate({"python_version": python})
             # of each Python its latest release, which is what CI installs
