@@ -18,6 +18,7 @@ from stepinfluence.capture.found import find, how_told
 from stepinfluence.capture.owners.rows import Told, Use
 from stepinfluence.capture.sharded.layout import Sharding
 from stepinfluence.capture.uses.interceptor import Interceptor
+from stepinfluence.capture.uses.refusals import constants_only
 from stepinfluence.capture.uses.row_by_row import per_row
 from stepinfluence.capture.uses.rules import RULES, expand_to_batch
 from stepinfluence.capture.uses.sinks import GradientSink
@@ -192,7 +193,7 @@ class TappedModel:
             )
         losses = session.check_losses(losses, size, ids)
         if (source := interceptor.source(losses)) is not None:
-            raise diagnosis.constants_only(source.targets[0].name)
+            raise constants_only(source.targets[0].name)
         self._check_uses(losses, began)
         return losses, interceptor
 

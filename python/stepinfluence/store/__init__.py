@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from stepinfluence.lazy import lazily
 
 if TYPE_CHECKING:
+    from stepinfluence.store.checkpoints import StoredCheckpoint
     from stepinfluence.store.codecs import decode, encode
     from stepinfluence.store.dtypes import NUMPY_DTYPES, STORE_DTYPES, StoreDtype, bytes_per_row
     from stepinfluence.store.exporting import export
     from stepinfluence.store.folding import fold, fold_manifest, fold_store
     from stepinfluence.store.maintain import merge, verify
-    from stepinfluence.store.manifest import Manifest, SketchSpec, StoredCheckpoint
+    from stepinfluence.store.manifest import Manifest, SketchSpec
     from stepinfluence.store.models import checkpoint_of, model_digest, model_fingerprint
     from stepinfluence.store.reader import Store
     from stepinfluence.store.rows import StoredRow
@@ -59,7 +60,8 @@ __getattr__, __dir__ = lazily(
         "stepinfluence.store.exporting": ("export",),
         "stepinfluence.store.folding": ("fold", "fold_manifest", "fold_store"),
         "stepinfluence.store.maintain": ("merge", "verify"),
-        "stepinfluence.store.manifest": ("Manifest", "SketchSpec", "StoredCheckpoint"),
+        "stepinfluence.store.checkpoints": ("StoredCheckpoint",),
+        "stepinfluence.store.manifest": ("Manifest", "SketchSpec"),
         "stepinfluence.store.models": ("checkpoint_of", "model_digest", "model_fingerprint"),
         "stepinfluence.store.reader": ("Store",),
         "stepinfluence.store.rows": ("StoredRow",),

@@ -23,7 +23,8 @@ from stepinfluence.attribution.alignment import aligned_to
 from stepinfluence.attribution.features import Features
 from stepinfluence.attribution.space import FeatureSpace
 from stepinfluence.errors import FeatureMismatchError
-from stepinfluence.store.manifest import Manifest, StoredCheckpoint
+from stepinfluence.store.checkpoints import StoredCheckpoint
+from stepinfluence.store.manifest import Manifest
 from stepinfluence.store.reader import Store
 from stepinfluence.store.shards import FailedRow, RowInfo
 from stepinfluence.store.writer import StoreWriter

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stepinfluence.attribution.curvature import length
-from stepinfluence.attribution.curvature.length import Progress
 from stepinfluence.attribution.space import Block, FeatureSpace
 from stepinfluence.errors import StoreError
 from stepinfluence.files import canonical, read_sealed, sealed
+from stepinfluence.store.checkpoints import StoredCheckpoint
 from stepinfluence.store.dtypes import STORE_DTYPES, StoreDtype
 from stepinfluence.store.hashes import HASH_FAMILIES, HASH_FORMAT, HashFamily
 
@@ -42,25 +42,6 @@ MAX_CHECKPOINTS = 1 << 12
 MAX_STEPS = 1 << 16
 MAX_WIDTH = 1 << 34
 POSITIVE_SIGN = "positive score = training on the row lowers the query's loss"
-
-
-@dataclass(frozen=True)
-class StoredCheckpoint:
-    """One checkpoint of a store.
-
-    Attributes:
-        name: what the user calls it, usually its file's name.
-        eta: its weight in influence, usually its learning rate (paper, eq. 1).
-        space: what the columns of its features mean; ``space.weights`` and ``space.model_weights`` tell which weights
-            they were computed at, in the body and in the whole model.
-        progress: how far training had come; or, in words, why that is not known (empty for earlier versions' stores).
-            No feature depends on it: it is not compared, and not in the digest.
-    """
-
-    name: str
-    eta: float
-    space: FeatureSpace
-    progress: Progress | str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

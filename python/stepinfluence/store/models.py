@@ -11,7 +11,7 @@ from stepinfluence.attribution.curvature.length import Progress
 from stepinfluence.attribution.features import weights_digest
 from stepinfluence.capture import Capture, ExactCapture
 from stepinfluence.capture.body.targets import canonical_name
-from stepinfluence.store.manifest import StoredCheckpoint
+from stepinfluence.store.checkpoints import StoredCheckpoint
 
 
 def model_fingerprint(model: nn.Module) -> str:

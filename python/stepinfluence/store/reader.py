@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from stepinfluence.attribution.curvature.stored import StoredFeatures
 from stepinfluence.errors import FeatureMismatchError, StoreError
-from stepinfluence.store.manifest import Manifest, StoredCheckpoint
+from stepinfluence.store.checkpoints import StoredCheckpoint
+from stepinfluence.store.manifest import Manifest
 from stepinfluence.store.rows import RowIds, RowTable, StoredRow, numbers_of
 from stepinfluence.store.shards import (
     Record,

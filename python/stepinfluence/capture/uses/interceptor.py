@@ -25,7 +25,6 @@ from torch.utils import _pytree as pytree
 from stepinfluence.capture.body.sources import Provenance, Source, tensors_in
 from stepinfluence.capture.body.steps import in_backward
 from stepinfluence.capture.body.taps import Receive, has_tap, tap_expanded, tap_output
-from stepinfluence.capture.diagnosis import constants_only, inner_gradients, used_outside
 from stepinfluence.capture.owners import Owners
 from stepinfluence.capture.owners.calls import (
     CONSTRUCTORS,
@@ -44,6 +43,7 @@ from stepinfluence.capture.owners.rows import Pass, Use, gains_examples
 from stepinfluence.capture.uses.operands import Operands, in_transform, plain
 from stepinfluence.capture.uses.ownership import Ownership
 from stepinfluence.capture.uses.recall import Recall
+from stepinfluence.capture.uses.refusals import constants_only, inner_gradients, used_outside
 from stepinfluence.capture.uses.sinks import GradientSink
 from stepinfluence.capture.uses.tapping import Tapping, nested
 from stepinfluence.capture.uses.usage import LOOKS, Usage
