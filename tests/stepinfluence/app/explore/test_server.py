@@ -109,7 +109,7 @@ def test_scores_and_texts_that_json_cannot_hold(tmp_path: Path, size: float, ref
         values = torch.full((2, 2, 12) if per_step else (2, 12), size)
         features = Features(
             values=values,
-            losses=torch.tensor([1.0, float("inf")]),
+            losses=torch.tensor([1.0, 3e38]),
             steps=torch.full((2,), 2),
             lengths=torch.full((2,), 2) if per_step else None,
             ids=(0, 1),
