@@ -23,7 +23,8 @@ import stepinfluence
 import torch
 from scipy import stats
 from stepinfluence import Influence, TrainingInfluence
-from stepinfluence.evaluation.builtin import LoopedClassifier, loss, make_problem
+from stepinfluence.evaluation.problems import make_problem
+from stepinfluence.evaluation.problems.counting import LoopedClassifier, loss
 from torch import Tensor, nn
 
 from bench import capture
