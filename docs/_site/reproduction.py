@@ -29,7 +29,7 @@ and an analysis of what differs. The experiments are not installed: run them fro
 
 - *As in the paper*: the error of sketches and how it falls with their size, conservation, parity's accuracy at 40 bits and the period of its logits; Sudoku's
   harder puzzles are memorised more and matter more.
-- *In part*: parity's profile has its period from the end of the curriculum on, not over all checkpoints. The last loop step of the language models has most of
+- *In part*: parity's profile has its period from the end of the curriculum on with every seed, over all checkpoints with one of three. The last loop step of the language models has most of
   the influence, but on GSM8K not at the largest loop count; growth by one rate is seen at few loop counts.
 - *Not*: hard Sudokus' influence does not decay more slowly at 9 × 9. What a summary of the paper claims of planted examples is not seen: summed over steps, SDI is
   TracIn.
